@@ -1,0 +1,1 @@
+"""Training checkpoints: one format for every engine and layout."""

@@ -1,0 +1,1 @@
+"""The configuration of a run: YAML file, overrides, strict validation."""

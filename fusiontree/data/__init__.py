@@ -1,0 +1,1 @@
+"""Tokenized WebDataset shards: writing, indexing, ordering and streaming them."""

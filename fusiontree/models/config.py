@@ -1,0 +1,185 @@
+"""Shape of the model. Names follow the field; sizes are in channels, heads or tokens as each field says."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from fusiontree.ops.config import KernelsConfig
+from fusiontree.utils.section import Section, setting
+
+
+class MambaConfig(Section):
+    """The Mamba-2 mixer."""
+
+    head_dim: int = setting(64, "Channels of one state space head.", unit="channels", ge=1)
+    d_state: int = setting(128, "Size of the state a channel keeps.", ge=1)
+    n_groups: int = setting(1, "Groups of heads that share B and C.", ge=1)
+    norm_groups: int = setting(1, "Groups of channels the gated norm normalises apart; a multiple of tp.", ge=1)
+    d_conv: int = setting(4, "Width of the causal convolution, this token included.", unit="tokens", ge=2)
+    expand: int = setting(2, "Inner width as a multiple of hidden_size.", ge=1)
+    chunk_size: int = setting(256, "Tokens the scan handles as one matrix product.", unit="tokens", ge=1)
+    A_init_range: list[float] = setting([1.0, 16.0], "Range from which -A is drawn.", min_length=2, max_length=2)
+    dt_init_range: list[float] = setting(
+        [0.001, 0.1], "Range of the initial step size, log-uniform.", min_length=2, max_length=2
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("A_init_range", "dt_init_range"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} is [{low}, {high}]; it needs 0 < low <= high")
+        return self
+
+
+class ModelConfig(Section):
+    """The hybrid language model."""
+
+    vocab_size: int = setting(50432, "Tokens of the vocabulary; must divide by tp.", unit="tokens", ge=2)
+    hidden_size: int = setting(2048, "Width of the residual stream.", unit="channels", ge=1)
+    num_layers: int = setting(16, "Blocks.", ge=1)
+    layer_pattern: str | None = setting(
+        None, "One letter a layer: F fused, M Mamba only, A attention only. Absent means all F."
+    )
+    num_heads: int = setting(16, "Query heads, local and global together.", ge=1)
+    num_kv_heads: int | None = setting(None, "Key/value heads (grouped queries). Absent means num_heads.", ge=1)
+    head_dim: int | None = setting(
+        None, "Channels of one attention head. Absent means hidden_size / num_heads.", unit="channels", ge=2
+    )
+    global_heads: int = setting(2, "Query heads that see the whole document; the last ones.", ge=0)
+    window_size: int = setting(1024, "Tokens a local head sees, its own included.", unit="tokens", ge=1)
+    attention_type: Literal["local_global", "pyramidal"] = setting(
+        "local_global", "pyramidal widens the window of the local heads with depth."
+    )
+    window_size_last: int | None = setting(
+        None,
+        "pyramidal: window of the last layer; layers between are interpolated linearly. Absent means "
+        "max_position_embeddings.",
+        unit="tokens",
+        ge=1,
+    )
+    max_position_embeddings: int = setting(32768, "Longest row the model is made for.", unit="tokens", ge=1)
+    rope_theta: float = setting(500000.0, "Base of the rotary position encoding.", gt=0)
+    srte_encoding: Literal["none", "sincos", "learnable"] = setting(
+        "sincos", "Shared relative time encoding, added to the input of every Mamba branch."
+    )
+    gate_rank: int = setting(256, "Rank of the gate's two projections.", ge=1)
+    use_alignment: bool = setting(True, "Mix both branches by a learned alignment; false takes their mean.")
+    mlp_ratio: float = setting(2.0, "Inner width of the MLP as a multiple of hidden_size.", gt=0)
+    mlp_activation: Literal["gelu", "swiglu"] = setting("gelu", "Non-linearity of the MLP.")
+    norm_eps: float = setting(1e-5, "Added to the mean square in every norm.", gt=0)
+    initializer_range: float = setting(
+        0.02, "Standard deviation of the initial weights; output projections take it over sqrt(2 num_layers).", gt=0
+    )
+    tie_word_embeddings: bool = setting(False, "Use the embedding matrix as the head.")
+    drop_branch_prob: float = setting(
+        0.0, "Chance that a row loses one of its two branches in a layer while training.", ge=0, lt=1
+    )
+    load_balance_coeff: float = setting(0.0, "Weight of the gate's load balance loss.", ge=0)
+    entropy_reg_coeff: float = setting(
+        0.0, "Weight of the gate's mean entropy: positive makes gates decisive, negative keeps them open."
+    )
+    z_loss_coeff: float = setting(0.0, "Weight of the mean squared log-partition of the head.", ge=0)
+    mamba: MambaConfig = setting(MambaConfig, "The Mamba-2 mixer.")
+    kernels: KernelsConfig = setting(KernelsConfig, "Backends of the operations.")
+
+    @property
+    def pattern(self) -> str:
+        """One letter a layer."""
+        return self.layer_pattern or "F" * self.num_layers
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, local and global together."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def local_heads(self) -> int:
+        """Query heads that see a window; they come first."""
+        return self.num_heads - self.global_heads
+
+    @property
+    def local_kv_heads(self) -> int:
+        """Key/value heads of the local query heads; they come first."""
+        return self.local_heads * self.kv_heads // self.num_heads
+
+    @property
+    def global_kv_heads(self) -> int:
+        """Key/value heads of the global query heads."""
+        return self.kv_heads - self.local_kv_heads
+
+    @property
+    def d_inner(self) -> int:
+        """Inner width of the Mamba-2 mixer."""
+        return self.mamba.expand * self.hidden_size
+
+    @property
+    def mamba_heads(self) -> int:
+        """State space heads."""
+        return self.d_inner // self.mamba.head_dim
+
+    @property
+    def mlp_size(self) -> int:
+        """Inner width of the MLP."""
+        return int(self.mlp_ratio * self.hidden_size)
+
+    def window_of_layer(self, layer: int) -> int:
+        """Tokens that the local heads of ``layer`` see, their own included."""
+        if self.attention_type == "local_global" or self.num_layers == 1:
+            return self.window_size
+        last = self.window_size_last or self.max_position_embeddings
+        return round(self.window_size + (last - self.window_size) * layer / (self.num_layers - 1))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.layer_pattern is not None:
+            wrong = sorted(set(self.layer_pattern) - set("FMA"))
+            if wrong:
+                raise ValueError(f"layer_pattern '{self.layer_pattern}' has {wrong}; use the letters F, M and A")
+            if len(self.layer_pattern) != self.num_layers:
+                raise ValueError(
+                    f"layer_pattern '{self.layer_pattern}' names {len(self.layer_pattern)} layers and num_layers is "
+                    f"{self.num_layers}; give one letter a layer"
+                )
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide by num_heads {self.num_heads}; set head_dim or "
+                f"change one of them"
+            )
+        if self.attention_head_dim % 2:
+            raise ValueError(f"head_dim {self.attention_head_dim} is odd; rotary positions need an even one")
+        if self.global_heads > self.num_heads:
+            raise ValueError(f"global_heads {self.global_heads} is more than num_heads {self.num_heads}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide by num_kv_heads {self.kv_heads}")
+        group = self.num_heads // self.kv_heads
+        if self.local_heads % group or self.global_heads % group:
+            raise ValueError(
+                f"num_kv_heads {self.kv_heads} makes groups of {group} query heads, and {self.local_heads} local + "
+                f"{self.global_heads} global heads do not divide by {group}: a group would mix both kinds; change "
+                f"global_heads or num_kv_heads"
+            )
+        if self.d_inner % self.mamba.head_dim:
+            raise ValueError(
+                f"mamba.expand * hidden_size = {self.d_inner} does not divide by mamba.head_dim {self.mamba.head_dim}"
+            )
+        if self.mamba_heads % self.mamba.n_groups:
+            raise ValueError(
+                f"{self.mamba_heads} state space heads (expand * hidden_size / mamba.head_dim) do not divide by "
+                f"mamba.n_groups {self.mamba.n_groups}"
+            )
+        if self.d_inner % self.mamba.norm_groups:
+            raise ValueError(
+                f"mamba.expand * hidden_size = {self.d_inner} does not divide by mamba.norm_groups "
+                f"{self.mamba.norm_groups}"
+            )
+        if self.gate_rank > self.hidden_size:
+            raise ValueError(f"gate_rank {self.gate_rank} is more than hidden_size {self.hidden_size}")
+        return self

@@ -1,0 +1,1 @@
+"""Numerical operations: a reference in plain PyTorch for each, and faster backends."""

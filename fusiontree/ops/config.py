@@ -1,0 +1,21 @@
+"""Which implementation computes each operation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fusiontree.utils.section import Section, setting
+
+
+class KernelsConfig(Section):
+    """Backends of the operations in ``ops/``. ``auto`` takes the fastest that is installed and fits the device."""
+
+    ssd: Literal["auto", "reference", "mamba_ssm"] = setting("auto", "State space scan.")
+    conv: Literal["auto", "reference", "fla", "causal_conv1d"] = setting("auto", "Depthwise causal convolution.")
+    attention: Literal["auto", "reference", "sdpa", "varlen", "flex", "flash_attn", "flash_attn_4"] = setting(
+        "auto", "Local and global attention."
+    )
+    elementwise: Literal["auto", "reference", "triton"] = setting(
+        "auto", "Norms, gate mix and activations between the matrix products."
+    )
+    cross_entropy: Literal["auto", "reference", "chunked"] = setting("auto", "Loss over the vocabulary.")

@@ -1,0 +1,63 @@
+"""Where documents start in a batch of packed rows.
+
+Shape legend: B rows, S tokens of a row (or of a context-parallel rank's piece of it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Document boundaries of a batch ``[B, S]``; attention, convolution, state and positions restart at each.
+
+    Everything follows from ``positions_BS``: a token is a document's first exactly when its position is 0, and
+    a token with position p may look back at most p tokens, whatever rank holds them. A row that begins inside a
+    document starts at position 0; a context-parallel piece does not: its first token keeps its true position.
+    """
+
+    positions_BS: Tensor
+    """Position of each token inside its document, int64."""
+    segments_BS: Tensor
+    """Running count of document starts along the row, int32; 0 where the piece continues an earlier document."""
+    cu_seqlens: Tensor
+    """Starts of documents and of rows among the B*S flattened tokens, and B*S last; int32, [documents + 1]."""
+    max_seqlen: int
+    """Longest run between two entries of ``cu_seqlens``, in tokens."""
+    whole_rows: bool
+    """True when each row is one document from its start, so boundaries need no masking."""
+
+    @classmethod
+    def from_positions(cls, positions_BS: Tensor) -> Documents:
+        """Derive all boundaries from positions (int64 on the CPU, where this costs no device synchronisation)."""
+        rows, length = positions_BS.shape
+        starts_BS = positions_BS == 0
+        breaks_BS = starts_BS.clone()
+        breaks_BS[:, 0] = True
+        bounds = torch.cat([breaks_BS.flatten().nonzero().flatten(), torch.tensor([rows * length])])
+        return cls(
+            positions_BS=positions_BS,
+            segments_BS=starts_BS.cumsum(dim=1, dtype=torch.int32),
+            cu_seqlens=bounds.to(torch.int32),
+            max_seqlen=int(bounds.diff().max()),
+            whole_rows=bool(starts_BS[:, 0].all()) and bounds.numel() == rows + 1,
+        )
+
+    @classmethod
+    def whole(cls, rows: int, length: int, device: torch.device | str = "cpu") -> Documents:
+        """Every row is one document of ``length`` tokens."""
+        return cls.from_positions(torch.arange(length).expand(rows, length).contiguous()).to(device)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Documents:
+        """Copy the tensors to ``device``."""
+        return Documents(
+            self.positions_BS.to(device, non_blocking=non_blocking),
+            self.segments_BS.to(device, non_blocking=non_blocking),
+            self.cu_seqlens.to(device, non_blocking=non_blocking),
+            self.max_seqlen,
+            self.whole_rows,
+        )

@@ -1,0 +1,57 @@
+"""The one place that reads environment variables: who this process is among its peers.
+
+torchrun, deepspeed and Slurm each tell a process its rank in their own variables; everything else asks here.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ProcessPlace:
+    """This process among all processes of the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and prints."""
+        return self.rank == 0
+
+
+def process_place() -> ProcessPlace:
+    """Return this process's place, from torchrun's or deepspeed's variables, else from Slurm's, else alone.
+
+    Raises:
+        ValueError: the variables contradict each other.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        place = ProcessPlace(
+            rank=int(env["RANK"]),
+            world_size=int(env["WORLD_SIZE"]),
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_world_size=int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1"))),
+        )
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "MASTER_ADDR" in env:
+        place = ProcessPlace(
+            rank=int(env["SLURM_PROCID"]),
+            world_size=int(env["SLURM_NTASKS"]),
+            local_rank=int(env["SLURM_LOCALID"]),
+            local_world_size=int(env.get("SLURM_NTASKS_PER_NODE", "1")),
+        )
+    else:
+        place = ProcessPlace(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    if not 0 <= place.rank < place.world_size:
+        raise ValueError(f"RANK={place.rank} is outside WORLD_SIZE={place.world_size}; check the launcher's variables")
+    return place
+
+
+def rendezvous_given() -> bool:
+    """True when a launcher told this process where its peers meet (``MASTER_ADDR`` and ``MASTER_PORT``)."""
+    return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ

@@ -1,0 +1,20 @@
+"""Errors that a user caused and can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong: a config value, a path, a layout.
+
+    Entry points print the message without a traceback and exit with code 2.
+    The message names the value, the place and the way out.
+    """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a hint such as ``"; did you mean 'seq_len'?"`` or an empty string."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{match[0]}'?" if match else ""

@@ -1,0 +1,47 @@
+"""The base of every configuration section: typed, strict, each field documented.
+
+Each room declares its own section in its ``config.py`` by deriving from :class:`Section`. Reading a
+configuration needs no torch, so these modules import none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are errors; values are never silently converted to another type."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        validate_default=True,
+        populate_by_name=True,
+        use_attribute_docstrings=False,
+    )
+
+    @classmethod
+    def known_keys(cls) -> list[str]:
+        """Names that the YAML file may use in this section."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
+
+def setting(default: Any = ..., help: str = "", *, unit: str | None = None, **constraints: Any) -> Any:
+    """Declare a field of a :class:`Section`.
+
+    Args:
+        default: the value when the file is silent; ``...`` makes the field required.
+        help: one sentence on what the field does.
+        unit: the unit of the value ("tokens", "steps", "seconds"), shown by ``--help``.
+        constraints: passed to pydantic (``ge``, ``gt``, ``le``, ``lt``, ``alias``, ``min_length`` …).
+    """
+    if isinstance(default, (list, dict)) or callable(default):
+        factory = default if callable(default) else (lambda: type(default)(default))
+        constraints["default_factory"] = factory
+    else:
+        constraints["default"] = default
+    extra = {"unit": unit} if unit else None
+    return Field(description=help, json_schema_extra=extra, **constraints)

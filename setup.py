@@ -1,0 +1,35 @@
+"""Installation. Every dependency has bounds and a reason; what only some users need is an extra."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=find_packages(include=["fusiontree", "fusiontree.*"]),
+    install_requires=[
+        "torch>=2.11,<3",  # FSDP2 with separate sharding groups, varlen attention, DCP
+        "numpy>=1.26,<3",  # memory-mapped token shards
+        "pydantic>=2.7,<3",  # typed, strict configuration
+        "pyyaml>=6.0,<7",  # configuration files
+        "tokenizers>=0.20,<1",  # tokenizer.json files and BPE training
+        "fsspec>=2024.6",  # shards in object stores and behind HTTP
+        "zstandard>=0.22,<1",  # JSONL.zst corpora
+        "safetensors>=0.4.3,<1",  # weights without pickles
+        "matplotlib>=3.8,<4",  # loss and gate plots
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed>=0.19.8,<0.20"],  # ZeRO engines
+        "cuda": ["mamba-ssm>=2.3.0", "causal-conv1d>=1.5", "flash-attn>=2.8"],  # GPU kernels built from source
+        "wandb": ["wandb>=0.18,<1"],  # mirror of the metrics
+        "hf": ["transformers>=4.57,<6"],  # peers and exports
+        "dev": [
+            "pytest>=8,<10",
+            "pytest-timeout>=2.3,<3",  # a hung process group must fail, not wait
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.100,<7",  # property tests of the data order
+            "ruff>=0.17,<0.18",
+            "mypy>=1.13,<3",
+            "types-PyYAML>=6,<7",
+            "webdataset>=1.0.2,<2",  # our shards must be readable by it
+            "transformers>=4.57,<6",  # its Mamba-2 mixer is an independent reference
+        ],
+    },
+)
