@@ -43,5 +43,5 @@ def setting(default: Any = ..., help: str = "", *, unit: str | None = None, **co
         constraints["default_factory"] = factory
     else:
         constraints["default"] = default
-    extra = {"unit": unit} if unit else None
+    extra: Any = {"unit": unit} if unit else None
     return Field(description=help, json_schema_extra=extra, **constraints)

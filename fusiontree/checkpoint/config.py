@@ -1,0 +1,13 @@
+"""When training saves and what it keeps."""
+
+from __future__ import annotations
+
+from fusiontree.utils.section import Section, setting
+
+
+class CheckpointConfig(Section):
+    """Checkpoints go to RUN/checkpoints/step-XXXXXXXX; the last step of a run is always saved."""
+
+    save_interval: int = setting(1000, "Steps between checkpoints; 0 saves only at the end.", unit="steps", ge=0)
+    keep_last: int = setting(3, "Newest checkpoints to keep; 0 keeps all.", ge=0)
+    keep_every: int = setting(0, "Keep every checkpoint whose step is a multiple of this; 0 keeps none extra.", ge=0)

@@ -1,0 +1,170 @@
+"""Reading a configuration: YAML file, then overrides, then strict validation with errors a person can act on."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from fusiontree.config.root import Config
+from fusiontree.utils.errors import UserError, nearest
+from fusiontree.utils.section import Section
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads ``3e-4`` as a number and refuses a key given twice."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise UserError(f"key '{key}' is given twice (line {key_node.start_mark.line + 1}); remove one")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """Parse YAML text; ``place`` names its origin in errors."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{place}: not valid YAML: {error}") from error
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path``, apply ``section.key=value`` overrides in order, and validate.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a value
+            has the wrong type or range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = nearest(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        raise UserError(f"config file '{path}' does not exist{near}")
+    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"config file '{path}' is empty or no mapping; it needs sections such as model, training, data")
+    return build_config(apply_overrides(values, overrides), place=str(path))
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return ``values`` with each ``section.key=value`` set; values are read as YAML."""
+    values = copy.deepcopy(values)
+    for override in overrides:
+        dotted, separator, text = override.partition("=")
+        if not separator or not dotted:
+            raise UserError(f"override '{override}' is not of the form section.key=value")
+        *parents, key = dotted.split(".")
+        place = values
+        for depth, parent in enumerate(parents):
+            child = place.setdefault(parent, {})
+            if child is None:
+                child = place[parent] = {}
+            if not isinstance(child, dict):
+                raise UserError(f"override '{override}': {'.'.join(parents[: depth + 1])} is a value, not a section")
+            place = child
+        place[key] = parse_yaml(text, f"override '{override}'")
+    return values
+
+
+def build_config(values: dict[str, Any], place: str) -> Config:
+    """Validate a mapping; ``place`` names its origin in errors.
+
+    Raises:
+        UserError: listing every problem, one a line.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{place}: {_explain(problem)}" for problem in error.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+def _explain(problem: Any) -> str:
+    location: tuple[int | str, ...] = problem["loc"]
+    # Union branches add their type's name to the location; a reader knows only keys and list positions.
+    parts = [str(part) for part in location if not re.search(r"[\[\]\(\)<>]|^(str|int|float|bool)$", str(part))]
+    dotted = ".".join(parts)
+    if problem["type"] == "extra_forbidden":
+        *parents, key = parts
+        section = _section_at(parents)
+        known = section.known_keys() if section else []
+        hint = nearest(key, known) or (f"; known keys: {', '.join(known)}" if known else "")
+        elsewhere = [name for name in _all_keys() if name.split(".")[-1] == key]
+        if elsewhere:
+            hint = f"; '{key}' belongs in {elsewhere[0]}"
+        return f"unknown key '{dotted}'{hint}"
+    if problem["type"] == "missing":
+        return f"'{dotted}' is missing; it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{dotted}: {message}" if dotted else message
+    return f"'{dotted}' is {problem['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _section_at(parents: Sequence[str]) -> type[Section] | None:
+    section: type[Section] = Config
+    for parent in parents:
+        if parent.isdigit():
+            continue
+        field = next((f for n, f in section.model_fields.items() if parent in (n, f.alias)), None)
+        nested = section_type(field.annotation) if field else None
+        if nested is None:
+            return None
+        section = nested
+    return section
+
+
+def section_type(annotation: Any) -> type[Section] | None:
+    """Return the :class:`Section` inside an annotation such as ``Section``, ``list[Section]`` or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in get_args(annotation):
+        found = section_type(inner)
+        if found:
+            return found
+    return None
+
+
+def _all_keys(section: type[Section] = Config, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        dotted = f"{prefix}{field.alias or name}"
+        nested = section_type(field.annotation)
+        keys.append(dotted)
+        if nested:
+            keys += _all_keys(nested, f"{dotted}.")
+    return keys
+
+
+def config_values(config: Config) -> dict[str, Any]:
+    """Return the resolved configuration as plain values, under the names the YAML file uses."""
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def dump_config(config: Config) -> str:
+    """Return the resolved configuration as YAML that :func:`load_config` reads back to an equal one."""
+    return yaml.safe_dump(config_values(config), sort_keys=False, default_flow_style=None, width=110)

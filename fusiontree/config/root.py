@@ -1,0 +1,37 @@
+"""The whole configuration of a run."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import model_validator
+
+from fusiontree.checkpoint.config import CheckpointConfig
+from fusiontree.data.config import DataConfig
+from fusiontree.models.config import ModelConfig
+from fusiontree.parallel.config import ParallelConfig
+from fusiontree.training.config import LoggingConfig, TrainingConfig
+from fusiontree.utils.section import Section, setting
+
+
+class Config(Section):
+    """A run: one YAML file with these sections, then ``section.key=value`` overrides."""
+
+    run_dir: str = setting(..., "Folder of the run; starting again with the same folder resumes it.")
+    model: ModelConfig = setting(..., "Shape of the model.")
+    parallel: ParallelConfig = setting(ParallelConfig, "Layout over processes.")
+    training: TrainingConfig = setting(..., "Batch, optimizer, schedule, precision.")
+    data: DataConfig = setting(..., "Token shards.")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, "When to save, what to keep.")
+    logging: LoggingConfig = setting(LoggingConfig, "Metrics and their mirror.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.training.seq_len > self.model.max_position_embeddings:
+            raise ValueError(
+                f"training.seq_len {self.training.seq_len} is longer than model.max_position_embeddings "
+                f"{self.model.max_position_embeddings}; raise the latter or shorten the rows"
+            )
+        if self.training.eval_interval and not self.data.validation:
+            raise ValueError("training.eval_interval is set and data.validation is not; name a split or set it to 0")
+        return self

@@ -1,0 +1,83 @@
+"""How the model is trained, and what is written down meanwhile."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fusiontree.utils.section import Section, setting
+
+
+class TrainingConfig(Section):
+    """Batch, optimizer, schedule and precision."""
+
+    seq_len: int = setting(..., "Length of a row.", unit="tokens", ge=2)
+    max_steps: int = setting(..., "Optimizer steps of the whole run.", unit="steps", ge=1)
+    global_batch_size: int = setting(
+        ..., "Rows of seq_len in one optimizer step, over all ranks; shorter curriculum rows count in proportion.", ge=1
+    )
+    micro_batch_size: int = setting(1, "Rows of seq_len one rank computes in one pass; the rest accumulates.", ge=1)
+    curriculum: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = setting(
+        None,
+        "Stages [row length, steps] before seq_len is reached, e.g. [[4096, 10000], [8192, 5000]]; tokens a step stay.",
+    )
+    precision: Literal["bf16", "fp16", "fp32"] = setting(
+        "bf16", "Type of activations and matrix products; master weights, reductions and optimizer are fp32."
+    )
+    device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto takes a GPU where there is one.")
+    learning_rate: float = setting(3e-4, "Peak learning rate.", ge=0)
+    min_lr_ratio: float = setting(0.1, "Final learning rate over the peak.", ge=0, le=1)
+    warmup_steps: int = setting(0, "Steps of linear warm-up from 0.", unit="steps", ge=0)
+    lr_scheduler: Literal["cosine", "linear", "wsd", "constant"] = setting(
+        "cosine", "Shape after warm-up; wsd is constant, then falls linearly over decay_steps."
+    )
+    decay_steps: int | None = setting(None, "wsd: length of the fall. Absent means a tenth of max_steps.", ge=1)
+    weight_decay: float = setting(0.1, "Decoupled decay of matrices; norms, biases and A_log, D, dt_bias get none.", ge=0)
+    max_grad_norm: float = setting(1.0, "Global norm to which gradients are clipped; 0 never clips.", ge=0)
+    adam_beta1: float = setting(0.9, "AdamW's decay of the mean.", ge=0, lt=1)
+    adam_beta2: float = setting(0.95, "AdamW's decay of the mean square.", ge=0, lt=1)
+    adam_eps: float = setting(1e-8, "AdamW's denominator term.", gt=0)
+    seed: int = setting(0, "Decides initial weights, data order and branch dropout.", ge=0)
+    eval_interval: int = setting(0, "Steps between validations; 0 never validates.", unit="steps", ge=0)
+    eval_rows: int = setting(64, "Rows of seq_len a validation reads; 0 reads the whole split.", ge=0)
+    activation_checkpointing: Literal["none", "full"] = setting(
+        "none", "full keeps a block's input and recomputes the block in the backward pass."
+    )
+    gate_target: float = setting(0.5, "Mean gate of a row that the load balance loss asks for.", ge=0, le=1)
+    gate_margin: float = setting(0.1, "Distance from gate_target that costs nothing.", ge=0, le=1)
+    max_skipped_steps: int = setting(
+        20, "Steps in a row with a non-finite gradient that may be skipped before the run stops.", ge=0
+    )
+    exit_at_step: int | None = setting(
+        None, "Save and stop after this step, as a stop signal would; the same command resumes.", unit="steps", ge=1
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
+        for length, steps in self.curriculum or []:
+            if length < 2 or steps < 1:
+                raise ValueError(f"curriculum stage [{length}, {steps}] needs a row length >= 2 and steps >= 1")
+            if self.global_batch_size * self.seq_len % length or self.seq_len % length:
+                raise ValueError(
+                    f"curriculum row length {length} does not divide seq_len {self.seq_len}; tokens a step would change"
+                )
+        return self
+
+
+class WandbConfig(Section):
+    """Mirror of the metrics; local files stay the truth."""
+
+    mode: Literal["disabled", "offline", "online"] = setting("disabled", "Whether and how to log to wandb.")
+    project: str = setting("fusiontree", "Project to log into.")
+    entity: str | None = setting(None, "Team or user; absent means wandb's default.")
+    name: str | None = setting(None, "Name of the run; absent means the run folder's name.")
+
+
+class LoggingConfig(Section):
+    """What is written while training."""
+
+    log_interval: int = setting(10, "Steps between lines of metrics.jsonl and the console; 0 never.", unit="steps", ge=0)
+    wandb: WandbConfig = setting(WandbConfig, "Mirror to Weights & Biases.")
