@@ -8,10 +8,10 @@ global norm; a step whose gradient is not finite changes nothing and says so.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,31 @@ class StepResult:
     """Why the step changed nothing, or None."""
 
 
+class StepInputs(NamedTuple):
+    """One micro batch of whole rows on the CPU, the same on all ranks that share its rows."""
+
+    input_ids_BS: Tensor
+    labels_BS: Tensor
+    positions_BS: Tensor
+    row_weight_B: Tensor
+    branch_scale_LB2: Tensor | None
+
+
+class StepOutputs(NamedTuple):
+    """What the loss is made of. Token sums cover this rank's tokens; gate sums cover whole rows."""
+
+    loss_sum: Tensor
+    z_sum: Tensor
+    gate_sum_LB: Tensor
+    square_sum_LB: Tensor
+    entropy_sum_LB: Tensor
+    count_B: Tensor
+    row_weight_B: Tensor
+
+
 class Engine(Protocol):
     """Executes a training step on this process's part of the model."""
 
-    module: nn.Module
-    """The model to call; its forward runs all collectives it needs."""
     device: torch.device
 
     @property
@@ -62,8 +82,20 @@ class Engine(Protocol):
         """Number of processes."""
         ...
 
-    def sum_over_data(self, values: Tensor) -> Tensor:
-        """Sum ``values`` over the ranks that hold different tokens."""
+    def forward(self, inputs: StepInputs) -> StepOutputs:
+        """Run the model on one micro batch and return what the loss is made of."""
+        ...
+
+    def sum_over_rows(self, values: Tensor) -> Tensor:
+        """Sum ``values`` over the ranks that read different rows, in place: for what is counted on whole rows."""
+        ...
+
+    def sum_over_tokens(self, values: Tensor) -> Tensor:
+        """Sum ``values`` over the ranks that hold different tokens, in place: for what is counted on pieces."""
+        ...
+
+    def evaluate(self, inputs: StepInputs) -> Tensor:
+        """Return the summed cross entropy of this rank's tokens, without gradients and without branch dropout."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

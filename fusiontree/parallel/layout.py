@@ -57,7 +57,9 @@ class Layout:
             store = dist.HashStore()
             dist.init_process_group(self.backend, store=store, rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(self.backend, rank=self.place.rank, world_size=self.place.world_size, timeout=timeout)
+            dist.init_process_group(
+                self.backend, rank=self.place.rank, world_size=self.place.world_size, timeout=timeout
+            )
         self.mesh: DeviceMesh = init_device_mesh(self.device.type, (self.place.world_size,), mesh_dim_names=("dp",))
         # Files are written by CPU code; a gloo group keeps that off the GPU's stream and its time-outs apart.
         self.cpu_group = dist.new_group(backend="gloo", timeout=timeout)
@@ -77,10 +79,21 @@ class Layout:
         """True on the one process that writes files and prints."""
         return self.place.is_main
 
-    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the elementwise sum of ``values`` over the ranks that hold different tokens (in place)."""
-        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.mesh.get_group("dp"))
+    def parameter_mesh(self, shard: bool) -> DeviceMesh:
+        """Return the mesh for ``fully_shard``: sharded over all data parallel ranks, or whole on each of them."""
+        if shard:
+            return self.mesh["dp"]
+        return init_device_mesh(self.device.type, (self.dp_size, 1), mesh_dim_names=("replicate", "shard"))
+
+    def sum_over_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum ``values`` in place over the ranks that read different rows."""
+        if self.dp_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.mesh.get_group("dp"))
         return values
+
+    def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum ``values`` in place over the ranks that hold different tokens."""
+        return self.sum_over_rows(values)  # every rank holds whole rows
 
     def barrier(self) -> None:
         """Wait until every process is here."""

@@ -33,7 +33,9 @@ class TrainingConfig(Section):
         "cosine", "Shape after warm-up; wsd is constant, then falls linearly over decay_steps."
     )
     decay_steps: int | None = setting(None, "wsd: length of the fall. Absent means a tenth of max_steps.", ge=1)
-    weight_decay: float = setting(0.1, "Decoupled decay of matrices; norms, biases and A_log, D, dt_bias get none.", ge=0)
+    weight_decay: float = setting(
+        0.1, "Decoupled decay of matrices; norms, biases and A_log, D, dt_bias get none.", ge=0
+    )
     max_grad_norm: float = setting(1.0, "Global norm to which gradients are clipped; 0 never clips.", ge=0)
     adam_beta1: float = setting(0.9, "AdamW's decay of the mean.", ge=0, lt=1)
     adam_beta2: float = setting(0.95, "AdamW's decay of the mean square.", ge=0, lt=1)
@@ -79,5 +81,7 @@ class WandbConfig(Section):
 class LoggingConfig(Section):
     """What is written while training."""
 
-    log_interval: int = setting(10, "Steps between lines of metrics.jsonl and the console; 0 never.", unit="steps", ge=0)
+    log_interval: int = setting(
+        10, "Steps between lines of metrics.jsonl and the console; 0 never.", unit="steps", ge=0
+    )
     wandb: WandbConfig = setting(WandbConfig, "Mirror to Weights & Biases.")

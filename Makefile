@@ -1,0 +1,51 @@
+# Everything a person types; `make` alone lists it.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A machine with an NVIDIA driver gets the CUDA build of torch, any other the pinned CPU environment.
+CONSTRAINTS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo .ci/constraints-cpu.txt)
+EXTRAS ?= dev
+STAMP := $(VENV)/.installed-$(EXTRAS)
+
+.PHONY: help install quickstart test test-all test-gpu lint format clean
+
+help:
+	@echo "make quickstart   install, build token shards, train, resume, generate, report (about 8 minutes on 2 cores)"
+	@echo "make test         install and run the CPU test suite"
+	@echo "make test-all     the same with the long tables and campaigns"
+	@echo "make test-gpu     tests that need a CUDA device"
+	@echo "make lint         ruff and mypy"
+	@echo "make format       let ruff rewrite the code"
+
+install: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$(EXTRAS)]'
+	touch $@
+
+quickstart: install
+	$(BIN)/python tools/quickstart.py
+
+# Tests start processes of their own; one thread each keeps two cores busy without fighting.
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu"
+
+test-all: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not gpu"
+
+test-gpu: install
+	$(BIN)/python -m pytest -q -m gpu tests
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy fusiontree tools
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache

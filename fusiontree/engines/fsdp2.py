@@ -1,0 +1,209 @@
+"""PyTorch FSDP2: parameters, gradients and optimizer sharded, or whole on every rank (``ddp``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from fusiontree.engines.base import OptimizerSettings, StepInputs, StepOutputs, StepResult
+from fusiontree.engines.loss_scale import LossScale
+from fusiontree.engines.step import run_model
+from fusiontree.parallel.layout import Layout
+from fusiontree.parallel.units import Unit, units_inside_out
+
+PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class FSDP2Engine:
+    """Trains a model with ``fully_shard``, block by block.
+
+    ``ddp`` is the same machinery on a mesh whose sharding axis has one rank: parameters stay whole, gradients are
+    all-reduced while the backward pass runs, and mixed precision means the same as under ``fsdp2``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout,
+        *,
+        materialize: Callable[[Unit], None],
+        decays: Callable[[str, nn.Parameter], bool],
+        precision: str,
+        optimizer: OptimizerSettings,
+        shard: bool,
+    ) -> None:
+        """Materialise, initialise and shard ``model`` (on the meta device) one block at a time.
+
+        Args:
+            model: the model on the meta device.
+            layout: the process's place; its mesh is sharded over.
+            materialize: gives a unit memory and initial values.
+            decays: tells from name and parameter whether weight decay applies.
+            precision: bf16 | fp16 | fp32, the type of activations and matrix products.
+            optimizer: AdamW's settings.
+            shard: True shards over all data parallel ranks, False keeps whole parameters (ddp).
+        """
+        self.layout = layout
+        self.device = layout.device
+        self.module: Any = model
+        self._shard = shard
+        self._settings = optimizer
+        mesh = layout.parameter_mesh(shard)
+        compute_dtype = PRECISION[precision]
+        for units in units_inside_out(model):
+            materialize(units[-1])
+            for unit in units:
+                dtype = torch.float32 if unit.keep_fp32 else compute_dtype
+                policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+                fully_shard(unit.module, mesh=mesh, mp_policy=policy, reshard_after_forward=shard and unit.name != "")
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # the loss is already divided by the global token count
+                if layout.backend == "gloo":
+                    module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.optimizer = self._build_optimizer(decays)
+        self.loss_scale = LossScale() if precision == "fp16" else None
+
+    def _build_optimizer(self, decays: Callable[[str, nn.Parameter], bool]) -> torch.optim.AdamW:
+        decayed = [p for n, p in self.parameters.items() if decays(n, p)]
+        plain = [p for n, p in self.parameters.items() if not decays(n, p)]
+        groups = [
+            {"params": decayed, "weight_decay": self._settings.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            betas=(self._settings.beta1, self._settings.beta2),
+            eps=self._settings.eps,
+            fused=True,
+        )
+        # AdamW makes its moments in the first step; a checkpoint to load needs them before.
+        for parameter in self.parameters.values():
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=self.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        return optimizer
+
+    @property
+    def dp_rank(self) -> int:
+        """Which part of every global batch this rank reads."""
+        return self.layout.dp_rank
+
+    @property
+    def dp_size(self) -> int:
+        """Number of parts of a global batch."""
+        return self.layout.dp_size
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.layout.place.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and prints."""
+        return self.layout.is_main
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        self.layout.barrier()
+
+    def forward(self, inputs: StepInputs) -> StepOutputs:
+        """Run the model on one micro batch."""
+        return run_model(self.module, inputs, self.layout)
+
+    @torch.no_grad()
+    def evaluate(self, inputs: StepInputs) -> Tensor:
+        """Return the summed cross entropy of this rank's tokens."""
+        self.module.eval()
+        loss_sum = run_model(self.module, inputs, self.layout).loss_sum
+        self.module.train()
+        return loss_sum
+
+    def sum_over_rows(self, values: Tensor) -> Tensor:
+        """Sum ``values`` over the ranks that read different rows."""
+        return self.layout.sum_over_rows(values)
+
+    def sum_over_tokens(self, values: Tensor) -> Tensor:
+        """Sum ``values`` over the ranks that hold different tokens."""
+        return self.layout.sum_over_tokens(values)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of ``loss``; gradients are reduced in fp32 over the ranks."""
+        if not self._shard:
+            # Whole gradients fit anyway: add them up locally (in fp32) and reduce once a step.
+            self.module.set_requires_gradient_sync(last)
+        if self.loss_scale:
+            loss = loss * self.loss_scale.scale
+        loss.backward()
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip by the global norm, apply AdamW, clear the gradient."""
+        grads = [_local(p.grad) for p in self.parameters.values() if p.grad is not None]
+        if self.loss_scale:
+            torch._foreach_mul_(grads, 1.0 / self.loss_scale.scale)
+        norm = self._global_norm(grads)
+        result = StepResult(norm)
+        if not torch.isfinite(torch.tensor(norm)):
+            why = (
+                "overflow at loss scale " + str(self.loss_scale.scale)
+                if self.loss_scale
+                else "non-finite gradient norm"
+            )
+            result = StepResult(norm, skipped=why)
+        else:
+            limit = self._settings.max_grad_norm
+            if limit and norm > limit:
+                torch._foreach_mul_(grads, limit / norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        if self.loss_scale:
+            self.loss_scale.update(overflow=result.skipped is not None)
+        self.optimizer.zero_grad(set_to_none=True)
+        return result
+
+    def _global_norm(self, grads: list[Tensor]) -> float:
+        square = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+        if self._shard:
+            dist.all_reduce(square, group=self.layout.mesh.get_group("dp"))
+        return float(square.sqrt())
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Live tensors of the training state: ``model.NAME``, ``optimizer.exp_avg.NAME``, ``optimizer.exp_avg_sq.NAME``."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            tensors[f"model.{name}"] = parameter.detach()
+            tensors[f"optimizer.exp_avg.{name}"] = state["exp_avg"]
+            tensors[f"optimizer.exp_avg_sq.{name}"] = state["exp_avg_sq"]
+        return tensors
+
+    def state_values(self) -> dict[str, Any]:
+        """Optimizer step count and loss scale."""
+        step = next(iter(self.optimizer.state.values()))["step"]
+        values: dict[str, Any] = {"optimizer_step": int(step)}
+        if self.loss_scale:
+            values["loss_scale"] = {"scale": self.loss_scale.scale, "good_steps": self.loss_scale.good_steps}
+        return values
+
+    def load_state_values(self, values: dict[str, Any]) -> None:
+        """Take back :meth:`state_values`."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(values["optimizer_step"])
+        if self.loss_scale and "loss_scale" in values:
+            self.loss_scale.scale = values["loss_scale"]["scale"]
+            self.loss_scale.good_steps = values["loss_scale"]["good_steps"]
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad

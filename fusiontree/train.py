@@ -1,0 +1,136 @@
+"""The one training entry: ``python -m fusiontree.train --config FILE [section.key=value …]``.
+
+torchrun, deepspeed, srun and plain python all reach it; which process this is comes from their environment variables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from fusiontree.config.load import config_values, dump_config, load_config
+from fusiontree.config.root import Config
+from fusiontree.training.run_folder import check_run_folder
+from fusiontree.utils.environment import process_place
+from fusiontree.utils.errors import UserError
+
+log = logging.getLogger("fusiontree")
+
+
+class _Help(argparse.Action):
+    """Prints the usage and, below it, every setting with its default and meaning."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from fusiontree.config.describe import describe_settings
+
+        print(parser.format_help() + "\nsettings:" + describe_settings())
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line of the training entry."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusiontree.train",
+        description="Train a FusionTree model. Starting again with the same run_dir resumes it.",
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and every setting, then exit")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the run's configuration")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the entry; return the exit code: 0 done or stopped as asked, 2 something the user gave is wrong."""
+    args = build_parser().parse_args(argv)
+    place = process_place()
+    logging.basicConfig(
+        level=logging.INFO if place.is_main else logging.WARNING, format="%(message)s", stream=sys.stdout
+    )
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.print_config:
+            print(dump_config(config), end="")
+            return 0
+        check_run_folder(Path(config.run_dir), config_values(config))
+        train(config)
+    except UserError as error:
+        # Every rank meets the same error; one message is enough, unless it is this rank's own.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def train(config: Config) -> None:
+    """Build layout, engine and data as configured, and train.
+
+    Raises:
+        UserError: the configuration asks for what is not there (a GPU, a dataset, a backend).
+    """
+    # Reading a configuration needs no torch; training does.
+    from fusiontree.data.loader import TrainingData, ValidationData
+    from fusiontree.engines.build import build_engine
+    from fusiontree.models.flops import training_flops_per_token
+    from fusiontree.parallel.layout import Layout
+    from fusiontree.training.loop import RunSettings, Trainer
+    from fusiontree.training.losses import LossWeights
+    from fusiontree.training.run_folder import write_config
+    from fusiontree.utils.hardware import peak_flops
+
+    model, training = config.model, config.training
+    run_dir = Path(config.run_dir)
+    with Layout(training.device) as layout:
+        train_data = TrainingData(
+            config.data,
+            seq_len=training.seq_len,
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            curriculum=training.curriculum,
+            seed=training.seed,
+            vocab_size=model.vocab_size,
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
+        )
+        validation_data = None
+        if config.data.validation and training.eval_interval:
+            validation_data = ValidationData(
+                config.data,
+                seq_len=training.seq_len,
+                micro_batch_size=training.micro_batch_size,
+                max_rows=training.eval_rows,
+                vocab_size=model.vocab_size,
+                dp_rank=layout.dp_rank,
+                dp_size=layout.dp_size,
+            )
+        if layout.is_main:
+            write_config(run_dir, dump_config(config))
+        layout.barrier()
+        engine = build_engine(config.model, config.parallel, training, layout)
+        settings = RunSettings(
+            run_dir=run_dir,
+            training=training,
+            checkpoint=config.checkpoint,
+            logging=config.logging,
+            values=config_values(config),
+            loss_weights=LossWeights(
+                load_balance=model.load_balance_coeff,
+                entropy=model.entropy_reg_coeff,
+                z_loss=model.z_loss_coeff,
+                gate_target=training.gate_target,
+                gate_margin=training.gate_margin,
+            ),
+            num_layers=model.num_layers,
+            drop_branch_prob=model.drop_branch_prob,
+            flops_per_token=lambda length: training_flops_per_token(model, length),
+            peak_flops=peak_flops(layout.device, training.precision),
+            tokenizer_files=train_data.tokenizer_files,
+        )
+        Trainer(settings, engine, train_data, validation_data).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

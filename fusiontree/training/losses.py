@@ -1,0 +1,86 @@
+"""The training loss: tokens, gates and their weights.
+
+Shape legend: L layers, B rows of a micro batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Coefficients of the loss terms and the interval that costs the gates nothing."""
+
+    load_balance: float
+    entropy: float
+    z_loss: float
+    gate_target: float
+    gate_margin: float
+
+
+@dataclass(frozen=True)
+class GlobalCounts:
+    """What the sums of one optimizer step are divided by; over all ranks and micro batches."""
+
+    tokens: float
+    """Labels that count."""
+    rows: float
+    """Rows that count, fillers excluded."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """This micro batch's share of each term; the shares of all micro batches and ranks add up to the value."""
+
+    total: Tensor
+    lm: Tensor
+    z: Tensor
+    load_balance: Tensor
+    entropy: Tensor
+
+    def stack(self) -> Tensor:
+        """Return the five terms as one detached fp32 vector."""
+        terms = (self.total, self.lm, self.z, self.load_balance, self.entropy)
+        return torch.stack([term.detach().float() for term in terms])
+
+
+def loss_terms(
+    loss_sum: Tensor,
+    z_sum: Tensor,
+    gate_sum_LB: Tensor,
+    entropy_sum_LB: Tensor,
+    count_B: Tensor,
+    row_weight_B: Tensor,
+    weights: LossWeights,
+    counts: GlobalCounts,
+) -> LossTerms:
+    """Combine a micro batch's sums into its share of the loss.
+
+    The load balance term is a hinge on each row's mean gate (all its tokens and channels) in each layer: zero within
+    ``gate_target ± gate_margin``, linear outside. The entropy term is the gates' mean binary entropy in nats. Both
+    are averaged over layers and the global batch's rows.
+
+    Args:
+        loss_sum: cross entropy summed over valid tokens.
+        z_sum: squared log-partition summed over valid tokens.
+        gate_sum_LB: gates summed over a row's tokens and channels.
+        entropy_sum_LB: their entropies, likewise.
+        count_B: how many gates a row has in a layer.
+        row_weight_B: 0 for filler rows, else 1.
+        weights: coefficients.
+        counts: global denominators.
+    """
+    layers = gate_sum_LB.shape[0]
+    per_row = 1.0 / count_B.clamp(min=1)
+    share_B = row_weight_B / (layers * max(counts.rows, 1.0))
+    distance_LB = (gate_sum_LB * per_row - weights.gate_target).abs() - weights.gate_margin
+    load_balance = (distance_LB.clamp(min=0) * share_B).sum()
+    entropy = (entropy_sum_LB * per_row * share_B).sum()
+    lm = loss_sum / max(counts.tokens, 1.0)
+    z = z_sum / max(counts.tokens, 1.0)
+    total = lm + weights.z_loss * z + weights.load_balance * load_balance + weights.entropy * entropy
+    return LossTerms(total, lm, z, load_balance, entropy)

@@ -1,0 +1,108 @@
+"""Configuration errors name the key, its place and the way out; resolved configurations read back equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fusiontree.config.describe import describe_settings
+from fusiontree.config.load import build_config, dump_config, load_config
+from fusiontree.utils.errors import UserError
+
+BASE = """
+run_dir: runs/x
+model: {vocab_size: 264, hidden_size: 64, num_layers: 2, num_heads: 4, gate_rank: 8, max_position_embeddings: 128}
+training: {seq_len: 64, max_steps: 10, global_batch_size: 4, learning_rate: 3e-4}
+data: {train: shards}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def error_of(file: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(file, overrides)
+    return str(caught.value)
+
+
+def test_overrides_win_and_scientific_numbers_are_numbers(file: Path) -> None:
+    config = load_config(file, ["training.learning_rate=1e-3", "model.mamba.d_state=16", "training.max_steps=7"])
+    assert config.training.learning_rate == 1e-3
+    assert config.model.mamba.d_state == 16
+    assert config.training.max_steps == 7
+
+
+def test_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> None:
+    config = load_config(file, ["training.curriculum=[[32, 5]]"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("training.seq_length=64", ["training.seq_length", "did you mean 'seq_len'"]),
+        ("model.mamba.dstate=64", ["model.mamba.dstate", "did you mean 'd_state'"]),
+        ("trainig.seed=1", ["trainig", "did you mean 'training'"]),
+        ("training.num_heads=4", ["training.num_heads", "belongs in model.num_heads"]),
+        ("model.num_heads=5", ["hidden_size 64", "num_heads 5"]),
+        ("model.num_heads=four", ["model.num_heads", "'four'"]),
+        ("model.num_heads=4.5", ["model.num_heads", "4.5"]),
+        ("model.window_size=0", ["model.window_size", "greater than or equal to 1"]),
+        ("model.num_kv_heads=3", ["num_heads 4", "num_kv_heads 3"]),
+        ("model.global_heads=9", ["global_heads 9", "num_heads 4"]),
+        ("model.mamba.n_groups=3", ["n_groups 3"]),
+        ("model.layer_pattern=FFF", ["FFF", "num_layers is 2"]),
+        ("model.layer_pattern=FX", ["'X'"]),
+        ("training.seq_len=4096", ["seq_len 4096", "max_position_embeddings 128"]),
+        ("training.curriculum=[[48, 5]]", ["48", "does not divide seq_len 64"]),
+        ("training.eval_interval=5", ["data.validation"]),
+        ("model=3", ["model"]),
+        ("model.hidden_size.x=3", ["model.hidden_size is a value"]),
+        ("nonsense", ["section.key=value"]),
+        ("training.precision=int8", ["training.precision", "'bf16'"]),
+    ],
+)
+def test_each_mistake_is_named(file: Path, override: str, parts: list[str]) -> None:
+    message = error_of(file, override)
+    for part in parts:
+        assert part in message, message
+
+
+def test_missing_key_and_file_are_named(file: Path) -> None:
+    values = yaml.safe_load(BASE)
+    del values["training"]["max_steps"]
+    with pytest.raises(UserError, match=r"'training.max_steps' is missing"):
+        build_config(values, "here")
+    with pytest.raises(UserError, match="did you mean 'run.yaml'"):
+        load_config(file.with_name("runs.yaml"))
+
+
+def test_a_key_given_twice_is_an_error(file: Path) -> None:
+    file.write_text(BASE + "run_dir: other\n")
+    assert "'run_dir' is given twice" in error_of(file)
+
+
+def test_every_setting_is_described() -> None:
+    text = describe_settings()
+    assert "training.seq_len  [int, tokens] required" in text
+    assert "model.mamba.d_state" in text
+    assert "= PydanticUndefined" not in text
+    lines = text.splitlines()
+    undocumented = [
+        a for a, b in zip(lines, lines[1:], strict=False) if a.startswith("  ") and "[" in a and not b.strip()
+    ]
+    assert not undocumented
+
+
+def test_num_heads_is_respected(file: Path) -> None:
+    """A prototype ignored this key of its config."""
+    assert load_config(file, ["model.num_heads=2"]).model.num_heads == 2

@@ -1,0 +1,137 @@
+"""The import rules: which room may import which, read from the source, function-local imports included."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent / "fusiontree"
+
+# room -> rooms it may import besides itself
+ROOMS: dict[str, set[str]] = {
+    "utils": set(),
+    "ops": {"utils"},
+    "data": {"utils"},
+    "models": {"ops", "utils"},
+    "parallel": {"models", "ops", "utils"},
+    "engines": {"parallel", "utils"},
+    "checkpoint": {"models", "parallel", "utils"},
+    "training": {"engines.base", "data", "checkpoint", "utils"},
+    "generation": {"models", "checkpoint", "utils"},
+    "evaluation": {"models", "generation", "data", "checkpoint", "utils"},
+    "config": {"utils"},  # and any room's config.py
+}
+# third-party package -> rooms whose files may import it
+RESERVED: dict[str, set[str]] = {
+    "deepspeed": {"engines"},
+    "mamba_ssm": {"ops"},
+    "causal_conv1d": {"ops"},
+    "flash_attn": {"ops"},
+    "fla": {"ops"},
+    "triton": {"ops"},
+    "wandb": {"training"},
+}
+NO_DISTRIBUTED = {"models", "ops", "data", "generation"}
+SOURCES = sorted(ROOT.rglob("*.py"))
+
+
+def imported_modules(tree: ast.AST) -> list[tuple[str, int]]:
+    """Return every imported module with its line; ``from a import b`` counts as ``a.b``."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}; write the whole name"
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+def room_of(path: Path) -> str | None:
+    """The room a file lies in; None for entry points beside the rooms."""
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if len(parts) > 1 else None
+
+
+def violations(path: Path, text: str) -> list[str]:
+    """Every broken import rule of one file."""
+    room = room_of(path)
+    problems = []
+    for module, line in imported_modules(ast.parse(text)):
+        where = f"{path.relative_to(ROOT.parent)}:{line} imports {module}"
+        top, *rest = module.split(".")
+        if top in RESERVED and room not in RESERVED[top]:
+            problems.append(f"{where}: only {sorted(RESERVED[top])} may")
+        if module.startswith("torch.distributed") and room in NO_DISTRIBUTED:
+            problems.append(f"{where}: {room} knows no other process")
+        if top != "fusiontree" or room is None:
+            continue
+        target = rest[0] if rest else ""
+        if target not in ROOMS and rest and (ROOT / f"{target}.py").exists():
+            problems.append(f"{where}: nothing imports an entry point")
+            continue
+        if target in ("", room, "__version__"):
+            continue
+        if room == "config" and len(rest) > 1 and rest[1] == "config":
+            continue
+        allowed = ROOMS[room]
+        if target not in allowed and ".".join(rest[:2]) not in allowed:
+            problems.append(f"{where}: {room} may import {sorted(allowed)}")
+    return problems
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_import_rules(path: Path) -> None:
+    assert not violations(path, path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("place", "code"),
+    [
+        ("models/x.py", "def f():\n    import torch.distributed as dist"),
+        ("models/x.py", "from fusiontree.parallel.layout import Layout"),
+        ("training/x.py", "from fusiontree.engines.fsdp2 import FSDP2Engine"),
+        ("data/x.py", "from fusiontree.models.config import ModelConfig"),
+        ("parallel/x.py", "import deepspeed"),
+        ("models/x.py", "from flash_attn import flash_attn_func"),
+        ("engines/x.py", "from fusiontree.train import main"),
+        ("config/x.py", "from fusiontree.models.model import FusionTreeModel"),
+    ],
+)
+def test_rules_bite(place: str, code: str) -> None:
+    assert violations(ROOT / place, code)
+
+
+def test_every_folder_is_a_known_room() -> None:
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert folders <= ROOMS.keys()
+
+
+def test_environment_is_read_in_one_place() -> None:
+    readers = [p for p in SOURCES if "os.environ" in p.read_text() or "getenv" in p.read_text()]
+    assert [p.relative_to(ROOT).as_posix() for p in readers] == ["utils/environment.py"]
+
+
+def test_process_groups_are_made_in_one_place() -> None:
+    makers = ("init_process_group", "new_group", "init_device_mesh")
+    found = {p.relative_to(ROOT).as_posix() for p in SOURCES if any(f"{m}(" in p.read_text() for m in makers)}
+    assert found <= {"parallel/layout.py"}
+
+
+def test_reading_a_config_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, fusiontree.config.load; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("op", sorted(p.name for p in (ROOT / "ops").iterdir() if (p / "__init__.py").exists()))
+def test_every_op_has_a_reference_and_a_gradient_test(op: str) -> None:
+    assert (ROOT / "ops" / op / "reference.py").is_file()
+    tests = list((ROOT.parent / "tests" / "ops").glob(f"test_{op}*.py"))
+    assert tests, f"no tests/ops/test_{op}*.py"
+    text = "".join(t.read_text() for t in tests)
+    assert "grad" in text

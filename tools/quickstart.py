@@ -1,0 +1,122 @@
+"""The whole journey on any machine: token shards, training, a stop, a resume, generated text, a picture.
+
+``make quickstart`` runs it after installing. Run it again and it continues where it was; delete runs/quickstart to
+start over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = Path("runs/quickstart")
+CONFIG = "configs/quickstart.yaml"
+STOP_AT = 250
+PROMPT = "def "
+
+
+def say(text: str) -> None:
+    """Print a heading that stands out from the programs' own output."""
+    print(f"\n== {text}", flush=True)
+
+
+def run(*command: str, capture: bool = False) -> str:
+    """Run a command as a user would type it, shown first; leave with its exit code if it fails."""
+    shown = ["python" if part == sys.executable else part for part in command]
+    print("$ " + " ".join(f"'{p}'" if " " in p or not p else p for p in shown), flush=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+def count_gpus() -> int:
+    """Number of GPUs torch can use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def main() -> int:
+    """Run every step; return the exit code."""
+    began = time.monotonic()
+    os.chdir(ROOT)
+    python = sys.executable
+    gpus = count_gpus()
+    processes = gpus or 2
+    if not gpus:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // processes)))
+    machine = f"{gpus} GPU(s)" if gpus else f"no GPU, {processes} processes on {os.cpu_count()} CPU cores"
+
+    say(f"1/5  token shards from the Python standard library's sources ({machine})")
+    sources = sysconfig.get_paths()["stdlib"]
+    if not (RUN / "data" / "train" / "dataset.json").is_file():
+        shutil.rmtree(RUN / "data", ignore_errors=True)
+        run(
+            *(python, "tools/build_shards.py", "--input", sources, "--include", "*.py", "--exclude", "site-packages"),
+            *("--tokenizer", "byte", "--validation-fraction", "0.02", "--shuffle", "--output", str(RUN / "data")),
+        )
+    else:
+        print(f"{RUN / 'data'} is there already")
+    bigram = json.loads((RUN / "data/train/dataset.json").read_text())["statistics"]["bigram_entropy_nats"]
+
+    launch = [str(Path(python).parent / "torchrun"), "--standalone", f"--nproc-per-node={processes}"]
+    train = [*launch, "-m", "fusiontree.train", "--config", CONFIG]
+    say(f"2/5  training: {processes} ranks under FSDP2; stops itself at step {STOP_AT}, as a preemption would")
+    run(*train, f"training.exit_at_step={STOP_AT}")
+    say("3/5  the same command again: it resumes from the checkpoint and goes on to the end")
+    run(*train)
+
+    say("4/5  text from the checkpoint")
+    generate = (python, "-m", "fusiontree.generate", "--checkpoint", str(RUN), "--prompt", PROMPT)
+    sample = run(
+        *generate, "--max-new-tokens", "400", "--temperature", "0.8", "--top-p", "0.95", "--seed", "1", capture=True
+    )
+    print(sample)
+    (RUN / "sample.txt").write_text(sample)
+
+    say("5/5  picture and summary")
+    run(python, "tools/plot_run.py", str(RUN), "--reference", "bigram entropy", f"{bigram:.4f}")
+    return summarize(bigram, time.monotonic() - began)
+
+
+def summarize(bigram: float, seconds: float) -> int:
+    """Print what came out and where it lies; fail if the model learnt less than pairs of bytes tell."""
+    records = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    validation = [r["validation_loss"] for r in records if "validation_loss" in r][-1]
+    last = [r for r in records if "loss" in r][-1]
+    print(f"""
+validation loss   {validation:.3f} nats a byte ({validation / 0.6931:.2f} bits); byte pairs alone would give {bigram:.3f}
+trained on        {last["tokens"] / 1e6:.1f}M bytes at {last["tokens_per_s"]:,.0f} a second; {seconds:.0f} s in all
+
+{RUN}/config.yaml       the resolved configuration
+{RUN}/metrics.jsonl     loss, gradient norm, gates, speed of every logged step
+{RUN}/events.jsonl      starts, resumes, saves
+{RUN}/checkpoints/      what a resume or a conversion reads
+{RUN}/sample.txt        the text above
+{RUN}/loss.png          loss and gates
+{RUN}/data/             token shards, readable by any WebDataset reader
+
+Try next:
+  python -m fusiontree.generate --checkpoint {RUN} --prompt 'class '
+  python -m fusiontree.train --config {CONFIG} run_dir=runs/mine model.layer_pattern=MFMF training.max_steps=300
+  python -m fusiontree.train --help
+""")
+    if validation >= bigram:
+        print(
+            f"error: validation loss {validation:.3f} is not below {bigram:.3f}; the model did not learn",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
