@@ -93,7 +93,7 @@ def summarize(bigram: float, seconds: float) -> int:
     validation = [r["validation_loss"] for r in records if "validation_loss" in r][-1]
     last = [r for r in records if "loss" in r][-1]
     print(f"""
-validation loss   {validation:.3f} nats a byte ({validation / 0.6931:.2f} bits); byte pairs alone would give {bigram:.3f}
+validation loss   {validation:.3f} nats a byte ({validation / 0.6931:.2f} bits); byte pairs alone give {bigram:.3f}
 trained on        {last["tokens"] / 1e6:.1f}M bytes at {last["tokens_per_s"]:,.0f} a second; {seconds:.0f} s in all
 
 {RUN}/config.yaml       the resolved configuration

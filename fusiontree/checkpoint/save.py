@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ STATE = "state.json"
 
 
 def save_checkpoint(
-    checkpoints: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], extra_files: list[Path] = []
+    checkpoints: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], extra_files: Sequence[Path] = ()
 ) -> Path:
     """Write a checkpoint; all ranks call this together.
 

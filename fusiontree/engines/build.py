@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from fusiontree.engines.base import Engine, OptimizerSettings
 from fusiontree.engines.fsdp2 import FSDP2Engine
 from fusiontree.parallel.layout import Layout

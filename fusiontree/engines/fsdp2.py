@@ -179,7 +179,7 @@ class FSDP2Engine:
         return float(square.sqrt())
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Live tensors of the training state: ``model.NAME``, ``optimizer.exp_avg.NAME``, ``optimizer.exp_avg_sq.NAME``."""
+        """Live tensors: ``model.NAME``, ``optimizer.exp_avg.NAME``, ``optimizer.exp_avg_sq.NAME``."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             state = self.optimizer.state[parameter]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class LossScale:
-    """Doubles after ``growth_interval`` good steps, halves after an overflow (Micikevicius et al. 2018, section 3.2)."""
+    """Doubles after ``growth_interval`` good steps, halves after an overflow (Micikevicius et al. 2018, 3.2)."""
 
     scale: float = 2.0**16
     growth_interval: int = 1000

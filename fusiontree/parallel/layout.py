@@ -31,8 +31,8 @@ def choose_device(wanted: str, place: ProcessPlace) -> torch.device:
     count = torch.cuda.device_count()
     if place.local_rank >= count:
         raise UserError(
-            f"local rank {place.local_rank} has no GPU: this machine shows {count}; start at most {count} processes a node "
-            f"or set training.device=cpu"
+            f"local rank {place.local_rank} has no GPU: this machine shows {count}; start at most {count} "
+            f"processes a node or set training.device=cpu"
         )
     return torch.device("cuda", place.local_rank)
 

@@ -217,8 +217,8 @@ class Trainer:
         limit = self.settings.training.max_skipped_steps
         if self.position.skipped_in_a_row > limit:
             raise UserError(
-                f"step {step}: {self.position.skipped_in_a_row} steps in a row were skipped ({result.skipped}), more than "
-                f"training.max_skipped_steps {limit}; lower the learning rate or resume from an earlier checkpoint"
+                f"step {step}: {self.position.skipped_in_a_row} steps in a row were skipped ({result.skipped}), more "
+                f"than training.max_skipped_steps {limit}; lower the learning rate or resume from an earlier checkpoint"
             )
 
     def _speed(self, batch: StepBatch, seconds: float) -> dict[str, Any]:

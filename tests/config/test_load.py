@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_missing_key_and_file_are_named(file: Path) -> None:
     del values["training"]["max_steps"]
     with pytest.raises(UserError, match=r"'training.max_steps' is missing"):
         build_config(values, "here")
-    with pytest.raises(UserError, match="did you mean 'run.yaml'"):
+    with pytest.raises(UserError, match=r"did you mean 'run\.yaml'"):
         load_config(file.with_name("runs.yaml"))
 
 
@@ -97,9 +98,7 @@ def test_every_setting_is_described() -> None:
     assert "model.mamba.d_state" in text
     assert "= PydanticUndefined" not in text
     lines = text.splitlines()
-    undocumented = [
-        a for a, b in zip(lines, lines[1:], strict=False) if a.startswith("  ") and "[" in a and not b.strip()
-    ]
+    undocumented = [a for a, b in itertools.pairwise(lines) if a.startswith("  ") and "[" in a and not b.strip()]
     assert not undocumented
 
 
