@@ -1,0 +1,305 @@
+"""Batched autoregressive decoding: one prefill fills the cache, every later step feeds one token a row.
+
+Shape legend: B rows still running, S tokens of the padded prompts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fusiontree.generation.sampling import SamplingConfig, sample
+from fusiontree.generation.text import TextStream
+from fusiontree.models.config import ModelConfig
+from fusiontree.models.model import FusionTreeModel
+from fusiontree.utils.errors import UserError
+
+CONTEXT_TOKENS = 8
+"""Prompt tokens shown to the decoder before the new ones; more than any character has."""
+
+FinishReason = Literal["stop_token", "stop_string", "length"]
+
+
+@dataclass
+class GeneratedRow:
+    """What one prompt was continued with."""
+
+    tokens: list[int] = field(default_factory=list)
+    """Every token drawn, a final stop token included."""
+    logprobs: list[float] = field(default_factory=list)
+    """Log-probability of each token under the model itself: before penalty, temperature and filters, in nats."""
+    finish_reason: FinishReason = "length"
+    text: str | None = None
+    """Text of the tokens without stop token or stop string; None when no ``decode`` was given."""
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """One token of one row, as it is drawn."""
+
+    row: int
+    """Index of the prompt."""
+    token: int
+    logprob: float
+    text: str
+    """Text that became certain with this token: whole characters that no stop string can still take back."""
+    finish_reason: FinishReason | None
+    """Set on the row's last token."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Rows in the order of the prompts, and where the time went."""
+
+    rows: list[GeneratedRow]
+    prompt_tokens: int
+    """Of all prompts together, padding not counted."""
+    prefill_s: float
+    """Seconds until the first token of every row was there."""
+    decode_s: float
+    """Seconds for all later tokens."""
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens drawn in all rows."""
+        return sum(len(row.tokens) for row in self.rows)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Rate of all rows together after their first token; 0 when there was only one."""
+        return (self.new_tokens - len(self.rows)) / self.decode_s if self.decode_s > 0 else 0.0
+
+
+def generate(
+    model: FusionTreeModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: SamplingConfig | None = None,
+    seeds: Sequence[int] | None = None,
+    stop_tokens: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    decode: Callable[[list[int]], str] | None = None,
+    on_token: Callable[[NewToken], None] | None = None,
+    allow_longer: bool = False,
+) -> Generation:
+    """Continue every prompt; a row's tokens are those it would get alone.
+
+    Prompts of different length are padded on the left for the prefill and masked. Rows that finish leave the batch.
+
+    Args:
+        model: on its device, in the dtype to compute in; put into eval mode for the call.
+        prompts: token ids, at least one each.
+        max_new_tokens: tokens drawn a row at most.
+        sampling: how the next token is chosen; draws from the model's distribution when absent.
+        seeds: one a prompt, ``0, 1, 2 …`` when absent. A row's randomness comes from its seed alone.
+        stop_tokens: a row ends when it draws one of them.
+        stop_strings: a row ends when its new text holds one of them; needs ``decode``.
+        decode: text of a list of tokens.
+        on_token: called for every token as it is drawn, rows in order within a step.
+        allow_longer: let rows grow beyond ``max_position_embeddings``, which the model was not made for. A learnable
+            SRTE has no entries there and stays an error.
+
+    Raises:
+        UserError: an empty prompt, an unknown token id, a row too long for the model. Checked before any computation.
+        FloatingPointError: logits that are not finite.
+    """
+    sampling = sampling or SamplingConfig()
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one a prompt")
+    if stop_strings and decode is None:
+        raise ValueError("stop_strings are looked for in the text of the new tokens; give decode as well")
+    check_request(
+        model.config, prompts, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, allow_longer=allow_longer
+    )
+
+    rows = [_Row(index, stop_tokens, decode, stop_strings, prompt) for index, prompt in enumerate(prompts)]
+    was_training = model.training
+    model.eval()
+    started = time.perf_counter()
+    prefilled = started
+    try:
+        with torch.inference_mode():
+            batch = _RunningBatch(model, prompts, sampling, seeds, max_new_tokens)
+            for step in range(max_new_tokens):
+                tokens, logprobs = batch.draw(step)
+                if step == 0:
+                    prefilled = time.perf_counter()
+                for row, token, logprob in zip(batch.rows, tokens, logprobs, strict=True):
+                    news = rows[row].add(token, logprob, last=step + 1 == max_new_tokens)
+                    if on_token:
+                        on_token(news)
+                going = [slot for slot, row in enumerate(batch.rows) if not rows[row].finished]
+                if not going:
+                    break
+                batch.feed(tokens, going)
+    finally:
+        model.train(was_training)
+    ended = time.perf_counter()
+    return Generation(
+        [row.result for row in rows],
+        prompt_tokens=sum(len(prompt) for prompt in prompts),
+        prefill_s=prefilled - started,
+        decode_s=ended - prefilled,
+    )
+
+
+def check_request(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] = (),
+    allow_longer: bool = False,
+) -> None:
+    """Refuse what cannot be generated, before any computation.
+
+    Raises:
+        UserError: see :func:`generate`.
+    """
+    if not prompts:
+        raise UserError("there is no prompt; give at least one")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    for name, tokens in [("stop_tokens", stop_tokens)] + [(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]:
+        wrong = [token for token in tokens if not 0 <= token < config.vocab_size]
+        if wrong:
+            raise UserError(
+                f"{name} holds token {wrong[0]}, and the model's vocabulary ends at {config.vocab_size - 1}; "
+                f"use the tokenizer the model was trained with"
+            )
+    limit = config.max_position_embeddings
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty; the model continues text, so give it at least one token")
+        length = len(prompt) + max_new_tokens
+        if length <= limit:
+            continue
+        problem = (
+            f"prompt {i} has {len(prompt)} tokens and {max_new_tokens} new ones make {length}, beyond the model's "
+            f"max_position_embeddings {limit}; shorten the prompt or lower max_new_tokens to at most "
+            f"{max(limit - len(prompt), 0)}"
+        )
+        if config.srte_encoding == "learnable":
+            raise UserError(f"{problem} (its learnable srte_encoding has no entries there)")
+        if not allow_longer:
+            raise UserError(f"{problem}, or allow longer rows than it was made for")
+
+
+class _Row:
+    """One prompt's result while it grows."""
+
+    def __init__(
+        self,
+        index: int,
+        stop_tokens: Sequence[int],
+        decode: Callable[[list[int]], str] | None,
+        stop_strings: Sequence[str],
+        prompt: Sequence[int],
+    ) -> None:
+        self.result = GeneratedRow()
+        self.finished = False
+        self._index = index
+        self._stop_tokens = frozenset(stop_tokens)
+        self._stream = TextStream(decode, stop_strings, context=prompt[-CONTEXT_TOKENS:]) if decode else None
+
+    def add(self, token: int, logprob: float, last: bool) -> NewToken:
+        """Take a drawn token; ``last`` says that no more will be drawn."""
+        self.result.tokens.append(token)
+        self.result.logprobs.append(logprob)
+        text = ""
+        reason: FinishReason | None = "length" if last else None
+        if token in self._stop_tokens:
+            reason = "stop_token"
+        elif self._stream:
+            text = self._stream.push(token)
+            if self._stream.stopped:
+                reason = "stop_string"
+        if reason is not None:
+            self.finished = True
+            if self._stream:
+                text += self._stream.finish()
+                if self._stream.stopped:  # what was held back may complete a stop string
+                    reason = "stop_string"
+                self.result.text = self._stream.text
+            self.result.finish_reason = reason
+        return NewToken(self._index, token, logprob, text, reason)
+
+
+class _RunningBatch:
+    """The rows that still run: their cache, the logits of their next token, and which prompts they are."""
+
+    def __init__(
+        self,
+        model: FusionTreeModel,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        max_new_tokens: int,
+    ) -> None:
+        """Prefill: one pass over all prompts, padded on the left to one length."""
+        weight = model.embed.weight
+        self.rows = list(range(len(prompts)))
+        self._model = model
+        self._sampling = sampling
+        self._seeds = list(seeds)
+        input_ids_BS, padding_mask_BS = pad_left(prompts)
+        self._seen_BV: Tensor | None = None
+        if sampling.repetition_penalty != 1.0:
+            self._seen_BV = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                self._seen_BV[row, torch.tensor(prompt)] = True
+            self._seen_BV = self._seen_BV.to(weight.device)
+        padded = not bool(padding_mask_BS.all())
+        output = model(
+            input_ids_BS.to(weight.device),
+            padding_mask_BS=padding_mask_BS.to(weight.device) if padded else None,
+            cache=model.new_cache(
+                len(prompts), input_ids_BS.shape[1] + max_new_tokens, dtype=weight.dtype, device=weight.device
+            ),
+        )
+        self._cache = output.cache
+        self._logits_BV = output.logits_BSV[:, -1]
+
+    def draw(self, step: int) -> tuple[list[int], list[float]]:
+        """Choose every row's next token; return them with their log-probabilities under the model."""
+        tokens_B = sample(self._logits_BV, self._sampling, seen_BV=self._seen_BV, seeds=self._seeds, step=step)
+        logprobs_B = self._logits_BV.float().log_softmax(dim=-1).gather(1, tokens_B[:, None])[:, 0]
+        return tokens_B.tolist(), logprobs_B.tolist()
+
+    def feed(self, tokens: Sequence[int], going: Sequence[int]) -> None:
+        """Keep only the slots ``going`` and compute the logits after their tokens."""
+        device = self._logits_BV.device
+        if len(going) < len(self.rows):
+            slots = torch.tensor(going, device=device)
+            self.rows = [self.rows[slot] for slot in going]
+            self._seeds = [self._seeds[slot] for slot in going]
+            self._cache = self._cache.select(slots)
+            self._seen_BV = None if self._seen_BV is None else self._seen_BV[slots]
+        tokens_B1 = torch.tensor([[tokens[slot]] for slot in going], device=device)
+        if self._seen_BV is not None:
+            self._seen_BV.scatter_(1, tokens_B1, True)
+        output = self._model(tokens_B1, cache=self._cache)
+        self._cache = output.cache
+        self._logits_BV = output.logits_BSV[:, -1]
+
+
+def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Stack prompts that all end at the last column.
+
+    Returns:
+        ``(input_ids_BS, padding_mask_BS)``: int64 with token 0 in the padding, and bool, True on real tokens.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    input_ids_BS = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    padding_mask_BS = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        input_ids_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
+        padding_mask_BS[row, longest - len(prompt) :] = True
+    return input_ids_BS, padding_mask_BS
