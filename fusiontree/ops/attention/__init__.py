@@ -1,0 +1,94 @@
+"""Causal attention within documents, over a window or over everything before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fusiontree.ops.attention.reference import masked_attention
+from fusiontree.ops.dispatch import Backend, Operation, anywhere
+from fusiontree.ops.documents import Documents
+
+
+def _reference() -> Callable:
+    from fusiontree.ops.attention.reference import attention_reference
+
+    return attention_reference
+
+
+def _sdpa() -> Callable:
+    from fusiontree.ops.attention.sdpa import attention_sdpa
+
+    return attention_sdpa
+
+
+ATTENTION = Operation("attention", [Backend("sdpa", _sdpa, anywhere), Backend("reference", _reference, anywhere)])
+
+
+def attention(
+    q_BSHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    *,
+    window: int | None = None,
+    documents: Documents | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend from each token to itself and tokens before it, in its document and window.
+
+    The queries are the last S of the T keys. Query i at position p of its document sees key j exactly when
+    0 <= (i + T - S) - j <= min(window - 1, p).
+
+    Args:
+        q_BSHD: queries; B rows, S tokens, H heads of D channels.
+        k_BTKD: keys, T >= S tokens, K key/value heads; query head h reads key/value head h // (H / K).
+        v_BTKD: values.
+        window: tokens a query sees, its own included; None means its whole document.
+        documents: boundaries of the queries' tokens; None means each row is one document that begins with the keys.
+        scale: factor on the scores; None means 1 / sqrt(D).
+        backend: a name of :data:`ATTENTION` or "auto".
+
+    Returns:
+        Outputs [B, S, H, D].
+    """
+    if k_BTKD.shape[1] < q_BSHD.shape[1]:
+        raise ValueError(f"{k_BTKD.shape[1]} keys are fewer than {q_BSHD.shape[1]} queries")
+    attend = ATTENTION.choose(backend, q_BSHD.device.type)
+    return attend(q_BSHD, k_BTKD, v_BTKD, window=window, documents=documents, scale=scale)
+
+
+def cached_attention(
+    q_BSHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    *,
+    key_positions_BT: Tensor,
+    query_positions_BS: Tensor,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attend from new tokens to cached keys that lie in any order.
+
+    Args:
+        q_BSHD: queries.
+        k_BTKD: keys in the order of the cache's slots, the queries' own included.
+        v_BTKD: values.
+        key_positions_BT: each slot's position in its row's text; -1 marks an empty slot.
+        query_positions_BS: the queries' positions.
+        window: tokens a query sees, its own included; None means all.
+        scale: factor on the scores; None means 1 / sqrt(D).
+
+    Returns:
+        Outputs [B, S, H, D]; zero for a query that sees nothing (padding).
+    """
+    distance_BST = query_positions_BS.unsqueeze(-1) - key_positions_BT.unsqueeze(1)
+    visible_BST = (distance_BST >= 0) & (key_positions_BT >= 0).unsqueeze(1)
+    if window is not None:
+        visible_BST = visible_BST & (distance_BST < window)
+    seen_BS = visible_BST.any(-1)
+    # A query without keys would divide zero by zero; give it all of them and drop the result.
+    out_BSHD = masked_attention(q_BSHD, k_BTKD, v_BTKD, visible_BST | ~seen_BS.unsqueeze(-1), scale)
+    return torch.where(seen_BS[..., None, None], out_BSHD, torch.zeros_like(out_BSHD))

@@ -1,0 +1,84 @@
+"""Attention by torch's scaled_dot_product_attention; windows in blocks, so their cost is linear in the row's length.
+
+Shape legend: B rows, S queries, T keys, n blocks of W tokens, H query heads, K key/value heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusiontree.ops.attention.reference import visible_keys
+from fusiontree.ops.documents import Documents
+
+
+def attention_sdpa(
+    q_BSHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    *,
+    window: int | None = None,
+    documents: Documents | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute :func:`fusiontree.ops.attention.attention`."""
+    queries, keys = q_BSHD.shape[1], k_BTKD.shape[1]
+    if window is not None and 2 * window < keys:
+        return _blockwise(q_BSHD, k_BTKD, v_BTKD, window, documents, scale)
+    whole = documents is None or (documents.whole_rows and queries == keys)
+    if whole and queries == keys and (window is None or window >= keys):
+        return _sdpa(q_BSHD, k_BTKD, v_BTKD, None, scale)
+    positions_BS = None if documents is None else documents.positions_BS
+    visible_BST = visible_keys(queries, keys, window, positions_BS, q_BSHD.device)
+    return _sdpa(q_BSHD, k_BTKD, v_BTKD, visible_BST.unsqueeze(1), scale)
+
+
+def _sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
+    out_BHSD = F.scaled_dot_product_attention(
+        q_BSHD.transpose(1, 2),
+        k_BTKD.transpose(1, 2),
+        v_BTKD.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=grouped,
+    )
+    return out_BHSD.transpose(1, 2)
+
+
+def _blockwise(
+    q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int, documents: Documents | None, scale: float | None
+) -> Tensor:
+    """Blocks of ``window`` queries against their own and the previous block of keys, which hold all they can see."""
+    rows, queries = q_BSHD.shape[:2]
+    keys = k_BTKD.shape[1]
+    offset = keys - queries
+    before = -offset % window  # so that the queries' blocks line up with the keys'
+    blocks = -(-queries // window)
+    after = blocks * window - queries
+    skipped = (offset + before) // window - 1  # whole blocks of keys that no query sees
+
+    def key_blocks(x_BTKD: Tensor) -> Tensor:
+        padded = F.pad(x_BTKD, (0, 0, 0, 0, before + (window if skipped < 0 else 0), after))
+        first = max(0, skipped) * window
+        padded = padded[:, first : first + (blocks + 1) * window]
+        pairs = padded.unfold(1, 2 * window, window)  # [B, n, K, D, 2W]
+        return pairs.permute(0, 1, 4, 2, 3).reshape(rows * blocks, 2 * window, *x_BTKD.shape[2:])
+
+    q_nWHD = F.pad(q_BSHD, (0, 0, 0, 0, 0, after)).reshape(rows * blocks, window, *q_BSHD.shape[2:])
+    device = q_BSHD.device
+    index_W = torch.arange(window, device=device)
+    distance_W2W = (index_W + window).unsqueeze(1) - torch.arange(2 * window, device=device)
+    visible_W2W = (distance_W2W >= 0) & (distance_W2W < window)
+    # A token's reach: its document's start, or the first key there is.
+    index_S = torch.arange(queries, device=device)
+    if documents is None:
+        reach_BS = (index_S + offset).expand(rows, -1)
+    else:
+        reach_BS = torch.minimum(documents.positions_BS, index_S + offset)
+    reach_nW = F.pad(reach_BS, (0, after)).reshape(rows * blocks, window)
+    visible_nW2W = visible_W2W & (distance_W2W <= reach_nW.unsqueeze(-1))
+    out_nWHD = _sdpa(q_nWHD, key_blocks(k_BTKD), key_blocks(v_BTKD), visible_nW2W.unsqueeze(1), scale)
+    return out_nWHD.reshape(rows, blocks * window, *q_BSHD.shape[2:])[:, :queries]

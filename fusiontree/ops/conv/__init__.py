@@ -1,0 +1,49 @@
+"""Causal depthwise convolution with SiLU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fusiontree.ops.dispatch import Backend, Operation, anywhere
+from fusiontree.ops.documents import Documents
+
+
+def _reference() -> Callable:
+    from fusiontree.ops.conv.reference import causal_conv1d_reference
+
+    return causal_conv1d_reference
+
+
+CONV = Operation("conv", [Backend("reference", _reference, anywhere)])
+
+
+def causal_conv1d(
+    x_BSC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    *,
+    documents: Documents | None = None,
+    initial_BKC: Tensor | None = None,
+    activation: str | None = "silu",
+    backend: str = "auto",
+) -> Tensor:
+    """Convolve each channel with its own K taps over this token and the K-1 before it, within its document.
+
+    y_t = activation(bias + sum_k weight[K-1-k] x_{t-k}), taps that reach before the document's start being zero.
+
+    Args:
+        x_BSC: inputs; B rows, S tokens, C channels.
+        weight_CK: taps, the last one for the token itself.
+        bias_C: bias or None.
+        documents: where documents start; None means each row is one document (or continues ``initial_BKC``).
+        initial_BKC: the K-1 inputs left of the piece [B, K-1, C]; None means there are none.
+        activation: "silu" or None.
+        backend: a name of :data:`CONV` or "auto".
+
+    Returns:
+        Outputs [B, S, C] in x's dtype.
+    """
+    convolve = CONV.choose(backend, x_BSC.device.type)
+    return convolve(x_BSC, weight_CK, bias_C, documents=documents, initial_BKC=initial_BKC, activation=activation)

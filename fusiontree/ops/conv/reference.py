@@ -1,0 +1,44 @@
+"""The definition of the convolution, as K shifted products."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusiontree.ops.documents import Documents
+
+
+def causal_conv1d_reference(
+    x_BSC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    *,
+    documents: Documents | None = None,
+    initial_BKC: Tensor | None = None,
+    activation: str | None = "silu",
+) -> Tensor:
+    """Compute :func:`fusiontree.ops.conv.causal_conv1d`."""
+    length, taps = x_BSC.shape[1], weight_CK.shape[1]
+    if initial_BKC is None:
+        padded_BTC = F.pad(x_BSC, (0, 0, taps - 1, 0))
+    else:
+        padded_BTC = torch.cat([initial_BKC.to(x_BSC.dtype), x_BSC], dim=1)
+    compute = torch.promote_types(x_BSC.dtype, torch.float32)
+    weight_KC = weight_CK.to(compute).t()
+    # A whole row's reach is cut by the zero padding already; only boundaries inside a row need masks.
+    masked = documents is not None and (not documents.whole_rows or initial_BKC is not None)
+    y_BSC = x_BSC * weight_KC[-1]
+    for back in range(1, taps):
+        tap_BSC = padded_BTC[:, taps - 1 - back : taps - 1 - back + length] * weight_KC[taps - 1 - back]
+        if masked:
+            assert documents is not None
+            tap_BSC = tap_BSC * (documents.positions_BS >= back).unsqueeze(-1)
+        y_BSC = y_BSC + tap_BSC
+    if bias_C is not None:
+        y_BSC = y_BSC + bias_C.to(compute)
+    if activation == "silu":
+        y_BSC = F.silu(y_BSC)
+    elif activation is not None:
+        raise ValueError(f"activation '{activation}' is not known; use 'silu' or None")
+    return y_BSC.to(x_BSC.dtype)

@@ -1,0 +1,46 @@
+"""Cross entropy of a linear head over the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fusiontree.ops.dispatch import Backend, Operation, anywhere
+
+
+def _reference() -> Callable:
+    from fusiontree.ops.cross_entropy.reference import linear_cross_entropy_reference
+
+    return linear_cross_entropy_reference
+
+
+def _chunked() -> Callable:
+    from fusiontree.ops.cross_entropy.chunked import linear_cross_entropy_chunked
+
+    return linear_cross_entropy_chunked
+
+
+CROSS_ENTROPY = Operation(
+    "cross_entropy", [Backend("chunked", _chunked, anywhere), Backend("reference", _reference, anywhere)]
+)
+
+
+def linear_cross_entropy(
+    hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, *, chunk_tokens: int = 2048, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Sum the cross entropy of ``hidden @ weight.T`` over the tokens that have a label.
+
+    Args:
+        hidden_NH: hidden states of N tokens.
+        weight_VH: the head, one row for each of V tokens of the vocabulary.
+        labels_N: int64 labels; negative means the token has none.
+        chunk_tokens: tokens whose logits exist at one time (chunked backend).
+        backend: a name of :data:`CROSS_ENTROPY` or "auto".
+
+    Returns:
+        ``(loss_sum, z_sum)``, fp32 scalars: the summed cross entropy in nats, and the summed squared log-partition,
+        both over tokens with a label.
+    """
+    compute = CROSS_ENTROPY.choose(backend, hidden_NH.device.type)
+    return compute(hidden_NH, weight_VH, labels_N, chunk_tokens=chunk_tokens)

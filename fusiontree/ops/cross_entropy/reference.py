@@ -1,0 +1,19 @@
+"""The definition: all logits at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear_cross_entropy_reference(
+    hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, *, chunk_tokens: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`fusiontree.ops.cross_entropy.linear_cross_entropy`."""
+    logits_NV = hidden_NH @ weight_VH.t()
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    valid_N = labels_N >= 0
+    partition_N = logits_NV.logsumexp(-1)
+    target_N = logits_NV.gather(-1, labels_N.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    loss_sum = ((partition_N - target_N) * valid_N).sum()
+    return loss_sum, (partition_N.square() * valid_N).sum()

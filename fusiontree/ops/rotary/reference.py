@@ -1,0 +1,24 @@
+"""Rotary encoding in plain PyTorch. Shape legend: B rows, S tokens, H heads, D channels of a head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [B, S, D/2] in fp32 of position x theta^(-2i/D).
+
+    The angles are computed in float64: at position 131,072 fp32 would be off by 1e-2 rad.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BS.device) / head_dim
+    angles_BSD = positions_BS.unsqueeze(-1).double() * theta**-exponent
+    return angles_BSD.cos().float(), angles_BSD.sin().float()
+
+
+def apply_rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
+    """Rotate channel i with channel i + D/2 by the tables' angles; same dtype out, rotation in fp32 or better."""
+    compute = torch.promote_types(x_BSHD.dtype, torch.float32)
+    first, second = x_BSHD.to(compute).chunk(2, dim=-1)
+    cos, sin = cos_BSD.unsqueeze(2).to(compute), sin_BSD.unsqueeze(2).to(compute)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x_BSHD.dtype)

@@ -1,0 +1,72 @@
+"""State space scan of Mamba-2 (SSD)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fusiontree.ops.dispatch import Backend, Operation, anywhere
+from fusiontree.ops.documents import Documents
+
+StateExchange = Callable[[Tensor, Tensor], Tensor]
+
+
+def _reference() -> Callable:
+    from fusiontree.ops.ssd.chunked import ssd_chunked
+
+    return ssd_chunked
+
+
+SSD = Operation("ssd", [Backend("reference", _reference, anywhere)])
+
+
+def ssd_scan(
+    x_BSHP: Tensor,
+    dt_BSH: Tensor,
+    A_H: Tensor,
+    B_BSGN: Tensor,
+    C_BSGN: Tensor,
+    D_H: Tensor,
+    *,
+    chunk_size: int,
+    documents: Documents | None = None,
+    initial_state_BHPN: Tensor | None = None,
+    state_exchange: StateExchange | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Scan h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t and read y_t = C_t h_t + D x_t, restarting at document starts.
+
+    Source: Dao and Gu 2024, "Transformers are SSMs", section 6 (the chunked algorithm).
+
+    Args:
+        x_BSHP: inputs; B rows, S tokens, H heads of P channels.
+        dt_BSH: positive step sizes (after softplus).
+        A_H: negative decay rates.
+        B_BSGN: input projections; G groups of heads share them, N is the state's size.
+        C_BSGN: output projections.
+        D_H: skip weights.
+        chunk_size: tokens handled as one matrix product.
+        documents: where the state restarts; None means each row is one document.
+        initial_state_BHPN: state before the first token; tokens before the first document start continue it.
+        state_exchange: called with the state this piece reaches from zero [B, H, P, N] and the piece's total decay
+            [B, H] (0 where a document starts after its first token); returns the state to begin with. A context
+            parallel caller passes states between ranks in it; the tokens are scanned once.
+        backend: a name of :data:`SSD` or "auto".
+
+    Returns:
+        ``(y_BSHP, final_state_BHPN)``; y in x's dtype, the state in fp32 (float64 for float64 inputs).
+    """
+    scan = SSD.choose(backend, x_BSHP.device.type)
+    return scan(
+        x_BSHP,
+        dt_BSH,
+        A_H,
+        B_BSGN,
+        C_BSGN,
+        D_H,
+        chunk_size=chunk_size,
+        documents=documents,
+        initial_state_BHPN=initial_state_BHPN,
+        state_exchange=state_exchange,
+    )

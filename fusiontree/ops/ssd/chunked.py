@@ -1,0 +1,115 @@
+"""The scan as matrix products over chunks, in plain PyTorch for any device.
+
+Within a chunk, outputs are a masked product of C, B and decays; between chunks a small state is passed on. Cost is
+linear in the row's length (Dao and Gu 2024, "Transformers are SSMs", section 6).
+
+Shape legend: B rows, S tokens, c chunks, Q tokens of a chunk, G groups of B/C, R heads of a group, P channels of a
+head, N state size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusiontree.ops.documents import Documents
+
+
+def ssd_chunked(
+    x_BSHP: Tensor,
+    dt_BSH: Tensor,
+    A_H: Tensor,
+    B_BSGN: Tensor,
+    C_BSGN: Tensor,
+    D_H: Tensor,
+    *,
+    chunk_size: int,
+    documents: Documents | None = None,
+    initial_state_BHPN: Tensor | None = None,
+    state_exchange: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`fusiontree.ops.ssd.ssd_scan`."""
+    rows, length, heads, width = x_BSHP.shape
+    groups, size = B_BSGN.shape[2:]
+    chunk = min(chunk_size, length)
+    padding = -length % chunk
+    chunks = (length + padding) // chunk
+    compute = torch.promote_types(x_BSHP.dtype, torch.float32)
+
+    def in_chunks(tensor: Tensor, *rest: int) -> Tensor:
+        # Padding steps have dt = 0: they neither decay the state nor add to it.
+        padded = (
+            F.pad(tensor.to(compute), (0, 0) * (tensor.dim() - 2) + (0, padding)) if padding else tensor.to(compute)
+        )
+        return padded.view(rows, chunks, chunk, *rest)
+
+    x_BcGRQP = in_chunks(x_BSHP, groups, heads // groups, width).permute(0, 1, 3, 4, 2, 5)
+    dt_BcGRQ = in_chunks(dt_BSH, groups, heads // groups).permute(0, 1, 3, 4, 2)
+    B_BcGQN = in_chunks(B_BSGN, groups, size).transpose(2, 3)
+    C_BcGQN = in_chunks(C_BSGN, groups, size).transpose(2, 3)
+    xdt_BcGRQP = x_BcGRQP * dt_BcGRQ.unsqueeze(-1)
+    log_decay_BcGRQ = (dt_BcGRQ * A_H.to(compute).view(groups, -1, 1)).cumsum(-1)
+
+    marks = _ChunkMarks(documents, rows, length, chunk, padding, x_BSHP.device)
+    # Within chunks.
+    distance_BcGRQQ = log_decay_BcGRQ.unsqueeze(-1) - log_decay_BcGRQ.unsqueeze(-2)
+    decay_BcGRQQ = distance_BcGRQQ.masked_fill(~marks.visible, float("-inf")).exp()
+    scores_BcGQQ = C_BcGQN @ B_BcGQN.transpose(-1, -2)
+    y_BcGRQP = (scores_BcGQQ.unsqueeze(3) * decay_BcGRQQ) @ xdt_BcGRQP
+
+    # What each chunk adds to the state at its end, and what it keeps of the state at its start.
+    to_end_BcGRQ = (log_decay_BcGRQ[..., -1:] - log_decay_BcGRQ).exp() * marks.reaches_end
+    added_BcGRPN = (xdt_BcGRQP * to_end_BcGRQ.unsqueeze(-1)).transpose(-1, -2) @ B_BcGQN.unsqueeze(3)
+    kept_BcGR = log_decay_BcGRQ[..., -1].exp() * marks.passes_through
+
+    initial = initial_state_BHPN
+    if state_exchange is not None:
+        from_zero_BHPN = _pass_states(added_BcGRPN, kept_BcGR, None)[1].view(rows, heads, width, size)
+        initial = state_exchange(from_zero_BHPN, kept_BcGR.prod(dim=1).view(rows, heads))
+    if initial is not None:
+        initial = initial.to(compute).view(rows, groups, -1, width, size)
+    before_BcGRPN, final_BGRPN = _pass_states(added_BcGRPN, kept_BcGR, initial)
+
+    from_start_BcGRQ = log_decay_BcGRQ.exp() * marks.continues
+    y_BcGRQP = y_BcGRQP + (C_BcGQN.unsqueeze(3) @ before_BcGRPN.transpose(-1, -2)) * from_start_BcGRQ.unsqueeze(-1)
+    y_BSHP = y_BcGRQP.permute(0, 1, 4, 2, 3, 5).reshape(rows, chunks * chunk, heads, width)[:, :length]
+    y_BSHP = y_BSHP + D_H.to(compute).unsqueeze(-1) * x_BSHP.to(compute)
+    return y_BSHP.to(x_BSHP.dtype), final_BGRPN.reshape(rows, heads, width, size)
+
+
+class _ChunkMarks:
+    """Masks that document starts lay over the chunks, broadcastable to [B, c, G, R, ...]."""
+
+    def __init__(
+        self, documents: Documents | None, rows: int, length: int, chunk: int, padding: int, device: torch.device
+    ) -> None:
+        causal_QQ = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
+        if documents is None:
+            self.visible: Tensor = causal_QQ
+            self.reaches_end = self.continues = self.passes_through = 1.0
+            return
+        segments_BS = documents.segments_BS
+        if padding:
+            segments_BS = torch.cat([segments_BS, segments_BS[:, -1:].expand(-1, padding)], dim=1)
+        segments_BcQ = segments_BS.view(rows, -1, chunk)
+        last_Bc = segments_BcQ[..., -1]
+        # Segment 0 is what came before this piece, so the initial state belongs to it.
+        previous_Bc = torch.cat([torch.zeros_like(last_Bc[:, :1]), last_Bc[:, :-1]], dim=1)
+        same_BcQQ = segments_BcQ.unsqueeze(-1) == segments_BcQ.unsqueeze(-2)
+        self.visible = (same_BcQQ & causal_QQ)[:, :, None, None]
+        self.reaches_end = (segments_BcQ == last_Bc.unsqueeze(-1))[:, :, None, None]
+        self.continues = (segments_BcQ == previous_Bc.unsqueeze(-1))[:, :, None, None]
+        self.passes_through = (last_Bc == previous_Bc)[:, :, None, None]
+
+
+def _pass_states(added_BcGRPN: Tensor, kept_BcGR: Tensor, initial_BGRPN: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the state before every chunk and after the last: h_c = kept_c h_{c-1} + added_c."""
+    state = torch.zeros_like(added_BcGRPN[:, 0]) if initial_BGRPN is None else initial_BGRPN
+    before = []
+    for added_BGRPN, kept_BGR in zip(added_BcGRPN.unbind(1), kept_BcGR.unbind(1), strict=True):
+        before.append(state)
+        state = kept_BGR[..., None, None] * state + added_BGRPN
+    return torch.stack(before, dim=1), state
