@@ -1,0 +1,99 @@
+"""Blockwise and whole SDPA against the masked definition, and cached attention against a full pass."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from fusiontree.ops.attention import attention, cached_attention
+from fusiontree.ops.attention.reference import attention_reference
+from fusiontree.ops.attention.sdpa import attention_sdpa
+from fusiontree.ops.documents import Documents
+from tests.ops.test_ssd import positions
+
+
+def inputs(queries: int, keys: int, heads: int = 4, kv_heads: int = 2) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    shapes = [(2, queries, heads, 8), (2, keys, kv_heads, 8), (2, keys, kv_heads, 8)]
+    return [torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def compare(tensors: list[torch.Tensor], **kind: object) -> None:
+    got, want = attention_sdpa(*tensors, **kind), attention_reference(*tensors, **kind)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    grads = [torch.autograd.grad(out.square().sum(), tensors) for out in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("starts", [None, [[0, 3, 16, 17, 40], [0]]])
+@pytest.mark.parametrize("window", [None, 1, 4, 7, 16, 50, 64])
+def test_sdpa_equals_the_definition(window: int | None, starts: list[list[int]] | None) -> None:
+    documents = None if starts is None else Documents.from_positions(positions(2, 50, starts))
+    compare(inputs(50, 50), window=window, documents=documents)
+
+
+@pytest.mark.parametrize("window", [None, 3, 5, 8])
+@pytest.mark.parametrize("halo", [1, 4, 7, 30])
+def test_queries_are_the_last_of_the_keys(window: int | None, halo: int) -> None:
+    p = positions(2, 20, [[0, 6], [0]])
+    p[0, :6] += 3  # continues a document that began three tokens to the left
+    p[1] += 100
+    compare(inputs(20, 20 + halo), window=window, documents=Documents.from_positions(p))
+    compare(inputs(20, 20 + halo), window=window, documents=None)
+
+
+def test_packed_documents_equal_each_alone() -> None:
+    q, k, v = (t.detach() for t in inputs(30, 30))
+    documents = Documents.from_positions(positions(2, 30, [[0, 11], [0, 11]]))
+    packed = attention(q, k, v, window=6, documents=documents)
+    alone = [attention(q[:, p], k[:, p], v[:, p], window=6) for p in (slice(0, 11), slice(11, 30))]
+    torch.testing.assert_close(packed, torch.cat(alone, 1))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_cached_keys_may_lie_in_any_order(window: int | None) -> None:
+    q, k, v = (t.detach() for t in inputs(12, 12))
+    want = attention_reference(q, k, v, window=window)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    slots = torch.cat([order, torch.tensor([-1, -1])]).expand(2, -1)
+    pad = torch.full((2, 2, 2, 8), 1e3, dtype=torch.float64)
+    got = cached_attention(
+        q[:, 9:],
+        torch.cat([k[:, order], pad], 1),
+        torch.cat([v[:, order], pad], 1),
+        key_positions_BT=slots,
+        query_positions_BS=torch.arange(9, 12).expand(2, -1),
+        window=window,
+    )
+    torch.testing.assert_close(got, want[:, 9:])
+
+
+def test_a_padding_query_gets_zeros_not_nan() -> None:
+    q, k, v = (t.detach() for t in inputs(1, 3))
+    empty = torch.full((2, 3), -1)
+    out = cached_attention(q, k, v, key_positions_BT=empty, query_positions_BS=torch.tensor([[-1], [4]]))
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_fewer_keys_than_queries_is_an_error() -> None:
+    q, k, v = inputs(5, 4)
+    with pytest.raises(ValueError, match="4 keys are fewer than 5 queries"):
+        attention(q, k, v)
+
+
+@pytest.mark.slow
+def test_window_costs_the_same_a_token_at_any_length() -> None:
+    def seconds_a_token(length: int) -> float:
+        q = torch.randn(1, length, 4, 32, requires_grad=True)
+        k = torch.randn(1, length, 2, 32, requires_grad=True)
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            attention(q, k, k, window=256).sum().backward()
+            times.append(time.perf_counter() - began)
+        return min(times) / length
+
+    assert seconds_a_token(16384) <= 1.3 * seconds_a_token(4096)

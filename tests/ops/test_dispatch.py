@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from fusiontree.ops.dispatch import Backend, Operation, anywhere
+from fusiontree.utils.errors import UserError
+
+
+def operation() -> Operation:
+    fast = Backend("fast", lambda: len, lambda device: "its package is not installed")
+    return Operation("thing", [fast, Backend("reference", lambda: sum, anywhere)])
+
+
+def test_auto_takes_the_first_that_runs_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    op = operation()
+    assert op.choose("auto", "cpu") is sum
+    assert op.choose("auto", "cpu") is sum
+    assert [r.getMessage() for r in caplog.records] == ["thing on cpu: reference"]
+
+
+def test_a_named_backend_is_never_replaced() -> None:
+    with pytest.raises(UserError, match=r"kernels\.thing=fast cannot run on cpu: its package is not installed"):
+        operation().choose("fast", "cpu")
+    with pytest.raises(UserError, match="did you mean 'fast'"):
+        operation().choose("fats", "cpu")
+
+
+def test_no_backend_at_all_lists_the_reasons() -> None:
+    only = Operation("thing", [Backend("fast", lambda: len, lambda device: f"needs more than {device.type}")])
+    with pytest.raises(UserError, match="needs more than cpu"):
+        only.choose("auto", torch.device("cpu").type)
