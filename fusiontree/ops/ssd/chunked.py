@@ -89,7 +89,9 @@ class _ChunkMarks:
         causal_QQ = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
         if documents is None:
             self.visible: Tensor = causal_QQ
-            self.reaches_end = self.continues = self.passes_through = 1.0
+            self.reaches_end: Tensor | float = 1.0
+            self.continues: Tensor | float = 1.0
+            self.passes_through: Tensor | float = 1.0
             return
         segments_BS = documents.segments_BS
         if padding:
