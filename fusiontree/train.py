@@ -39,13 +39,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and every setting, then exit")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the run's configuration")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument(
+        "--check", action="store_true", help="check configuration, run folder and data as training would, then exit"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the entry; return the exit code: 0 done or stopped as asked, 2 something the user gave is wrong."""
+    """Run the entry and return the exit code.
+
+    0 the run reached its end (or ``exit_at_step``); 75 it saved and stopped on a signal, start it again to go on;
+    2 something the user gave is wrong.
+    """
     args = build_parser().parse_args(argv)
     place = process_place()
     logging.basicConfig(
@@ -57,16 +64,30 @@ def main(argv: list[str] | None = None) -> int:
             print(dump_config(config), end="")
             return 0
         check_run_folder(Path(config.run_dir), config_values(config))
-        train(config)
+        if args.check:
+            check_data(config)
+            print(f"ok: {args.config}, run_dir {config.run_dir}")
+            return 0
+        return train(config)
     except UserError as error:
         # Every rank meets the same error; one message is enough, unless it is this rank's own.
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0
 
 
-def train(config: Config) -> None:
-    """Build layout, engine and data as configured, and train.
+def check_data(config: Config) -> None:
+    """Open the datasets as training would.
+
+    Raises:
+        UserError: one is missing, empty, or made with another tokenizer than the model's vocabulary allows.
+    """
+    from fusiontree.data.loader import TrainingData
+
+    TrainingData.from_config(config.data, config.training, config.model.vocab_size)
+
+
+def train(config: Config) -> int:
+    """Build layout, engine and data as configured, and train; return the exit code of :func:`main`.
 
     Raises:
         UserError: the configuration asks for what is not there (a GPU, a dataset, a backend).
@@ -76,7 +97,7 @@ def train(config: Config) -> None:
     from fusiontree.engines.build import build_engine
     from fusiontree.models.flops import training_flops_per_token
     from fusiontree.parallel.layout import Layout
-    from fusiontree.training.loop import RunSettings, Trainer
+    from fusiontree.training.loop import Outcome, RunSettings, Trainer
     from fusiontree.training.losses import LossWeights
     from fusiontree.training.run_folder import write_config
     from fusiontree.utils.hardware import peak_flops
@@ -129,7 +150,8 @@ def train(config: Config) -> None:
             peak_flops=peak_flops(layout.device, training.precision),
             tokenizer_files=train_data.tokenizer_files,
         )
-        Trainer(settings, engine, train_data, validation_data).run()
+        outcome = Trainer(settings, engine, train_data, validation_data).run()
+    return 75 if outcome is Outcome.INTERRUPTED else 0
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ class Outcome(Enum):
 
     FINISHED = "finished"
     STOPPED = "stopped"
-    """Saved and left before the end: a signal, or ``exit_at_step``."""
+    """Saved and left at ``exit_at_step``."""
+    INTERRUPTED = "interrupted"
+    """Saved and left because a signal asked for it; a scheduler should start the run again."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,12 @@ class Trainer:
         progress = Progress(config.max_steps)
         progress.mark(self.position.step)
         last_step = min(config.max_steps, config.exit_at_step or config.max_steps)
+        interrupted = False
         with StopRequest() as stop:
             for batch, data_state in self.train_data.steps(self.position.data):
                 began = time.perf_counter()
                 step = self.position.step + 1
-                stop_agreed, values = self._train_step(step, batch, stop.signal_name is not None)
+                interrupted, values = self._train_step(step, batch, stop.signal_name is not None)
                 self.position.step, self.position.data = step, data_state
                 progress.mark(step)
                 values |= self._speed(batch, time.perf_counter() - began + batch.wait_s)
@@ -124,17 +127,21 @@ class Trainer:
                     self._say(progress.line(values))
                 if self._due(config.eval_interval) or (config.eval_interval and step == config.max_steps):
                     self._validate()
-                stopping = stop_agreed or step >= last_step
+                stopping = interrupted or step >= last_step
                 if self._due(self.settings.checkpoint.save_interval) or stopping:
                     self._save()
                 if stopping:
                     break
-        finished = self.position.step >= config.max_steps
-        why = "finished" if finished else f"stopped by {stop.signal_name}" if stop.signal_name else "stopped"
-        self.records.event("finish" if finished else "stop", step=self.position.step, reason=why)
+        if self.position.step >= config.max_steps:
+            outcome, why = Outcome.FINISHED, "finished"
+        elif interrupted:
+            outcome, why = Outcome.INTERRUPTED, f"stopped by {stop.signal_name or 'a signal on another rank'}"
+        else:
+            outcome, why = Outcome.STOPPED, "stopped at training.exit_at_step"
+        self.records.event(outcome.value, step=self.position.step, reason=why)
         self.records.close()
         self._say(f"{why} at step {self.position.step}/{config.max_steps}; everything is in {self.settings.run_dir}")
-        return Outcome.FINISHED if finished else Outcome.STOPPED
+        return outcome
 
     def _train_step(self, step: int, batch: StepBatch, stop_wanted: bool) -> tuple[bool, dict[str, Any]]:
         """Do one optimizer step; return whether all ranks agreed to stop after it, and its metrics."""
