@@ -1,0 +1,122 @@
+"""Attention whose first heads see a window and whose last heads see the whole document; rotary positions.
+
+Shape legend: B rows, S tokens, H query heads, K key/value heads, D channels of a head, C channels of the model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fusiontree.models.cache import AttentionCache, GrowingCache, NewTokens, RingCache
+from fusiontree.models.config import ModelConfig
+from fusiontree.ops.attention import attention, cached_attention
+from fusiontree.ops.documents import Documents
+from fusiontree.ops.rotary import apply_rotary
+
+
+class AttentionCore(nn.Module):
+    """Scores, softmax and weighted sum of one kind of heads, without parameters: a parallel plan can replace it."""
+
+    def __init__(self, window: int | None, backend: str) -> None:
+        super().__init__()
+        self.window = window
+        self.backend = backend
+
+    def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None) -> Tensor:
+        """Return ``[B, S, H, D]``; each token sees itself and tokens before it, in its document and window."""
+        return attention(q_BSHD, k_BSKD, v_BSKD, window=self.window, documents=documents, backend=self.backend)
+
+    def decode(
+        self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, cache: RingCache | GrowingCache, new: NewTokens
+    ) -> Tensor:
+        """Return ``[B, S, H, D]`` for tokens that continue what ``cache`` holds, and keep their keys and values."""
+        seen = cache.extend(k_BSKD, v_BSKD, new)
+        return cached_attention(
+            q_BSHD,
+            seen.k_BTKD,
+            seen.v_BTKD,
+            key_positions_BT=seen.positions_BT,
+            query_positions_BS=new.positions_BS,
+            window=self.window,
+        )
+
+
+class LocalGlobalAttention(nn.Module):
+    """Grouped-query attention: local heads first, then global heads; a group of heads is of one kind.
+
+    Numbers of heads are read from what the projections return, so the same code runs on an equal share of the local
+    and of the global heads.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.head_dim = config.attention_head_dim
+        self.num_heads, self.local_heads = config.num_heads, config.local_heads
+        self.local_kv_heads, self.global_kv_heads = config.local_kv_heads, config.global_kv_heads
+        width, hidden = self.head_dim, config.hidden_size
+        self.q_proj = nn.Linear(hidden, config.num_heads * width, bias=False)
+        self.k_proj = nn.Linear(hidden, config.kv_heads * width, bias=False)
+        self.v_proj = nn.Linear(hidden, config.kv_heads * width, bias=False)
+        self.local_core = AttentionCore(config.window_of_layer(layer), config.kernels.attention)
+        self.global_core = AttentionCore(None, config.kernels.attention)
+        self.o_proj = nn.Linear(config.num_heads * width, hidden, bias=False)
+
+    def forward(
+        self,
+        u_BSC: Tensor,
+        cos_BSD: Tensor,
+        sin_BSD: Tensor,
+        documents: Documents | None,
+        cache: AttentionCache | None = None,
+        new: NewTokens | None = None,
+    ) -> Tensor:
+        """Mix along the tokens.
+
+        Args:
+            u_BSC: input ``[B, S, hidden_size]``.
+            cos_BSD: cosines of the tokens' rotary angles, ``[B or 1, S, D/2]``.
+            sin_BSD: their sines.
+            documents: where attention restarts; None means each row is one document.
+            cache: this layer's keys and values; updated.
+            new: positions of the tokens; given with a cache.
+
+        Returns:
+            ``[B, S, hidden_size]``.
+        """
+        q_BSHD = apply_rotary(self.q_proj(u_BSC).unflatten(-1, (-1, self.head_dim)), cos_BSD, sin_BSD)
+        k_BSKD = apply_rotary(self.k_proj(u_BSC).unflatten(-1, (-1, self.head_dim)), cos_BSD, sin_BSD)
+        v_BSKD = self.v_proj(u_BSC).unflatten(-1, (-1, self.head_dim))
+        local, local_kv = self.local_part(q_BSHD.shape[2], k_BSKD.shape[2])
+        parts: tuple[tuple[AttentionCore, RingCache | GrowingCache | None, slice, slice], ...] = (
+            (self.local_core, cache.local if cache else None, slice(None, local), slice(None, local_kv)),
+            (self.global_core, cache.everything if cache else None, slice(local, None), slice(local_kv, None)),
+        )
+        outputs = []
+        for core, kept, heads, kv in parts:
+            q, k, v = q_BSHD[:, :, heads], k_BSKD[:, :, kv], v_BSKD[:, :, kv]
+            if q.shape[2] == 0:
+                continue
+            if kept is None:
+                outputs.append(core(q, k, v, documents))
+                continue
+            assert new is not None
+            if new.continued:
+                outputs.append(core.decode(q, k, v, kept, new))
+            else:
+                kept.store(k, v, new)
+                outputs.append(core(q, k, v, documents))
+        return self.o_proj(torch.cat(outputs, dim=2).flatten(2))
+
+    def local_part(self, heads: int, kv_heads: int) -> tuple[int, int]:
+        """Return how many of these query heads and of these key/value heads are local.
+
+        ``heads`` is the whole number or an equal share of it; a share of fewer than one key/value head of a kind
+        holds a copy of one.
+        """
+        shares = self.num_heads // heads
+        local = self.local_heads // shares
+        local_kv = max(1, self.local_kv_heads // shares) if self.local_kv_heads else 0
+        global_kv = max(1, self.global_kv_heads // shares) if self.global_kv_heads else 0
+        assert local_kv + global_kv == kv_heads, f"{kv_heads} key/value heads beside {heads} of {self.num_heads} heads"
+        return local, local_kv

@@ -1,0 +1,109 @@
+"""One layer: two branches read the same input in parallel, a gate mixes what they found.
+
+Shape legend: B rows, S tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fusiontree.models.attention import LocalGlobalAttention
+from fusiontree.models.cache import LayerCache
+from fusiontree.models.config import ModelConfig
+from fusiontree.models.gate import Alignment, FusionGate, RowGateSums
+from fusiontree.models.mamba import Mamba2Mixer
+from fusiontree.models.mlp import MLP
+from fusiontree.models.norm import RMSNorm
+from fusiontree.models.positions import TokenPlaces
+from fusiontree.ops.gate import gate_mix
+
+
+class FusionBlock(nn.Module):
+    """A residual block in two stages: :meth:`branches` mixes along the tokens, :meth:`mix` acts on each token alone.
+
+    The letter of ``layer_pattern`` says which branches exist: F both, M Mamba, A attention. A branch that does not
+    exist counts as zeros; neither it nor the columns of the alignment that would read it have parameters.
+
+    ``gather_tokens`` and ``scatter_tokens`` mark the two borders between the stages. They pass tensors through; a
+    parallel plan puts an all-gather and a reduce-scatter in their place.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        letter = config.pattern[layer]
+        self.has_mamba, self.has_attention = letter in "FM", letter in "FA"
+        hidden = config.hidden_size
+        self.norm = RMSNorm(hidden, config.norm_eps)
+        self.gather_tokens = nn.Identity()
+        if self.has_mamba:
+            self.mamba = Mamba2Mixer(config)
+        if self.has_attention:
+            self.attention = LocalGlobalAttention(config, layer)
+        self.scatter_tokens = nn.Identity()
+        self.align = Alignment(self.has_mamba + self.has_attention, hidden) if config.use_alignment else None
+        self.gate = FusionGate(config)
+        self.out_proj = nn.Linear(hidden, hidden, bias=False)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x_BSC: Tensor,
+        places: TokenPlaces,
+        branch_scale_B2: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, RowGateSums]:
+        """Return the residual stream after this layer and the sums of its gates.
+
+        Args:
+            x_BSC: residual stream ``[B, S, C]``.
+            places: where the tokens stand.
+            branch_scale_B2: factors of each row's (Mamba, attention) outputs; 0 drops a branch.
+            cache: what the branches keep for decoding; updated.
+        """
+        ma_BSC = self.branches(self.gather_tokens(self.norm(x_BSC)), places, cache)
+        return self.mix(x_BSC, self.scatter_tokens(ma_BSC), branch_scale_B2, places.padding_mask_BS)
+
+    def branches(self, u_BSC: Tensor, places: TokenPlaces, cache: LayerCache | None = None) -> Tensor:
+        """Return the outputs of the branches that exist side by side: ``[B, S, C]``, or ``[B, S, 2C]`` for both."""
+        outputs = []
+        if self.has_mamba:
+            timed_BSC = u_BSC if places.srte_BSC is None else u_BSC + places.srte_BSC
+            outputs.append(self.mamba(timed_BSC, places.documents, cache and cache.mamba, places.padding_mask_BS))
+        if self.has_attention:
+            outputs.append(
+                self.attention(
+                    u_BSC,
+                    places.cos_BSD,
+                    places.sin_BSD,
+                    places.documents,
+                    cache and cache.attention,
+                    places.new,
+                )
+            )
+        return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+
+    def mix(
+        self,
+        x_BSC: Tensor,
+        ma_BSC: Tensor,
+        branch_scale_B2: Tensor | None = None,
+        padding_mask_BS: Tensor | None = None,
+    ) -> tuple[Tensor, RowGateSums]:
+        """Scale, align and gate the branches' outputs and add them to the residual stream, token by token."""
+        if branch_scale_B2 is not None:
+            first, last = 0 if self.has_mamba else 1, 2 if self.has_attention else 1
+            scale_BSn = branch_scale_B2[:, None, first:last].to(ma_BSC.dtype)
+            ma_BSC = (ma_BSC.unflatten(-1, (last - first, -1)) * scale_BSn.unsqueeze(-1)).flatten(2)
+        both = self.has_mamba and self.has_attention
+        m_BSC, a_BSC = ma_BSC.chunk(2, dim=-1) if both else (ma_BSC, ma_BSC)
+        if self.align is not None:
+            z_BSC = self.align(ma_BSC)
+        else:
+            z_BSC = (m_BSC + a_BSC) / 2 if both else ma_BSC / 2
+        g_BSC, sums = self.gate(z_BSC, padding_mask_BS)
+        if both:
+            mixed_BSC = gate_mix(g_BSC, m_BSC, a_BSC)
+        else:
+            mixed_BSC = g_BSC * m_BSC if self.has_mamba else (1 - g_BSC) * a_BSC
+        return x_BSC + self.out_proj(mixed_BSC) + self.mlp(z_BSC), sums

@@ -1,0 +1,171 @@
+"""Mamba-2 mixer (Dao and Gu 2024, "Transformers are SSMs", section 7), with B and C in a projection of their own.
+
+Shape legend: B rows, S tokens, H state space heads, P channels of a head, G groups of B and C, N size of the state,
+C channels (of the model, or H*P of the mixer), K width of the convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusiontree.models.cache import MambaCache
+from fusiontree.models.config import ModelConfig
+from fusiontree.models.norm import GatedRMSNorm
+from fusiontree.models.packing import bc_proj_rows, in_proj_rows, split_bc_proj, split_in_proj
+from fusiontree.ops.conv import causal_conv1d
+from fusiontree.ops.documents import Documents
+from fusiontree.ops.ssd import ssd_scan
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class SSMValues(NamedTuple):
+    """What the scan reads, in fp32."""
+
+    A_H: Tensor
+    """Decay rates, negative."""
+    D_H: Tensor
+    """Skip weights."""
+    dt_bias_H: Tensor
+    """Added to the step sizes before their softplus."""
+
+
+class SSMParameters(nn.Module):
+    """Decay, skip and step bias of the state space heads: fp32 always.
+
+    A decay near one loses its meaning in half precision, so these parameters have a module of their own that engines
+    leave in fp32, and that stays in fp32 when the model around it is converted (``model.bfloat16()``).
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+
+    def forward(self) -> SSMValues:
+        """Return ``A = -exp(A_log)``, ``D`` and ``dt_bias``."""
+        A_log_H, D_H, dt_bias_H = (_at_least_fp32(p) for p in (self.A_log, self.D, self.dt_bias))
+        return SSMValues(-torch.exp(A_log_H), D_H, dt_bias_H)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            return tensor.to(converted.device) if converted.dtype in _HALF else converted
+
+        return super()._apply(keep_precision, recurse)
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution and SiLU; its taps stop at document starts."""
+
+    def __init__(self, channels: int, width: int, backend: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.backend = backend
+
+    def forward(self, x_BSC: Tensor, documents: Documents | None, initial_BKC: Tensor | None = None) -> Tensor:
+        """Return ``[B, S, C]``; ``initial_BKC [B, K-1, C]`` are the inputs before the first token."""
+        return causal_conv1d(
+            x_BSC, self.weight, self.bias, documents=documents, initial_BKC=initial_BKC, backend=self.backend
+        )
+
+
+class SSDScan(nn.Module):
+    """The scan as a module without parameters, so that a parallel plan can put another in its place."""
+
+    def __init__(self, chunk_size: int, backend: str) -> None:
+        super().__init__()
+        self.chunk_size = chunk_size
+        self.backend = backend
+
+    def forward(
+        self,
+        x_BSHP: Tensor,
+        dt_BSH: Tensor,
+        ssm: SSMValues,
+        B_BSGN: Tensor,
+        C_BSGN: Tensor,
+        documents: Documents | None,
+        initial_state_BHPN: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``y [B, S, H, P]`` and the final state ``[B, H, P, N]``; see :func:`fusiontree.ops.ssd.ssd_scan`."""
+        return ssd_scan(
+            x_BSHP,
+            dt_BSH,
+            ssm.A_H,
+            B_BSGN,
+            C_BSGN,
+            ssm.D_H,
+            chunk_size=min(self.chunk_size, x_BSHP.shape[1]),
+            documents=documents,
+            initial_state_BHPN=initial_state_BHPN,
+            backend=self.backend,
+        )
+
+
+class Mamba2Mixer(nn.Module):
+    """Projections, convolution, scan, gated norm, output projection.
+
+    Numbers of heads and groups are read from what the projections return, so the same code runs on a part of the
+    heads.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        sizes, kernels = config.mamba, config.kernels
+        bc_channels = sum(block.size for block in bc_proj_rows(config))
+        self.head_dim = sizes.head_dim
+        self.d_state = sizes.d_state
+        self.in_proj = nn.Linear(config.hidden_size, sum(block.size for block in in_proj_rows(config)), bias=False)
+        self.bc_proj = nn.Linear(config.hidden_size, bc_channels, bias=False)
+        self.conv_x = CausalConv(config.d_inner, sizes.d_conv, kernels.conv)
+        self.conv_bc = CausalConv(bc_channels, sizes.d_conv, kernels.conv)
+        self.ssm = SSMParameters(config.mamba_heads)
+        self.scan = SSDScan(sizes.chunk_size, kernels.ssd)
+        self.norm = GatedRMSNorm(config.d_inner, sizes.norm_groups, config.norm_eps)
+        self.out_proj = nn.Linear(config.d_inner, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        u_BSC: Tensor,
+        documents: Documents | None,
+        cache: MambaCache | None = None,
+        padding_mask_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Mix along the tokens.
+
+        Args:
+            u_BSC: input ``[B, S, hidden_size]``.
+            documents: where convolution and state restart; None means each row is one document.
+            cache: this layer's convolution inputs and state before the first token; updated.
+            padding_mask_BS: True on real tokens, when a cache is filled from padded rows.
+
+        Returns:
+            ``[B, S, hidden_size]``.
+        """
+        z_BSC, x_BSC, dt_BSH = split_in_proj(self.in_proj(u_BSC), self.head_dim)
+        bc_BSC = self.bc_proj(u_BSC)
+        ssm: SSMValues = self.ssm()
+        dt_BSH = F.softplus(dt_BSH.to(ssm.dt_bias_H.dtype) + ssm.dt_bias_H)
+        initial_x_BKC = initial_bc_BKC = initial_state_BHPN = None
+        if cache is not None:
+            initial_x_BKC, initial_bc_BKC, initial_state_BHPN = cache.before()
+            cache.store_inputs(x_BSC, bc_BSC, padding_mask_BS)
+        x_BSC = self.conv_x(x_BSC, documents, initial_x_BKC)
+        B_BSGN, C_BSGN = split_bc_proj(self.conv_bc(bc_BSC, documents, initial_bc_BKC), self.d_state)
+        x_BSHP = x_BSC.unflatten(-1, (-1, self.head_dim))
+        y_BSHP, state_BHPN = self.scan(x_BSHP, dt_BSH, ssm, B_BSGN, C_BSGN, documents, initial_state_BHPN)
+        if cache is not None:
+            cache.store_state(state_BHPN)
+        return self.out_proj(self.norm(y_BSHP.flatten(2), z_BSC))

@@ -1,0 +1,26 @@
+"""The block's token-wise MLP. Shape legend: B rows, S tokens, C channels."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusiontree.models.config import ModelConfig
+
+
+class MLP(nn.Module):
+    """``down(gelu(up(z)))``, or SwiGLU (Shazeer 2020): ``down(silu(gate(z)) * up(z))``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.gate: nn.Linear | None = None
+        if config.mlp_activation == "swiglu":
+            self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+
+    def forward(self, z_BSC: Tensor) -> Tensor:
+        """Return ``[B, S, C]``."""
+        if self.gate is None:
+            return self.down(F.gelu(self.up(z_BSC)))
+        return self.down(F.silu(self.gate(z_BSC)) * self.up(z_BSC))

@@ -1,0 +1,174 @@
+"""The hybrid language model on one device.
+
+Shape legend: B rows, S tokens, C channels, L layers, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from fusiontree.models.block import FusionBlock
+from fusiontree.models.cache import DecodeCache
+from fusiontree.models.config import ModelConfig
+from fusiontree.models.gate import RowGateSums
+from fusiontree.models.head import LanguageModelHead
+from fusiontree.models.norm import RMSNorm
+from fusiontree.models.positions import TokenPlaces, locate
+from fusiontree.models.srte import SharedTimeEncoding
+from fusiontree.ops.documents import Documents
+from fusiontree.ops.rotary import rotary_tables
+from fusiontree.utils.errors import UserError
+
+
+class GateSums(NamedTuple):
+    """Sums of the gates over each row's tokens and channels, pads left out, times the row's weight; fp32."""
+
+    gate_sum_LB: Tensor
+    entropy_sum_LB: Tensor
+    """Binary entropies, in nats."""
+    square_sum_LB: Tensor
+    count_B: Tensor
+    """How many gates a row has in a layer (tokens x channels), times the row's weight."""
+
+
+class ModelOutput(NamedTuple):
+    """What a forward returns; a field is None where it was not asked for."""
+
+    loss_sum: Tensor | None
+    """Cross entropy summed over the tokens with a label, in nats; fp32 scalar."""
+    z_sum: Tensor | None
+    """Squared log-partition, summed likewise."""
+    logits_BSV: Tensor | None
+    gates: GateSums
+    cache: DecodeCache | None
+
+
+class FusionTreeModel(nn.Module):
+    """Embedding, blocks, norm, head.
+
+    Building it gives parameters shapes, not values: build on any device (the meta device too) and call
+    :func:`fusiontree.models.initialization.initialize_model`, or load a checkpoint.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(FusionBlock(config, layer) for layer in range(config.num_layers))
+        self.srte = SharedTimeEncoding(config)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = LanguageModelHead(config.vocab_size, config.hidden_size, config.kernels.cross_entropy)
+        self._tie()
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        *,
+        labels_BS: Tensor | None = None,
+        documents: Documents | None = None,
+        padding_mask_BS: Tensor | None = None,
+        branch_scale_LB2: Tensor | None = None,
+        row_weight_B: Tensor | None = None,
+        cache: DecodeCache | None = None,
+        logits_to_keep: int | None = None,
+    ) -> ModelOutput:
+        """Run the model on whole rows, packed rows, padded rows, or the next tokens of cached texts.
+
+        Args:
+            input_ids_BS: int64 tokens.
+            labels_BS: the token that follows each; negative where none counts, and ignored on pads. With labels the
+                output has the loss sums, without them the logits.
+            documents: boundaries of packed rows; None means each row is one document.
+            padding_mask_BS: bool, True on real tokens, which must be one run in each row; excludes ``documents``.
+            branch_scale_LB2: factors of each layer's and row's (Mamba, attention) outputs; 0 drops a branch.
+            row_weight_B: weight of each row's gate sums, 0 for rows that only fill a batch; None means 1.
+            cache: of :meth:`new_cache`. Empty, it is filled (pads must be on the left); otherwise the tokens
+                continue its texts. It is updated in place and returned. Made for inference: no gradient flows
+                through it.
+            logits_to_keep: compute the logits of the last so many tokens only; None means all.
+
+        Raises:
+            TypeError: the padding mask is not boolean.
+            ValueError: arguments that contradict each other, or a mask with holes.
+            UserError: a row is longer than the learnable SRTE's table.
+        """
+        located = locate(input_ids_BS.shape, input_ids_BS.device, documents, padding_mask_BS, cache)
+        limit = self.config.max_position_embeddings
+        if self.config.srte_encoding == "learnable" and located.end > limit:
+            raise UserError(
+                f"a text of {located.end} tokens is longer than the learnable SRTE's table; shorten it to at most "
+                f"max_position_embeddings = {limit} tokens, or train with srte_encoding sincos or none"
+            )
+        x_BSC = self.embed(input_ids_BS)
+        cos_BSD, sin_BSD = rotary_tables(located.positions_BS, self.config.attention_head_dim, self.config.rope_theta)
+        places = TokenPlaces(
+            located.documents,
+            cos_BSD,
+            sin_BSD,
+            self.srte(located.positions_BS, x_BSC.dtype),
+            located.padding_mask_BS,
+            located.new,
+        )
+        sums: list[RowGateSums] = []
+        for layer, block in enumerate(self.layers):
+            scale_B2 = None if branch_scale_LB2 is None else branch_scale_LB2[layer]
+            x_BSC, layer_sums = block(x_BSC, places, scale_B2, None if cache is None else cache.layers[layer])
+            sums.append(layer_sums)
+        gates = _stack(sums, x_BSC, located.padding_mask_BS, row_weight_B)
+        if cache is not None:
+            cache.advance(located.counts)
+        hidden_BSC = self.norm(x_BSC)
+        if labels_BS is None:
+            if logits_to_keep is not None:
+                hidden_BSC = hidden_BSC[:, -logits_to_keep:]
+            return ModelOutput(None, None, self.head(hidden_BSC), gates, cache)
+        if located.padding_mask_BS is not None:
+            labels_BS = labels_BS.masked_fill(~located.padding_mask_BS, -100)
+        loss_sum, z_sum = self.head(hidden_BSC, labels_BS)
+        return ModelOutput(loss_sum, z_sum, None, gates, cache)
+
+    def new_cache(
+        self,
+        rows: int,
+        max_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> DecodeCache:
+        """Return an empty cache for ``rows`` texts.
+
+        Args:
+            rows: texts of the batch.
+            max_length: expected tokens of the longest text, pads included, to make room once; longer is allowed.
+            dtype: of keys and values; the embedding's when absent.
+            device: the embedding's when absent.
+        """
+        weight = self.embed.weight
+        return DecodeCache(self.config, rows, max_length, dtype or weight.dtype, device or weight.device)
+
+    def _tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.head.weight = cast(nn.Parameter, self.embed.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._tie()  # leaving the meta device makes each module's parameter anew
+        return self
+
+
+def _stack(
+    sums: list[RowGateSums], x_BSC: Tensor, padding_mask_BS: Tensor | None, row_weight_B: Tensor | None
+) -> GateSums:
+    """Put the layers' gate sums together with the number of gates they are over."""
+    rows, length, channels = x_BSC.shape
+    gate_sum_LB, entropy_sum_LB, square_sum_LB = (torch.stack(kind) for kind in zip(*sums, strict=True))
+    if padding_mask_BS is None:
+        count_B = gate_sum_LB.new_full((rows,), length * channels)
+    else:
+        count_B = (padding_mask_BS.sum(1) * channels).to(gate_sum_LB.dtype)
+    gates = GateSums(gate_sum_LB, entropy_sum_LB, square_sum_LB, count_B)
+    return gates if row_weight_B is None else GateSums(*(total * row_weight_B for total in gates))

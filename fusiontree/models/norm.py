@@ -1,0 +1,36 @@
+"""Root mean square norms. Shape legend: B rows, S tokens, C channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fusiontree.ops.norm import gated_rms_norm, rms_norm
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x²) + eps) * weight``, computed in fp32, returned in the dtype of ``x``."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.eps = eps
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        """Return ``[B, S, C]``."""
+        return rms_norm(x_BSC, self.weight, self.eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """``RMSNorm(y * silu(z))``, each group of channels by itself (Mamba-2's norm before its output projection)."""
+
+    def __init__(self, channels: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.group_size = channels // groups
+        self.eps = eps
+
+    def forward(self, y_BSC: Tensor, z_BSC: Tensor) -> Tensor:
+        """Return ``[B, S, C]``; a part of the channels made of whole groups may be given."""
+        groups = y_BSC.shape[-1] // self.group_size
+        return gated_rms_norm(y_BSC, z_BSC, self.weight, groups=groups, eps=self.eps)

@@ -1,0 +1,41 @@
+"""Shared relative time encoding: what tells every Mamba branch where in its document a token is.
+
+Shape legend: B rows, S tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusiontree.models.config import ModelConfig
+
+_BLOCK = 4096  # tokens whose float64 angles exist at one time
+
+
+class SharedTimeEncoding(nn.Module):
+    """One encoding for all layers: sines and cosines (Vaswani et al. 2017, section 3.5) or a learned table."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind = config.srte_encoding
+        self.channels = config.hidden_size
+        if self.kind == "learnable":
+            self.weight = nn.Parameter(torch.empty(config.max_position_embeddings, config.hidden_size))
+
+    def forward(self, positions_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return the encoding of positions in their documents, ``[B, S, C]`` in ``dtype``; None if there is none."""
+        if self.kind == "none":
+            return None
+        if self.kind == "learnable":
+            return F.embedding(positions_BS, self.weight).to(dtype)
+        return torch.cat([self._sincos(block, dtype) for block in positions_BS.split(_BLOCK, dim=1)], dim=1)
+
+    def _sincos(self, positions_BS: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sines in the even channels, cosines in the odd ones; angles in float64, as those of RoPE."""
+        even = torch.arange(0, self.channels, 2, dtype=torch.float64, device=positions_BS.device)
+        angle = positions_BS.unsqueeze(-1).double() * torch.exp(even * (-math.log(10000.0) / self.channels))
+        return torch.stack([angle.sin().to(dtype), angle.cos().to(dtype)], dim=-1).flatten(2)

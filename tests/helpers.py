@@ -1,0 +1,63 @@
+"""A model small enough for every test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusiontree.models.config import ModelConfig
+from fusiontree.models.initialization import initialize_model
+from fusiontree.models.model import FusionTreeModel
+
+# A decays slowly, so that a state that leaks or is lost shows in the outputs.
+TINY: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "global_heads": 2,
+    "window_size": 5,
+    "max_position_embeddings": 64,
+    "gate_rank": 8,
+    "initializer_range": 0.06,  # a fan-in of 32 wants larger weights than one of thousands
+    "mamba": {
+        "head_dim": 8,
+        "d_state": 16,
+        "n_groups": 2,
+        "norm_groups": 2,
+        "chunk_size": 8,
+        "A_init_range": [0.01, 0.02],
+        "dt_init_range": [0.05, 0.5],
+    },
+}
+
+
+def tiny_config(**overrides: Any) -> ModelConfig:
+    """Return a model section of 32 channels and two layers; ``mamba`` may be given in part.
+
+    ``layer_pattern`` sets ``num_layers`` too.
+    """
+    values = {**TINY, **overrides, "mamba": {**TINY["mamba"], **overrides.get("mamba", {})}}
+    if overrides.get("layer_pattern") and "num_layers" not in overrides:
+        values["num_layers"] = len(overrides["layer_pattern"])
+    return ModelConfig.model_validate(values)
+
+
+def tiny_model(seed: int = 0, scale: float = 3.0, **overrides: Any) -> FusionTreeModel:
+    """Return an initialised tiny model in fp32.
+
+    Matrices are ``scale`` times their usual size and the gate's last projection is not zero, so that every part
+    matters to the logits.
+    """
+    model = FusionTreeModel(tiny_config(**overrides))
+    initialize_model(model, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.up.weight"):
+                parameter.normal_(0.0, 0.5, generator=generator)
+            elif parameter.ndim == 2 and "conv" not in name:
+                parameter.mul_(scale)
+    return model
