@@ -263,6 +263,7 @@ class _RunningBatch:
             cache=model.new_cache(
                 len(prompts), input_ids_BS.shape[1] + max_new_tokens, dtype=weight.dtype, device=weight.device
             ),
+            logits_to_keep=1,  # logits of a whole long prompt would be the largest tensor of all
         )
         self._cache = output.cache
         self._logits_BV = output.logits_BSV[:, -1]
