@@ -63,10 +63,10 @@ def test_the_top_token_always_stays(options):
     assert kept(filter_logits(logits, **options)) == [{int(top)} for top in logits.argmax(-1)]
 
 
-def test_top_p_over_a_large_flat_vocabulary_counts_exactly():
-    """float32 sums of 50,000 equal masses drift by whole tokens; the definition keeps exactly half."""
+def test_a_large_vocabulary_of_ties_is_cut_exactly_and_from_the_lowest_token():
     filtered = filter_logits(torch.zeros(1, 50_000), top_p=0.5 - 1e-9)
-    assert int(filtered.isfinite().sum()) == 25_000
+    assert kept(filtered) == [set(range(25_000))]
+    assert kept(filter_logits(torch.zeros(1, 50_000), top_k=10)) == [set(range(10))]
 
 
 def test_top_k_wider_than_the_vocabulary_and_top_p_of_one_keep_everything():
