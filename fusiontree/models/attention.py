@@ -111,12 +111,18 @@ class LocalGlobalAttention(nn.Module):
     def local_part(self, heads: int, kv_heads: int) -> tuple[int, int]:
         """Return how many of these query heads and of these key/value heads are local.
 
-        ``heads`` is the whole number or an equal share of it; a share of fewer than one key/value head of a kind
-        holds a copy of one.
+        ``heads`` is the whole number or an equal share of it; a share of less than one key/value head of a kind holds
+        a copy of that head.
         """
         shares = self.num_heads // heads
+        assert self.local_heads % shares == 0, f"{self.local_heads} local heads in {shares} equal parts"
         local = self.local_heads // shares
-        local_kv = max(1, self.local_kv_heads // shares) if self.local_kv_heads else 0
-        global_kv = max(1, self.global_kv_heads // shares) if self.global_kv_heads else 0
+        local_kv, global_kv = _share(self.local_kv_heads, shares), _share(self.global_kv_heads, shares)
         assert local_kv + global_kv == kv_heads, f"{kv_heads} key/value heads beside {heads} of {self.num_heads} heads"
         return local, local_kv
+
+
+def _share(heads: int, shares: int) -> int:
+    """Return how many of ``heads`` each of ``shares`` equal parts holds; several parts may hold the same one."""
+    assert heads % shares == 0 or (heads and shares % heads == 0), f"{heads} heads in {shares} equal parts"
+    return -(-heads // shares)

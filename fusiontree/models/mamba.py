@@ -51,7 +51,8 @@ class SSMParameters(nn.Module):
     def forward(self) -> SSMValues:
         """Return ``A = -exp(A_log)``, ``D`` and ``dt_bias``."""
         A_log_H, D_H, dt_bias_H = (_at_least_fp32(p) for p in (self.A_log, self.D, self.dt_bias))
-        return SSMValues(-torch.exp(A_log_H), D_H, dt_bias_H)
+        # Copies: an engine that shards parameters frees them when this forward ends.
+        return SSMValues(-torch.exp(A_log_H), D_H.clone(), dt_bias_H.clone())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_precision(tensor: Tensor) -> Tensor:
