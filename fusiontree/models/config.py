@@ -180,6 +180,18 @@ class ModelConfig(Section):
                 f"mamba.expand * hidden_size = {self.d_inner} does not divide by mamba.norm_groups "
                 f"{self.mamba.norm_groups}"
             )
+        if self.srte_encoding == "sincos" and self.hidden_size % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} is odd; srte_encoding sincos needs an even one")
+        if self.mlp_size < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} leaves no channel")
+        if self.window_size_last is not None:
+            if self.attention_type != "pyramidal":
+                raise ValueError("window_size_last is only read with attention_type pyramidal; remove one of them")
+            if self.window_size_last < self.window_size:
+                raise ValueError(
+                    f"window_size_last {self.window_size_last} is less than window_size {self.window_size}; a pyramid "
+                    f"widens with depth"
+                )
         if self.gate_rank > self.hidden_size:
             raise ValueError(f"gate_rank {self.gate_rank} is more than hidden_size {self.hidden_size}")
         return self

@@ -63,9 +63,9 @@ def test_masks_that_are_not_boolean_are_refused(dtype):
 
 def test_masks_with_holes_or_without_tokens_are_refused():
     mask_BS = torch.tensor([[True, True, True, False], [True, False, True, True]])
-    with pytest.raises(ValueError, match="row 1 .* pads between real tokens"):
+    with pytest.raises(ValueError, match=r"row 1 .* pads between real tokens"):
         documents_of_padding(mask_BS)
-    with pytest.raises(ValueError, match="row 0 .* no real token"):
+    with pytest.raises(ValueError, match=r"row 0 .* no real token"):
         documents_of_padding(torch.zeros(1, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"shape \(2, 3\) and the tokens \(2, 4\)"):
         tiny_model()(torch.zeros(2, 4, dtype=torch.int64), padding_mask_BS=mask_BS[:, :3])
@@ -78,7 +78,9 @@ def test_a_mask_and_documents_together_are_refused():
 
 
 def test_pads_become_documents_of_their_own():
-    mask_BS = torch.tensor([[False, False, True, True, True], [True, True, True, False, False], [False, True] + [False] * 3])
+    mask_BS = torch.tensor(
+        [[False, False, True, True, True], [True, True, True, False, False], [False, True] + [False] * 3]
+    )
     documents, first, counts = documents_of_padding(mask_BS)
     assert documents.positions_BS.tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 1], [0, 0, 0, 1, 2]]
     assert (first, counts) == ([2, 0, 1], [3, 3, 1])
