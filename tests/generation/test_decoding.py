@@ -11,8 +11,11 @@ import torch
 from fusiontree.generation.decoding import NewToken, generate, pad_left
 from fusiontree.generation.sampling import SamplingConfig, sample
 from fusiontree.utils.errors import UserError
-from tests.generation.tiny import PATTERNS, WINDOWS, tiny_model
+from tests.helpers import tiny_model
 
+PATTERNS = ["FFF", "MMM", "AAA", "FMA", "MAMF"]
+WINDOWS = [3, 64]
+"""Smaller and larger than any text here."""
 LONG = [3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 3, 2, 38, 4]
 PROMPTS = [LONG, [1], [27, 18, 28, 18, 28], [7, 7, 7, 7, 7, 7, 7, 7, 7]]
 SAMPLING = {
@@ -164,8 +167,9 @@ def test_streamed_pieces_are_the_result():
 def test_the_repetition_penalty_counts_a_rows_own_tokens_and_not_the_padding():
     """Padding holds token 0; short prompts beside a long one draw it as readily as they do alone."""
     model = tiny_model()
+    model.head.weight.data[0] *= 3  # a token that many rows draw
     penalty = SamplingConfig(greedy=True, repetition_penalty=3.0)
-    prompts = [[token] for token in range(1, 40)]
+    prompts = [[token] for token in range(1, 64)]
     padded = generate(model, [LONG, *prompts], max_new_tokens=3, sampling=penalty)
     tokens = [row.tokens for row in padded.rows[1:]]
     assert tokens == [generate(model, [p], max_new_tokens=3, sampling=penalty).rows[0].tokens for p in prompts]
@@ -212,9 +216,9 @@ def test_rows_too_long_for_the_model_are_refused_before_any_work():
     [
         ([], {}, "no prompt"),
         ([[1], []], {}, "prompt 1 is empty"),
-        ([[1, 40]], {}, "prompt 0 holds token 40.*ends at 39.*tokenizer"),
+        ([[1, 64]], {}, "prompt 0 holds token 64.*ends at 63.*tokenizer"),
         ([[-1]], {}, "prompt 0 holds token -1"),
-        ([[1]], {"stop_tokens": [41]}, "stop_tokens holds token 41"),
+        ([[1]], {"stop_tokens": [65]}, "stop_tokens holds token 65"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
 )
