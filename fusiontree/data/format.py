@@ -1,0 +1,147 @@
+"""A dataset on disk: WebDataset tar shards of tokenized documents, an index beside each, and one dataset.json.
+
+    DIR/dataset.json            what is in it; written last, so a folder without it is no dataset
+    DIR/tokenizer.json          where the tokenizer is a file
+    DIR/shard-000000.tar        members KEY.npy (uint16 or uint32 tokens, the end-of-document token last), KEY.json
+    DIR/shard-000000.index      where each document lies in the tar, how long it is, its SHA-256
+
+KEY is the document's number in the dataset, nine digits or more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusiontree.utils.errors import UserError, nearest
+from fusiontree.utils.files import atomic_write
+
+DATASET = "dataset.json"
+FORMAT = "fusiontree-shards"
+VERSION = 1
+
+
+class ShardDamage(RuntimeError):
+    """A shard does not hold what its index says. The message names shard, member and reason."""
+
+    def __init__(self, shard: Path | str, member: str | None, reason: str) -> None:
+        super().__init__(f"{shard}{f', member {member}' if member else ''}: {reason}")
+        self.shard, self.member, self.reason = str(shard), member, reason
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """Which tokenizer made the tokens."""
+
+    kind: str
+    """byte | huggingface."""
+    name: str
+    vocab_size: int
+    eos_id: int
+    sha256: str
+    """Of the tokenizer's file, or of its definition for ``byte``."""
+    file: str | None = None
+    """File in the dataset's folder, or None."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard of a dataset."""
+
+    name: str
+    """Of the tar file; the index has the same name with ``.index``."""
+    documents: int
+    tokens: int
+    bytes: int
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The content of dataset.json."""
+
+    tokenizer: TokenizerInfo
+    dtype: str
+    """uint16 | uint32."""
+    shards: list[ShardInfo]
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def documents(self) -> int:
+        """Documents in all shards."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all shards, end-of-document tokens included."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides which tokens a row holds."""
+        content = [asdict(self.tokenizer), self.dtype, [asdict(s) for s in self.shards]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_dataset(folder: Path, info: DatasetInfo) -> None:
+    """Write dataset.json; its presence declares the dataset complete."""
+    values = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": info.fingerprint,
+        "documents": info.documents,
+        "tokens": info.tokens,
+        "dtype": info.dtype,
+        "tokenizer": asdict(info.tokenizer),
+        "statistics": info.statistics,
+        "shards": [asdict(s) for s in info.shards],
+    }
+    with atomic_write(folder / DATASET) as file:
+        json.dump(values, file, indent=1)
+
+
+def read_dataset(folder: Path) -> DatasetInfo:
+    """Read dataset.json.
+
+    Raises:
+        UserError: there is no dataset in ``folder``, it is empty, of another format or version, or its dataset.json
+            was changed after it was written.
+    """
+    path = Path(folder) / DATASET
+    if not path.is_file():
+        if not path.parent.is_dir():
+            siblings = path.parent.parent
+            near = nearest(path.parent.name, (p.name for p in siblings.iterdir())) if siblings.is_dir() else ""
+            raise UserError(f"dataset folder '{folder}' does not exist{near}; make one with tools/build_shards.py")
+        inner = sorted(p.parent.name for p in path.parent.glob(f"*/{DATASET}"))
+        hint = f"; it holds the datasets {inner}" if inner else "; make one with tools/build_shards.py"
+        raise UserError(f"'{folder}' has no {DATASET}, so it is no complete dataset{hint}")
+    return parse_dataset(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_dataset(text: str, place: str) -> DatasetInfo:
+    """Parse the text of a dataset.json; ``place`` names its origin in errors. See :func:`read_dataset`."""
+    try:
+        values = json.loads(text)
+        if values["format"] != FORMAT or values["version"] != VERSION:
+            raise UserError(
+                f"{place} is {values['format']} version {values['version']}; this program reads {FORMAT} {VERSION}"
+            )
+        info = DatasetInfo(
+            tokenizer=TokenizerInfo(**values["tokenizer"]),
+            dtype=values["dtype"],
+            shards=[ShardInfo(**s) for s in values["shards"]],
+            statistics=values["statistics"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{place} cannot be read ({error!r}); build the dataset again") from error
+    if info.fingerprint != values["fingerprint"]:
+        raise UserError(f"{place} was changed after it was written (its fingerprint differs); build the dataset again")
+    if not info.tokens:
+        raise UserError(f"{place}: the dataset is empty")
+    return info

@@ -1,0 +1,129 @@
+"""Tokenizers: bytes, a Hugging Face ``tokenizer.json``, or a byte-level BPE trained on the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fusiontree.data.format import TokenizerInfo
+from fusiontree.utils.errors import UserError
+
+TOKENIZER_FILE = "tokenizer.json"
+_EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "[SEP]")
+
+
+class Tokenizer(Protocol):
+    """What building shards and generating text need of a tokenizer."""
+
+    info: TokenizerInfo
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the tokens of each text, without the end-of-document token."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens; end-of-document tokens give nothing."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens 0 to 255, and 256 as the end of a document."""
+
+    info = TokenizerInfo(
+        kind="byte",
+        name="byte",
+        vocab_size=257,
+        eos_id=256,
+        sha256=hashlib.sha256(b"utf-8 bytes, eos 256").hexdigest(),
+    )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return each text's bytes; lone surrogates, which UTF-8 cannot hold, become ``?``."""
+        return [np.frombuffer(t.encode("utf-8", errors="replace"), np.uint8).astype(np.uint16) for t in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text; bytes that are no UTF-8 become the replacement character."""
+        return bytes(t for t in tokens if t < 256).decode("utf-8", errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json`` of the tokenizers library."""
+
+    def __init__(self, path: Path, name: str | None = None, eos: str | None = None) -> None:
+        """Load ``path``; ``eos`` names the end-of-document token, else the usual names are tried.
+
+        Raises:
+            UserError: the file is missing or no tokenizer, or no end-of-document token can be found.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        if not path.is_file():
+            raise UserError(f"tokenizer '{path}' is no file; give 'byte', 'bpe:VOCAB_SIZE' or a tokenizer.json")
+        try:
+            self.backend: Any = Backend.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"tokenizer '{path}' cannot be read: {error}") from error
+        names = (eos,) if eos else _EOS_NAMES
+        eos_id = next((i for i in map(self.backend.token_to_id, names) if i is not None), None)
+        if eos_id is None:
+            raise UserError(f"tokenizer '{path}' has none of the tokens {list(names)}; name its end with --eos TOKEN")
+        self.path = path
+        self.info = TokenizerInfo(
+            kind="huggingface",
+            name=name or path.stem,
+            vocab_size=self.backend.get_vocab_size(),
+            eos_id=eos_id,
+            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            file=TOKENIZER_FILE,
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the tokens of each text."""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(e.ids, dtype=np.uint32) for e in encodings]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text, special tokens left out."""
+        return self.backend.decode([int(t) for t in tokens], skip_special_tokens=True)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
+    """Train a byte-level BPE on ``texts`` and save it as a tokenizer.json.
+
+    Raises:
+        UserError: ``vocab_size`` is too small for the 256 bytes and the end-of-document token.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise UserError(f"a byte-level BPE needs at least 257 tokens; bpe:{vocab_size} is too small")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_EOS_NAMES[0]],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.save(str(output))
+
+
+def load_tokenizer(info: TokenizerInfo, folder: Path) -> Tokenizer:
+    """Return the tokenizer that ``info`` describes; its file, if it has one, lies in ``folder``.
+
+    Raises:
+        UserError: the file is missing, or is another one than ``info`` says.
+    """
+    if info.kind == "byte":
+        return ByteTokenizer()
+    tokenizer = HuggingFaceTokenizer(folder / (info.file or TOKENIZER_FILE), name=info.name)
+    if tokenizer.info.sha256 != info.sha256:
+        raise UserError(f"{tokenizer.path} is not the tokenizer that made the dataset (its SHA-256 differs)")
+    return tokenizer

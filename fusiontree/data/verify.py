@@ -1,0 +1,96 @@
+"""Checking a dataset from outside: every member of every tar, every hash."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fusiontree.data.format import DatasetInfo, ShardDamage, ShardInfo, read_dataset
+from fusiontree.data.index import Shard
+
+
+def open_shard(folder: Path, info: ShardInfo) -> Shard:
+    """Open a shard of a local dataset folder; see :class:`Shard`."""
+    tar = folder / info.name
+    return Shard(tar, tar.with_suffix(".index"), info)
+
+
+def verify_shard(folder: Path, info: ShardInfo) -> list[ShardDamage]:
+    """Return all damage of one shard: to its documents as training reads them, and to its tar as others read it."""
+    try:
+        shard = open_shard(folder, info)
+    except ShardDamage as damage:
+        return [damage]
+    found: list[ShardDamage] = []
+    for document in range(info.documents):
+        try:
+            shard.read_document(document)
+        except ShardDamage as damage:
+            found.append(damage)
+    found += _verify_tar(shard)
+    shard.close()
+    return found
+
+
+def _verify_tar(shard: Shard) -> list[ShardDamage]:
+    expected = (f"{shard.key(d)}{suffix}" for d in range(shard.info.documents) for suffix in (".npy", ".json"))
+    found: list[ShardDamage] = []
+    seen: set[str] = set()
+    try:
+        with tarfile.open(shard.tar, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    found.append(ShardDamage(shard.tar, member.name, "is a link or no file; shards hold files alone"))
+                elif member.name.startswith("/") or ".." in Path(member.name).parts:
+                    found.append(ShardDamage(shard.tar, member.name, "has a path that leads out of the shard"))
+                elif member.name in seen:
+                    found.append(ShardDamage(shard.tar, member.name, "is there twice"))
+                elif member.name != (wanted := next(expected, None)):
+                    found.append(ShardDamage(shard.tar, member.name, f"stands where {wanted} should"))
+                seen.add(member.name)
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        found.append(ShardDamage(shard.tar, None, f"its tar headers are damaged: {error}"))
+    missing = next(expected, None)
+    if missing is not None and not found:
+        # A damaged header ends a tar early without an error; what should have come next says where.
+        found.append(ShardDamage(shard.tar, missing, "is missing: the tar ends before it"))
+    return found
+
+
+def verify_dataset(folder: Path, threads: int = 4) -> Iterator[tuple[ShardInfo, list[ShardDamage]]]:
+    """Yield every shard with its damage, in order."""
+    info = read_dataset(folder)
+    with ThreadPoolExecutor(threads) as pool:
+        yield from zip(info.shards, pool.map(lambda shard: verify_shard(folder, shard), info.shards), strict=True)
+
+
+def document_of_dataset(folder: Path, info: DatasetInfo, number: int) -> tuple[str, list[int]]:
+    """Return the name of the shard that holds document ``number``, and the document's tokens.
+
+    Raises:
+        IndexError: the dataset has fewer documents.
+    """
+    first = 0
+    for shard_info in info.shards:
+        if number < first + shard_info.documents:
+            shard = open_shard(folder, shard_info)
+            tokens = shard.read_document(number - first).tolist()
+            shard.close()
+            return shard_info.name, tokens
+        first += shard_info.documents
+    raise IndexError(f"document {number} of {first}")
+
+
+def dataset_hash(folder: Path) -> str:
+    """Return a hash of all tokens of a dataset in order, whatever its shards' sizes."""
+    info = read_dataset(folder)
+    state = hashlib.sha256()
+    for shard_info in info.shards:
+        shard = open_shard(folder, shard_info)
+        for document in range(shard_info.documents):
+            state.update(shard.read_document(document).tobytes())
+        shard.close()
+    return state.hexdigest()
