@@ -83,7 +83,16 @@ def check_data(config: Config) -> None:
     """
     from fusiontree.data.loader import TrainingData
 
-    TrainingData.from_config(config.data, config.training, config.model.vocab_size)
+    training = config.training
+    TrainingData(
+        config.data,
+        seq_len=training.seq_len,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        curriculum=training.curriculum,
+        seed=training.seed,
+        vocab_size=config.model.vocab_size,
+    )
 
 
 def train(config: Config) -> int:
@@ -127,8 +136,10 @@ def train(config: Config) -> int:
                 dp_rank=layout.dp_rank,
                 dp_size=layout.dp_size,
             )
+        tokenizer_files: list[Path] = []
         if layout.is_main:
             write_config(run_dir, dump_config(config))
+            tokenizer_files = train_data.save_tokenizer(run_dir)
         layout.barrier()
         engine = build_engine(config.model, config.parallel, training, layout)
         settings = RunSettings(
@@ -146,9 +157,9 @@ def train(config: Config) -> int:
             ),
             num_layers=model.num_layers,
             drop_branch_prob=model.drop_branch_prob,
-            flops_per_token=lambda length: training_flops_per_token(model, length),
+            flops_per_token=lambda lengths: training_flops_per_token(model, lengths),
             peak_flops=peak_flops(layout.device, training.precision),
-            tokenizer_files=train_data.tokenizer_files,
+            extra_files=tokenizer_files,
         )
         outcome = Trainer(settings, engine, train_data, validation_data).run()
     return 75 if outcome is Outcome.INTERRUPTED else 0

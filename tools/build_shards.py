@@ -15,7 +15,7 @@ from pathlib import Path
 from fusiontree.data.build import BuildOptions, build_dataset
 from fusiontree.data.corpus import CorpusOptions
 from fusiontree.data.format import DatasetInfo, read_dataset
-from fusiontree.data.tokenizers import load_tokenizer
+from fusiontree.data.tokenizers import tokenizer_of
 from fusiontree.data.verify import document_of_dataset, verify_dataset
 from fusiontree.utils.errors import UserError
 
@@ -91,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def print_summary(folder: Path, info: DatasetInfo) -> None:
     """Print what a dataset holds."""
     s = info.statistics
-    print(f"\n{folder}: {info.documents:,} documents, {info.tokens:,} tokens in {len(info.shards)} shards ({info.dtype})")
+    print(
+        f"\n{folder}: {info.documents:,} documents, {info.tokens:,} tokens in {len(info.shards)} shards ({info.dtype})"
+    )
     print(f"  tokenizer {info.tokenizer.name}, vocabulary {info.tokenizer.vocab_size:,}, eos {info.tokenizer.eos_id}")
     print(f"  {s['text_bytes'] / 1e6:,.1f} MB of text, {s['bytes_per_token']:.2f} bytes a token", end="")
     print(f", {s['duplicates_removed']:,} duplicates removed" if s.get("duplicates_removed") else "")
@@ -127,7 +129,7 @@ def inspect(folder: Path, number: int) -> int:
     except IndexError as error:
         raise UserError(f"--document {number}: the dataset has {info.documents} documents, from 0") from error
     print(f"\ndocument {number} ({len(tokens):,} tokens, {shard}):\n")
-    print(load_tokenizer(info.tokenizer, folder).decode(tokens))
+    print(tokenizer_of(info.tokenizer, folder).decode(tokens))
     return 0
 
 

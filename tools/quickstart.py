@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/quickstart")
 CONFIG = "configs/quickstart.yaml"
-STOP_AT = 250
+STOP_AT = 120
 PROMPT = "def "
 
 
@@ -61,7 +61,17 @@ def main() -> int:
         shutil.rmtree(RUN / "data", ignore_errors=True)
         run(
             *(python, "tools/build_shards.py", "--input", sources, "--include", "*.py", "--exclude", "site-packages"),
-            *("--tokenizer", "byte", "--validation-fraction", "0.02", "--shuffle", "--output", str(RUN / "data")),
+            *(
+                "--tokenizer",
+                "byte",
+                "--validation-fraction",
+                "0.02",
+                "--shuffle",
+                "--shard-mb",
+                "4",
+                "--output",
+                str(RUN / "data"),
+            ),
         )
     else:
         print(f"{RUN / 'data'} is there already")

@@ -45,8 +45,8 @@ def save_checkpoint(
     writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
     dcp.save(tensors, storage_writer=writer)
     if main:
-        for file in extra_files:
-            shutil.copy2(file, partial / file.name)
+        for extra in extra_files:
+            shutil.copy2(extra, partial / extra.name)
         with atomic_write(partial / STATE) as file:
             json.dump({"step": step, **values}, file, indent=1)
         files = [f for f in partial.rglob("*") if f.is_file()]

@@ -19,7 +19,8 @@ def describe_settings(section: type[Section] = Config, prefix: str = "") -> str:
     for name, field in section.model_fields.items():
         dotted = f"{prefix}{field.alias or name}"
         nested = section_type(field.annotation)
-        if nested is not None and field.annotation is nested:
+        is_section = nested is field.annotation  # not a list of sections
+        if nested is not None and is_section:
             lines += ["", f"{dotted}: {(nested.__doc__ or '').strip().splitlines()[0]}"]
             lines.append(describe_settings(nested, f"{dotted}."))
             continue

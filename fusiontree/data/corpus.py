@@ -108,7 +108,8 @@ def _read_jsonl(file: Path, text_key: str) -> Iterator[Document]:
             except (ValueError, KeyError, TypeError) as error:
                 known = nearest(text_key, values) if isinstance(error, KeyError) and isinstance(values, dict) else ""
                 raise UserError(
-                    f"{file}, line {number}: no text under '{text_key}' ({error}){known}; name the field with --text-key"
+                    f"{file}, line {number}: no text under '{text_key}' ({error}){known}; name the field with "
+                    f"--text-key"
                 ) from error
             if not isinstance(text, str):
                 raise UserError(f"{file}, line {number}: '{text_key}' is {type(text).__name__}, not a text")

@@ -64,11 +64,11 @@ class Shard:
         self.tar, self.info = tar, info
         self._descriptor = -1
         try:
-            content = np.memmap(index, dtype=np.uint8, mode="r")
+            content: np.ndarray = np.memmap(index, dtype=np.uint8, mode="r")
             size = tar.stat().st_size
         except (OSError, ValueError) as error:
             raise ShardDamage(tar, None, f"cannot be opened: {error}") from error
-        if hashlib.sha256(content).hexdigest() != info.index_sha256:
+        if hashlib.sha256(content.data).hexdigest() != info.index_sha256:
             raise ShardDamage(index, None, "differs from the hash in dataset.json")
         fields = _HEADER.unpack_from(content[: _HEADER.size].tobytes())
         _, _, begin, documents, _, tar_bytes, self.first_document, self.item_bytes = fields

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,8 +14,11 @@ import numpy as np
 
 from fusiontree.data.format import TokenizerInfo
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import atomic_write
 
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_INFO = "tokenizer_info.json"
+"""Which tokenizer a run or checkpoint was trained with."""
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "[SEP]")
 
 
@@ -25,8 +31,17 @@ class Tokenizer(Protocol):
         """Return the tokens of each text, without the end-of-document token."""
         ...
 
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of one text."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens; end-of-document tokens give nothing."""
+        ...
+
+    @property
+    def eos_id(self) -> int:
+        """The end-of-document token."""
         ...
 
 
@@ -45,6 +60,15 @@ class ByteTokenizer:
         """Return each text's bytes; lone surrogates, which UTF-8 cannot hold, become ``?``."""
         return [np.frombuffer(t.encode("utf-8", errors="replace"), np.uint8).astype(np.uint16) for t in texts]
 
+    def encode(self, text: str) -> list[int]:
+        """Return a text's bytes."""
+        return self.encode_batch([text])[0].tolist()
+
+    @property
+    def eos_id(self) -> int:
+        """The end-of-document token."""
+        return self.info.eos_id
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text; bytes that are no UTF-8 become the replacement character."""
         return bytes(t for t in tokens if t < 256).decode("utf-8", errors="replace")
@@ -53,8 +77,8 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """A ``tokenizer.json`` of the tokenizers library."""
 
-    def __init__(self, path: Path, name: str | None = None, eos: str | None = None) -> None:
-        """Load ``path``; ``eos`` names the end-of-document token, else the usual names are tried.
+    def __init__(self, path: Path, name: str | None = None, eos: str | None = None, eos_id: int | None = None) -> None:
+        """Load ``path``; ``eos`` or ``eos_id`` is the end-of-document token, else the usual names are tried.
 
         Raises:
             UserError: the file is missing or no tokenizer, or no end-of-document token can be found.
@@ -68,7 +92,8 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"tokenizer '{path}' cannot be read: {error}") from error
         names = (eos,) if eos else _EOS_NAMES
-        eos_id = next((i for i in map(self.backend.token_to_id, names) if i is not None), None)
+        if eos_id is None:
+            eos_id = next((i for i in map(self.backend.token_to_id, names) if i is not None), None)
         if eos_id is None:
             raise UserError(f"tokenizer '{path}' has none of the tokens {list(names)}; name its end with --eos TOKEN")
         self.path = path
@@ -85,6 +110,15 @@ class HuggingFaceTokenizer:
         """Return the tokens of each text."""
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(e.ids, dtype=np.uint32) for e in encodings]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of one text."""
+        return self.encode_batch([text])[0].tolist()
+
+    @property
+    def eos_id(self) -> int:
+        """The end-of-document token."""
+        return self.info.eos_id
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text, special tokens left out."""
@@ -115,7 +149,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
     backend.save(str(output))
 
 
-def load_tokenizer(info: TokenizerInfo, folder: Path) -> Tokenizer:
+def tokenizer_of(info: TokenizerInfo, folder: Path) -> Tokenizer:
     """Return the tokenizer that ``info`` describes; its file, if it has one, lies in ``folder``.
 
     Raises:
@@ -123,7 +157,37 @@ def load_tokenizer(info: TokenizerInfo, folder: Path) -> Tokenizer:
     """
     if info.kind == "byte":
         return ByteTokenizer()
-    tokenizer = HuggingFaceTokenizer(folder / (info.file or TOKENIZER_FILE), name=info.name)
+    tokenizer = HuggingFaceTokenizer(folder / (info.file or TOKENIZER_FILE), name=info.name, eos_id=info.eos_id)
     if tokenizer.info.sha256 != info.sha256:
         raise UserError(f"{tokenizer.path} is not the tokenizer that made the dataset (its SHA-256 differs)")
+    tokenizer.info = info  # name and end-of-document token as they were recorded with the tokens
     return tokenizer
+
+
+def save_tokenizer(info: TokenizerInfo, source: Path, folder: Path) -> list[Path]:
+    """Write what :func:`load_tokenizer` needs into ``folder`` and return the files.
+
+    Args:
+        info: the tokenizer.
+        source: folder with its file, if it has one.
+        folder: where to write.
+    """
+    written = [folder / TOKENIZER_INFO]
+    with atomic_write(written[0]) as file:
+        json.dump(asdict(info), file, indent=1)
+    if info.file:
+        written.append(folder / info.file)
+        shutil.copyfile(source / info.file, written[1])
+    return written
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a run or checkpoint folder.
+
+    Raises:
+        UserError: the folder does not say which tokenizer it was trained with.
+    """
+    path = folder / TOKENIZER_INFO
+    if not path.is_file():
+        raise UserError(f"'{folder}' has no {TOKENIZER_INFO}, so its tokenizer is not known")
+    return tokenizer_of(TokenizerInfo(**json.loads(path.read_text())), folder)

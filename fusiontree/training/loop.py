@@ -59,11 +59,12 @@ class RunSettings:
     loss_weights: LossWeights
     num_layers: int
     drop_branch_prob: float
-    flops_per_token: Callable[[int], float]
-    """Model FLOPs of training on one token, forward and backward, for a row length."""
+    flops_per_token: Callable[[list[int]], float]
+    """Model FLOPs of training on one token, forward and backward, averaged over documents of these lengths."""
     peak_flops: float | None
     """Peak dense FLOP/s of one device at the run's precision, or None where it is not known."""
-    tokenizer_files: list[Path]
+    extra_files: list[Path]
+    """Small files that every checkpoint carries: the tokenizer."""
 
 
 @dataclass
@@ -238,7 +239,7 @@ class Trainer:
         return {
             "tokens_per_s": per_s,
             "tokens_per_s_per_gpu": per_gpu,
-            "mfu": per_gpu * self.settings.flops_per_token(batch.seq_len) / peak if peak else None,
+            "mfu": per_gpu * self.settings.flops_per_token(_document_lengths(batch)) / peak if peak else None,
             "step_time_s": seconds,
             "data_wait_s": batch.wait_s,
             "peak_memory_gib": _peak_memory_gib(self.engine.device),
@@ -272,7 +273,7 @@ class Trainer:
             "rng": {"torch_cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()},
         }
         folder = save_checkpoint(
-            self.checkpoints, self.position.step, self.engine.state_tensors(), values, self.settings.tokenizer_files
+            self.checkpoints, self.position.step, self.engine.state_tensors(), values, self.settings.extra_files
         )
         self._saved_step = self.position.step
         if self.engine.is_main:
@@ -283,8 +284,8 @@ class Trainer:
 
     def _resume(self) -> None:
         if self.engine.is_main:
-            for folder in remove_partial(self.checkpoints):
-                self.records.event("partial_checkpoint_removed", folder=folder.name)
+            for partial in remove_partial(self.checkpoints):
+                self.records.event("partial_checkpoint_removed", folder=partial.name)
 
         def report(message: str) -> None:
             self.records.event("checkpoint_damaged", reason=message)
@@ -313,6 +314,13 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.engine.is_main:
             log.info(message)
+
+
+def _document_lengths(batch: StepBatch) -> list[int]:
+    """Tokens of each piece of a document in this rank's rows: what attention can look back on."""
+    starts = torch.cat([micro.positions_BS.flatten() == 0 for micro in batch.micro_batches]).nonzero().flatten()
+    total = sum(micro.positions_BS.numel() for micro in batch.micro_batches)
+    return torch.cat([starts, torch.tensor([total])]).diff().tolist()
 
 
 def _gate_statistics(means_3L: Tensor) -> dict[str, list[float]]:

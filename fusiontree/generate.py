@@ -1,0 +1,237 @@
+"""Text from a checkpoint: ``python -m fusiontree.generate --checkpoint DIR --prompt TEXT …``.
+
+Prompts and their continuations go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fusiontree.utils.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fusiontree.generation.decoding import GeneratedRow, Generation, NewToken
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line of the generation entry."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusiontree.generate",
+        description="Continue prompts with a trained model. Without sampling options it draws from the model's own "
+        "distribution; filters apply in the order penalty, temperature, top-k, top-p, min-p.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--checkpoint", required=True, type=Path, metavar="DIR", help="a run folder (its newest checkpoint) or one step"
+    )
+    add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times")
+    add(
+        "--prompt-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="file whose whole content is one prompt; a .jsonl file holds one object with a 'prompt' per line; "
+        "- reads standard input",
+    )
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens drawn a prompt at most (default 256)")
+    add("--greedy", action="store_true", help="always take the most likely token")
+    add("--temperature", type=float, default=1.0, help="below 1 sharpens, above 1 flattens (default 1)")
+    add("--top-k", type=int, metavar="K", help="keep only the K most likely tokens")
+    add("--top-p", type=float, metavar="P", help="keep the smallest set of likely tokens with this probability mass")
+    add("--min-p", type=float, metavar="P", help="keep tokens at least this fraction as likely as the most likely one")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids tokens of the text so far")
+    add("--seed", type=int, default=0, help="prompt number i (from 0) is drawn with seed + i (default 0)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts decoded together (default 8)")
+    add("--allow-longer", action="store_true", help="go beyond the length the model was made for")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is one)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of weights and cache (default auto: bfloat16 on a GPU, float32 on a CPU)",
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
+        "--json", action="store_true", help="print one JSON object per prompt, with tokens and logprobs"
+    )
+    output.add_argument("--stream", action="store_true", help="print text as it is drawn, one prompt after the other")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the entry; return the exit code: 0 done, 1 broken numbers in the model, 2 the user gave something wrong."""
+    args = build_parser().parse_args(argv)
+    from fusiontree.checkpoint.manifest import CheckpointDamage
+
+    try:
+        run(args)
+    except (UserError, CheckpointDamage) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generate as asked.
+
+    Raises:
+        UserError: something the user gave is wrong; found before the weights are read wherever possible.
+    """
+    from fusiontree.checkpoint.load import find_checkpoint, load_model, read_state
+    from fusiontree.data.tokenizers import load_tokenizer
+    from fusiontree.generation.decoding import check_request, generate
+    from fusiontree.generation.sampling import SamplingConfig
+    from fusiontree.models.config import ModelConfig
+    from fusiontree.utils.device import choose_device
+
+    sampling = SamplingConfig(
+        greedy=args.greedy,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
+    prompts = [*args.prompt, *(text for file in args.prompt_file for text in read_prompts(file))]
+    if not prompts:
+        raise UserError("there is nothing to continue; give --prompt TEXT or --prompt-file FILE")
+    device, dtype = choose_device(args.device, args.dtype)
+
+    folder = find_checkpoint(args.checkpoint)
+    tokenizer = load_tokenizer(folder)
+    stop_tokens = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    config = ModelConfig.model_validate(read_state(folder)["config"]["model"])
+    check_request(config, encoded, max_new_tokens=args.max_new_tokens, allow_longer=args.allow_longer)
+    model, _ = load_model(folder, device, dtype)
+    say(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {device}, {dtype}")
+
+    show = Printer(prompts, args.seed, json_lines=args.json, stream=args.stream)
+    batch_size = 1 if args.stream else args.batch_size
+    done: list[Generation] = []
+    for start in range(0, len(prompts), batch_size):
+        rows = range(start, min(start + batch_size, len(prompts)))
+        if args.stream:
+            show.heading(start)
+        generation = generate(
+            model,
+            [encoded[row] for row in rows],
+            max_new_tokens=args.max_new_tokens,
+            sampling=sampling,
+            seeds=[args.seed + row for row in rows],
+            stop_tokens=stop_tokens,
+            stop_strings=args.stop,
+            decode=tokenizer.decode,
+            on_token=show.piece if args.stream else None,
+            allow_longer=args.allow_longer,
+        )
+        done.append(generation)
+        for row, result in zip(rows, generation.rows, strict=True):
+            show.row(row, len(encoded[row]), result)
+    say(summary(done))
+
+
+def read_prompts(file: str) -> list[str]:
+    """Return the prompts that a file holds; ``-`` is standard input.
+
+    Raises:
+        UserError: the file is missing, no UTF-8, or a JSON line without a prompt.
+    """
+    if file == "-":
+        return [sys.stdin.read()]
+    path = Path(file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
+        raise UserError(f"prompt file '{file}' does not exist{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file '{file}' cannot be read as UTF-8 text: {error}") from None
+    if path.suffix != ".jsonl":
+        return [text]
+    prompts = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise UserError(f"{file}, line {number}: not a JSON object with a text under 'prompt'")
+        prompts.append(prompt)
+    return prompts
+
+
+class Printer:
+    """Writes results to standard output as plain text, JSON lines, or piece by piece."""
+
+    def __init__(self, prompts: Sequence[str], seed: int, *, json_lines: bool, stream: bool) -> None:
+        self._prompts = prompts
+        self._seed = seed
+        self._json = json_lines
+        self._stream = stream
+
+    def heading(self, row: int) -> None:
+        """Begin a prompt's text: the prompt itself, under a title when there are several."""
+        if len(self._prompts) > 1:
+            print(f"--- prompt {row}, seed {self._seed + row}")
+        print(self._prompts[row], end="", flush=True)
+
+    def piece(self, new: NewToken) -> None:
+        """Continue the text while it is drawn."""
+        print(new.text, end="", flush=True)
+
+    def row(self, row: int, prompt_tokens: int, result: GeneratedRow) -> None:
+        """End a prompt's text, or print all of it."""
+        if self._json:
+            values = {
+                "prompt": self._prompts[row],
+                "text": result.text,
+                "finish_reason": result.finish_reason,
+                "seed": self._seed + row,
+                "prompt_tokens": prompt_tokens,
+                "tokens": result.tokens,
+                "logprobs": result.logprobs,
+            }
+            print(json.dumps(values, ensure_ascii=False), flush=True)
+        elif self._stream:
+            print(flush=True)
+        else:
+            self.heading(row)
+            print(result.text, flush=True)
+
+
+def summary(done: Sequence[Generation]) -> str:
+    """Return one line on how fast it went."""
+    prompt_tokens = sum(generation.prompt_tokens for generation in done)
+    new_tokens = sum(generation.new_tokens for generation in done)
+    prefill_s = sum(generation.prefill_s for generation in done)
+    decode_s = sum(generation.decode_s for generation in done)
+    later = new_tokens - sum(len(generation.rows) for generation in done)
+    line = f"{prompt_tokens} prompt tokens in {prefill_s:.2f} s ({prompt_tokens / prefill_s:,.0f} tokens/s), "
+    line += f"{new_tokens} new tokens"
+    return line + (f" in {decode_s:.2f} s ({later / decode_s:,.0f} tokens/s)" if later else "")
+
+
+def say(message: str) -> None:
+    """Tell the person at the terminal, beside the generated text."""
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""The one device that a program without peers computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from fusiontree.utils.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Resolve ``--device`` and ``--dtype``.
+
+    Args:
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
+        dtype: auto (bfloat16 on a GPU, float32 on a CPU) or a name in ``DTYPES``.
+
+    Raises:
+        UserError: no such device here, or no such dtype.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device '{device}' is unknown; use auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"device '{device}' is not supported; use auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            built = "this torch has no CUDA" if torch.version.cuda is None else "no GPU is visible"
+            raise UserError(f"device is {device}, but {built}; use device cpu or a machine with a GPU")
+        if (chosen.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"device is {device}, but there are only {torch.cuda.device_count()} GPUs, from cuda:0 on")
+    if dtype == "auto":
+        return chosen, torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise UserError(f"dtype '{dtype}' is unknown; use auto, {', '.join(DTYPES)}")
+    return chosen, DTYPES[dtype]
