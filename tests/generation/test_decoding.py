@@ -104,21 +104,23 @@ def test_seeds_repeat_and_differ():
     assert both.rows[0].tokens != both.rows[1].tokens
 
 
-def test_rows_that_stop_leave_and_change_nothing_for_the_others():
+@pytest.mark.parametrize("leaving", range(4))
+def test_rows_that_stop_leave_and_change_nothing_for_the_others(leaving):
     model = tiny_model()
-    free = generate(model, PROMPTS, max_new_tokens=12, sampling=SAMPLING["drawn"])
-    stop = free.rows[1].tokens[3]
+    sampling = SamplingConfig(temperature=2.0, repetition_penalty=2.0)
+    free = generate(model, PROMPTS, max_new_tokens=16, sampling=sampling)
+    stop = free.rows[leaving].tokens[2]
     batch_sizes = []
     model.register_forward_pre_hook(lambda module, args: batch_sizes.append(args[0].shape[0]))
-    stopped = generate(model, PROMPTS, max_new_tokens=12, sampling=SAMPLING["drawn"], stop_tokens=[stop])
+    stopped = generate(model, PROMPTS, max_new_tokens=16, sampling=sampling, stop_tokens=[stop])
     for before, after in zip(free.rows, stopped.rows, strict=True):
         if stop in before.tokens:
             assert after.tokens == before.tokens[: before.tokens.index(stop) + 1]
             assert after.finish_reason == "stop_token"
         else:
             assert (after.tokens, after.finish_reason) == (before.tokens, "length")
+    assert {row.finish_reason for row in stopped.rows} == {"stop_token", "length"}
     assert batch_sizes[-1] < batch_sizes[0] == 4
-    assert stopped.rows[1].finish_reason == "stop_token"
 
 
 def decode(tokens: list[int]) -> str:
