@@ -75,7 +75,7 @@ class RingCache:
         slot_W = torch.arange(self._slots, device=k_BSKD.device)
         wanted_BW = last_B1 - (last_B1 - slot_W) % self._slots
         column_BW = length - 1 - (last_B1 - wanted_BW)
-        is_new_BW = (column_BW >= 0) & (new.positions_BS.gather(1, column_BW.clamp(min=0)) >= 0)
+        is_new_BW = (column_BW >= 0) & (wanted_BW >= 0)
         row_B1 = torch.arange(rows, device=k_BSKD.device)[:, None]
         column_BW = column_BW.clamp(min=0)
         mask = is_new_BW[..., None, None]

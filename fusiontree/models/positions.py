@@ -83,15 +83,17 @@ def locate(
             )
     if cache is not None and not cache.is_empty:
         documents = cache.documents(length)
-    if documents is not None:
-        positions_BS, end = documents.positions_BS, documents.max_seqlen
-        if not positions_BS.is_cuda:  # a piece of a row starts at its true position; asking a GPU would wait for it
-            end = int(positions_BS.max()) + 1
-    else:
-        positions_BS, end = torch.arange(length, device=device)[None], length
-    new = None
+    positions_BS = torch.arange(length, device=device)[None] if documents is None else documents.positions_BS
     if cache is not None:
         end = max(cache.lengths) + max(counts)
+    elif documents is None:
+        end = length
+    elif positions_BS.is_cuda:
+        end = documents.max_seqlen  # the greatest position of a piece that continues a document is only on the GPU
+    else:
+        end = int(positions_BS.max()) + 1
+    new = None
+    if cache is not None:
         seen_BS = positions_BS.expand(rows, length)
         if padding_mask_BS is not None:
             seen_BS = seen_BS.masked_fill(~padding_mask_BS, -1)

@@ -166,3 +166,17 @@ def test_misuse_of_a_cache_is_refused():
     input_ids_BS, mask_BS = pad("left")
     with pytest.raises(ValueError, match="forward that fills a cache"):
         model(input_ids_BS, padding_mask_BS=mask_BS, cache=cache)
+
+
+@torch.no_grad()
+def test_pads_leave_nothing_in_the_cache():
+    model = tiny_model(layer_pattern="F", window_size=8)
+    cache = model.new_cache(2)
+    mask_BS = torch.tensor([[True] * 6, [False] * 4 + [True] * 2])
+    model(tokens(2, 6), padding_mask_BS=mask_BS, cache=cache)
+    conv_x, conv_bc, _ = cache.layers[0].mamba.before()
+    for inputs_BKC in (conv_x, conv_bc):
+        assert not inputs_BKC[1, 0].any() and bool(inputs_BKC[1, 1:].any(1).all()) and bool(inputs_BKC[0].any(1).all())
+    attention = cache.layers[0].attention
+    assert attention.local.kept.positions_BT[1].tolist() == [0, 1, -1, -1, -1, -1]
+    assert attention.everything.kept.positions_BT[1].tolist() == [-1, -1, -1, -1, 0, 1]

@@ -91,6 +91,20 @@ def test_branch_scales_multiply_each_rows_branch_outputs():
     assert torch.equal(ones, plain)
 
 
+@torch.no_grad()
+def test_scales_reach_the_branch_that_a_layer_has():
+    model = tiny_model(layer_pattern="MA")
+    scale_LB2 = torch.tensor([[[0.0, 7.0], [1.0, 7.0]], [[7.0, 1.0], [7.0, 0.0]]])
+    inputs = []
+    for block in model.layers:
+        block.align.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
+    out = model(tokens(), branch_scale_LB2=scale_LB2)
+    assert not inputs[0][0].any() and inputs[0][1].any()
+    assert inputs[1][0].any() and not inputs[1][1].any()
+    without = model(tokens()).logits_BSV
+    assert not torch.allclose(out.logits_BSV, without, atol=1e-3)
+
+
 def test_a_dropped_branch_still_runs_and_gets_zero_gradients():
     """A branch that is skipped instead would leave collectives waiting under a sharding engine."""
     model = tiny_model(num_layers=1)
