@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,10 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
             raise CheckpointDamage(f"{folder} holds no tensor '{name}'{nearest(name, saved)}")
         if tuple(size) != tuple(tensor.shape):
             raise CheckpointDamage(f"{folder}: '{name}' has shape {tuple(size)}, the model wants {tuple(tensor.shape)}")
-    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        # One process without a process group is meant when a model is loaded for generation.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -82,7 +82,8 @@ SlurmdLogFile={self.folder}/log/%n.log
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """.strip().splitlines()
         lines += [
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={self._ports[name]} CPUs={self.cpus} State=UNKNOWN"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={self._ports[name]} "
+            f"CPUs={self.cpus} State=UNKNOWN"
             for name in self.names
         ]
         self.conf.write_text("\n".join(lines) + "\n")

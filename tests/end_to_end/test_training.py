@@ -1,0 +1,115 @@
+"""The real programs on a real dataset: what a resume, another layout or another start gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.runs import events, metrics, train, write_config
+
+pytestmark = pytest.mark.xdist_group("training")
+
+
+@pytest.fixture(scope="module")
+def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of one process."""
+    folder = tmp_path_factory.mktemp("reference")
+    done = train(write_config(folder, data))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_a_run_leaves_what_it_promises(reference: Path) -> None:
+    last = json.loads((reference / "metrics.jsonl").read_text().splitlines()[-2])
+    wanted = "step tokens loss lm_loss load_balance_loss entropy_loss grad_norm lr seq_len tokens_per_s"
+    wanted += " tokens_per_s_per_gpu mfu step_time_s data_wait_s peak_memory_gib gates"
+    assert set(wanted.split()) <= last.keys()
+    assert len(last["gates"]["mean"]) == 2
+    assert len(metrics(reference, "validation_loss")) == 2
+    assert metrics(reference)[-1] < metrics(reference)[0]
+    folders = sorted(p.name for p in (reference / "checkpoints").iterdir())
+    assert folders == ["step-00000007", "step-00000014", "step-00000020"]
+    assert events(reference)[0] == "start"
+    assert events(reference)[-1] == "finished"
+    assert (reference / "config.yaml").is_file()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_exactly(reference: Path, data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, data)
+    for stop in ("training.exit_at_step=5", "training.exit_at_step=12", "training.max_steps=20"):
+        done = train(config, stop)
+        assert done.returncode == 0, done.stderr
+    assert events(tmp_path / "run").count("resume") == 2
+    for key in ("loss", "grad_norm", "tokens", "lr", "validation_loss"):
+        assert metrics(tmp_path / "run", key) == metrics(reference, key), key
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+def test_two_ranks_equal_one_process(reference: Path, data: Path, tmp_path: Path, engine: str) -> None:
+    done = train(write_config(tmp_path, data), f"parallel.engine={engine}", processes=2)
+    assert done.returncode == 0, done.stderr
+    for key in ("loss", "grad_norm", "load_balance_loss", "entropy_loss", "validation_loss"):
+        assert metrics(tmp_path / "run", key) == pytest.approx(metrics(reference, key), rel=1e-5, abs=1e-7), key
+    assert metrics(tmp_path / "run", "tokens") == metrics(reference, "tokens")
+
+
+def test_three_ranks_share_a_batch_of_eight(reference: Path, data: Path, tmp_path: Path) -> None:
+    """Eight rows do not divide by three ranks; fillers keep them in step and count nothing."""
+    done = train(write_config(tmp_path, data), "training.max_steps=6", "training.eval_interval=0", processes=3)
+    assert done.returncode == 0, done.stderr
+    # Another max_steps is another learning rate from step 5 on; the first four are the warm-up.
+    for key in ("loss", "grad_norm"):
+        assert metrics(tmp_path / "run", key)[:5] == pytest.approx(metrics(reference, key)[:5], rel=1e-5), key
+
+
+def test_another_accumulation_and_recomputation_change_nothing(reference: Path, data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, data)
+    done = train(config, "training.micro_batch_size=8", "training.activation_checkpointing=full")
+    assert done.returncode == 0, done.stderr
+    for key in ("loss", "grad_norm"):
+        assert metrics(tmp_path / "run", key) == pytest.approx(metrics(reference, key), rel=1e-5, abs=1e-7), key
+
+
+def test_a_run_moves_to_another_number_of_ranks(reference: Path, data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, data)
+    assert train(config, "training.exit_at_step=9", processes=2).returncode == 0
+    done = train(config)
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "run") == pytest.approx(metrics(reference), rel=1e-5)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(reference: Path, data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, data)
+    assert train(config, "training.exit_at_step=9").returncode == 0
+    newest = tmp_path / "run" / "checkpoints" / "step-00000009"
+    weights = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    weights.write_bytes(content)
+    done = train(config)
+    assert done.returncode == 0, done.stderr
+    assert weights.name in done.stdout + done.stderr
+    assert "resumed at step 7" in done.stdout
+    assert metrics(tmp_path / "run") == metrics(reference)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns(data: Path, tmp_path: Path, precision: str) -> None:
+    done = train(write_config(tmp_path, data), f"training.precision={precision}", "training.max_steps=12")
+    assert done.returncode == 0, done.stderr
+    losses = metrics(tmp_path / "run", "lm_loss")
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_curriculum_keeps_the_tokens_of_a_step(data: Path, tmp_path: Path) -> None:
+    stages = "training.curriculum=[[16, 3], [32, 4]]"
+    config = write_config(tmp_path, data)
+    assert train(config, stages, "training.exit_at_step=5").returncode == 0
+    done = train(config, stages, "training.max_steps=10")
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "run", "seq_len") == [16] * 3 + [32] * 4 + [64] * 3
+    whole = write_config(tmp_path, data, "whole")
+    assert train(whole, stages, "training.max_steps=10").returncode == 0
+    assert metrics(tmp_path / "run")[:5] == metrics(tmp_path / "whole")[:5]
