@@ -1,0 +1,191 @@
+"""The corpus tool: inputs, tokenizers, restarts, refusals."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from fusiontree.data.build import bigram_entropy
+from fusiontree.data.format import read_dataset
+from fusiontree.data.tokenizers import ByteTokenizer, load_tokenizer, save_tokenizer, tokenizer_of, train_bpe
+from fusiontree.data.verify import dataset_hash, document_of_dataset
+from fusiontree.utils.errors import UserError
+from tools.build_shards import main
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def texts_of(folder: Path) -> list[str]:
+    info = read_dataset(folder)
+    tokenizer = tokenizer_of(info.tokenizer, folder)
+    return [tokenizer.decode(document_of_dataset(folder, info, n)[1]) for n in range(info.documents)]
+
+
+def build(*arguments: object) -> int:
+    return main([str(a) for a in arguments] + ["--processes", "1"])
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    (folder / "sub").mkdir(parents=True)
+    for i in range(12):
+        (folder / ("sub" if i % 3 else ".") / f"{i:02d}.txt").write_text(f"text {i} äöü " * (i + 1))
+    (folder / "skip.md").write_text("not wanted")
+    (folder / "empty.txt").write_text("")
+    return folder
+
+
+def test_folder_to_shards_and_back(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build("--input", texts, "--include", "*.txt", "--output", tmp_path / "d", "--shard-mb", 0.0003) == 0
+    assert len(read_dataset(tmp_path / "d").shards) > 2
+    assert sorted(texts_of(tmp_path / "d")) == sorted(f"text {i} äöü " * (i + 1) for i in range(12))
+    assert sorted(p.suffix for p in (tmp_path / "d").iterdir()).count(".json") == 1  # no leftovers
+    capsys.readouterr()
+    assert main(["--inspect", str(tmp_path / "d"), "--document", "3"]) == 0
+    assert texts_of(tmp_path / "d")[3] in capsys.readouterr().out
+    assert main(["--verify", str(tmp_path / "d")]) == 0
+    tar = tmp_path / "d" / "shard-000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[641] ^= 4
+    tar.write_bytes(content)
+    assert main(["--verify", str(tmp_path / "d")]) == 1
+    assert "shard-000001.tar, member" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_jsonl(tmp_path: Path, suffix: str) -> None:
+    lines = "".join(json.dumps({"content": f"line {i}\nmore"}) + "\n" for i in range(9)).encode()
+    packed = {"jsonl": lines, "jsonl.gz": gzip.compress(lines), "jsonl.zst": zstandard.compress(lines)}[suffix]
+    file = tmp_path / f"in.{suffix}"
+    file.write_bytes(packed)
+    assert build("--input", file, "--text-key", "content", "--output", tmp_path / "d") == 0
+    assert texts_of(tmp_path / "d") == [f"line {i}\nmore" for i in range(9)]
+
+
+def test_a_broken_json_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"text": "good"}\n{"txt": "no"}\n')
+    assert build("--input", file, "--output", tmp_path / "d") == 2
+    message = capsys.readouterr().err
+    assert "in.jsonl, line 2" in message
+    assert "did you mean 'txt'" in message
+
+
+def test_the_split_follows_the_text_alone(texts: Path, tmp_path: Path) -> None:
+    for name, options in (("a", []), ("b", ["--shuffle", "--seed", 0, "--shard-mb", 0.0002])):
+        assert build("--input", texts, "--output", tmp_path / name, "--validation-fraction", 0.3, *options) == 0
+    for split in ("train", "validation"):
+        assert set(texts_of(tmp_path / "a" / split)) == set(texts_of(tmp_path / "b" / split))
+    assert not set(texts_of(tmp_path / "a" / "train")) & set(texts_of(tmp_path / "a" / "validation"))
+
+
+def test_duplicates_are_removed_once(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps({"text": f"t{i % 4}"}) + "\n" for i in range(10)))
+    assert build("--input", file, "--output", tmp_path / "d", "--remove-duplicates") == 0
+    assert texts_of(tmp_path / "d") == ["t0", "t1", "t2", "t3"]
+    assert read_dataset(tmp_path / "d").statistics["duplicates_removed"] == 6
+
+
+def test_bpe_is_trained_saved_and_loaded(texts: Path, tmp_path: Path) -> None:
+    assert build("--input", texts, "--include", "*.txt", "--output", tmp_path / "d", "--tokenizer", "bpe:300") == 0
+    info = read_dataset(tmp_path / "d")
+    assert info.tokenizer.vocab_size <= 300
+    assert info.statistics["bytes_per_token"] > 2
+    assert sorted(texts_of(tmp_path / "d"))[0] == "text 0 äöü "
+    again = tmp_path / "again"
+    assert build("--input", texts, "--output", again, "--tokenizer", tmp_path / "d" / "tokenizer.json") == 0
+    assert read_dataset(again).tokenizer.sha256 == info.tokenizer.sha256
+    run = tmp_path / "run"
+    run.mkdir()
+    save_tokenizer(info.tokenizer, tmp_path / "d", run)
+    tokenizer = load_tokenizer(run)
+    assert tokenizer.decode(tokenizer.encode("text äöü!")) == "text äöü!"
+    (run / "tokenizer.json").write_text((run / "tokenizer.json").read_text() + " ")
+    with pytest.raises(UserError, match="SHA-256 differs"):
+        load_tokenizer(run)
+
+
+def test_bytes_round_trip_and_survive_lone_surrogates() -> None:
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode([*tokenizer.encode("grüße\n"), 256]) == "grüße\n"
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "{texts}x"], "does not exist; did you mean 'texts'"),
+        (["--input", "{texts}", "--include", "*.rst"], "no file matching ['*.rst']"),
+        (["--input", "{texts}", "--tokenizer", "bite"], "tokenizer 'bite' is no file"),
+        (["--input", "{texts}", "--tokenizer", "bpe:many"], "'many' is no vocabulary size"),
+        (["--input", "{texts}", "--tokenizer", "bpe:10"], "at least 257"),
+        (["--input", "{texts}/empty.txt"], "hold no text"),
+        (["--input", "{texts}", "--validation-fraction", "1.5"], "outside [0, 1)"),
+        ([], "give --input and --output"),
+    ],
+)
+def test_mistakes_are_named(
+    texts: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [a.replace("{texts}", str(texts)) for a in arguments]
+    assert build(*filled, *(["--output", tmp_path / "d"] if filled else [])) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "d" / "dataset.json").exists()
+
+
+def test_folders_of_others_are_left_alone(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build("--input", texts, "--output", tmp_path / "d") == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()}
+    assert build("--input", texts, "--output", tmp_path / "d") == 2
+    assert "complete dataset already" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()} == before
+    assert build("--input", texts, "--output", texts) == 2
+    assert "holds other files" in capsys.readouterr().err
+
+
+def test_killed_builds_go_on_without_redoing_shards(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        (folder / f"{i:02d}.txt").write_bytes(rng.integers(97, 122, 100_000, dtype=np.uint8).tobytes())
+    command = [sys.executable, "tools/build_shards.py", "--input", str(folder), "--shard-mb", "0.1", "--processes", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert subprocess.run([*command, "--output", str(whole)], cwd=ROOT, capture_output=True).returncode == 0
+    process = subprocess.Popen([*command, "--output", str(killed)], cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(list(killed.glob("*.record.json"))) < 3 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "dataset.json").exists()
+    stamps = {p.name: p.stat().st_mtime_ns for p in killed.glob("*.tar") if Path(f"{p}.record.json").exists()}
+    assert stamps
+    assert subprocess.run([*command, "--output", str(killed)], cwd=ROOT, capture_output=True).returncode == 0
+    assert {name: (killed / name).stat().st_mtime_ns for name in stamps} == stamps
+    assert dataset_hash(killed) == dataset_hash(whole)
+    assert (killed / "dataset.json").read_text() == (whole / "dataset.json").read_text()
+
+
+def test_bigram_entropy_by_hand() -> None:
+    # After 0 comes 0 or 1 equally often, after 1 always 0.
+    assert bigram_entropy(np.array([[2, 2], [4, 0]])) == pytest.approx(0.5 * np.log(2))
+
+
+def test_training_a_bpe_is_deterministic(tmp_path: Path) -> None:
+    for name in "ab":
+        train_bpe((f"word{i % 7} and word{i % 5}" for i in range(200)), 280, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

@@ -1,0 +1,84 @@
+"""Permutations, row order and mixture: bijective, keyed, computable anywhere."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusiontree.data.mixture import Mixture, floor_sum
+from fusiontree.data.order import Permutation, RowOrder
+
+sizes = st.integers(1, 400)
+
+
+@given(size=sizes, key=st.integers(0, 2**64 - 1))
+@settings(max_examples=30, deadline=None)
+def test_a_permutation_meets_every_element_once(size: int, key: int) -> None:
+    assert sorted(Permutation(size, key)[i] for i in range(size)) == list(range(size))
+
+
+def test_keys_give_different_orders() -> None:
+    orders = {tuple(Permutation(50, key)[i] for i in range(50)) for key in range(20)}
+    assert len(orders) == 20
+
+
+@given(
+    rows=st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(sum),
+    block=st.integers(1, 5),
+    shuffle=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_row_once_an_epoch(rows: list[int], block: int, shuffle: bool, seed: int) -> None:
+    order = RowOrder(rows, seed=seed, block=block, shuffle=shuffle)
+    total = sum(rows)
+    everything = {(shard, row) for shard, count in enumerate(rows) for row in range(count)}
+    for epoch in range(2):
+        visited = [order.place(epoch * total + i) for i in range(total)]
+        assert {e for e, _ in visited} == {epoch}
+        assert {(p.shard, p.row) for _, p in visited} == everything
+    # Any place is found without visiting those before it.
+    assert RowOrder(rows, seed=seed, block=block, shuffle=shuffle).place(total + total // 2) == order.place(
+        total + total // 2
+    )
+
+
+def test_epochs_and_seeds_differ_and_no_shuffle_keeps_the_order() -> None:
+    def first(seed: int, begin: int) -> list[tuple[int, int]]:
+        order = RowOrder([20] * 5, seed=seed, block=2, shuffle=True)
+        return [(p.shard, p.row) for _, p in map(order.place, range(begin, begin + 20))]
+
+    assert first(0, 0) != first(0, 100)
+    assert first(0, 0) != first(1, 0)
+    plain = RowOrder([3, 2], seed=0, block=1, shuffle=False)
+    assert [(p.shard, p.row) for _, p in map(plain.place, range(5))] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
+def test_reads_stay_within_a_block() -> None:
+    order = RowOrder([10] * 12, seed=3, block=3, shuffle=True)
+    shards = [order.place(i)[1].shard for i in range(120)]
+    assert all(len(set(shards[begin : begin + 30])) == 3 for begin in range(0, 120, 30))
+
+
+@given(n=st.integers(0, 60), m=st.integers(1, 40), a=st.integers(0, 80), b=st.integers(-60, 60))
+def test_floor_sum(n: int, m: int, a: int, b: int) -> None:
+    assert floor_sum(n, m, a, b) == sum((a * i + b) // m for i in range(n))
+
+
+@given(weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=5), seed=st.integers(0, 50))
+@settings(max_examples=40, deadline=None)
+def test_mixture_counts_are_computed_not_replayed(weights: list[float], seed: int) -> None:
+    mixture = Mixture(weights, seed)
+    counts = [0] * len(weights)
+    for row in range(300):
+        if row % 37 == 0:
+            assert mixture.rows_before(row) == counts
+        counts[mixture.source(row)] += 1
+
+
+def test_mixture_is_even_at_every_scale() -> None:
+    mixture = Mixture([7, 2, 1], seed=0)
+    for rows in (100, 10_000, 10**12):
+        shares = [count / rows for count in mixture.rows_before(rows)]
+        assert shares == pytest.approx([0.7, 0.2, 0.1], abs=4 / rows)
