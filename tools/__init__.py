@@ -1,0 +1,1 @@
+"""Programs for data, checkpoints and pictures, run as scripts."""
