@@ -17,15 +17,7 @@ from tests.helpers import tiny_config, tiny_model
 def mixer_pair(n_groups: int):
     """Our mixer and transformers' with the same weights; theirs packs z, x, B, C, dt in one projection."""
     mamba2 = pytest.importorskip("transformers.models.mamba2")
-    config = tiny_config(mamba={"n_groups": n_groups, "norm_groups": n_groups, "chunk_size": 8})
-    ours = Mamba2Mixer(config)
-    for name, parameter in ours.named_parameters():
-        values = initialize_parameter(f"layers.0.mamba.{name}", parameter.shape, config, seed=3)
-        if parameter.ndim == 2 and "conv" not in name:
-            values *= 3
-        if name.endswith("bias") or name.endswith("norm.weight"):
-            values += 0.2 * torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
-        parameter.data = values
+    config = tiny_config(mamba={"n_groups": n_groups, "chunk_size": 8})
     theirs = mamba2.modeling_mamba2.Mamba2Mixer(
         mamba2.Mamba2Config(
             hidden_size=config.hidden_size,
@@ -43,6 +35,17 @@ def mixer_pair(n_groups: int):
         ),
         layer_idx=0,
     )
+    # Their norm has as many groups as B and C have; older releases normalise all channels together.
+    norm_groups = config.d_inner // getattr(theirs.norm, "group_size", config.d_inner)
+    config = tiny_config(mamba={"n_groups": n_groups, "norm_groups": norm_groups, "chunk_size": 8})
+    ours = Mamba2Mixer(config)
+    for name, parameter in ours.named_parameters():
+        values = initialize_parameter(f"layers.0.mamba.{name}", parameter.shape, config, seed=3)
+        if parameter.ndim == 2 and "conv" not in name:
+            values *= 3
+        if name.endswith("bias") or name.endswith("norm.weight"):
+            values += 0.2 * torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
+        parameter.data = values
     z, x, dt = ours.in_proj.weight.split([config.d_inner, config.d_inner, config.mamba_heads])
     with torch.no_grad():
         theirs.in_proj.weight.copy_(torch.cat([z, x, ours.bc_proj.weight, dt]))
