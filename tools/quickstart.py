@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/quickstart")
 CONFIG = "configs/quickstart.yaml"
-STOP_AT = 120
+STOP = "training.exit_at_step=120"
 PROMPT = "def "
 
 
@@ -79,8 +79,8 @@ def main() -> int:
 
     launch = [str(Path(python).parent / "torchrun"), "--standalone", f"--nproc-per-node={processes}"]
     train = [*launch, "-m", "fusiontree.train", "--config", CONFIG]
-    say(f"2/5  training: {processes} ranks under FSDP2; stops itself at step {STOP_AT}, as a preemption would")
-    run(*train, f"training.exit_at_step={STOP_AT}")
+    say(f"2/5  training: {processes} ranks under FSDP2; stops itself on the way ({STOP}), as a preemption would")
+    run(*train, STOP)
     say("3/5  the same command again: it resumes from the checkpoint and goes on to the end")
     run(*train)
 
