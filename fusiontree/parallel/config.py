@@ -13,3 +13,20 @@ class ParallelConfig(Section):
     engine: Literal["fsdp2", "ddp"] = setting(
         "fsdp2", "fsdp2 shards parameters, gradients and optimizer; ddp keeps whole parameters on every rank."
     )
+    tp: int = setting(
+        1,
+        "Tensor parallel size: heads and vocabulary are split over so many neighbouring ranks, and the tokens between "
+        "the mixers over the same ranks (sequence parallel).",
+        unit="ranks",
+        ge=1,
+    )
+    cp: int = setting(
+        1, "Context parallel size: every row is cut into so many pieces, one a rank.", unit="ranks", ge=1
+    )
+    shard_size: int | None = setting(
+        None,
+        "fsdp2 only: ranks that share one copy of the parameters, usually the GPUs of a node; other groups of ranks "
+        "hold copies. Absent means all ranks share one copy.",
+        unit="ranks",
+        ge=1,
+    )

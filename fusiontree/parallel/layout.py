@@ -1,7 +1,9 @@
 """The processes of a job and their groups: the one place where process groups are made.
 
-``Layout`` says which device this process computes on, which rows of a batch are its own, and over whom a value
-is summed. Mesh axes: dp (data parallel).
+``Layout`` says which device this process computes on, which rows and tokens of a batch are its own, and over whom a
+value is summed. Mesh axes: dp (data parallel: other rows), cp (context parallel: other pieces of the same rows), tp
+(tensor parallel: other heads of the same piece, and other tokens of it between the mixers); tp is innermost, so its
+ranks are neighbours. rank = (dp_rank * cp + cp_rank) * tp + tp_rank.
 """
 
 from __future__ import annotations
@@ -40,12 +42,25 @@ def choose_device(wanted: str, place: ProcessPlace) -> torch.device:
 class Layout:
     """This process's place on the device mesh. Use as a context manager: leaving it ends the process groups."""
 
-    def __init__(self, device: str = "auto", timeout_s: float = 1800.0) -> None:
+    def __init__(
+        self,
+        device: str = "auto",
+        timeout_s: float = 1800.0,
+        *,
+        tp: int = 1,
+        cp: int = 1,
+        shard_size: int | None = None,
+    ) -> None:
         """Join the job's process group (nccl on GPUs, gloo on CPUs; one process alone needs no rendezvous).
+
+        :func:`fusiontree.parallel.validate.check_layout` says beforehand whether the sizes fit.
 
         Args:
             device: auto | cuda | cpu.
             timeout_s: how long a collective may wait for its peers.
+            tp: tensor parallel size.
+            cp: context parallel size.
+            shard_size: ranks that share one copy of the parameters under fsdp2; None means all.
         """
         self.place = process_place()
         self.device = choose_device(device, self.place)
@@ -60,40 +75,123 @@ class Layout:
             dist.init_process_group(
                 self.backend, rank=self.place.rank, world_size=self.place.world_size, timeout=timeout
             )
-        self.mesh: DeviceMesh = init_device_mesh(self.device.type, (self.place.world_size,), mesh_dim_names=("dp",))
+        world = self.place.world_size
+        assert world % (tp * cp) == 0, f"{world} processes, tp {tp}, cp {cp}"
+        self.tp_size, self.cp_size, self.dp_size = tp, cp, world // (tp * cp)
+        self.shard_size = shard_size or world
+        self._copies: dict[tuple[bool, bool], DeviceMesh] = {}
+        self.mesh: DeviceMesh = self._mesh(dp=self.dp_size, cp=cp, tp=tp)
+        self._dp_cp_mesh = self._mesh(dp_cp=self.dp_size * cp, tp=tp)["dp_cp"] if tp * cp > 1 else self.mesh["dp"]
+        self._row_mesh = self._mesh(dp=self.dp_size, row=cp * tp)["row"]
+        self._world_mesh = self._mesh(world=world)
         # Files are written by CPU code; a gloo group keeps that off the GPU's stream and its time-outs apart.
         self.cpu_group = dist.new_group(backend="gloo", timeout=timeout)
 
+    def _mesh(self, **axes: int) -> DeviceMesh:
+        return init_device_mesh(self.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
     @property
     def dp_rank(self) -> int:
-        """This process's index among the data parallel ranks."""
+        """Which part of every global batch this process reads."""
         return self.mesh.get_local_rank("dp")
 
     @property
-    def dp_size(self) -> int:
-        """Number of data parallel ranks: how many parts a global batch is split into."""
-        return self.mesh["dp"].size()
+    def cp_rank(self) -> int:
+        """Which piece of its rows this process holds."""
+        return self.mesh.get_local_rank("cp")
+
+    @property
+    def tp_rank(self) -> int:
+        """Which share of the heads this process holds, and of its piece's tokens between the mixers."""
+        return self.mesh.get_local_rank("tp")
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold other rows."""
+        return self.mesh.get_group("dp")
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the other pieces of the same rows, in order."""
+        return self.mesh.get_group("cp")
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the other heads of the same tokens, in order."""
+        return self.mesh.get_group("tp")
+
+    @property
+    def dp_cp_group(self) -> dist.ProcessGroup:
+        """Ranks that compute the same heads on other tokens: tensor parallel parameters are sharded over them."""
+        return self._dp_cp_mesh.get_group()
+
+    @property
+    def row_group(self) -> dist.ProcessGroup:
+        """Ranks that share the same rows (cp x tp): sums over a row's tokens go over them."""
+        return self._row_mesh.get_group()
+
+    @property
+    def world_group(self) -> dist.ProcessGroup:
+        """All ranks (dp x cp x tp): parameters that tensor parallelism leaves whole are sharded over them."""
+        return self._world_mesh.get_group()
 
     @property
     def is_main(self) -> bool:
         """True on the one process that writes files and prints."""
         return self.place.is_main
 
-    def parameter_mesh(self, shard: bool) -> DeviceMesh:
-        """Return the mesh for ``fully_shard``: sharded over all data parallel ranks, or whole on each of them."""
-        if shard:
-            return self.mesh["dp"]
-        return init_device_mesh(self.device.type, (self.dp_size, 1), mesh_dim_names=("replicate", "shard"))
+    def parameter_group(self, tp_sharded: bool) -> dist.ProcessGroup:
+        """Return the ranks whose gradients of a parameter add up: dp x cp, and tp too where tp leaves it whole."""
+        return self.dp_cp_group if tp_sharded else self.world_group
+
+    def parameter_mesh(self, shard: bool, tp_sharded: bool = False) -> DeviceMesh:
+        """Return the mesh for ``fully_shard``.
+
+        Args:
+            shard: shard over the mesh (over ``shard_size`` ranks of it, copied between such groups); otherwise keep
+                whole parameters on each rank.
+            tp_sharded: for parameters that are already split over tp: the mesh is dp x cp; otherwise dp x cp x tp.
+        """
+        flat, tp = (self._dp_cp_mesh, self.tp_size) if tp_sharded else (self._world_mesh, 1)
+        if shard and self.shard_size == self.place.world_size:
+            return flat
+        key = (shard, tp > 1)
+        if key not in self._copies:
+            ranks = self.shard_size // tp if shard else 1
+            mesh = self._mesh(replicate=flat.size() // ranks, shard=ranks, tp=tp)
+            self._copies[key] = mesh["replicate", "shard"]
+        return self._copies[key]
+
+    def sum_over_copies(self, square_tp: torch.Tensor, square_whole: torch.Tensor, shard: bool) -> torch.Tensor:
+        """Add up squares of gradients, each parameter's once.
+
+        Args:
+            square_tp: sum over this rank's parts of parameters that are split over tp; fp64 scalar.
+            square_whole: the same of the other parameters.
+            shard: whether the parts are sharded by the engine (see :meth:`parameter_mesh`) or whole.
+        """
+        if not shard:
+            if self.tp_size > 1:
+                dist.all_reduce(square_tp, group=self.tp_group)
+            return square_tp + square_whole
+        total = square_tp + square_whole
+        group = self.world_group
+        if self.shard_size != self.place.world_size:
+            group = self.parameter_mesh(shard=True).get_group("shard")  # holds tp too: one whole copy of the model
+        dist.all_reduce(total, group=group)
+        return total
 
     def sum_over_rows(self, values: torch.Tensor) -> torch.Tensor:
         """Sum ``values`` in place over the ranks that read different rows."""
         if self.dp_size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.mesh.get_group("dp"))
+            dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.dp_group)
         return values
 
     def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum ``values`` in place over the ranks that hold different tokens."""
-        return self.sum_over_rows(values)  # every rank holds whole rows
+        """Sum ``values`` in place over the ranks whose losses are of different tokens (other rows, other pieces)."""
+        if self.dp_size * self.cp_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.dp_cp_group)
+        return values
 
     def barrier(self) -> None:
         """Wait until every process is here."""

@@ -1,0 +1,113 @@
+"""Does a model fit a layout? Asked before any process group is made; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+from fusiontree.models.config import ModelConfig
+from fusiontree.parallel.config import ParallelConfig
+from fusiontree.utils.errors import UserError
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig, training: Any, world_size: int) -> None:
+    """Refuse layouts that cannot compute the model.
+
+    Args:
+        model: the ``model`` section.
+        parallel: the ``parallel`` section.
+        training: the ``training`` section; its row lengths are read.
+        world_size: number of processes.
+
+    Raises:
+        UserError: names the size that does not fit, why, and the sizes that would.
+    """
+    tp, cp = parallel.tp, parallel.cp
+    if parallel.engine.startswith("zero") and find_spec("deepspeed") is None:
+        raise UserError(
+            f"parallel.engine {parallel.engine} needs the package deepspeed, which is not installed; install "
+            f"fusiontree[deepspeed] or use parallel.engine=fsdp2"
+        )
+    if world_size % (tp * cp):
+        raise UserError(
+            f"{world_size} processes do not divide by parallel.tp {tp} x parallel.cp {cp} = {tp * cp}; start a "
+            f"multiple of {tp * cp}, or set tp x cp to one of {_divisors(world_size)}"
+        )
+    reasons = list(tp_problems(model, tp))
+    if reasons:
+        fitting = valid_tp(model, limit=max(tp, 64))
+        raise UserError(f"parallel.tp {tp} does not fit the model: {'; '.join(reasons)}. This model allows tp {fitting}")
+    if tp > 1 and model.kernels.cross_entropy not in ("auto", "chunked"):
+        raise UserError(
+            f"kernels.cross_entropy={model.kernels.cross_entropy} cannot split the vocabulary over parallel.tp {tp} "
+            f"ranks; use auto or chunked"
+        )
+    _check_lengths(training, cp, tp)
+    _check_shard_size(parallel, world_size)
+
+
+def tp_problems(model: ModelConfig, tp: int) -> Iterator[str]:
+    """Yield the reasons why the model cannot be split over ``tp`` ranks."""
+    if tp == 1:
+        return
+    if model.vocab_size % tp:
+        yield f"vocab_size {model.vocab_size} does not divide by {tp} (pad it to {-(-model.vocab_size // tp) * tp})"
+    if set(model.pattern) & set("FM"):
+        if model.mamba_heads % tp:
+            yield f"{model.mamba_heads} state space heads (expand * hidden_size / mamba.head_dim) do not divide by {tp}"
+        if model.mamba.n_groups % tp and tp % model.mamba.n_groups:
+            yield f"mamba.n_groups {model.mamba.n_groups} is neither a multiple nor a divisor of {tp}"
+        if model.mamba.norm_groups % tp:
+            yield (
+                f"mamba.norm_groups {model.mamba.norm_groups} is not a multiple of {tp}, so a group of the gated norm "
+                f"would lie on several ranks"
+            )
+    if set(model.pattern) & set("FA"):
+        if model.local_heads % tp or model.global_heads % tp:
+            yield (
+                f"{model.local_heads} local + {model.global_heads} global heads: each kind must divide by {tp}, "
+                f"or ranks would differ in work (num_heads and global_heads set them)"
+            )
+        for kind, heads in (("local", model.local_kv_heads), ("global", model.global_kv_heads)):
+            if heads and heads % tp and tp % heads:
+                yield f"{heads} {kind} key/value heads are neither a multiple nor a divisor of {tp}"
+
+
+def valid_tp(model: ModelConfig, limit: int = 64) -> list[int]:
+    """Return the tensor parallel sizes up to ``limit`` that fit the model."""
+    return [tp for tp in range(1, limit + 1) if not any(tp_problems(model, tp))]
+
+
+def _check_lengths(training: Any, cp: int, tp: int) -> None:
+    parts = cp * tp
+    lengths = {"training.seq_len": training.seq_len}
+    lengths |= {f"stage {i} of training.curriculum": stage[0] for i, stage in enumerate(training.curriculum or [])}
+    for name, length in lengths.items():
+        if length % parts:
+            below, above = length // parts * parts, -(-length // parts) * parts
+            near = f"{below} or {above}" if below else f"{above}"
+            raise UserError(
+                f"{name} {length} does not divide by parallel.cp {cp} x parallel.tp {tp} = {parts} (each rank holds "
+                f"an equal share of a row's tokens); the nearest lengths that do: {near}"
+            )
+
+
+def _check_shard_size(parallel: ParallelConfig, world_size: int) -> None:
+    size = parallel.shard_size
+    if size is None:
+        return
+    if parallel.engine != "fsdp2":
+        raise UserError(
+            f"parallel.shard_size is for engine fsdp2, and parallel.engine is {parallel.engine}; remove it or use fsdp2"
+        )
+    if world_size % size or size % parallel.tp:
+        fitting = [n for n in _divisors(world_size) if n % parallel.tp == 0]
+        raise UserError(
+            f"parallel.shard_size {size} must divide the {world_size} processes and be a multiple of parallel.tp "
+            f"{parallel.tp}; use one of {fitting}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
