@@ -18,7 +18,9 @@ python=${FUSIONTREE_PYTHON:-$root/.venv/bin/python}
 
 # The processes learn their ranks from SLURM_PROCID; where they meet is set here. The port follows from the job id, so
 # two jobs on one node do not meet each other.
-MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# A node's name need not be an address; what Slurm itself reaches it by is.
+MASTER_ADDR=${MASTER_ADDR:-$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)}
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -59,7 +59,8 @@ echo "job $SLURM_JOB_ID start $restarts on $SLURM_JOB_NODELIST: $config $*"
 "$root/launchers/srun.sh" --config "$config" "$@" &
 step=$!
 # Slurm's warning reaches this shell alone. srun passes it on to every rank; they agree on a step, save and leave.
-trap 'echo "time limit near: asking the ranks to save"; kill -USR1 $step' USR1
+warned=""
+trap 'warned=yes; echo "time limit near: asking the ranks to save"; kill -USR1 $step' USR1
 trap 'echo "asked to end: passing it on"; kill -TERM $step' TERM
 # A trapped signal ends wait early with a code over 128 while srun still runs.
 while :; do
@@ -68,7 +69,10 @@ while :; do
     kill -0 "$step" 2>/dev/null || break
 done
 
-if [ "$code" -eq 75 ]; then
+if [ "$code" -eq 75 ] && [ -z "$warned" ]; then
+    # scancel, or a preemption that Slurm itself requeues: going back into the queue would undo what was asked.
+    echo "saved on a signal that was no time limit; queue the job again to continue"
+elif [ "$code" -eq 75 ]; then
     echo "saved; requeueing job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"
 elif [ "$code" -eq 0 ]; then

@@ -129,6 +129,9 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["scancel", "--me"], env=self.environment, capture_output=True, timeout=20)
+        deadline = time.monotonic() + 20  # the daemons must outlive the jobs, or nobody ends their processes
+        while self.run("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
+            time.sleep(0.3)
         for daemon in reversed(list(self.daemons.values())):
             daemon.terminate()
         for daemon in self.daemons.values():
