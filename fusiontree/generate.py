@@ -39,7 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="file whose whole content is one prompt; a .jsonl file holds one object with a 'prompt' per line; "
         "- reads standard input",
     )
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens drawn a prompt at most (default 256)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="tokens drawn a prompt at most (default 256, or as many as the model's length leaves)",
+    )
     add("--greedy", action="store_true", help="always take the most likely token")
     add("--temperature", type=float, default=1.0, help="below 1 sharpens, above 1 flattens (default 1)")
     add("--top-k", type=int, metavar="K", help="keep only the K most likely tokens")
@@ -87,13 +92,14 @@ def run(args: argparse.Namespace) -> None:
     """Generate as asked.
 
     Raises:
-        UserError: something the user gave is wrong; found before the weights are read wherever possible.
+        UserError: something the user gave is wrong; found before anything is generated.
+        CheckpointDamage: a file of the checkpoint differs from its recorded hash.
+        FloatingPointError: the model's logits are not finite.
     """
-    from fusiontree.checkpoint.load import find_checkpoint, load_model, read_state
+    from fusiontree.checkpoint.load import find_checkpoint, load_model
     from fusiontree.data.tokenizers import load_tokenizer
     from fusiontree.generation.decoding import check_request, generate
     from fusiontree.generation.sampling import SamplingConfig
-    from fusiontree.models.config import ModelConfig
     from fusiontree.utils.device import choose_device
 
     sampling = SamplingConfig(
@@ -112,12 +118,15 @@ def run(args: argparse.Namespace) -> None:
     device, dtype = choose_device(args.device, args.dtype)
 
     folder = find_checkpoint(args.checkpoint)
+    model, _ = load_model(folder, device, dtype)  # verifies the tokenizer's file too
     tokenizer = load_tokenizer(folder)
-    stop_tokens = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    config = ModelConfig.model_validate(read_state(folder)["config"]["model"])
-    check_request(config, encoded, max_new_tokens=args.max_new_tokens, allow_longer=args.allow_longer)
-    model, _ = load_model(folder, device, dtype)
+    max_new_tokens = args.max_new_tokens
+    if max_new_tokens is None:
+        room = model.config.max_position_embeddings - max(len(prompt) for prompt in encoded)
+        max_new_tokens = max(1, min(256, room))
+    # All prompts are checked before the first batch is computed.
+    check_request(model.config, encoded, max_new_tokens=max_new_tokens, allow_longer=args.allow_longer)
     say(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {device}, {dtype}")
 
     show = Printer(prompts, args.seed, json_lines=args.json, stream=args.stream)
@@ -130,10 +139,10 @@ def run(args: argparse.Namespace) -> None:
         generation = generate(
             model,
             [encoded[row] for row in rows],
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             sampling=sampling,
             seeds=[args.seed + row for row in rows],
-            stop_tokens=stop_tokens,
+            stop_tokens=[tokenizer.eos_id],
             stop_strings=args.stop,
             decode=tokenizer.decode,
             on_token=show.piece if args.stream else None,

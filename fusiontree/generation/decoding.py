@@ -189,7 +189,7 @@ def check_request(
         if config.srte_encoding == "learnable":
             raise UserError(f"{problem} (its learnable srte_encoding has no entries there)")
         if not allow_longer:
-            raise UserError(f"{problem}, or allow longer rows than it was made for")
+            raise UserError(f"{problem}, or pass --allow-longer (allow_longer=True) to go beyond what it was made for")
 
 
 class _Row:
