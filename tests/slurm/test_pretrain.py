@@ -131,7 +131,10 @@ def test_a_lost_node_costs_a_requeue_on_the_other(
     """The job asks for one or two nodes; it loses one of two and goes on with half the ranks."""
     config, log = write_config(tmp_path, data), tmp_path / "job.log"
     run = tmp_path / "run"
-    job = submit(cluster, log, config, "--nodes=1-2", "--ntasks-per-node=1")
+    idle = lambda: cluster.run("sinfo", "-h", "-o", "%T").split() == ["idle"]  # noqa: E731
+    cluster.wait_for(idle, "both nodes to be free", 60)
+    # A number of tasks would cap the nodes at it; without one srun starts a task on every node there is.
+    job = submit(cluster, log, config, "--nodes=1-2", "--exclusive")
     cluster.wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 9, "some steps", 120)
     shown = cluster.run("scontrol", "show", "job", job, "-o")
     assert "NumNodes=2" in shown
