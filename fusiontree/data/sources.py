@@ -1,0 +1,299 @@
+"""Where the shards of a dataset come from: a local folder, or a remote one through the local cache."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from fusiontree.data.cache import ShardCache
+from fusiontree.data.config import DataConfig
+from fusiontree.data.format import DATASET, DatasetInfo, ShardDamage, parse_dataset, read_dataset
+from fusiontree.data.index import Shard, index_size
+from fusiontree.data.remote import FileMissing, RemoteFolder, Retries, is_remote, local_folder, open_remote
+from fusiontree.data.tokenizers import save_tokenizer
+from fusiontree.utils.errors import UserError
+from fusiontree.utils.hashing import sha256_file
+
+log = logging.getLogger(__name__)
+
+# Errors of a disk or network file system that may pass; others say that the file is not there or not ours.
+_PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOLCK}
+
+
+class OpenShard(Protocol):
+    """A shard that a process keeps open."""
+
+    def pinned(self) -> Iterator[Shard]:
+        """Give the shard, which stays on the disk meanwhile (a context manager)."""
+        ...
+
+    def close(self) -> None:
+        """Close its files."""
+        ...
+
+
+class Source(Protocol):
+    """A dataset and the way to its shards. Methods may be called from any thread."""
+
+    place: str
+    info: DatasetInfo
+    remote: bool
+
+    def open(self, number: int) -> OpenShard:
+        """Open a shard, fetching it first where that is needed.
+
+        Raises:
+            ShardDamage: it is missing, or not what dataset.json says.
+            UserError: the place cannot be reached.
+        """
+        ...
+
+    def fetch(self, number: int) -> None:
+        """Bring a shard near, before it is needed; nothing where another process does that already."""
+        ...
+
+    def mend(self, number: int, damage: ShardDamage, attempt: int) -> bool:
+        """After a failed read of a shard: return True when it should be opened and read again."""
+        ...
+
+    def save_tokenizer(self, folder: Path) -> list[Path]:
+        """Write what is known of the tokenizer into ``folder`` and return the files."""
+        ...
+
+
+def open_source(path: str, config: DataConfig, stopped: Callable[[], bool]) -> Source:
+    """Open the dataset at ``path``: read its dataset.json.
+
+    Raises:
+        UserError: there is no dataset, or its place cannot be reached.
+    """
+    retries = Retries(config.fetch_attempts, config.fetch_wait_s, stopped)
+    if not is_remote(path):
+        return LocalSource(local_folder(path), retries)
+    remote = open_remote(path, config.storage_options, config.allow_pipe)
+    cache = ShardCache(config.cache_folder, int(config.cache_size_gib * 2**30), stopped)
+    return RemoteSource(remote, cache, retries)
+
+
+class LocalSource:
+    """A dataset in a folder; its shards are read where they are."""
+
+    remote = False
+
+    def __init__(self, folder: Path, retries: Retries) -> None:
+        """Read dataset.json; see :func:`read_dataset`."""
+        self.folder, self.place, self._retries = folder, str(folder), retries
+        self.info = read_dataset(folder)
+        self._checked: dict[int, tuple[int, ...]] = {}
+
+    def open(self, number: int) -> OpenShard:
+        """See :class:`Source`."""
+        info = self.info.shards[number]
+        tar = self.folder / info.name
+        index = tar.with_suffix(".index")
+        identity = _identity(index)
+        shard = Shard(tar, index, info, checked=identity is not None and self._checked.get(number) == identity)
+        if identity is not None:
+            self._checked[number] = identity
+        return _OpenLocal(shard)
+
+    def fetch(self, number: int) -> None:
+        """See :class:`Source`: nothing to do."""
+
+    def mend(self, number: int, damage: ShardDamage, attempt: int) -> bool:
+        """See :class:`Source`: what a disk could not give may come later; wrong content stays wrong."""
+        cause = damage.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in _PASSING or attempt >= self._retries.attempts:
+            return False
+        log.warning("attempt %d of %d failed: %s", attempt, self._retries.attempts, damage)
+        self._retries.wait(attempt)
+        return True
+
+    def save_tokenizer(self, folder: Path) -> list[Path]:
+        """See :class:`Source`."""
+        return save_tokenizer(self.info.tokenizer, self.folder, folder)
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file does; its hash need not be taken again while this stays."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class _OpenLocal:
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+
+    @contextmanager
+    def pinned(self) -> Iterator[Shard]:
+        yield self._shard
+
+    def close(self) -> None:
+        self._shard.close()
+
+
+class RemoteSource:
+    """A dataset elsewhere; its shards are fetched whole into the cache and read there."""
+
+    remote = True
+
+    def __init__(self, remote: RemoteFolder, cache: ShardCache, retries: Retries) -> None:
+        """Read dataset.json; see :func:`open_source`."""
+        self.place, self._remote, self.cache, self._retries = remote.url, remote, cache, retries
+        self._fetched_again: set[int] = set()
+        with tempfile.TemporaryDirectory(prefix="fusiontree-") as folder:
+            path = Path(folder) / DATASET
+            try:
+                self._download(DATASET, path)
+            except FileMissing as error:
+                raise UserError(f"'{self.place}' has no {DATASET}, so it is no complete dataset") from error
+            self.info = parse_dataset(path.read_text(encoding="utf-8"), f"{self.place} ({DATASET})")
+
+    def _download(self, name: str, target: Path) -> None:
+        self._retries.run(lambda: self._remote.download(name, target), f"fetching {name} of {self.place}")
+
+    def bytes(self, number: int) -> int:
+        """Return what a shard takes in the cache."""
+        info = self.info.shards[number]
+        return info.bytes + index_size(info.documents)
+
+    def open(self, number: int) -> OpenShard:
+        """See :class:`Source`."""
+        return _OpenCached(self, number)
+
+    def fetch(self, number: int, *, wait: bool = False) -> None:
+        """See :class:`Source`."""
+        info = self.info.shards[number]
+        self.cache.ensure(
+            info.index_sha256, self.bytes(number), lambda part: self._fetch_into(part, number), wait=wait
+        )
+
+    def _fetch_into(self, part: Path, number: int) -> None:
+        info = self.info.shards[number]
+        tar, index = part / "tar", part / "index"
+        index_name = Path(info.name).with_suffix(".index").name
+        for attempt in range(1, self._retries.attempts + 1):
+            try:
+                self._download(index_name, index)
+                self._download(info.name, tar)
+                shard = Shard(tar, index, info, name=f"{self.place}/{info.name}")
+            except FileMissing as error:
+                raise ShardDamage(f"{self.place}/{info.name}", None, f"is missing ({error})") from error
+            except ShardDamage as damage:
+                # Perhaps the transfer was cut short.
+                if attempt == self._retries.attempts:
+                    raise
+                log.warning("attempt %d of %d failed: %s", attempt, self._retries.attempts, damage)
+                self._retries.wait(attempt)
+                continue
+            damaged = _first_damage(shard)
+            shard.close()
+            if damaged is None or attempt > 1:
+                return  # damaged at its place: reading names the documents, as it would in a local folder
+            log.warning("%s; fetching it again", damaged)
+
+    def mend(self, number: int, damage: ShardDamage, attempt: int) -> bool:
+        """See :class:`Source`: the copy in the cache may be at fault, so another is fetched, once."""
+        if number in self._fetched_again or isinstance(damage.__cause__, FileMissing):
+            return False
+        self._fetched_again.add(number)
+        log.warning("%s; the copy in %s is dropped and fetched again", damage, self.cache.folder)
+        key = self.info.shards[number].index_sha256
+        try:
+            inode = os.stat(self.cache.tar(key)).st_ino
+        except FileNotFoundError:
+            return True
+        self.cache.discard(key, inode)
+        return True
+
+    def save_tokenizer(self, folder: Path) -> list[Path]:
+        """See :class:`Source`."""
+        info = self.info.tokenizer
+        with tempfile.TemporaryDirectory(prefix="fusiontree-") as near:
+            if info.file:
+                path = Path(near) / info.file
+                try:
+                    self._download(info.file, path)
+                except FileMissing as error:
+                    raise UserError(f"'{self.place}' lacks its tokenizer {info.file}") from error
+                if sha256_file(path) != info.sha256:
+                    raise UserError(f"{self.place}/{info.file} is not the tokenizer that made the dataset")
+            return save_tokenizer(info, Path(near), folder)
+
+
+def _first_damage(shard: Shard) -> ShardDamage | None:
+    for document in range(shard.info.documents):
+        try:
+            shard.read_document(document)
+        except ShardDamage as damage:
+            return damage
+    return None
+
+
+class _OpenCached:
+    """A cached shard. It may leave the cache while nobody reads it, and is fetched again when it is read next."""
+
+    def __init__(self, source: RemoteSource, number: int) -> None:
+        self._source, self._number = source, number
+        self._key = source.info.shards[number].index_sha256
+        self._lock = source.cache.lock(self._key)
+        self._mutex = threading.Lock()
+        self._readers = 0
+        self._shard: Shard | None = None
+        self._touched = 0.0
+        with self.pinned():
+            pass
+
+    @contextmanager
+    def pinned(self) -> Iterator[Shard]:
+        with self._mutex:
+            if not self._readers:
+                self._pin()
+            self._readers += 1
+            shard = self._shard
+            assert shard is not None
+        try:
+            yield shard
+        finally:
+            with self._mutex:
+                self._readers -= 1
+                if not self._readers:
+                    self._lock.release()
+
+    def _pin(self) -> None:
+        """Share the shard's lock, with the shard in the cache and open."""
+        cache, info = self._source.cache, self._source.info.shards[self._number]
+        while True:
+            # Whoever holds the lock alone is fetching the shard or throwing it away: wait in `fetch`.
+            if self._lock.acquire(shared=True, wait=False):
+                if self._shard is not None and self._shard.is_removed():
+                    self._shard.close()
+                    self._shard = None
+                if self._shard is None and cache.tar(self._key).exists():
+                    try:
+                        name = f"{self._source.place}/{info.name}"
+                        self._shard = Shard(cache.tar(self._key), cache.index(self._key), info, name=name)
+                    except BaseException:
+                        self._lock.release()
+                        raise
+                if self._shard is not None:
+                    self._touched = cache.touch(self._key, self._touched)
+                    return
+                self._lock.release()
+            self._source.fetch(self._number, wait=True)
+
+    def close(self) -> None:
+        with self._mutex:
+            if self._shard is not None:
+                self._shard.close()
+            self._lock.close()
