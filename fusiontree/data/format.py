@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,10 @@ class DatasetInfo:
         """Tokens in all shards, end-of-document tokens included."""
         return sum(shard.tokens for shard in self.shards)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides which tokens a row holds."""
-        content = [asdict(self.tokenizer), self.dtype, [asdict(s) for s in self.shards]]
+        content = [asdict(self.tokenizer), self.dtype, [vars(s) for s in self.shards]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -97,7 +98,7 @@ def write_dataset(folder: Path, info: DatasetInfo) -> None:
         "dtype": info.dtype,
         "tokenizer": asdict(info.tokenizer),
         "statistics": info.statistics,
-        "shards": [asdict(s) for s in info.shards],
+        "shards": [vars(s) for s in info.shards],
     }
     with atomic_write(folder / DATASET) as file:
         json.dump(values, file, indent=1)

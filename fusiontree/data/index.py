@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +17,21 @@ import numpy as np
 
 from fusiontree.data.format import ShardDamage, ShardInfo
 from fusiontree.utils.files import atomic_write
+from fusiontree.utils.hashing import sha256_file
 
 MAGIC = b"FTINDEX1"
 # magic, version, header bytes, documents, tokens, tar bytes, number of the first document, bytes a token
 _HEADER = struct.Struct("<8sIIQQQQB")
 _HEADER_BYTES = 64
-_VERIFIED_DOCUMENTS = 1 << 16
+_CHUNK = 1 << 22
+"""Bytes hashed at a time, so that a long document is never in memory whole for its hash alone."""
+_GAP = 1 << 13
+"""Bytes between two documents that are rather read and thrown away than skipped with another read."""
+
+
+def index_size(documents: int) -> int:
+    """Return the bytes of the index of so many documents."""
+    return _HEADER_BYTES + documents * (8 + 8 + 32)
 
 
 def index_bytes(
@@ -48,38 +56,68 @@ class TokenSpan:
     """Tokens of a shard and where their documents start."""
 
     tokens: np.ndarray
-    positions: np.ndarray
-    """Position of each token inside its document, int64."""
+    starts: np.ndarray
+    """Where documents start in ``tokens``, ascending; 0 only if one starts there."""
+    first_position: int
+    """Position of the first token in its document."""
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Position of each token inside its document, int64."""
+        count = len(self.tokens)
+        inside = self.starts[self.starts > 0]
+        bounds = np.concatenate([[-self.first_position], inside])
+        lengths = np.diff(np.concatenate([[0], inside, [count]]))
+        return np.arange(count) - np.repeat(bounds, lengths)
 
 
 class Shard:
-    """One shard opened for reading by token number."""
+    """One shard opened for reading by token number. Reads may come from several threads at once."""
 
-    def __init__(self, tar: Path, index: Path, info: ShardInfo) -> None:
+    def __init__(
+        self, tar: Path, index: Path, info: ShardInfo, *, name: str | None = None, checked: bool = False
+    ) -> None:
         """Map the index and open the tar.
+
+        Args:
+            tar: the tar file.
+            index: its index.
+            info: what dataset.json says of the shard.
+            name: what errors call it, if not its path.
+            checked: True when this very index file was found to have its recorded hash before.
 
         Raises:
             ShardDamage: a file is missing or has another size, or the index differs from its recorded hash.
         """
-        self.tar, self.info = tar, info
+        self.tar, self.info, self.name = tar, info, name or str(tar)
         self._descriptor = -1
         try:
+            index_hash = info.index_sha256 if checked else sha256_file(index)
             content: np.ndarray = np.memmap(index, dtype=np.uint8, mode="r")
             size = tar.stat().st_size
         except (OSError, ValueError) as error:
-            raise ShardDamage(tar, None, f"cannot be opened: {error}") from error
-        if hashlib.sha256(content.data).hexdigest() != info.index_sha256:
-            raise ShardDamage(index, None, "differs from the hash in dataset.json")
+            raise ShardDamage(self.name, None, f"cannot be opened: {error}") from error
+        if index_hash != info.index_sha256 or len(content) != index_size(info.documents):
+            raise ShardDamage(name or index, None, "has an index that differs from the hash in dataset.json")
         fields = _HEADER.unpack_from(content[: _HEADER.size].tobytes())
-        _, _, begin, documents, _, tar_bytes, self.first_document, self.item_bytes = fields
+        magic, version, begin, documents, tokens, tar_bytes, self.first_document, self.item_bytes = fields
+        if magic != MAGIC or version != 1:
+            raise ShardDamage(name or index, None, f"has an index of version {version}, and this program reads 1")
+        if (documents, tokens, tar_bytes) != (info.documents, info.tokens, info.bytes):
+            raise ShardDamage(name or index, None, "has an index of another shard: its totals are not dataset.json's")
         if size != tar_bytes:
-            raise ShardDamage(tar, None, f"has {size} bytes, its index says {tar_bytes}: truncated or replaced")
+            raise ShardDamage(
+                self.name, None, f"has {size} bytes, its index says {tar_bytes}: truncated or replaced"
+            )
         self.dtype = np.dtype(f"<u{self.item_bytes}")
         self._offsets = content[begin : begin + 8 * documents].view("<i8")
         self._ends = content[begin + 8 * documents : begin + 16 * documents].view("<i8")
         self._hashes = content[begin + 16 * documents :].reshape(documents, 32)
-        self._verified: OrderedDict[int, None] = OrderedDict()
-        self._descriptor = os.open(tar, os.O_RDONLY)
+        self._verified = np.zeros(documents, bool)
+        try:
+            self._descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardDamage(self.name, None, f"cannot be opened: {error}") from error
 
     def close(self) -> None:
         """Close the tar file."""
@@ -88,6 +126,10 @@ class Shard:
             self._descriptor = -1
 
     __del__ = close
+
+    def is_removed(self) -> bool:
+        """Return whether the tar has been deleted since it was opened."""
+        return os.fstat(self._descriptor).st_nlink == 0
 
     def key(self, document: int) -> str:
         """Return the member key of the shard's ``document``."""
@@ -102,46 +144,80 @@ class Shard:
         return int(np.searchsorted(self._ends, token, side="right"))
 
     def read(self, begin: int, end: int) -> TokenSpan:
-        """Read tokens [begin, end) of the shard.
+        """Read tokens [begin, end) of the shard, which must be there and at least one.
+
+        Every token returned was found to be what was written: documents that lie inside are hashed as they are
+        read; one that reaches beyond is hashed whole when it is first touched.
 
         Raises:
             ShardDamage: a document's bytes cannot be read or differ from their hash.
         """
-        pieces, positions = [], []
-        document = self.document_at(begin)
-        while begin < end:
-            first, last = self.bounds(document)
-            stop = min(end, last)
-            pieces.append(self._read_part(document, begin - first, stop - first))
-            positions.append(np.arange(begin - first, stop - first))
-            begin, document = stop, document + 1
-        return TokenSpan(np.concatenate(pieces), np.concatenate(positions))
+        first, last = self.document_at(begin), self.document_at(end - 1)
+        ends = self._ends[first : last + 1].tolist()
+        offsets = self._offsets[first : last + 1].tolist()
+        starts = [self.bounds(first)[0], *ends[:-1]]
+        hashes = self._hashes[first : last + 1].tobytes()
+        tokens = np.empty(end - begin, self.dtype)
+        size = self.item_bytes
+        for group in _near_groups(offsets, starts, ends, size):
+            low = max(begin - starts[group.start], 0)
+            high = min(end, ends[group.stop - 1]) - starts[group.stop - 1]
+            base = offsets[group.start] + low * size
+            data = memoryview(self._pread(first + group.start, base, offsets[group.stop - 1] + high * size - base))
+            for i in group:
+                low, high = max(begin, starts[i]), min(end, ends[i])
+                where = offsets[i] + (low - starts[i]) * size - base
+                piece = data[where : where + (high - low) * size]
+                if high - low < ends[i] - starts[i]:
+                    self._verify(first + i)
+                elif hashlib.sha256(piece).digest() != hashes[32 * i : 32 * i + 32]:
+                    raise self._differs(first + i)
+                tokens[low - begin : high - begin] = np.frombuffer(piece, self.dtype)
+        inside = np.asarray(starts[0 if starts[0] == begin else 1 :], np.int64) - begin
+        return TokenSpan(tokens, inside, begin - starts[0])
 
     def read_document(self, document: int) -> np.ndarray:
         """Read one document whole; see :meth:`read`."""
         first, last = self.bounds(document)
-        return self._read_part(document, 0, last - first)
+        data = self._pread(document, int(self._offsets[document]), (last - first) * self.item_bytes)
+        if hashlib.sha256(data).digest() != self._hashes[document].tobytes():
+            raise self._differs(document)
+        return np.frombuffer(data, self.dtype)
 
-    def _read_part(self, document: int, begin: int, end: int) -> np.ndarray:
+    def _verify(self, document: int) -> None:
+        """Compare a document with its hash, unless that was done before."""
+        if self._verified[document]:
+            return
         first, last = self.bounds(document)
         offset = int(self._offsets[document])
-        if document not in self._verified or (begin, end) == (0, last - first):
-            # The hash covers the whole document, so a part of it is checked once with the whole.
-            data = self._pread(document, offset, (last - first) * self.item_bytes)
-            if hashlib.sha256(data).digest() != self._hashes[document].tobytes():
-                raise ShardDamage(self.tar, self.key(document), "its tokens differ from their recorded hash")
-            self._verified[document] = None
-            if len(self._verified) > _VERIFIED_DOCUMENTS:
-                self._verified.popitem(last=False)
-            return np.frombuffer(data, self.dtype)[begin:end]
-        data = self._pread(document, offset + begin * self.item_bytes, (end - begin) * self.item_bytes)
-        return np.frombuffer(data, self.dtype)
+        state, end = hashlib.sha256(), offset + (last - first) * self.item_bytes
+        while offset < end:
+            state.update(self._pread(document, offset, min(_CHUNK, end - offset)))
+            offset += _CHUNK
+        if state.digest() != self._hashes[document].tobytes():
+            raise self._differs(document)
+        self._verified[document] = True
+
+    def _differs(self, document: int) -> ShardDamage:
+        return ShardDamage(self.name, self.key(document), "its tokens differ from their recorded hash")
 
     def _pread(self, document: int, offset: int, size: int) -> bytes:
         try:
             data = os.pread(self._descriptor, size, offset)
         except OSError as error:
-            raise ShardDamage(self.tar, self.key(document), f"cannot be read: {error}") from error
+            raise ShardDamage(self.name, self.key(document), f"cannot be read: {error}") from error
         if len(data) != size:
-            raise ShardDamage(self.tar, self.key(document), f"ends {size - len(data)} bytes early: truncated")
+            raise ShardDamage(self.name, self.key(document), f"ends {size - len(data)} bytes early: truncated")
         return data
+
+
+def _near_groups(offsets: list[int], starts: list[int], ends: list[int], size: int) -> list[range]:
+    """Split documents into runs that lie one behind the other in the file, so that one read fetches each run."""
+    groups, begin = [], 0
+    for i in range(1, len(offsets)):
+        gap = offsets[i] - (offsets[i - 1] + (ends[i - 1] - starts[i - 1]) * size)
+        if not 0 <= gap <= _GAP:
+            groups.append(range(begin, i))
+            begin = i
+    groups.append(range(begin, len(offsets)))
+    return groups
