@@ -78,6 +78,15 @@ class Engine(Protocol):
         ...
 
     @property
+    def rank(self) -> int:
+        """This process among all."""
+        ...
+
+    def gather_text(self, text: str) -> list[str]:
+        """Return every rank's text, in order of rank; all ranks call this together."""
+        ...
+
+    @property
     def world_size(self) -> int:
         """Number of processes."""
         ...

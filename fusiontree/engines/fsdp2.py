@@ -104,6 +104,15 @@ class FSDP2Engine:
         return self.layout.dp_size
 
     @property
+    def rank(self) -> int:
+        """This process among all."""
+        return self.layout.place.rank
+
+    def gather_text(self, text: str) -> list[str]:
+        """Return every rank's text, in order of rank."""
+        return self.layout.gather_text(text)
+
+    @property
     def world_size(self) -> int:
         """Number of processes."""
         return self.layout.place.world_size

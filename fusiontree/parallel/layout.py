@@ -193,6 +193,12 @@ class Layout:
             dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.dp_cp_group)
         return values
 
+    def gather_text(self, text: str) -> list[str]:
+        """Return every rank's ``text``, in order of rank; all ranks call this together."""
+        texts = [""] * self.place.world_size
+        dist.all_gather_object(texts, text, group=self.cpu_group)
+        return texts
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         dist.barrier(group=self.cpu_group)

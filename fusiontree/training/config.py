@@ -51,6 +51,12 @@ class TrainingConfig(Section):
     max_skipped_steps: int = setting(
         20, "Steps in a row with a non-finite gradient that may be skipped before the run stops.", ge=0
     )
+    hang_timeout_s: float = setting(
+        110.0, "A step that lasts longer ends the process with its stacks; 0 never.", unit="seconds", ge=0
+    )
+    slow_timeout_s: float = setting(
+        1800.0, "The same for starting, the first step (kernels compile), validating and saving.", unit="seconds", ge=0
+    )
     exit_at_step: int | None = setting(
         None, "Save and stop after this step, as a stop signal would; the same command resumes.", unit="steps", ge=1
     )

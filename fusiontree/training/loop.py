@@ -32,6 +32,7 @@ from fusiontree.training.progress import Progress
 from fusiontree.training.records import Records
 from fusiontree.training.schedule import learning_rate
 from fusiontree.training.stop import StopRequest
+from fusiontree.training.watchdog import Watchdog, collect_hangs
 from fusiontree.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,8 @@ class Trainer:
         self.position = Position()
         self.checkpoints = settings.run_dir / "checkpoints"
         self._saved_step: int | None = None
+        self._train_seconds = 0.0
+        self.watchdog = Watchdog(settings.run_dir, engine.rank)
 
     def run(self) -> Outcome:
         """Resume if there is a checkpoint, train, validate, save; return how it ended.
@@ -105,21 +108,32 @@ class Trainer:
         Raises:
             UserError: too many steps in a row had to be skipped, or data or checkpoint do not fit the run.
         """
-        config = self.settings.training
-        self.records.open_mirror(self.settings.logging.wandb, self.settings.run_dir, self.settings.values)
-        self._resume()
+        with self.watchdog:
+            return self._run()
+
+    def _run(self) -> Outcome:
+        config, watch = self.settings.training, self.watchdog
+        with watch.section("resume", config.slow_timeout_s):
+            self.records.open_mirror(self.settings.logging.wandb, self.settings.run_dir, self.settings.values)
+            self._resume()
         if self.position.step >= config.max_steps:
             self._say(f"already finished: {self.settings.run_dir} is at step {self.position.step}")
             return Outcome.FINISHED
         progress = Progress(config.max_steps)
         progress.mark(self.position.step)
         last_step = min(config.max_steps, config.exit_at_step or config.max_steps)
-        interrupted = False
+        interrupted, limit = False, config.slow_timeout_s
+        batches = self.train_data.steps(self.position.data)
         with StopRequest() as stop:
-            for batch, data_state in self.train_data.steps(self.position.data):
+            while True:
+                with watch.section("wait for data", limit):
+                    batch, data_state = next(batches)
                 began = time.perf_counter()
                 step = self.position.step + 1
-                interrupted, values = self._train_step(step, batch, stop.signal_name is not None)
+                with watch.section("step", limit):
+                    interrupted, values = self._train_step(step, batch, stop.signal_name is not None, limit)
+                limit = config.hang_timeout_s
+                self._train_seconds += time.perf_counter() - began + batch.wait_s
                 self.position.step, self.position.data = step, data_state
                 progress.mark(step)
                 values |= self._speed(batch, time.perf_counter() - began + batch.wait_s)
@@ -127,10 +141,12 @@ class Trainer:
                     self.records.metrics(values)
                     self._say(progress.line(values))
                 if self._due(config.eval_interval) or (config.eval_interval and step == config.max_steps):
-                    self._validate()
+                    with watch.section("validate", config.slow_timeout_s):
+                        self._validate()
                 stopping = interrupted or step >= last_step
                 if self._due(self.settings.checkpoint.save_interval) or stopping:
-                    self._save()
+                    with watch.section("save", config.slow_timeout_s):
+                        self._save()
                 if stopping:
                     break
         if self.position.step >= config.max_steps:
@@ -144,7 +160,7 @@ class Trainer:
         self._say(f"{why} at step {self.position.step}/{config.max_steps}; everything is in {self.settings.run_dir}")
         return outcome
 
-    def _train_step(self, step: int, batch: StepBatch, stop_wanted: bool) -> tuple[bool, dict[str, Any]]:
+    def _train_step(self, step: int, batch: StepBatch, stop_wanted: bool, limit: float) -> tuple[bool, dict[str, Any]]:
         """Do one optimizer step; return whether all ranks agreed to stop after it, and its metrics."""
         config, engine = self.settings.training, self.engine
         # Valid tokens of the whole window are counted before its first backward: every share has one denominator.
@@ -157,9 +173,11 @@ class Trainer:
         layers = self.settings.num_layers
         token_terms = torch.zeros(2, device=engine.device)  # lm, z
         row_terms = torch.zeros(2, device=engine.device)  # load balance, entropy
+        losses: list[Tensor] = []  # this rank's own; after the reduction every rank's is broken if one is
         gate_sums_3L = torch.zeros(3, layers, device=engine.device)  # of row means: gate, its square, its entropy
         for index, micro in enumerate(batch.micro_batches):
-            out = engine.forward(self._inputs(micro, step))
+            with self.watchdog.section(f"forward of micro batch {index}", limit):
+                out = engine.forward(self._inputs(micro, step))
             terms = loss_terms(
                 out.loss_sum,
                 out.z_sum,
@@ -170,15 +188,18 @@ class Trainer:
                 self.settings.loss_weights,
                 counts,
             )
-            engine.backward(terms.total, last=index == len(batch.micro_batches) - 1)
+            with self.watchdog.section(f"backward of micro batch {index}", limit):
+                engine.backward(terms.total, last=index == len(batch.micro_batches) - 1)
+            losses.append(terms.lm.detach())
             token_terms += torch.stack([terms.lm.detach(), terms.z.detach()])
             row_terms += torch.stack([terms.load_balance.detach(), terms.entropy.detach()])
             share_B = out.row_weight_B / out.count_B.clamp(min=1)
             sums_3LB = torch.stack([out.gate_sum_LB, out.square_sum_LB, out.entropy_sum_LB]).detach()
             gate_sums_3L += (sums_3LB * share_B).sum(-1)
         rate = learning_rate(step, config)
-        result = engine.step(rate)
-        self._note_skip(step, result)
+        with self.watchdog.section("optimizer step", limit):
+            result = engine.step(rate)
+        self._note_skip(step, result, batch, losses)
         if result.skipped is None:
             self.position.tokens += int(counts.tokens)
 
@@ -215,18 +236,28 @@ class Trainer:
             )
         return StepInputs(micro.input_ids_BS, micro.labels_BS, micro.positions_BS, micro.row_weight_B, scale)
 
-    def _note_skip(self, step: int, result: StepResult) -> None:
+    def _note_skip(self, step: int, result: StepResult, batch: StepBatch, losses: list[Tensor]) -> None:
         if result.skipped is None:
             self.position.skipped_in_a_row = 0
             return
         self.position.skipped_in_a_row += 1
-        self.records.event("step_skipped", step=step, reason=result.skipped)
-        self._say(f"step {step} skipped: {result.skipped}")
+        # All ranks skip together, so all are here. A gradient broken on one rank is broken on each after the
+        # reduction; only the rank itself can say whose rows it came from.
+        pieces = self.settings.training.seq_len // batch.seq_len
+        broken = [
+            m.rows_B[m.row_weight_B > 0] for m, lm in zip(batch.micro_batches, losses, strict=True) if not lm.isfinite()
+        ]
+        rows = sorted({int(row) // pieces for micro in broken for row in micro})
+        mine = ", ".join(self.train_data.describe_row(row) for row in rows[:4])
+        named = [text for text in self.engine.gather_text(f"rank {self.engine.rank}: {mine}" if mine else "") if text]
+        reason = result.skipped + (f"; loss not finite on {'; '.join(named)}" if named else "")
+        self.records.event("step_skipped", step=step, reason=reason)
+        self._say(f"step {step} skipped: {reason}")
         limit = self.settings.training.max_skipped_steps
         if self.position.skipped_in_a_row > limit:
             raise UserError(
-                f"step {step}: {self.position.skipped_in_a_row} steps in a row were skipped ({result.skipped}), more "
-                f"than training.max_skipped_steps {limit}; lower the learning rate or resume from an earlier checkpoint"
+                f"step {step}: {self.position.skipped_in_a_row} steps in a row were skipped ({reason}), more than "
+                f"training.max_skipped_steps {limit}; lower the learning rate or resume from an earlier checkpoint"
             )
 
     def _speed(self, batch: StepBatch, seconds: float) -> dict[str, Any]:
@@ -279,13 +310,21 @@ class Trainer:
         if self.engine.is_main:
             remove_old(self.checkpoints, self.settings.checkpoint)
         seconds = time.perf_counter() - began
-        self.records.event("save", step=self.position.step, folder=folder.name, seconds=round(seconds, 3))
+        self.records.event(
+            "save",
+            step=self.position.step,
+            folder=folder.name,
+            seconds=round(seconds, 3),
+            train_seconds=round(self._train_seconds, 3),
+        )
         self._say(f"saved {folder} in {seconds:.1f} s")
 
     def _resume(self) -> None:
         if self.engine.is_main:
             for partial in remove_partial(self.checkpoints):
                 self.records.event("partial_checkpoint_removed", folder=partial.name)
+            for hang in collect_hangs(self.settings.run_dir):
+                self.records.event("hang", **hang)
 
         def report(message: str) -> None:
             self.records.event("checkpoint_damaged", reason=message)

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fusiontree.report import main
+from fusiontree.training.goodput import account
+
+
+def write(folder: Path, events: list[tuple[float, str, dict]]) -> Path:
+    lines = [json.dumps({"time": "t", "unix_time": t, "event": kind, **details}) + "\n" for t, kind, details in events]
+    (folder / "events.jsonl").write_text("".join(lines))
+    return folder
+
+
+EVENTS = [
+    (0.0, "start", {"step": 0, "world_size": 8}),
+    (40.0, "save", {"step": 10, "seconds": 2.0, "train_seconds": 30.0}),
+    (80.0, "save", {"step": 20, "seconds": 2.0, "train_seconds": 60.0}),
+    # killed; the save of step 20 was damaged, so the run went back to 10
+    (100.0, "checkpoint_damaged", {"reason": "step 20"}),
+    (100.0, "resume", {"step": 10, "world_size": 4}),
+    (100.0, "hang", {"rank": 3, "section": "backward"}),
+    (150.0, "save", {"step": 25, "seconds": 1.0, "train_seconds": 40.0}),
+    (151.0, "interrupted", {"step": 25, "reason": "stopped by SIGUSR1"}),
+    (160.0, "resume", {"step": 25, "world_size": 4}),
+    (200.0, "save", {"step": 40, "seconds": 1.0, "train_seconds": 35.0}),
+    (200.0, "finished", {"step": 40, "reason": "finished"}),
+]
+
+
+def test_only_kept_steps_count(tmp_path: Path) -> None:
+    goodput = account(write(tmp_path, EVENTS))
+    assert goodput.wall_s == 200
+    assert goodput.kept_s == 30 + 40 + 35  # not the 60 of the first session: its second half was done again
+    assert goodput.share == pytest.approx(105 / 200)
+    assert goodput.saving_s == 6
+    assert [(i.step, i.lost_s) for i in goodput.interruptions] == [(10, 60.0), (25, 10.0)]
+    assert goodput.interruptions[0].cause == "rank 3 hung in 'backward'"
+    assert goodput.interruptions[1].cause == "stopped by SIGUSR1"
+
+
+def test_report_as_text_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, EVENTS)
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "goodput 52.5%" in shown
+    assert "3 starts on 8, 4, 4 ranks, 2 interruptions" in shown
+    assert "goodput 52.5%" in (tmp_path / "report.html").read_text()
+    assert main([str(tmp_path / "no")]) == 2
+    assert "no events.jsonl" in capsys.readouterr().err
