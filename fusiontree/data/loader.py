@@ -138,6 +138,13 @@ class TrainingData:
         ]
         return {"step": step, "row": row, "fingerprint": self.fingerprint, "sources": sources}
 
+    def describe_row(self, number: int) -> str:
+        """Say where a row of the run comes from: its dataset, shard and place in the shard."""
+        source = self.mixture.source(number)
+        _, place = self.orders[source].place(self.mixture.rows_before(number)[source])
+        shard = self.readers[source].info.shards[place.shard].name
+        return f"row {number} ({self.config.sources[source].path}/{shard}, row {place.row})"
+
     def steps(self, state: dict[str, Any] | None = None) -> Iterator[tuple[StepBatch, dict[str, Any]]]:
         """Yield every step's batch from ``state`` on, for ever, with the state to save after it.
 
