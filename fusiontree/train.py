@@ -135,6 +135,7 @@ def train(config: Config) -> int:
                 vocab_size=model.vocab_size,
                 dp_rank=layout.dp_rank,
                 dp_size=layout.dp_size,
+                training=train_data.sources,
             )
         tokenizer_files: list[Path] = []
         if layout.is_main:

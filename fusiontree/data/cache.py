@@ -18,10 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusiontree.data.remote import Stopped
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.file_lock import FileLock
 from fusiontree.utils.files import fsync_directory
+from fusiontree.utils.threads import Stopped, stop_wanted
 
 _PATIENCE_S = 600.0
 """How long to wait for room that others' transfers take."""
@@ -40,18 +40,17 @@ class _Entry:
 class ShardCache:
     """The cache in one folder, as one process sees it. Methods may be called from any thread."""
 
-    def __init__(self, folder: Path, limit_bytes: int, stopped: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
         """Open or make the cache.
 
         Args:
             folder: where it is.
             limit_bytes: most that it may hold, transfers under way included.
-            stopped: asked while waiting; True raises ``Stopped``.
 
         Raises:
             UserError: the folder cannot be made or written.
         """
-        self.folder, self.limit_bytes, self._stopped = folder, limit_bytes, stopped
+        self.folder, self.limit_bytes = folder, limit_bytes
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / "space.lock")
@@ -83,15 +82,13 @@ class ShardCache:
 
         Raises:
             UserError: there is no room.
-            Stopped: the reader is being closed.
+            Stopped: the thread was told to end.
             Exception: what ``fetch`` raises.
         """
         if self.tar(key).exists():
             return True
         lock = self.lock(key)
-        if not lock.acquire(wait=wait, stopped=self._stopped):
-            if wait:
-                raise Stopped
+        if not lock.acquire(wait=wait):
             return False
         try:
             if self.tar(key).exists():  # another fetched it while we waited
@@ -127,11 +124,10 @@ class ShardCache:
         """Remove a shard whose content is wrong, unless its tar is another file than ``inode`` by now.
 
         Raises:
-            Stopped: the reader is being closed.
+            Stopped: the thread was told to end.
         """
         lock = self.lock(key)
-        if not lock.acquire(stopped=self._stopped):
-            raise Stopped
+        lock.acquire()
         try:
             if self.tar(key).exists() and self.tar(key).stat().st_ino == inode:
                 self._remove(key)
@@ -148,8 +144,7 @@ class ShardCache:
         give_up = time.monotonic() + _PATIENCE_S
         while True:
             space = FileLock(self.folder / "space.lock")
-            if not space.acquire(stopped=self._stopped):
-                raise Stopped
+            space.acquire()
             try:
                 lacking = self._make_room(size, key)
                 if lacking <= 0:
@@ -163,7 +158,7 @@ class ShardCache:
                     f"data.cache_dir '{self.folder}' lacks {lacking / 2**30:.3f} GiB for another shard, and everything "
                     f"in it is in use; raise data.cache_size_gib, lower data.shuffle_shards or free the disk"
                 )
-            if self._stopped():
+            if stop_wanted():
                 raise Stopped
             time.sleep(0.1)
 

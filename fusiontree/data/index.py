@@ -106,9 +106,7 @@ class Shard:
         if (documents, tokens, tar_bytes) != (info.documents, info.tokens, info.bytes):
             raise ShardDamage(name or index, None, "has an index of another shard: its totals are not dataset.json's")
         if size != tar_bytes:
-            raise ShardDamage(
-                self.name, None, f"has {size} bytes, its index says {tar_bytes}: truncated or replaced"
-            )
+            raise ShardDamage(self.name, None, f"has {size} bytes, its index says {tar_bytes}: truncated or replaced")
         self.dtype = np.dtype(f"<u{self.item_bytes}")
         self._offsets = content[begin : begin + 8 * documents].view("<i8")
         self._ends = content[begin + 8 * documents : begin + 16 * documents].view("<i8")

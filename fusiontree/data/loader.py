@@ -1,55 +1,42 @@
-"""Batches for training and validation.
+"""Batches for training.
 
 The rows of a step are a function of seed, step and batch size alone; ranks and workers only share the reading. Every
 step takes ``global_batch_size`` whole rows of ``seq_len`` from the order; a curriculum stage of shorter rows cuts
-each of them, so a stage neither changes the tokens a step nor which text comes when.
+each of them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import threading
+import logging
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from fusiontree.data.batch import IGNORED, MicroBatch, StepBatch
+from fusiontree.data.assemble import WantedRow, one_tokenizer, read_rows
+from fusiontree.data.batch import RowsOfStep, StepBatch
 from fusiontree.data.config import DataConfig
-from fusiontree.data.format import ShardDamage, TokenizerInfo
 from fusiontree.data.mixture import Mixture
-from fusiontree.data.order import RowOrder, RowPlace
-from fusiontree.data.rows import Row, RowReader, row_positions
-from fusiontree.data.tokenizers import save_tokenizer
+from fusiontree.data.order import RowOrder
+from fusiontree.data.prefetch import ShardPrefetcher
+from fusiontree.data.rows import RowReader
+from fusiontree.data.schedule import LengthSchedule
+from fusiontree.data.sources import RemoteSource, Source, open_source
+from fusiontree.data.state import DataState, Order, SourceIdentity
+from fusiontree.data.validation import ValidationData
+from fusiontree.data.workers import OrderedWorkers
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.hashing import stable_hash
 
+__all__ = ["TrainingData", "ValidationData"]
 
-@dataclass(frozen=True)
-class _NumberedRow:
-    """A row of ``seq_len`` and what is known of it."""
+log = logging.getLogger(__name__)
 
-    row: Row
-    number: int
-    source: int
-    weight: float
-    skipped: bool = False
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A row to read."""
-
-    number: int
-    source: int
-    place: RowPlace
+_OPEN_SHARDS = 192
+"""Shards kept open over all datasets; each takes three file descriptors at most, and 1,024 are usually allowed."""
+_FETCH_THREADS = 2
 
 
 class TrainingData:
@@ -82,14 +69,18 @@ class TrainingData:
             dp_size: number of parts.
 
         Raises:
-            UserError: a dataset is missing, empty, or was made with another tokenizer than its siblings or the model.
+            UserError: a dataset is missing, empty, cannot be reached, was made with another tokenizer than its
+                siblings or the model, or its shards do not fit in the cache.
         """
+        assert 0 <= dp_rank < dp_size
         self.config, self.seq_len = config, seq_len
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.curriculum = curriculum or []
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.readers = [RowReader(Path(source.path), seq_len, vocab_size) for source in config.sources]
-        self.tokenizer = self._one_tokenizer()
+        self.lengths = LengthSchedule(seq_len, curriculum)
+        self.sources: list[Source] = [open_source(s.path, config) for s in config.sources]
+        self.tokenizer = one_tokenizer(self.sources)
+        kept = max(4, min(2 * config.shuffle_shards, _OPEN_SHARDS // len(self.sources)))
+        self.readers = [RowReader(source, seq_len, vocab_size, open_shards=kept) for source in self.sources]
         self.mixture = Mixture([source.weight for source in config.sources], seed)
         self.orders = [
             RowOrder(
@@ -100,214 +91,157 @@ class TrainingData:
             )
             for index, reader in enumerate(self.readers)
         ]
-        order = [seed, seq_len, config.shuffle, config.shuffle_shards, [s.weight for s in config.sources]]
-        order += [reader.info.fingerprint for reader in self.readers]
-        self.fingerprint = hashlib.sha256(json.dumps(order).encode()).hexdigest()[:32]
-        self._lock = threading.Lock()
-        self.skipped_rows = 0
+        identities = (
+            SourceIdentity(source.place, given.weight, source.info.fingerprint, reader.rows)
+            for given, source, reader in zip(config.sources, self.sources, self.readers, strict=True)
+        )
+        self.order = Order(seed, seq_len, config.shuffle, config.shuffle_shards, tuple(identities))
+        self._check_cache()
+        self._position = DataState()
+        self._asked_row = 0
+        self._last_state: dict[str, Any] = {}
 
-    def _one_tokenizer(self) -> TokenizerInfo:
-        first = self.readers[0]
-        for reader in self.readers[1:]:
-            if reader.info.tokenizer.sha256 != first.info.tokenizer.sha256:
-                raise UserError(
-                    f"datasets '{first.folder}' (tokenizer '{first.info.tokenizer.name}') and '{reader.folder}' "
-                    f"(tokenizer '{reader.info.tokenizer.name}') were made with different tokenizers; they cannot be "
-                    f"mixed"
-                )
-        return first.info.tokenizer
+    def _check_cache(self) -> None:
+        """Refuse a cache that rows read side by side would empty of each other's shards."""
+        together = self.config.shuffle_shards if self.config.shuffle else 1
+        need = sum(
+            sum(sorted(map(source.bytes, range(len(source.info.shards))))[-together:])
+            for source in self.sources
+            if isinstance(source, RemoteSource)
+        )
+        if need > self.config.cache_size_gib * 2**30:
+            raise UserError(
+                f"rows of up to {together} shards of each remote dataset are read side by side, {need / 2**30:.3f} GiB "
+                f"together, and data.cache_size_gib is {self.config.cache_size_gib}; raise it, lower "
+                f"data.shuffle_shards or build smaller shards"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides the order of rows."""
+        return self.order.fingerprint()
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
         """Write what a checkpoint should carry of the tokenizer into ``folder`` and return the files."""
-        return save_tokenizer(self.tokenizer, self.readers[0].folder, folder)
+        return self.sources[0].save_tokenizer(folder)
 
     def stage_length(self, step: int) -> int:
         """Return the row length of a step (the first is 1)."""
-        for length, steps in self.curriculum:
-            if step <= steps:
-                return length
-            step -= steps
-        return self.seq_len
-
-    def state(self, step: int, row: int) -> dict[str, Any]:
-        """Return what a resume needs after ``step`` steps and ``row`` rows; a few numbers, however long the run."""
-        before = self.mixture.rows_before(row)
-        sources = [
-            {"path": source.path, "epoch": count // order.total, "row": count % order.total}
-            for source, count, order in zip(self.config.sources, before, self.orders, strict=True)
-        ]
-        return {"step": step, "row": row, "fingerprint": self.fingerprint, "sources": sources}
-
-    def describe_row(self, number: int) -> str:
-        """Say where a row of the run comes from: its dataset, shard and place in the shard."""
-        source = self.mixture.source(number)
-        _, place = self.orders[source].place(self.mixture.rows_before(number)[source])
-        shard = self.readers[source].info.shards[place.shard].name
-        return f"row {number} ({self.config.sources[source].path}/{shard}, row {place.row})"
+        return self.lengths.length(step)
 
     def steps(self, state: dict[str, Any] | None = None) -> Iterator[tuple[StepBatch, dict[str, Any]]]:
         """Yield every step's batch from ``state`` on, for ever, with the state to save after it.
 
+        One such iteration at a time; closing it ends its threads.
+
         Raises:
-            UserError: ``state`` is of other datasets, or another seed, order or row length.
-            ShardDamage: a row cannot be read (``on_damage: stop``), or too many were skipped.
+            UserError: ``state`` is of other datasets, or another seed, order or row length; a row cannot be read
+                (``on_damage: stop``), too many were skipped, or a place cannot be reached.
         """
-        step, row = 0, 0
-        if state is not None:
-            if state["fingerprint"] != self.fingerprint:
-                raise UserError(
-                    "the datasets or their order are not those of the checkpoint: a dataset was rebuilt, or "
-                    "training.seed, training.seq_len, data.shuffle, data.shuffle_shards or the weights changed; set "
-                    "them back, or start a new run_dir"
-                )
-            step, row = state["step"], state["row"]
-        counts = self.mixture.rows_before(row)
-        with _Reads(self.config.num_workers) as reads:
-            ahead: deque[tuple[int, int, Future[StepBatch]]] = deque()
-            while True:
-                began = time.perf_counter()
-                while len(ahead) < (self.config.prefetch_steps if self.config.num_workers else 1):
-                    step, row = step + 1, row + self.global_batch_size
-                    wanted = self._wanted(row - self.global_batch_size, counts)
-                    ahead.append((step, row, reads.submit(self._read_step, step, wanted)))
-                done, end, future = ahead.popleft()
-                batch = future.result()
-                wait_s = time.perf_counter() - began
-                yield (
-                    StepBatch(batch.micro_batches, batch.seq_len, batch.skipped_rows, wait_s),
-                    self.state(done, end),
-                )
+        self._position = DataState.from_dict(state, self.order) if state is not None else DataState()
+        self._asked_row = self._position.row
+        skipped_here = self._position.skipped_rows
+        threads = _FETCH_THREADS if self.config.prefetch_shards and any(s.remote for s in self.sources) else 0
+        with ShardPrefetcher(self._shards_ahead, threads) as prefetcher:
+            workers = OrderedWorkers(
+                self._read_step,
+                self._positions(self._position),
+                workers=self.config.num_workers,
+                ahead=self.config.prefetch_steps,
+            )
+            try:
+                while True:
+                    began = time.perf_counter()
+                    batch, after = next(workers)
+                    wait_s = time.perf_counter() - began
+                    prefetcher.moved()
+                    for message in batch.damage:
+                        log.warning("skipped: %s", message)
+                    skipped_here += batch.skipped_rows
+                    self._check_skipped(skipped_here, batch.damage)
+                    self._position = replace(after, skipped_rows=self._position.skipped_rows)
+                    rows = self.mixture.rows_before(after.row)
+                    self._last_state = self._position.to_dict(self.order, rows)
+                    epochs = tuple(count / order.total for count, order in zip(rows, self.orders, strict=True))
+                    yield replace(batch, wait_s=wait_s, epochs=epochs), self._last_state
+            finally:
+                workers.close()
 
-    def _wanted(self, first: int, counts: list[int]) -> list[_Wanted]:
-        """Return this rank's rows of the global batch that begins at row ``first``; moves ``counts`` past the batch."""
-        share = -(-self.global_batch_size // self.dp_size)
-        mine = range(first + self.dp_rank * share, first + min((self.dp_rank + 1) * share, self.global_batch_size))
-        wanted = []
-        for number in range(first, first + self.global_batch_size):
-            source = self.mixture.source(number)
-            if number in mine:
-                wanted.append(_Wanted(number, source, self.orders[source].place(counts[source])[1]))
-            counts[source] += 1
-        return wanted
+    def count_skipped(self, rows: int) -> None:
+        """Add the skipped rows of the last step, over all ranks, to its state.
 
-    def _read_step(self, step: int, wanted: list[_Wanted]) -> StepBatch:
+        Raises:
+            UserError: they are more than ``max_skipped_rows`` in the whole run; the same on every rank.
+        """
+        self._position.skipped_rows += rows
+        self._last_state["skipped_rows"] = self._position.skipped_rows
+        if rows:
+            self._check_skipped(self._position.skipped_rows, ())
+
+    def _check_skipped(self, rows: int, damage: Sequence[str]) -> None:
+        if rows > self.config.max_skipped_rows:
+            last = f"; the last was {damage[-1]}" if damage else "; the log names them"
+            raise UserError(
+                f"{rows} damaged rows were skipped in this run, more than data.max_skipped_rows "
+                f"{self.config.max_skipped_rows}{last}"
+            )
+
+    def _positions(self, position: DataState) -> Iterator[DataState]:
+        """Yield the position before each step from ``position`` on."""
+        while True:
+            self._asked_row = position.row
+            yield position
+            position = self._after(position)
+
+    def _after(self, position: DataState) -> DataState:
+        pieces = self.seq_len // self.stage_length(position.step + 1)
+        rows = self.global_batch_size
+        return DataState(position.step + 1, position.row + rows, position.number + rows * pieces)
+
+    def _read_step(self, before: DataState) -> tuple[StepBatch, DataState]:
+        """Read this rank's part of the step after ``before``; all that it needs is in its argument."""
         share = -(-self.global_batch_size // self.dp_size)
-        rows = [self._read(item) for item in wanted]
-        blank = Row(np.zeros(self.seq_len, np.int64), np.full(self.seq_len, IGNORED), np.arange(self.seq_len))
         # Ranks with fewer rows compute fillers: all must take part in every pass.
         passes = -(-share // self.micro_batch_size)
-        rows += [_NumberedRow(blank, -1, 0, 0.0)] * (passes * self.micro_batch_size - len(rows))
-        length = self.stage_length(step)
-        size = self.micro_batch_size
-        micro = [make_micro_batch(rows[i * size : (i + 1) * size], length) for i in range(passes)]
-        return StepBatch(micro, length, sum(r.skipped for r in rows), 0.0)
+        length = self.stage_length(before.step + 1)
+        rows = RowsOfStep(passes * self.micro_batch_size, self.seq_len, length)
+        wanted = self._wanted(before, rows.pieces)
+        damages, tokens_hash = read_rows(rows, wanted, self.readers, self.config.on_damage)
+        for index in range(len(wanted), passes * self.micro_batch_size):
+            rows.blank(index)
+        micro_batches = rows.micro_batches(self.micro_batch_size)
+        batch = StepBatch(micro_batches, length, len(damages), 0.0, tokens_hash=tokens_hash, damage=tuple(damages))
+        return batch, self._after(before)
 
-    def _read(self, item: _Wanted) -> _NumberedRow:
-        try:
-            with self._lock:  # shards keep what they verified; the reading itself is short
-                row = self.readers[item.source].read(item.place)
-        except ShardDamage as damage:
-            message = f"row {item.number} (row {item.place.row} of its shard): {damage}"
-            if self.config.on_damage == "stop":
-                raise UserError(
-                    f"{message}; mend the shard (tools/build_shards.py --verify names all damage) or set "
-                    f"data.on_damage=skip"
-                ) from damage
-            self.skipped_rows += 1
-            if self.skipped_rows > self.config.max_skipped_rows:
-                raise UserError(
-                    f"{message}; more than data.max_skipped_rows {self.config.max_skipped_rows}"
-                ) from damage
-            blank = Row(np.zeros(self.seq_len, np.int64), np.full(self.seq_len, IGNORED), np.arange(self.seq_len))
-            return _NumberedRow(blank, item.number, item.source, 1.0, skipped=True)
-        return _NumberedRow(row, item.number, item.source, 1.0)
+    def _wanted(self, before: DataState, pieces: int) -> list[WantedRow]:
+        """Return this rank's rows of the global batch after ``before``."""
+        share = -(-self.global_batch_size // self.dp_size)
+        mine = range(self.dp_rank * share, min((self.dp_rank + 1) * share, self.global_batch_size))
+        counts = self.mixture.rows_before(before.row + mine.start)
+        wanted = []
+        for index, offset in enumerate(mine):
+            source = self.mixture.source(before.row + offset)
+            place = self.orders[source].place(counts[source])[1]
+            counts[source] += 1
+            wanted.append(WantedRow(index, before.number + offset * pieces, source, place))
+        return wanted
 
-
-def make_micro_batch(rows: Sequence[_NumberedRow], length: int) -> MicroBatch:
-    """Stack rows, each cut into rows of ``length`` if that is shorter."""
-    seq_len = len(rows[0].row.input_ids_S)
-    pieces = seq_len // length
-
-    def stack(arrays: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.stack(arrays).reshape(len(rows) * pieces, length))
-
-    positions = [r.row.positions_S for r in rows]
-    if pieces > 1:
-        positions = [np.concatenate([row_positions(p) for p in np.split(array, pieces)]) for array in positions]
-    numbers = [r.number * pieces + piece if r.number >= 0 else -1 for r in rows for piece in range(pieces)]
-    return MicroBatch(
-        input_ids_BS=stack([r.row.input_ids_S for r in rows]),
-        labels_BS=stack([r.row.labels_S for r in rows]),
-        positions_BS=stack(positions),
-        rows_B=torch.tensor(numbers, dtype=torch.int64),
-        row_weight_B=torch.tensor([r.weight for r in rows for _ in range(pieces)], dtype=torch.float32),
-        sources_B=torch.tensor([r.source for r in rows for _ in range(pieces)], dtype=torch.int64),
-    )
-
-
-class ValidationData:
-    """The same rows of the held-out split at every validation, spread evenly over it."""
-
-    def __init__(
-        self,
-        config: DataConfig,
-        *,
-        seq_len: int,
-        micro_batch_size: int,
-        max_rows: int,
-        vocab_size: int,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-    ) -> None:
-        """Open the split; ``max_rows`` 0 takes all its rows.
-
-        Raises:
-            UserError: the split is missing or empty, or of another tokenizer.
-        """
-        assert config.validation is not None
-        self.reader = RowReader(Path(config.validation), seq_len, vocab_size)
-        self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
-        total = sum(self.reader.rows_of_shards)
-        self.rows = min(max_rows or total, total)
-        self._order = RowOrder(self.reader.rows_of_shards, seed=0, block=1, shuffle=False)
-        self._stride = total / self.rows
-
-    def micro_batches(self) -> Iterator[MicroBatch]:
-        """Yield this rank's rows; all ranks yield the same number of micro batches."""
-        size, length = self.micro_batch_size, self.reader.seq_len
-        passes = -(-self.rows // (size * self.dp_size))
-        blank = Row(np.zeros(length, np.int64), np.full(length, IGNORED), np.arange(length))
-        for index in range(passes):
-            first = (index * self.dp_size + self.dp_rank) * size
-            rows = []
-            for number in range(first, first + size):
-                if number >= self.rows:
-                    rows.append(_NumberedRow(blank, -1, 0, 0.0))
-                    continue
-                place = self._order.place(int(number * self._stride))[1]
-                rows.append(_NumberedRow(self.reader.read(place), number, 0, 1.0))
-            yield make_micro_batch(rows, length)
-
-
-class _Reads:
-    """Runs reads on threads, or at once where there are none; the order of results is the order asked."""
-
-    def __init__(self, workers: int) -> None:
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="data") if workers else None
-
-    def __enter__(self) -> _Reads:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def submit(self, read: Any, *arguments: Any) -> Future[Any]:
-        if self._pool:
-            return self._pool.submit(read, *arguments)
-        future: Future[Any] = Future()
-        try:
-            future.set_result(read(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    def _shards_ahead(self) -> list[tuple[Source, int]]:
+        """List the shards that rows are being read from, and those that come after, as far as the cache holds them."""
+        counts = self.mixture.rows_before(self._asked_row)
+        now: list[tuple[RemoteSource, int]] = []
+        later: list[tuple[RemoteSource, int]] = []
+        for source, order, count in zip(self.sources, self.orders, counts, strict=True):
+            if isinstance(source, RemoteSource):
+                groups = order.shards_from(count)
+                now += [(source, shard) for shard in next(groups)]
+                following = (shard for group in groups for shard in group)
+                later += [(source, shard) for shard in islice(following, self.config.prefetch_shards)]
+        left = self.config.cache_size_gib * 2**30
+        fitting: list[tuple[Source, int]] = []
+        for source, shard in dict.fromkeys([*now, *later]):
+            left -= source.bytes(shard)
+            if left < 0:
+                break
+            fitting.append((source, shard))
+        return fitting

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,56 +54,107 @@ class RowPlace:
     """Number of the row in the shard."""
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Shards whose rows are mixed with each other."""
+
+    shards: np.ndarray
+    ends: np.ndarray
+    """Rows of the block up to the end of each shard."""
+    permutation: Permutation | None
+
+
+class _Epoch:
+    """Shards of one epoch in their order, and where its blocks end; nothing is kept a row."""
+
+    def __init__(self, rows: np.ndarray, seed: int, epoch: int, block: int, shuffle: bool) -> None:
+        count = len(rows)
+        self.seed, self.epoch, self.shuffle = seed, epoch, shuffle
+        self.shards = np.arange(count)
+        if shuffle:
+            keys = [stable_hash("shards", seed, epoch, shard) for shard in range(count)]
+            self.shards = np.argsort(np.asarray(keys, dtype=np.uint64), kind="stable")
+        self.sums = np.cumsum(rows[self.shards])
+        # Blocks of even size: a last block of one shard alone would not be mixed at all.
+        blocks = -(-count // block)
+        self.firsts = [index * count // blocks for index in range(blocks + 1)]
+        self.block_ends = self.sums[np.asarray(self.firsts[1:]) - 1].tolist()
+        self._blocks: dict[int, _Block] = {}
+
+    def first_row(self, block: int) -> int:
+        return self.block_ends[block - 1] if block else 0
+
+    def block(self, number: int) -> _Block:
+        found = self._blocks.get(number)
+        if found is None:
+            first, last = self.firsts[number], self.firsts[number + 1]
+            begin, size = self.first_row(number), self.block_ends[number] - self.first_row(number)
+            key = stable_hash("rows", self.seed, self.epoch, number)
+            permutation = Permutation(size, key) if self.shuffle and size else None
+            found = _Block(self.shards[first:last], self.sums[first:last] - begin, permutation)
+            if len(self._blocks) > 8:
+                self._blocks.clear()
+            self._blocks[number] = found
+        return found
+
+
 class RowOrder:
     """Visits every row of every shard once an epoch, in an order of its own each epoch.
 
     Shards are shuffled and taken in blocks; the rows of a block are mixed with each other. So reads stay within a few
-    shards for a long time, and neighbours in a batch come from different documents.
+    shards for a long time, and neighbours in a batch come from different documents. Threads may share it: what it
+    keeps can be computed again at any time.
     """
 
     def __init__(self, rows_of_shards: Sequence[int], *, seed: int, block: int, shuffle: bool) -> None:
         """Prepare the order.
 
         Args:
-            rows_of_shards: number of rows of each shard.
+            rows_of_shards: number of rows of each shard; at least one has some.
             seed: decides the order.
-            block: shards whose rows are mixed.
+            block: most shards whose rows are mixed.
             shuffle: False visits shards and rows as they lie.
         """
         self.rows = np.asarray(rows_of_shards, dtype=np.int64)
         self.total = int(self.rows.sum())
+        assert self.total > 0
         self._seed, self._block, self._shuffle = seed, block, shuffle
-        self._epoch = -1
-        self._permutations: dict[int, Permutation] = {}
+        self._epochs: dict[int, _Epoch] = {}
 
     def place(self, index: int) -> tuple[int, RowPlace]:
         """Return the epoch and the place of the ``index``-th row ever visited."""
-        epoch, index = divmod(index, self.total)
-        if epoch != self._epoch:
-            self._start_epoch(epoch)
-        block = bisect_right(self._block_ends, index)
-        first_row = self._block_ends[block - 1] if block else 0
-        first, last = block * self._block, (block + 1) * self._block
-        inside = index - first_row
-        if self._shuffle:
-            if block not in self._permutations:
-                if len(self._permutations) > 64:
-                    self._permutations.clear()
-                size = self._block_ends[block] - first_row
-                self._permutations[block] = Permutation(size, stable_hash("rows", self._seed, epoch, block))
-            inside = self._permutations[block][inside]
-        ends = np.cumsum(self.rows[self._shards[first:last]])
-        slot = int(np.searchsorted(ends, inside, side="right"))
-        return epoch, RowPlace(int(self._shards[first + slot]), inside - (int(ends[slot - 1]) if slot else 0))
+        number, index = divmod(index, self.total)
+        epoch = self._epoch(number)
+        which = bisect_right(epoch.block_ends, index)
+        block = epoch.block(which)
+        inside = index - epoch.first_row(which)
+        if block.permutation is not None:
+            inside = block.permutation[inside]
+        slot = int(np.searchsorted(block.ends, inside, side="right"))
+        return number, RowPlace(int(block.shards[slot]), inside - (int(block.ends[slot - 1]) if slot else 0))
 
-    def _start_epoch(self, epoch: int) -> None:
-        count = len(self.rows)
-        self._shards = np.arange(count)
-        if self._shuffle:
-            keys = [stable_hash("shards", self._seed, epoch, shard) for shard in range(count)]
-            self._shards = np.argsort(np.asarray(keys, dtype=np.uint64), kind="stable")
-        sums = np.cumsum(self.rows[self._shards])
-        lasts = [min(begin + self._block, count) - 1 for begin in range(0, count, self._block)]
-        self._block_ends = sums[lasts].tolist()
-        self._permutations = {}
-        self._epoch = epoch
+    def shards_from(self, index: int) -> Iterator[list[int]]:
+        """Yield shards in groups, in the order in which rows from the ``index``-th on need them, without end.
+
+        Rows of shards of one group are due at the same time: a block where rows are mixed, else single shards.
+        """
+        number, index = divmod(index, self.total)
+        while True:
+            epoch = self._epoch(number)
+            if self._shuffle:
+                for which in range(bisect_right(epoch.block_ends, index), len(epoch.block_ends)):
+                    yield [int(shard) for shard in epoch.block(which).shards if self.rows[shard]]
+            else:
+                first = int(np.searchsorted(epoch.sums, index, side="right"))
+                for shard in range(first, len(self.rows)):
+                    if self.rows[shard]:
+                        yield [shard]
+            number, index = number + 1, 0
+
+    def _epoch(self, number: int) -> _Epoch:
+        epoch = self._epochs.get(number)
+        if epoch is None:
+            epoch = _Epoch(self.rows, self._seed, number, self._block, self._shuffle)
+            kept = {n: e for n, e in list(self._epochs.items()) if abs(n - number) == 1}
+            self._epochs = kept | {number: epoch}
+        return epoch

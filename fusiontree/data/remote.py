@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fusiontree.utils.errors import UserError, nearest
+from fusiontree.utils.threads import Stopped, stop_wanted
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +37,6 @@ _PACKAGES |= {"http": "aiohttp", "https": "aiohttp", "az": "adlfs", "abfs": "adl
 
 class FileMissing(Exception):
     """A remote folder answers, and has no such file."""
-
-
-class Stopped(Exception):
-    """The reader is being closed; nobody waits for the result."""
 
 
 class RemoteFolder(Protocol):
@@ -60,22 +57,21 @@ class RemoteFolder(Protocol):
 
 @dataclass(frozen=True)
 class Retries:
-    """How often to try, how long to wait in between, and when to give up at once."""
+    """How often to try, and how long to wait in between."""
 
     attempts: int
     wait_s: float
-    stopped: Callable[[], bool] = lambda: False
 
     def wait(self, attempt: int) -> None:
         """Wait after failed attempt number ``attempt`` (the first is 1); others' waits differ, so they spread.
 
         Raises:
-            Stopped: the reader is being closed.
+            Stopped: the thread was told to end.
         """
         seconds = min(_LONGEST_WAIT_S, self.wait_s * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            if self.stopped():
+            if stop_wanted():
                 raise Stopped
             time.sleep(min(left, 0.1))
 
@@ -87,7 +83,7 @@ class Retries:
             FileMissing, Stopped: at once.
         """
         for attempt in range(1, self.attempts + 1):
-            if self.stopped():
+            if stop_wanted():
                 raise Stopped
             try:
                 return action()

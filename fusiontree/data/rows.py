@@ -6,93 +6,165 @@ Shape legend: S tokens of a row.
 
 from __future__ import annotations
 
+import threading
+import zlib
 from collections import OrderedDict
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
-from fusiontree.data.batch import IGNORED
-from fusiontree.data.format import DatasetInfo, ShardDamage, read_dataset
-from fusiontree.data.index import Shard
+from fusiontree.data.batch import IGNORED, RowArrays
+from fusiontree.data.format import ShardDamage
+from fusiontree.data.index import Shard, TokenSpan
 from fusiontree.data.order import RowPlace
-from fusiontree.data.verify import open_shard
+from fusiontree.data.sources import OpenShard, Source
 from fusiontree.utils.errors import UserError
 
-_OPEN_SHARDS = 64
 
+class _Kept:
+    """A shard kept open between reads."""
 
-@dataclass(frozen=True)
-class Row:
-    """One row, ready to be batched."""
-
-    input_ids_S: np.ndarray
-    labels_S: np.ndarray
-    positions_S: np.ndarray
+    def __init__(self) -> None:
+        self.opening = threading.Lock()
+        self.opened: OpenShard | None = None
+        self.users = 0
+        self.dropped = False
 
 
 class RowReader:
-    """Reads rows of one dataset."""
+    """Reads rows of one dataset. Threads may share it."""
 
-    def __init__(self, folder: Path, seq_len: int, vocab_size: int) -> None:
-        """Read dataset.json; shards are opened when their rows are read.
+    def __init__(self, source: Source, seq_len: int, vocab_size: int, *, open_shards: int = 64) -> None:
+        """Prepare; shards are opened when their rows are read, and ``open_shards`` of them stay open.
 
         Raises:
-            UserError: no dataset there, no row of ``seq_len`` tokens in it, or its tokenizer has more tokens than the
-                model.
+            UserError: there is no row of ``seq_len`` tokens, or the dataset's tokenizer has more tokens than the
+                model, or than its own data type holds.
         """
-        self.folder, self.seq_len, self.vocab_size = folder, seq_len, vocab_size
-        self.info: DatasetInfo = read_dataset(folder)
-        if self.info.tokenizer.vocab_size > vocab_size:
+        self.source, self.seq_len, self.vocab_size, self._open_shards = source, seq_len, vocab_size, open_shards
+        info, tokenizer = source.info, source.info.tokenizer
+        if info.dtype not in ("uint16", "uint32") or tokenizer.vocab_size - 1 > np.iinfo(info.dtype).max:
             raise UserError(
-                f"dataset '{folder}' was made with tokenizer '{self.info.tokenizer.name}' of "
-                f"{self.info.tokenizer.vocab_size} tokens, and model.vocab_size is {vocab_size}; set model.vocab_size "
-                f"to at least {self.info.tokenizer.vocab_size} or use a dataset made with the model's tokenizer"
+                f"dataset '{source.place}': a vocabulary of {tokenizer.vocab_size} in tokens of type {info.dtype} "
+                f"cannot be; build the dataset again"
             )
-        self.rows_of_shards = [max(0, (shard.tokens - 1) // seq_len) for shard in self.info.shards]
-        if not sum(self.rows_of_shards):
-            longest = max(shard.tokens for shard in self.info.shards)
+        if tokenizer.vocab_size > vocab_size:
             raise UserError(
-                f"dataset '{folder}' has no row of training.seq_len {seq_len}: its largest shard holds {longest} "
+                f"dataset '{source.place}' was made with tokenizer '{tokenizer.name}' of {tokenizer.vocab_size} "
+                f"tokens, and model.vocab_size is {vocab_size}; set model.vocab_size to at least "
+                f"{tokenizer.vocab_size} or use a dataset made with the model's tokenizer"
+            )
+        self.rows_of_shards = [max(0, (shard.tokens - 1) // seq_len) for shard in info.shards]
+        self.rows = sum(self.rows_of_shards)
+        if not self.rows:
+            longest = max(shard.tokens for shard in info.shards)
+            raise UserError(
+                f"dataset '{source.place}' has no row of training.seq_len {seq_len}: its largest shard holds {longest} "
                 f"tokens; use shorter rows or more text a shard"
             )
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self.info = info
+        self._item_bytes = np.dtype(info.dtype).itemsize
+        self._ramp_S = np.arange(seq_len)
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[int, _Kept] = OrderedDict()
 
-    def read(self, place: RowPlace) -> Row:
-        """Read the row at ``place``.
+    def read(self, place: RowPlace, out: RowArrays, *, piece: int | None = None) -> int:
+        """Write the row at ``place`` into ``out`` and return a 32-bit hash of it.
+
+        Args:
+            place: which row.
+            out: where to write tokens, labels and positions.
+            piece: where the row is cut into shorter rows, their length; positions restart there.
 
         Raises:
-            ShardDamage: its documents cannot be read or differ from their hashes, or a token is no token of the
-                model.
+            ShardDamage: its documents cannot be read or differ from their hashes.
+            UserError: it holds a token that is no token of the model, or its place cannot be reached.
         """
-        shard = self._open(place.shard)
+        span = self._span(place)
+        starts = span.starts
+        np.copyto(out.input_ids_S, span.tokens[:-1])
+        np.copyto(out.labels_S, span.tokens[1:])
+        out.labels_S[starts[starts > 0] - 1] = IGNORED  # no label crosses into another document
+        restarts = starts[starts < self.seq_len]
+        cuts = np.arange(0, self.seq_len, piece or self.seq_len)
+        if len(cuts) > 1 or not len(restarts) or restarts[0]:
+            restarts = np.union1d(cuts, restarts)
+        lengths = np.diff(restarts, append=self.seq_len)
+        np.subtract(self._ramp_S, np.repeat(restarts, lengths), out=out.positions_S)
+        return zlib.crc32(starts.tobytes(), zlib.crc32(span.tokens.data))
+
+    def _span(self, place: RowPlace) -> TokenSpan:
+        """Read a row's tokens and the one after them, mending what can be mended."""
         begin = place.row * self.seq_len
-        span = shard.read(begin, begin + self.seq_len + 1)
-        tokens = span.tokens.astype(np.int64)
-        largest = int(tokens.max())
-        if largest >= self.vocab_size:
-            raise ShardDamage(
-                shard.tar,
-                shard.key(shard.document_at(begin + int(tokens.argmax()))),
-                f"holds token {largest}, and model.vocab_size is {self.vocab_size}",
-            )
-        labels = tokens[1:].copy()
-        labels[span.positions[1:] == 0] = IGNORED  # no label crosses into another document
-        return Row(tokens[:-1], labels, row_positions(span.positions[:-1]))
+        attempt = 1
+        while True:
+            kept = self._take(place.shard)
+            try:
+                with self._pinned(place.shard, kept) as shard:
+                    span = shard.read(begin, begin + self.seq_len + 1)
+                    largest = int(span.tokens.max())
+                    if largest < self.vocab_size:
+                        return span
+                    document = shard.document_at(begin + int(span.tokens.argmax()))
+                    raise UserError(
+                        f"{shard.name}, member {shard.key(document)} holds token {largest}, and model.vocab_size is "
+                        f"{self.vocab_size}: the dataset does not fit its own tokenizer '"
+                        f"{self.source.info.tokenizer.name}'; build it again"
+                    )
+            except ShardDamage as damage:
+                with self._lock:
+                    mended = self._kept.get(place.shard) is not kept  # by another thread, since we began
+                if not mended:
+                    if not self.source.mend(place.shard, damage, attempt):
+                        raise
+                    attempt += 1
+                    self._drop(place.shard, kept)
+            finally:
+                self._give_back(kept)
 
-    def _open(self, number: int) -> Shard:
-        if number in self._shards:
-            self._shards.move_to_end(number)
-            return self._shards[number]
-        shard = open_shard(self.folder, self.info.shards[number])
-        self._shards[number] = shard
-        if len(self._shards) > _OPEN_SHARDS:
-            self._shards.popitem(last=False)[1].close()
-        return shard
+    @contextmanager
+    def _pinned(self, number: int, kept: _Kept) -> Iterator[Shard]:
+        with kept.opening:
+            if kept.opened is None:
+                kept.opened = self.source.open(number)
+        with kept.opened.pinned() as shard:
+            if shard.item_bytes != self._item_bytes:
+                raise ShardDamage(shard.name, None, f"has tokens of {shard.item_bytes} bytes, not {self._item_bytes}")
+            yield shard
 
+    def _take(self, number: int) -> _Kept:
+        with self._lock:
+            kept = self._kept.setdefault(number, _Kept())
+            self._kept.move_to_end(number)
+            kept.users += 1
+            return kept
 
-def row_positions(positions_S: np.ndarray) -> np.ndarray:
-    """Restart positions at the row's first token: what a document holds before the row cannot be seen."""
-    index_S = np.arange(len(positions_S))
-    starts_S = np.where((positions_S == 0) | (index_S == 0), index_S, 0)
-    return index_S - np.maximum.accumulate(starts_S)
+    def _give_back(self, kept: _Kept) -> None:
+        with self._lock:
+            kept.users -= 1
+            too_many = len(self._kept) - self._open_shards
+            if too_many > 0:
+                for number in [n for n, k in self._kept.items() if not k.users][:too_many]:
+                    self._close(self._kept.pop(number))
+            if kept.dropped and not kept.users:
+                self._close(kept)
+
+    @staticmethod
+    def _close(kept: _Kept) -> None:
+        if kept.opened is not None:
+            kept.opened.close()
+            kept.opened = None
+
+    def _drop(self, number: int, kept: _Kept) -> None:
+        with self._lock:
+            if self._kept.get(number) is kept:
+                del self._kept[number]
+            kept.dropped = True
+
+    def close(self) -> None:
+        """Close what is open."""
+        with self._lock:
+            for kept in self._kept.values():
+                self._close(kept)
+            self._kept.clear()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +15,14 @@ from fusiontree.data.cache import ShardCache
 from fusiontree.data.config import DataConfig
 from fusiontree.data.format import DATASET, DatasetInfo, ShardDamage, parse_dataset, read_dataset
 from fusiontree.data.index import Shard, index_size
-from fusiontree.data.remote import FileMissing, RemoteFolder, Retries, is_remote, local_folder, open_remote
+from fusiontree.data.remote import (
+    FileMissing,
+    RemoteFolder,
+    Retries,
+    is_remote,
+    local_folder,
+    open_remote,
+)
 from fusiontree.data.tokenizers import save_tokenizer
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.hashing import sha256_file
@@ -30,8 +36,8 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT,
 class OpenShard(Protocol):
     """A shard that a process keeps open."""
 
-    def pinned(self) -> Iterator[Shard]:
-        """Give the shard, which stays on the disk meanwhile (a context manager)."""
+    def pinned(self) -> AbstractContextManager[Shard]:
+        """Give the shard, which stays on the disk meanwhile."""
         ...
 
     def close(self) -> None:
@@ -68,17 +74,17 @@ class Source(Protocol):
         ...
 
 
-def open_source(path: str, config: DataConfig, stopped: Callable[[], bool]) -> Source:
+def open_source(path: str, config: DataConfig) -> Source:
     """Open the dataset at ``path``: read its dataset.json.
 
     Raises:
         UserError: there is no dataset, or its place cannot be reached.
     """
-    retries = Retries(config.fetch_attempts, config.fetch_wait_s, stopped)
+    retries = Retries(config.fetch_attempts, config.fetch_wait_s)
     if not is_remote(path):
         return LocalSource(local_folder(path), retries)
     remote = open_remote(path, config.storage_options, config.allow_pipe)
-    cache = ShardCache(config.cache_folder, int(config.cache_size_gib * 2**30), stopped)
+    cache = ShardCache(config.cache_folder, int(config.cache_size_gib * 2**30))
     return RemoteSource(remote, cache, retries)
 
 
@@ -151,6 +157,9 @@ class RemoteSource:
         """Read dataset.json; see :func:`open_source`."""
         self.place, self._remote, self.cache, self._retries = remote.url, remote, cache, retries
         self._fetched_again: set[int] = set()
+        self._lost: dict[int, ShardDamage] = {}
+        self.inodes: dict[int, int] = {}
+        """Of the tars in the cache that were last opened."""
         with tempfile.TemporaryDirectory(prefix="fusiontree-") as folder:
             path = Path(folder) / DATASET
             try:
@@ -173,10 +182,14 @@ class RemoteSource:
 
     def fetch(self, number: int, *, wait: bool = False) -> None:
         """See :class:`Source`."""
-        info = self.info.shards[number]
-        self.cache.ensure(
-            info.index_sha256, self.bytes(number), lambda part: self._fetch_into(part, number), wait=wait
-        )
+        if number in self._lost:
+            raise self._lost[number]
+        key = self.info.shards[number].index_sha256
+        try:
+            self.cache.ensure(key, self.bytes(number), lambda part: self._fetch_into(part, number), wait=wait)
+        except ShardDamage as damage:
+            self._lost[number] = damage  # all its rows are lost; not to be fetched anew for each
+            raise
 
     def _fetch_into(self, part: Path, number: int) -> None:
         info = self.info.shards[number]
@@ -204,16 +217,11 @@ class RemoteSource:
 
     def mend(self, number: int, damage: ShardDamage, attempt: int) -> bool:
         """See :class:`Source`: the copy in the cache may be at fault, so another is fetched, once."""
-        if number in self._fetched_again or isinstance(damage.__cause__, FileMissing):
+        if number in self._fetched_again or number in self._lost:
             return False
         self._fetched_again.add(number)
         log.warning("%s; the copy in %s is dropped and fetched again", damage, self.cache.folder)
-        key = self.info.shards[number].index_sha256
-        try:
-            inode = os.stat(self.cache.tar(key)).st_ino
-        except FileNotFoundError:
-            return True
-        self.cache.discard(key, inode)
+        self.cache.discard(self.info.shards[number].index_sha256, self.inodes.get(number, 0))
         return True
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
@@ -271,26 +279,32 @@ class _OpenCached:
                     self._lock.release()
 
     def _pin(self) -> None:
-        """Share the shard's lock, with the shard in the cache and open."""
-        cache, info = self._source.cache, self._source.info.shards[self._number]
+        """Share the shard's lock, with the shard in the cache and open.
+
+        Raises:
+            Stopped: the thread was told to end.
+        """
+        source, cache, info = self._source, self._source.cache, self._source.info.shards[self._number]
         while True:
-            # Whoever holds the lock alone is fetching the shard or throwing it away: wait in `fetch`.
-            if self._lock.acquire(shared=True, wait=False):
+            # Whoever holds the lock alone is fetching the shard or throwing it away.
+            self._lock.acquire(shared=True)
+            try:
                 if self._shard is not None and self._shard.is_removed():
                     self._shard.close()
                     self._shard = None
-                if self._shard is None and cache.tar(self._key).exists():
-                    try:
-                        name = f"{self._source.place}/{info.name}"
-                        self._shard = Shard(cache.tar(self._key), cache.index(self._key), info, name=name)
-                    except BaseException:
-                        self._lock.release()
-                        raise
-                if self._shard is not None:
-                    self._touched = cache.touch(self._key, self._touched)
-                    return
+                tar = cache.tar(self._key)
+                if self._shard is None and tar.exists():
+                    source.inodes[self._number] = tar.stat().st_ino
+                    name = f"{source.place}/{info.name}"
+                    self._shard = Shard(tar, cache.index(self._key), info, name=name)
+            except BaseException:
                 self._lock.release()
-            self._source.fetch(self._number, wait=True)
+                raise
+            if self._shard is not None:
+                self._touched = cache.touch(self._key, self._touched)
+                return
+            self._lock.release()
+            source.fetch(self._number, wait=True)
 
     def close(self) -> None:
         with self._mutex:

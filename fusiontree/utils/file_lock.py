@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
+
+from fusiontree.utils.threads import Stopped, stop_wanted
 
 _POLL_S = 0.02
 
@@ -22,13 +23,15 @@ class FileLock:
         self.path = path
         self._descriptor = -1
 
-    def acquire(self, *, shared: bool = False, wait: bool = True, stopped: Callable[[], bool] | None = None) -> bool:
+    def acquire(self, *, shared: bool = False, wait: bool = True) -> bool:
         """Take the lock; return whether it was got.
 
         Args:
             shared: several holders may share; else only one holds it.
             wait: False gives up at once when another holds it.
-            stopped: asked while waiting; True gives up.
+
+        Raises:
+            Stopped: the thread was told to end while it waited.
         """
         while True:
             if self._descriptor < 0:
@@ -36,8 +39,10 @@ class FileLock:
             try:
                 fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not wait or (stopped and stopped()):
+                if not wait:
                     return False
+                if stop_wanted():
+                    raise Stopped from None
                 time.sleep(_POLL_S)
                 continue
             if self._is_current():

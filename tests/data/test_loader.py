@@ -12,10 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusiontree.data.config import DataConfig
-from fusiontree.data.format import ShardDamage, TokenizerInfo, read_dataset
+from fusiontree.data.batch import RowsOfStep
+from fusiontree.data.format import TokenizerInfo, read_dataset
 from fusiontree.data.loader import TrainingData, ValidationData
 from fusiontree.data.order import RowPlace
 from fusiontree.data.rows import RowReader
+from fusiontree.data.sources import open_source
 from fusiontree.utils.errors import UserError
 from tests.data.datasets import documents, random_dataset, write
 
@@ -26,6 +28,11 @@ SEQ = 16
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     base = tmp_path_factory.mktemp("datasets")
     return [random_dataset(base / "a", shards=4, seed=1), random_dataset(base / "b", shards=2, seed=2)]
+
+
+def row_reader(folder: Path, seq_len: int, vocab_size: int) -> RowReader:
+    config = DataConfig(train=str(folder), fetch_wait_s=0.0)
+    return RowReader(open_source(str(folder), config), seq_len, vocab_size)
 
 
 def loader(config: DataConfig, rank: int = 0, size: int = 1, **kind: object) -> TrainingData:
@@ -110,13 +117,14 @@ def test_rows_are_the_text(folders: list[Path]) -> None:
     """Unshuffled rows laid side by side are the shard; labels are the next token, cut at document starts."""
     docs = documents(30, seed=9)
     folder = write(folders[0].parent / "one", [docs])
-    reader = RowReader(folder, SEQ, 264)
+    reader = row_reader(folder, SEQ, 264)
     whole = np.concatenate(docs)
     starts = np.cumsum([0] + [len(d) for d in docs])
     rows = reader.rows_of_shards[0]
     assert rows == (len(whole) - 1) // SEQ
     for row in range(rows):
-        got = reader.read(RowPlace(0, row))
+        got = RowsOfStep(1, SEQ, SEQ).place(0)
+        reader.read(RowPlace(0, row), got)
         begin = row * SEQ
         assert np.array_equal(got.input_ids_S, whole[begin : begin + SEQ])
         for i in range(SEQ):
@@ -197,9 +205,9 @@ def test_damage_stops_with_names_or_keeps_the_slot(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_the_model_is_refused(folders: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"257 tokens, and model.vocab_size is 100"):
-        RowReader(folders[0], SEQ, 100)
+        row_reader(folders[0], SEQ, 100)
     with pytest.raises(UserError, match=r"no row of training.seq_len 100000"):
-        RowReader(folders[0], 100000, 264)
+        row_reader(folders[0], 100000, 264)
     other = TokenizerInfo("byte", "other", 200, 199, "1" * 64)
     small = write(tmp_path / "small", [[np.arange(0, 190)]], other)
     sources = [{"path": str(p), "weight": 1.0} for p in (folders[0], small)]
@@ -210,5 +218,5 @@ def test_what_does_not_fit_the_model_is_refused(folders: list[Path], tmp_path: P
 def test_a_token_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
     lying = TokenizerInfo("byte", "byte", 50, 49, "0" * 64)
     folder = write(tmp_path / "d", [[np.arange(0, 40), np.array([5, 90, 49])]], lying)
-    with pytest.raises(ShardDamage, match=r"shard-000000\.tar, member 000000001: holds token 90"):
-        RowReader(folder, 21, 60).read(RowPlace(0, 1))
+    with pytest.raises(UserError, match=r"shard-000000\.tar, member 000000001 holds token 90"):
+        row_reader(folder, 21, 60).read(RowPlace(0, 1), RowsOfStep(1, 21, 21).place(0))

@@ -1,0 +1,68 @@
+"""What training and validation share: reading the rows they want into a step's arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fusiontree.data.batch import RowsOfStep
+from fusiontree.data.format import ShardDamage, TokenizerInfo
+from fusiontree.data.order import RowPlace
+from fusiontree.data.rows import RowReader
+from fusiontree.data.sources import Source
+from fusiontree.utils.errors import UserError
+from fusiontree.utils.hashing import stable_hash
+
+
+@dataclass(frozen=True)
+class WantedRow:
+    """A row to read: its place in the step, the number of its first piece, and where it lies."""
+
+    index: int
+    number: int
+    source: int
+    place: RowPlace
+
+
+def read_rows(
+    rows: RowsOfStep, wanted: Sequence[WantedRow], readers: Sequence[RowReader], on_damage: str
+) -> tuple[list[str], int]:
+    """Read rows into their places; return what was wrong with those skipped, and the hash of all.
+
+    Raises:
+        UserError: a row is damaged and ``on_damage`` is stop, or a place cannot be reached.
+    """
+    damages, total = [], 0
+    for item in wanted:
+        row_hash, weight = 0, 1.0
+        try:
+            row_hash = readers[item.source].read(item.place, rows.place(item.index), piece=rows.length)
+        except ShardDamage as damage:
+            message = f"row {item.number} of the run (row {item.place.row} of its shard): {damage}"
+            if on_damage == "stop":
+                raise UserError(
+                    f"{message}; mend the shard (tools/build_shards.py --verify names all damage) or set "
+                    f"data.on_damage=skip"
+                ) from damage
+            damages.append(message)
+            rows.blank(item.index)
+            weight = 0.0
+        rows.describe(item.index, item.number, item.source, weight)
+        total += stable_hash(item.number, item.source, row_hash) & 0xFFFF_FFFF
+    return damages, total & 0xFFFF_FFFF
+
+
+def one_tokenizer(sources: Sequence[Source]) -> TokenizerInfo:
+    """Return the tokenizer of all ``sources``.
+
+    Raises:
+        UserError: they were made with different ones.
+    """
+    first = sources[0]
+    for source in sources[1:]:
+        if source.info.tokenizer.sha256 != first.info.tokenizer.sha256:
+            raise UserError(
+                f"datasets '{first.place}' (tokenizer '{first.info.tokenizer.name}') and '{source.place}' (tokenizer "
+                f"'{source.info.tokenizer.name}') were made with different tokenizers; they cannot be mixed"
+            )
+    return first.info.tokenizer

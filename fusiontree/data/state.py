@@ -1,0 +1,109 @@
+"""Where a run stands in its data: a few numbers, however long the run, and the order they belong to.
+
+The sequence of rows is a function of the order alone (datasets, weights, seed, row length, shuffling). A state carries
+the order's fingerprint, so that it cannot go on in another one, and the values behind it, so that the refusal can say
+what changed. World size, workers, batch size, curriculum and places of the datasets are not part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fusiontree.utils.errors import UserError
+
+ORDER_VERSION = 1
+"""Of the algorithms that make the order; another version visits other rows."""
+
+
+@dataclass(frozen=True)
+class SourceIdentity:
+    """A dataset as the order knows it. Its path is only a name for people: datasets may move."""
+
+    path: str
+    weight: float
+    fingerprint: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """Everything that decides which row comes when."""
+
+    seed: int
+    seq_len: int
+    shuffle: bool
+    shuffle_shards: int
+    sources: tuple[SourceIdentity, ...]
+    version: int = ORDER_VERSION
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that decides the order."""
+        values = asdict(self)
+        for source in values["sources"]:
+            del source["path"]
+        if len(self.sources) == 1:
+            del values["sources"][0]["weight"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass
+class DataState:
+    """Position after some number of steps."""
+
+    step: int = 0
+    row: int = 0
+    """Rows of seq_len taken so far."""
+    number: int = 0
+    """Rows handed out so far, shorter ones of a curriculum counted singly; numbers the next row."""
+    skipped_rows: int = 0
+    """Damaged rows so far, over all ranks."""
+
+    def to_dict(self, order: Order, rows_of_sources: list[int]) -> dict[str, Any]:
+        """Return plain values for a checkpoint; ``rows_of_sources`` is how many rows each source gave."""
+        sources = [
+            {**asdict(source), "epoch": count // source.rows, "row": count % source.rows}
+            for source, count in zip(order.sources, rows_of_sources, strict=True)
+        ]
+        settings = {key: value for key, value in asdict(order).items() if key != "sources"}
+        return {**asdict(self), "fingerprint": order.fingerprint(), "order": settings, "sources": sources}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], order: Order) -> DataState:
+        """Return the position that :meth:`to_dict` wrote.
+
+        Raises:
+            UserError: it belongs to another order; every difference is named.
+        """
+        if values.get("fingerprint") != order.fingerprint():
+            changes = "; ".join(differences(values, order)) or "it was written by another version of the program"
+            raise UserError(
+                f"the datasets or their order are not those of the checkpoint: {changes}. Set this back to go on, or "
+                f"start a new run_dir"
+            )
+        return cls(**{key: values[key] for key in ("step", "row", "number", "skipped_rows")})
+
+
+def differences(saved: Mapping[str, Any], order: Order) -> list[str]:
+    """Return what differs between a saved state's order and ``order``, one sentence each."""
+    names = {"seed": "training.seed", "seq_len": "training.seq_len", "shuffle": "data.shuffle"}
+    names |= {"shuffle_shards": "data.shuffle_shards", "version": "the version of the data order"}
+    found = []
+    before = saved.get("order", {})
+    for key, name in names.items():
+        if before.get(key) != getattr(order, key):
+            found.append(f"{name} was {before.get(key)} and is {getattr(order, key)}")
+    sources = saved.get("sources", [])
+    if len(sources) != len(order.sources):
+        found.append(f"data.train had {len(sources)} datasets and has {len(order.sources)}")
+        return found
+    for index, (old, new) in enumerate(zip(sources, order.sources, strict=True)):
+        if old.get("fingerprint") != new.fingerprint:
+            place = f"'{new.path}'" if old.get("path") == new.path else f"'{new.path}' (was '{old.get('path')}')"
+            found.append(f"dataset {index} {place} is another one or was rebuilt")
+        if len(order.sources) > 1 and old.get("weight") != new.weight:
+            found.append(f"the weight of dataset {index} '{new.path}' was {old.get('weight')} and is {new.weight}")
+    return found
