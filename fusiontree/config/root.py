@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.data.config import DataConfig
+from fusiontree.evaluation.config import EvaluationConfig
 from fusiontree.models.config import ModelConfig
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.training.config import LoggingConfig, TrainingConfig
@@ -24,6 +25,7 @@ class Config(Section):
     data: DataConfig = setting(..., "Token shards.")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, "When to save, what to keep.")
     logging: LoggingConfig = setting(LoggingConfig, "Metrics and their mirror.")
+    evaluation: EvaluationConfig = setting(EvaluationConfig, "What fusiontree.evaluate measures of this run.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,0 +1,149 @@
+"""What a checkpoint can do: ``python -m fusiontree.evaluate --checkpoint DIR --tasks perplexity needle …``.
+
+Prints a table; the last line of standard output is one JSON object with the same numbers in full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from fusiontree.evaluation.config import EvaluationConfig, Task
+from fusiontree.utils.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line of the evaluation entry; what is absent comes from the run's ``evaluation`` section."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusiontree.evaluate",
+        description="Measure a checkpoint. Settings that are not given come from the run's 'evaluation' section.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, metavar="DIR", help="a run folder (its newest checkpoint) or one step"
+    )
+    fields = EvaluationConfig.model_fields
+
+    def setting(name: str, metavar: str, **options: Any) -> None:
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", default=None, metavar=metavar, help=fields[name].description, **options
+        )
+
+    parser.add_argument("--tasks", nargs="+", choices=get_args(Task), help=fields["tasks"].description)
+    setting("data", "DIR")
+    setting("text", "FILE", nargs="+")
+    setting("seq_len", "N", type=int)
+    setting("max_rows", "N", type=int)
+    setting("stride", "N", type=int)
+    setting("lengths", "N", nargs="+", type=int)
+    setting("depths", "D", nargs="+", type=float)
+    parser.add_argument("--alphabet", choices=["vocabulary", "data"], help=fields["alphabet"].description)
+    setting("rows", "N", type=int)
+    setting("needle_tokens", "N", type=int)
+    setting("recall_pairs", "N", type=int)
+    setting("batch_size", "N", type=int)
+    setting("seed", "N", type=int)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON object to this file")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights (default auto: bfloat16 on a GPU, float32 on a CPU)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the entry; return the exit code: 0 done, 2 something the user gave is wrong."""
+    args = build_parser().parse_args(argv)
+    from fusiontree.checkpoint.manifest import CheckpointDamage
+    from fusiontree.data.format import ShardDamage
+
+    try:
+        run(args)
+    except (UserError, CheckpointDamage, ShardDamage) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate as asked.
+
+    Raises:
+        UserError: something the user gave is wrong; found before the first task runs.
+        CheckpointDamage: a file of the checkpoint differs from its recorded hash.
+        ShardDamage: the dataset cannot be read.
+    """
+    from fusiontree.checkpoint.load import find_checkpoint, load_model
+    from fusiontree.data.tokenizers import load_tokenizer
+    from fusiontree.evaluation.tasks import Evaluation, table
+    from fusiontree.utils.device import choose_device
+
+    device, dtype = choose_device(args.device, args.dtype)
+    if args.output and not args.output.parent.is_dir():
+        raise UserError(f"--output {args.output}: the folder '{args.output.parent}' does not exist")
+    given = {name: getattr(args, name) for name in EvaluationConfig.model_fields if getattr(args, name) is not None}
+    evaluation_settings(given)  # errors in the options need no checkpoint
+    folder = find_checkpoint(args.checkpoint)
+    model, resolved = load_model(folder, device, dtype)
+    settings = evaluation_settings({**resolved.get("evaluation", {}), **given})
+    data = resolved.get("data", {})
+    if settings.data is None:
+        settings = settings.model_copy(update={"data": data.get("validation")})
+    seq_len = settings.seq_len or resolved["training"]["seq_len"]
+    print(f"{folder}: {device}, {dtype}", file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    results = Evaluation(model, load_tokenizer(folder), settings, seq_len, data).run(
+        lambda task: print(f"{task} …", file=sys.stderr, flush=True)
+    )
+    values = {
+        "checkpoint": str(folder),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": round(time.perf_counter() - began, 3),
+        "settings": settings.model_dump(mode="json"),
+        "results": finite(results),
+    }
+    print(table(results))
+    print(json.dumps(values))
+    if args.output:
+        args.output.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def evaluation_settings(values: dict[str, Any]) -> EvaluationConfig:
+    """Validate settings from the run and the command line.
+
+    Raises:
+        UserError: naming every option that is wrong.
+    """
+    try:
+        return EvaluationConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            f"--{str(problem['loc'][0]).replace('_', '-')} {problem['input']}: {problem['msg'].lower()}"
+            for problem in error.errors()
+        ]
+        raise UserError("; ".join(problems)) from None
+
+
+def finite(value: Any) -> Any:
+    """Replace numbers that JSON does not know by None."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

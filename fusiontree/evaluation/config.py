@@ -1,0 +1,51 @@
+"""What ``python -m fusiontree.evaluate`` measures."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fusiontree.utils.section import Section, setting
+
+Task = Literal["perplexity", "text", "needle", "copy", "recall"]
+
+
+class EvaluationConfig(Section):
+    """Tasks and their sizes; the options of the evaluation entry replace them."""
+
+    tasks: list[Task] = setting(
+        ["perplexity"],
+        "perplexity on token shards, text (perplexity on text files), needle (find a pair in random tokens), copy "
+        "(repeat random tokens), recall (answer for many pairs).",
+        min_length=1,
+    )
+    data: str | None = setting(None, "Dataset folder for perplexity. Absent means the run's data.validation.")
+    text: list[str] = setting([], "UTF-8 files for the task text.")
+    seq_len: int | None = setting(
+        None, "Row length of perplexity and text. Absent means training.seq_len.", unit="tokens", ge=2
+    )
+    max_rows: int = setting(0, "Rows that perplexity reads, spread over the dataset; 0 reads all.", unit="rows", ge=0)
+    stride: int | None = setting(
+        None,
+        "text: tokens a row moves on; each token is scored with at least seq_len - stride tokens before it. Absent "
+        "means seq_len / 2.",
+        unit="tokens",
+        ge=1,
+    )
+    lengths: list[int] | None = setting(
+        None, "Row lengths of needle, copy and recall. Absent means seq_len alone.", unit="tokens", min_length=1
+    )
+    depths: list[float] = setting(
+        [0.0, 0.25, 0.5, 0.75, 1.0],
+        "Where the needle lies: 0 at the start of the row, 1 just before the question.",
+        min_length=1,
+    )
+    alphabet: Literal["vocabulary", "data"] = setting(
+        "vocabulary",
+        "Tokens of needle, copy and recall: the whole vocabulary, or only those that occur in 64 rows of data (a model "
+        "knows nothing of tokens it never saw).",
+    )
+    rows: int = setting(16, "Rows of every cell of needle, copy and recall.", unit="rows", ge=1)
+    needle_tokens: int = setting(4, "Tokens of the needle's key, and of its value.", unit="tokens", ge=1)
+    recall_pairs: int = setting(8, "Pairs that recall asks for.", ge=1)
+    batch_size: int = setting(4, "Rows computed together.", unit="rows", ge=1)
+    seed: int = setting(0, "Decides the random tokens.")

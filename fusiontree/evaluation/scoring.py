@@ -1,0 +1,129 @@
+"""How well a model predicts labelled tokens. Shape legend: B rows, S tokens, V vocabulary, K last columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusiontree.data.batch import MicroBatch
+from fusiontree.evaluation.synthetic import IGNORED, AnswerRows
+from fusiontree.models.model import FusionTreeModel
+from fusiontree.models.positions import documents_of_positions
+
+
+@dataclass(frozen=True)
+class CorpusScore:
+    """Loss over a text."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def nats_per_token(self) -> float:
+        """Mean cross entropy; NaN where nothing was scored."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """Its exponential; infinite where that overflows."""
+        try:
+            return math.exp(self.nats_per_token)
+        except OverflowError:
+            return math.inf
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """What became of the questions of several rows."""
+
+    nats_per_token: float
+    token_accuracy: float
+    """Share of the labelled tokens that were the most likely ones."""
+    row_accuracy: float
+    """Share of the rows whose labelled tokens were all the most likely ones: greedy decoding would write them."""
+
+
+@torch.inference_mode()
+def score_answers(model: FusionTreeModel, answers: AnswerRows, batch_size: int) -> AnswerScore:
+    """Score labelled tokens with everything before them given.
+
+    Logits are computed from the first labelled column on, so long rows cost no more memory than their answers.
+    """
+    device = model.embed.weight.device
+    labelled_S = (answers.labels_BS != IGNORED).any(dim=0)
+    keep = answers.labels_BS.shape[1] - int(labelled_S.nonzero()[0])
+    nats, right, tokens, whole = 0.0, 0, 0, 0
+    for input_ids_BS, labels_BS in zip(
+        answers.input_ids_BS.split(batch_size), answers.labels_BS.split(batch_size), strict=True
+    ):
+        logits_BKV = model(input_ids_BS.to(device), logits_to_keep=keep).logits_BSV
+        for logits_KV, labels_K in zip(logits_BKV, labels_BS[:, -keep:].to(device), strict=True):
+            asked_K = labels_K != IGNORED
+            logits_KV, labels_K = logits_KV[asked_K].float(), labels_K[asked_K]
+            nats += float(torch.nn.functional.cross_entropy(logits_KV, labels_K, reduction="sum"))
+            hits = int((logits_KV.argmax(dim=-1) == labels_K).sum())
+            right, tokens, whole = right + hits, tokens + labels_K.numel(), whole + (hits == labels_K.numel())
+    return AnswerScore(nats / tokens, right / tokens, whole / len(answers.labels_BS))
+
+
+@torch.inference_mode()
+def score_batches(model: FusionTreeModel, batches: Iterable[MicroBatch]) -> CorpusScore:
+    """Return the loss over packed rows, with document boundaries as in training."""
+    device = model.embed.weight.device
+    nats, tokens = 0.0, 0
+    for batch in batches:
+        labels_BS = batch.labels_BS.masked_fill(batch.row_weight_B[:, None] == 0, IGNORED)
+        output = model(
+            batch.input_ids_BS.to(device),
+            labels_BS=labels_BS.to(device),
+            documents=documents_of_positions(batch.positions_BS, device),
+        )
+        nats += float(output.loss_sum)
+        tokens += int((labels_BS != IGNORED).sum())
+    return CorpusScore(nats, tokens)
+
+
+@torch.inference_mode()
+def score_text(
+    model: FusionTreeModel, tokens: Sequence[int], *, seq_len: int, stride: int, batch_size: int
+) -> CorpusScore:
+    """Return the loss of one text, every token but the first scored once.
+
+    Rows of ``seq_len`` overlap: each moves on by ``stride`` and scores only tokens that no row before it scored, so
+    all but those of the first row have at least ``seq_len - stride`` tokens before them.
+    """
+    device = model.embed.weight.device
+    nats, scored = 0.0, 0
+    rows = list(text_rows(tokens, seq_len, stride))
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
+        labels_BS = torch.stack([labels_S for _, labels_S in batch])
+        output = model(torch.stack([ids_S for ids_S, _ in batch]).to(device), labels_BS=labels_BS.to(device))
+        nats += float(output.loss_sum)
+        scored += int((labels_BS != IGNORED).sum())
+    return CorpusScore(nats, scored)
+
+
+def text_rows(tokens: Sequence[int], seq_len: int, stride: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Yield ``(input_ids_S, labels_S)`` of :func:`score_text`; all rows have the same length.
+
+    Raises:
+        ValueError: ``stride`` is longer than a row, so that tokens would be left out.
+    """
+    if not 1 <= stride <= seq_len:
+        raise ValueError(f"stride {stride} is not between 1 and seq_len {seq_len}")
+    text_T = torch.tensor(tokens)
+    length = min(seq_len, len(tokens) - 1)
+    scored = 1  # the first token has nothing before it
+    start = 0
+    while scored < len(tokens):
+        start = min(start, len(tokens) - 1 - length)  # the last row ends with the text
+        labels_S = text_T[start + 1 : start + length + 1].clone()
+        labels_S[: scored - start - 1] = IGNORED
+        yield text_T[start : start + length], labels_S
+        scored = start + length + 1
+        start += stride

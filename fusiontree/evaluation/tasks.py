@@ -1,0 +1,226 @@
+"""The tasks of an evaluation, each returning plain records for JSON and table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusiontree.data.config import DataConfig
+from fusiontree.data.tokenizers import Tokenizer
+from fusiontree.data.validation import ValidationData
+from fusiontree.evaluation.config import EvaluationConfig
+from fusiontree.evaluation.scoring import AnswerScore, CorpusScore, score_answers, score_batches, score_text
+from fusiontree.evaluation.synthetic import AnswerRows, copy_rows, needle_rows, recall_rows
+from fusiontree.models.model import FusionTreeModel
+from fusiontree.utils.errors import UserError
+
+Record = dict[str, Any]
+
+ALPHABET_ROWS = 64
+"""Rows of the dataset whose tokens make the alphabet ``data``."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model, its tokenizer, and what to measure."""
+
+    model: FusionTreeModel
+    tokenizer: Tokenizer
+    config: EvaluationConfig
+    seq_len: int
+    """Row length of perplexity and text, in tokens."""
+    data_settings: dict[str, Any] = field(default_factory=dict)
+    """The run's ``data`` section: how its datasets are read, where they are remote."""
+
+    def run(self, report: Callable[[str], None]) -> dict[str, list[Record]]:
+        """Return the records of every task; ``report`` is told which task begins.
+
+        Raises:
+            UserError: a dataset, file or length that cannot be used; found before the first task runs.
+        """
+        self._check()
+        tasks: dict[str, Callable[[], Iterator[Record]]] = {
+            "perplexity": self._perplexity,
+            "text": self._text,
+            "needle": self._needle,
+            "copy": self._copy,
+            "recall": self._recall,
+        }
+        results: dict[str, list[Record]] = {}
+        for name in dict.fromkeys(self.config.tasks):
+            report(name)
+            results[name] = list(tasks[name]())
+        return results
+
+    @property
+    def _lengths(self) -> list[int]:
+        return self.config.lengths or [self.seq_len]
+
+    @cached_property
+    def _alphabet(self) -> torch.Tensor:
+        """Tokens that random rows are made of, without the end of a document."""
+        info = self.tokenizer.info
+        tokens = torch.arange(info.vocab_size)
+        if self.config.alphabet == "data":
+            batches = self._dataset(ALPHABET_ROWS).micro_batches()
+            tokens = torch.cat([batch.input_ids_BS[batch.row_weight_B > 0].flatten() for batch in batches]).unique()
+        return tokens[tokens != info.eos_id]
+
+    def _check(self) -> None:
+        config, limit = self.config, self.model.config.max_position_embeddings
+        lengths = set()
+        if {"perplexity", "text"} & set(config.tasks):
+            lengths.add(self.seq_len)
+        if {"needle", "copy", "recall"} & set(config.tasks):
+            lengths |= set(self._lengths)
+        if max(lengths) > limit and self.model.config.srte_encoding == "learnable":
+            raise UserError(
+                f"rows of {max(lengths)} tokens are longer than the model's max_position_embeddings {limit}, and its "
+                f"learnable srte_encoding has no entries there; evaluate at most {limit}"
+            )
+        if "perplexity" in config.tasks:
+            self._dataset(config.max_rows)
+        if "text" in config.tasks:
+            if not config.text:
+                raise UserError("the task text needs a file; give --text FILE")
+            for file in config.text:
+                self._read(file)
+            if not 1 <= self._stride <= self.seq_len:
+                raise UserError(
+                    f"stride {self._stride} is not between 1 and seq_len {self.seq_len}; tokens would be left out"
+                )
+        for length in self._lengths:  # cheap: the errors of rows that are too short
+            if "needle" in config.tasks:
+                for depth in config.depths:
+                    needle_rows(self._alphabet, length, depth, 1, config.needle_tokens, 0)
+            if "copy" in config.tasks:
+                copy_rows(self._alphabet, length, 1, 0)
+            if "recall" in config.tasks:
+                recall_rows(self._alphabet, length, config.recall_pairs, 1, 0)
+
+    @property
+    def _stride(self) -> int:
+        return self.config.stride or max(1, self.seq_len // 2)
+
+    def _dataset(self, max_rows: int) -> ValidationData:
+        path = self.config.data
+        if path is None:
+            raise UserError("this needs a dataset, and the run has no data.validation; give --data DIR")
+        data = ValidationData(
+            DataConfig.model_validate({**self.data_settings, "train": "(not read)", "validation": path}),
+            seq_len=self.seq_len,
+            micro_batch_size=self.config.batch_size,
+            max_rows=max_rows,
+            vocab_size=self.model.config.vocab_size,
+        )
+        made_with = data.source.info.tokenizer
+        if made_with.sha256 != self.tokenizer.info.sha256:
+            raise UserError(
+                f"dataset '{path}' was made with tokenizer '{made_with.name}' and the model was trained with "
+                f"'{self.tokenizer.info.name}'; perplexity would mean nothing"
+            )
+        return data
+
+    def _perplexity(self) -> Iterator[Record]:
+        data = self._dataset(self.config.max_rows)
+        score = score_batches(self.model, data.micro_batches())
+        yield {"data": self.config.data, "seq_len": self.seq_len, "rows": data.rows, **_corpus(score)}
+
+    def _read(self, file: str) -> tuple[list[int], int]:
+        """Return a file's tokens and its size in bytes."""
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"text file '{file}' cannot be read as UTF-8: {error}") from None
+        tokens = self.tokenizer.encode(text)
+        if len(tokens) < 2:
+            raise UserError(f"text file '{file}' has {len(tokens)} tokens; at least 2 are needed to predict one")
+        return tokens, len(text.encode())
+
+    def _text(self) -> Iterator[Record]:
+        for file in self.config.text:
+            tokens, size = self._read(file)
+            score = score_text(
+                self.model, tokens, seq_len=self.seq_len, stride=self._stride, batch_size=self.config.batch_size
+            )
+            # The first token is not predicted; its share of the bytes is left out too.
+            scored_bytes = size * score.tokens / len(tokens)
+            yield {
+                "file": file,
+                "seq_len": self.seq_len,
+                "stride": self._stride,
+                **_corpus(score),
+                "bits_per_byte": score.nats / math.log(2) / scored_bytes,
+            }
+
+    def _needle(self) -> Iterator[Record]:
+        config = self.config
+        for length in self._lengths:
+            for depth in config.depths:
+                arguments = (self._alphabet, length, depth, config.rows, config.needle_tokens, config.seed)
+                score = self._answers(needle_rows(*arguments))
+                control = self._answers(needle_rows(*arguments, with_needle=False))
+                yield {
+                    "length": length,
+                    "depth": depth,
+                    "rows": config.rows,
+                    "found": score.row_accuracy,
+                    **_answered(score),
+                    "nats_per_token_without_needle": control.nats_per_token,
+                    **self._chance(),
+                }
+
+    def _copy(self) -> Iterator[Record]:
+        for length in self._lengths:
+            score = self._answers(copy_rows(self._alphabet, length, self.config.rows, self.config.seed))
+            yield {"length": length, "rows": self.config.rows, **_answered(score), **self._chance()}
+
+    def _recall(self) -> Iterator[Record]:
+        config = self.config
+        for length in self._lengths:
+            rows = recall_rows(self._alphabet, length, config.recall_pairs, config.rows, config.seed)
+            score = self._answers(rows)
+            yield {
+                "length": length,
+                "pairs": config.recall_pairs,
+                "rows": config.rows,
+                **_answered(score),
+                **self._chance(),
+            }
+
+    def _answers(self, rows: AnswerRows) -> AnswerScore:
+        return score_answers(self.model, rows, self.config.batch_size)
+
+    def _chance(self) -> Record:
+        """What guessing evenly among the tokens would give."""
+        return {"alphabet": self._alphabet.numel(), "chance_nats_per_token": math.log(self._alphabet.numel())}
+
+
+def _corpus(score: CorpusScore) -> Record:
+    return {"tokens": score.tokens, "nats_per_token": score.nats_per_token, "perplexity": score.perplexity}
+
+
+def _answered(score: AnswerScore) -> Record:
+    return {"token_accuracy": score.token_accuracy, "nats_per_token": score.nats_per_token}
+
+
+def table(results: dict[str, list[Record]]) -> str:
+    """Return the records as aligned text, one block a task."""
+    blocks = []
+    for task, records in results.items():
+        header = list(records[0])
+        lines = [header, *([_cell(record[name]) for name in header] for record in records)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        rows = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        blocks.append("\n".join([task, *rows]))
+    return "\n\n".join(blocks)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,160 @@
+"""``python -m fusiontree.evaluate`` as a person calls it, on a checkpoint and dataset of bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fusiontree.checkpoint.save import save_checkpoint
+from fusiontree.data.config import DataConfig
+from fusiontree.data.tokenizers import ByteTokenizer, save_tokenizer
+from fusiontree.data.validation import ValidationData
+from fusiontree.evaluate import main
+from tests.data.datasets import write
+from tests.helpers import tiny_model
+
+SEQ_LEN = 32
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(vocab_size=264, layer_pattern="FA", srte_encoding="learnable")
+
+
+@pytest.fixture(scope="module")
+def place(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    texts = [f"document {number} says {'abc'[number % 3] * 20}." for number in range(12)]
+    shards = [[np.append(tokens, 256) for tokens in ByteTokenizer().encode_batch(texts)]]
+    write(folder / "held_out", shards, ByteTokenizer.info)
+    write(folder / "foreign", shards, replace(ByteTokenizer.info, name="other", sha256="0" * 64))
+    (folder / "text.txt").write_text("fünf Wörter über den Gate-Mix " * 3)
+    run = folder / "run"
+    run.mkdir()
+    values = {
+        "model": model.config.model_dump(mode="json", by_alias=True),
+        "training": {"seq_len": SEQ_LEN},
+        "data": {"validation": str(folder / "held_out")},
+        "evaluation": {"rows": 3},
+    }
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    files = save_tokenizer(ByteTokenizer.info, run, run)
+    save_checkpoint(run / "checkpoints", 5, tensors, {"config": values}, files)
+    return folder
+
+
+@pytest.fixture
+def call(place, capsys):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = main(["--checkpoint", str(place / "run"), *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_all_tasks_give_a_table_and_one_json_object(call, place):
+    tasks = ["--tasks", "perplexity", "text", "needle", "copy", "recall", "--text", str(place / "text.txt")]
+    sizes = ["--lengths", "20", "40", "--depths", "0", "1", "--recall-pairs", "3", "--output", str(place / "out.json")]
+    code, out, _ = call(*tasks, *sizes)
+    assert code == 0
+    values = json.loads(out.splitlines()[-1])
+    assert json.loads((place / "out.json").read_text()) == values
+    results = values["results"]
+    assert list(results) == ["perplexity", "text", "needle", "copy", "recall"]
+    assert [(r["length"], r["depth"]) for r in results["needle"]] == [(20, 0.0), (20, 1.0), (40, 0.0), (40, 1.0)]
+    assert [r["length"] for r in results["copy"]] == [r["length"] for r in results["recall"]] == [20, 40]
+    assert {r["rows"] for task in ("needle", "copy", "recall") for r in results[task]} == {3}  # of the run's section
+    assert results["copy"][0]["chance_nats_per_token"] == pytest.approx(math.log(256))
+    text = results["text"][0]
+    size = len((place / "text.txt").read_bytes())
+    assert text["tokens"] == size - 1
+    assert text["bits_per_byte"] == pytest.approx(text["nats_per_token"] / math.log(2))
+    table = out.splitlines()
+    assert table[0] == "perplexity"
+    assert "nats_per_token" in table[1]
+
+
+def test_perplexity_is_the_loss_over_the_rows_of_the_held_out_split(call, place, model):
+    results = json.loads(call("--batch-size", "3")[1].splitlines()[-1])["results"]["perplexity"][0]
+    data = ValidationData(
+        DataConfig(train="x", validation=str(place / "held_out")),
+        seq_len=SEQ_LEN,
+        micro_batch_size=1,
+        max_rows=0,
+        vocab_size=264,
+    )
+    nats, tokens = 0.0, 0
+    for batch in data.micro_batches():
+        start = 0
+        bounds = [*(batch.positions_BS[0] == 0).nonzero().flatten().tolist()[1:], SEQ_LEN]
+        for end in bounds:
+            with torch.no_grad():
+                logits = model(batch.input_ids_BS[:, start:end]).logits_BSV[0]
+            labels = batch.labels_BS[0, start:end]
+            nats += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            tokens += int((labels >= 0).sum())
+            start = end
+    assert results["rows"] == data.rows > 5
+    assert results["tokens"] == tokens
+    assert results["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert results["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    some = json.loads(call("--max-rows", "2")[1].splitlines()[-1])["results"]["perplexity"][0]
+    assert some["rows"] == 2
+
+
+def test_the_alphabet_may_be_what_the_dataset_holds(call):
+    out = call("--tasks", "copy", "--alphabet", "data")[1]
+    letters = set("".join(f"document {number} says abc." for number in range(12)).encode())
+    assert json.loads(out.splitlines()[-1])["results"]["copy"][0]["alphabet"] == len(letters)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_batches_do_not_matter(call):
+    def results(*options: str) -> list[float]:
+        values = json.loads(call("--tasks", "needle", "recall", "--recall-pairs", "2", *options)[1].splitlines()[-1])
+        return [record["nats_per_token"] for records in values["results"].values() for record in records]
+
+    first = results()
+    assert results("--batch-size", "1") == pytest.approx(first, rel=1e-5)
+    assert results("--seed", "1") != pytest.approx(first, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "0"], "--rows 0: .*greater"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--tasks", "text"], "give --text FILE"),
+        (["--tasks", "text", "--text", "no.txt"], "text file 'no.txt' cannot be read"),
+        (["--tasks", "text", "--text", __file__, "--stride", "33"], "stride 33"),
+        (["--tasks", "needle", "--lengths", "15", "8"], "row of 8 tokens"),
+        (["--tasks", "needle", "--depths", "2"], "depth 2"),
+        (["--tasks", "copy", "--lengths", "65"], "65 tokens.*max_position_embeddings 64"),
+        (["--data", "PLACE/held_ou"], "held_ou' does not exist; did you mean 'held_out'"),
+        (["--data", "PLACE/foreign"], "tokenizer 'other'.*trained with 'byte'"),
+        (["--output", "no/folder/x.json"], "folder 'no/folder' does not exist"),
+        (["--device", "tpu"], "device 'tpu'"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_error_with_exit_code_2(call, place, arguments, message):
+    code, out, err = call(*[argument.replace("PLACE", str(place)) for argument in arguments])
+    assert (code, out) == (2, "")
+    assert re.search(f"error: .*{message}", err.splitlines()[-1])
+
+
+def test_a_mistyped_checkpoint_is_an_error(place, capsys):
+    assert main(["--checkpoint", str(place / "rum")]) == 2
+    assert "did you mean 'run'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--tasks", "needles"], ["--row", "3"], ["--alphabet", "latin"]])
+def test_unknown_options_and_tasks_fail(call, arguments):
+    with pytest.raises(SystemExit) as ended:
+        call(*arguments)
+    assert ended.value.code == 2
