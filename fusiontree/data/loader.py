@@ -97,7 +97,7 @@ class TrainingData:
         )
         self.order = Order(seed, seq_len, config.shuffle, config.shuffle_shards, tuple(identities))
         self._check_cache()
-        self._position = DataState()
+        self._began = self._position = DataState()
         self._asked_row = 0
         self._last_state: dict[str, Any] = {}
 
@@ -159,6 +159,7 @@ class TrainingData:
                         log.warning("skipped: %s", message)
                     skipped_here += batch.skipped_rows
                     self._check_skipped(skipped_here, batch.damage)
+                    self._began = self._position
                     self._position = replace(after, skipped_rows=self._position.skipped_rows)
                     rows = self.mixture.rows_before(after.row)
                     self._last_state = self._position.to_dict(self.order, rows)
@@ -166,6 +167,23 @@ class TrainingData:
                     yield replace(batch, wait_s=wait_s, epochs=epochs), self._last_state
             finally:
                 workers.close()
+
+    def describe_row(self, number: int) -> str:
+        """Say where a row of the last step comes from: its dataset, shard and place in the shard.
+
+        Raises:
+            ValueError: ``number``, as in ``MicroBatch.rows_B``, is no row of the last step.
+        """
+        before, after = self._began, self._position
+        if not before.number <= number < after.number:
+            raise ValueError(f"row {number} is not one of the last step's, {before.number} to {after.number - 1}")
+        pieces = (after.number - before.number) // (after.row - before.row)
+        row, piece = divmod(number - before.number, pieces)
+        source = self.mixture.source(before.row + row)
+        _, place = self.orders[source].place(self.mixture.rows_before(before.row + row)[source])
+        shard = self.sources[source].info.shards[place.shard].name
+        first = place.row * self.seq_len + piece * (self.seq_len // pieces)
+        return f"row {number} ({self.sources[source].place}/{shard}, from token {first})"
 
     def count_skipped(self, rows: int) -> None:
         """Add the skipped rows of the last step, over all ranks, to its state.

@@ -166,9 +166,13 @@ class Trainer:
         # Valid tokens of the whole window are counted before its first backward: every share has one denominator.
         tokens = sum(int((micro.labels_BS >= 0).sum()) for micro in batch.micro_batches)
         rows = sum(float(micro.row_weight_B.sum()) for micro in batch.micro_batches)
-        local = torch.tensor([tokens, rows, float(stop_wanted)], dtype=torch.float64).to(engine.device)
+        # fp64 holds the sum of 32-bit hashes exactly.
+        values_of_rank = [tokens, rows, float(stop_wanted), batch.skipped_rows, batch.tokens_hash]
+        local = torch.tensor(values_of_rank, dtype=torch.float64).to(engine.device)
         counted = engine.sum_over_rows(local).tolist()
         counts = GlobalCounts(tokens=counted[0], rows=counted[1])
+        skipped_rows = int(counted[3])
+        self.train_data.count_skipped(skipped_rows)
 
         layers = self.settings.num_layers
         token_terms = torch.zeros(2, device=engine.device)  # lm, z
@@ -219,7 +223,9 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "lr": rate,
             "seq_len": batch.seq_len,
-            "skipped_rows": batch.skipped_rows,
+            "skipped_rows": skipped_rows,
+            "tokens_hash": f"{int(counted[4]) & 0xFFFF_FFFF:08x}",
+            "epochs": list(batch.epochs),
             "gates": _gate_statistics(reduced[2:].view(3, layers) / max(counts.rows, 1.0)),
         }
         return counted[2] > 0, values
@@ -243,11 +249,10 @@ class Trainer:
         self.position.skipped_in_a_row += 1
         # All ranks skip together, so all are here. A gradient broken on one rank is broken on each after the
         # reduction; only the rank itself can say whose rows it came from.
-        pieces = self.settings.training.seq_len // batch.seq_len
         broken = [
             m.rows_B[m.row_weight_B > 0] for m, lm in zip(batch.micro_batches, losses, strict=True) if not lm.isfinite()
         ]
-        rows = sorted({int(row) // pieces for micro in broken for row in micro})
+        rows = sorted({int(row) for micro in broken for row in micro})
         mine = ", ".join(self.train_data.describe_row(row) for row in rows[:4])
         named = [text for text in self.engine.gather_text(f"rank {self.engine.rank}: {mine}" if mine else "") if text]
         reason = result.skipped + (f"; loss not finite on {'; '.join(named)}" if named else "")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from fusiontree.data.format import DatasetInfo, TokenizerInfo, write_dataset
+from fusiontree.data.format import DatasetInfo, ShardInfo, TokenizerInfo, write_dataset
+from fusiontree.data.index import index_bytes, write_index
 from fusiontree.data.writer import ShardWriter, shard_name, token_dtype
 
 TOKENIZER = TokenizerInfo(kind="byte", name="byte", vocab_size=257, eos_id=256, sha256="0" * 64)
@@ -35,3 +37,27 @@ def write(folder: Path, shards: list[list[np.ndarray]], tokenizer: TokenizerInfo
 def random_dataset(folder: Path, shards: int = 5, seed: int = 0, count: int = 20) -> Path:
     """A dataset of random documents."""
     return write(folder, [documents(count + 3 * s, 100 * seed + s) for s in range(shards)])
+
+
+def sparse_dataset(folder: Path, shards: int, documents: int, length: int) -> Path:
+    """A dataset of ``shards * documents`` documents of zeros: one sparse tar and one index under many names."""
+    folder.mkdir(parents=True)
+    item, header = 2, 640
+    stride = header + -(-length * item // 512) * 512 + 1024
+    offsets = [header + stride * i for i in range(documents)]
+    ends = [length * (i + 1) for i in range(documents)]
+    tar_bytes = stride * documents + 1024
+    digest = hashlib.sha256(bytes(length * item)).digest()
+    content = index_bytes(offsets, ends, [digest] * documents, tar_bytes=tar_bytes, first=0, item_bytes=item)
+    first = folder / shard_name(0)
+    digest_of_index = write_index(first.with_suffix(".index"), content)
+    with first.open("wb") as file:
+        file.truncate(tar_bytes)
+    infos = [ShardInfo(first.name, documents, ends[-1], tar_bytes, digest_of_index)]
+    for number in range(1, shards):
+        name = shard_name(number)
+        (folder / name).hardlink_to(first)
+        (folder / name).with_suffix(".index").hardlink_to(first.with_suffix(".index"))
+        infos.append(ShardInfo(name, documents, ends[-1], tar_bytes, digest_of_index))
+    write_dataset(folder, DatasetInfo(TOKENIZER, "uint16", infos))
+    return folder
