@@ -52,6 +52,7 @@ class LocalGlobalAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.head_dim = config.attention_head_dim
+        self.backend = config.kernels.elementwise
         self.num_heads, self.local_heads = config.num_heads, config.local_heads
         self.local_kv_heads, self.global_kv_heads = config.local_kv_heads, config.global_kv_heads
         width, hidden = self.head_dim, config.hidden_size
@@ -84,8 +85,12 @@ class LocalGlobalAttention(nn.Module):
         Returns:
             ``[B, S, hidden_size]``.
         """
-        q_BSHD = apply_rotary(self.q_proj(u_BSC).unflatten(-1, (-1, self.head_dim)), cos_BSD, sin_BSD)
-        k_BSKD = apply_rotary(self.k_proj(u_BSC).unflatten(-1, (-1, self.head_dim)), cos_BSD, sin_BSD)
+        q_BSHD = apply_rotary(
+            self.q_proj(u_BSC).unflatten(-1, (-1, self.head_dim)), cos_BSD, sin_BSD, backend=self.backend
+        )
+        k_BSKD = apply_rotary(
+            self.k_proj(u_BSC).unflatten(-1, (-1, self.head_dim)), cos_BSD, sin_BSD, backend=self.backend
+        )
         v_BSKD = self.v_proj(u_BSC).unflatten(-1, (-1, self.head_dim))
         local, local_kv = self.local_part(q_BSHD.shape[2], k_BSKD.shape[2])
         parts: tuple[tuple[AttentionCore, RingCache | GrowingCache | None, slice, slice], ...] = (

@@ -34,7 +34,8 @@ class FusionBlock(nn.Module):
         letter = config.pattern[layer]
         self.has_mamba, self.has_attention = letter in "FM", letter in "FA"
         hidden = config.hidden_size
-        self.norm = RMSNorm(hidden, config.norm_eps)
+        self.norm = RMSNorm(hidden, config.norm_eps, config.kernels.elementwise)
+        self.backend = config.kernels.elementwise
         self.gather_tokens = nn.Identity()
         if self.has_mamba:
             self.mamba = Mamba2Mixer(config)
@@ -103,7 +104,7 @@ class FusionBlock(nn.Module):
             z_BSC = (m_BSC + a_BSC) / 2 if both else ma_BSC / 2
         g_BSC, sums = self.gate(z_BSC, padding_mask_BS)
         if both:
-            mixed_BSC = gate_mix(g_BSC, m_BSC, a_BSC)
+            mixed_BSC = gate_mix(g_BSC, m_BSC, a_BSC, backend=self.backend)
         else:
             mixed_BSC = g_BSC * m_BSC if self.has_mamba else (1 - g_BSC) * a_BSC
         return x_BSC + self.out_proj(mixed_BSC) + self.mlp(z_BSC), sums

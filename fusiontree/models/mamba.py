@@ -134,7 +134,7 @@ class Mamba2Mixer(nn.Module):
         self.conv_bc = CausalConv(bc_channels, sizes.d_conv, kernels.conv)
         self.ssm = SSMParameters(config.mamba_heads)
         self.scan = SSDScan(sizes.chunk_size, kernels.ssd)
-        self.norm = GatedRMSNorm(config.d_inner, sizes.norm_groups, config.norm_eps)
+        self.norm = GatedRMSNorm(config.d_inner, sizes.norm_groups, config.norm_eps, config.kernels.elementwise)
         self.out_proj = nn.Linear(config.d_inner, config.hidden_size, bias=False)
 
     def forward(

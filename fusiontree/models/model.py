@@ -60,7 +60,7 @@ class FusionTreeModel(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(FusionBlock(config, layer) for layer in range(config.num_layers))
         self.srte = SharedTimeEncoding(config)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.kernels.elementwise)
         self.head = LanguageModelHead(config.vocab_size, config.hidden_size, config.kernels.cross_entropy)
         self._tie()
 

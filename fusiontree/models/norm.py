@@ -11,26 +11,28 @@ from fusiontree.ops.norm import gated_rms_norm, rms_norm
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x²) + eps) * weight``, computed in fp32, returned in the dtype of ``x``."""
 
-    def __init__(self, channels: int, eps: float) -> None:
+    def __init__(self, channels: int, eps: float, backend: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels))
         self.eps = eps
+        self.backend = backend
 
     def forward(self, x_BSC: Tensor) -> Tensor:
         """Return ``[B, S, C]``."""
-        return rms_norm(x_BSC, self.weight, self.eps)
+        return rms_norm(x_BSC, self.weight, self.eps, backend=self.backend)
 
 
 class GatedRMSNorm(nn.Module):
     """``RMSNorm(y * silu(z))``, each group of channels by itself (Mamba-2's norm before its output projection)."""
 
-    def __init__(self, channels: int, groups: int, eps: float) -> None:
+    def __init__(self, channels: int, groups: int, eps: float, backend: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels))
         self.group_size = channels // groups
         self.eps = eps
+        self.backend = backend
 
     def forward(self, y_BSC: Tensor, z_BSC: Tensor) -> Tensor:
         """Return ``[B, S, C]``; a part of the channels made of whole groups may be given."""
         groups = y_BSC.shape[-1] // self.group_size
-        return gated_rms_norm(y_BSC, z_BSC, self.weight, groups=groups, eps=self.eps)
+        return gated_rms_norm(y_BSC, z_BSC, self.weight, groups=groups, eps=self.eps, backend=self.backend)

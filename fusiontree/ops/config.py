@@ -11,11 +11,9 @@ class KernelsConfig(Section):
     """Backends of the operations in ``ops/``. ``auto`` takes the fastest that is installed and fits the device."""
 
     ssd: Literal["auto", "reference", "mamba_ssm"] = setting("auto", "State space scan.")
-    conv: Literal["auto", "reference", "fla", "causal_conv1d"] = setting("auto", "Depthwise causal convolution.")
-    attention: Literal["auto", "reference", "sdpa", "varlen", "flex", "flash_attn", "flash_attn_4"] = setting(
-        "auto", "Local and global attention."
-    )
-    elementwise: Literal["auto", "reference", "triton"] = setting(
-        "auto", "Norms, gate mix and activations between the matrix products."
+    conv: Literal["auto", "reference", "compiled"] = setting("auto", "Depthwise causal convolution.")
+    attention: Literal["auto", "reference", "sdpa", "flex"] = setting("auto", "Local and global attention.")
+    elementwise: Literal["auto", "reference", "compiled"] = setting(
+        "auto", "Norms, rotary positions, gate mix: what lies between the matrix products."
     )
     cross_entropy: Literal["auto", "reference", "chunked"] = setting("auto", "Loss over the vocabulary.")

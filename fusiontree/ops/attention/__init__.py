@@ -24,7 +24,24 @@ def _sdpa() -> Callable:
     return attention_sdpa
 
 
-ATTENTION = Operation("attention", [Backend("sdpa", _sdpa, anywhere), Backend("reference", _reference, anywhere)])
+def _flex() -> Callable:
+    from fusiontree.ops.attention.flex import attention_flex
+
+    return attention_flex
+
+
+def _flex_unavailable(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "its kernels are compiled for GPUs"
+
+
+ATTENTION = Operation(
+    "attention",
+    [
+        Backend("flex", _flex, _flex_unavailable),
+        Backend("sdpa", _sdpa, anywhere),
+        Backend("reference", _reference, anywhere),
+    ],
+)
 
 
 def attention(

@@ -34,6 +34,11 @@ def attention_sdpa(
     return _sdpa(q_BSHD, k_BTKD, v_BTKD, visible_BST.unsqueeze(1), scale)
 
 
+def causal_sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float | None) -> Tensor:
+    """Attend causally over whole rows, as many queries as keys."""
+    return _sdpa(q_BSHD, k_BTKD, v_BTKD, None, scale)
+
+
 def _sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
     out_BHSD = F.scaled_dot_product_attention(

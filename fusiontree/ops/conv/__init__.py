@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
 from fusiontree.ops.documents import Documents
+from fusiontree.ops.elementwise import needs_gpu
 
 
 def _reference() -> Callable:
@@ -16,7 +17,13 @@ def _reference() -> Callable:
     return causal_conv1d_reference
 
 
-CONV = Operation("conv", [Backend("reference", _reference, anywhere)])
+def _compiled() -> Callable:
+    from fusiontree.ops.conv.compiled import causal_conv1d_compiled
+
+    return causal_conv1d_compiled
+
+
+CONV = Operation("conv", [Backend("compiled", _compiled, needs_gpu), Backend("reference", _reference, anywhere)])
 
 
 def causal_conv1d(

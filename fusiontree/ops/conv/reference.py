@@ -19,6 +19,21 @@ def causal_conv1d_reference(
     activation: str | None = "silu",
 ) -> Tensor:
     """Compute :func:`fusiontree.ops.conv.causal_conv1d`."""
+    # A whole row's reach is cut by the zero padding already; only boundaries inside a row need masks.
+    masked = documents is not None and (not documents.whole_rows or initial_BKC is not None)
+    positions_BS = documents.positions_BS if masked and documents is not None else None
+    return shifted_products(x_BSC, weight_CK, bias_C, positions_BS, initial_BKC, activation)
+
+
+def shifted_products(
+    x_BSC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    positions_BS: Tensor | None,
+    initial_BKC: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """Add up the taps; ``positions_BS`` tells how far each token may look back, None that the row's start is all."""
     length, taps = x_BSC.shape[1], weight_CK.shape[1]
     if initial_BKC is None:
         padded_BTC = F.pad(x_BSC, (0, 0, taps - 1, 0))
@@ -26,14 +41,11 @@ def causal_conv1d_reference(
         padded_BTC = torch.cat([initial_BKC.to(x_BSC.dtype), x_BSC], dim=1)
     compute = torch.promote_types(x_BSC.dtype, torch.float32)
     weight_KC = weight_CK.to(compute).t()
-    # A whole row's reach is cut by the zero padding already; only boundaries inside a row need masks.
-    masked = documents is not None and (not documents.whole_rows or initial_BKC is not None)
     y_BSC = x_BSC * weight_KC[-1]
     for back in range(1, taps):
         tap_BSC = padded_BTC[:, taps - 1 - back : taps - 1 - back + length] * weight_KC[taps - 1 - back]
-        if masked:
-            assert documents is not None
-            tap_BSC = tap_BSC * (documents.positions_BS >= back).unsqueeze(-1)
+        if positions_BS is not None:
+            tap_BSC = tap_BSC * (positions_BS >= back).unsqueeze(-1)
         y_BSC = y_BSC + tap_BSC
     if bias_C is not None:
         y_BSC = y_BSC + bias_C.to(compute)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from fusiontree.ops.gate.reference import gate_mix
+from torch import Tensor
 
-__all__ = ["gate_mix"]
+from fusiontree.ops.elementwise import fused
+from fusiontree.ops.gate import reference
+
+
+def gate_mix(g: Tensor, m: Tensor, a: Tensor, *, backend: str = "auto") -> Tensor:
+    """Return g m + (1 - g) a elementwise."""
+    return fused(reference.gate_mix, backend, g.device.type)(g, m, a)

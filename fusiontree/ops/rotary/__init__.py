@@ -1,7 +1,16 @@
-"""Rotary position encoding (Su et al. 2021, "RoFormer")."""
+"""Rotary position encoding (Su et al. 2021, "RoFormer"). Shape legend: B rows, S tokens, H heads, D channels."""
 
 from __future__ import annotations
 
-from fusiontree.ops.rotary.reference import apply_rotary, rotary_tables
+from torch import Tensor
+
+from fusiontree.ops.elementwise import fused
+from fusiontree.ops.rotary import reference
+from fusiontree.ops.rotary.reference import rotary_tables
 
 __all__ = ["apply_rotary", "rotary_tables"]
+
+
+def apply_rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, *, backend: str = "auto") -> Tensor:
+    """Rotate channel i with channel i + D/2 by the tables' angles; same dtype out, rotation in fp32 or better."""
+    return fused(reference.apply_rotary, backend, x_BSHD.device.type)(x_BSHD, cos_BSD, sin_BSD)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
 from fusiontree.ops.documents import Documents
+from fusiontree.ops.ssd.mamba_ssm import unavailable as mamba_ssm_unavailable
 
 StateExchange = Callable[[Tensor, Tensor], Tensor]
 
@@ -18,7 +19,15 @@ def _reference() -> Callable:
     return ssd_chunked
 
 
-SSD = Operation("ssd", [Backend("reference", _reference, anywhere)])
+def _mamba_ssm() -> Callable:
+    from fusiontree.ops.ssd.mamba_ssm import ssd_mamba_ssm
+
+    return ssd_mamba_ssm
+
+
+SSD = Operation(
+    "ssd", [Backend("mamba_ssm", _mamba_ssm, mamba_ssm_unavailable), Backend("reference", _reference, anywhere)]
+)
 
 
 def ssd_scan(

@@ -1,0 +1,248 @@
+"""How fast a configuration trains: ``python -m fusiontree.benchmark --config FILE [section.key=value …]``.
+
+Real training steps on the configured data, after a warm-up in which kernels compile and tune; nothing is saved. MFU
+counts what the model needs and nothing a kernel does beside it (see ``models/flops.py``). The last line is one JSON
+object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fusiontree.config.load import load_config
+from fusiontree.config.root import Config
+from fusiontree.utils.environment import process_place
+from fusiontree.utils.errors import UserError
+
+# The first pattern found in a kernel's name decides what it counts as.
+COMPONENTS = (
+    ("communication", ("nccl",)),
+    ("attention", ("flex_attention", "flash", "fmha", "cudnn_generated", "sdpa")),
+    ("scan", ("chunk_", "_bmm", "state_passing")),
+    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas")),
+    ("optimizer", ("adam", "FusedOptimizer")),
+    ("copies", ("Memcpy", "Memset", "copy_kernel", "split_with_sizes_copy", "CatArray")),
+    ("fused elementwise", ("triton_",)),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusiontree.benchmark", description="Throughput, MFU and memory of training.", allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the run's configuration")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps (default 10)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before, in which kernels compile (default 3)")
+    parser.add_argument(
+        "--one-document", action="store_true", help="take every row as one document: the most attention there can be"
+    )
+    parser.add_argument("--profile", metavar="FILE", help="write a trace of one step, for chrome://tracing")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; exit code 2 when something the user gave is wrong."""
+    args = build_parser().parse_args(argv)
+    main_process = process_place().is_main
+    logging.basicConfig(
+        level=logging.INFO if main_process else logging.WARNING, format="%(message)s", stream=sys.stdout
+    )
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.steps < 1 or args.warmup < 1:
+            raise UserError(f"--steps {args.steps} and --warmup {args.warmup} must both be at least 1")
+        result = run(config, args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if main_process:
+        print_table(result)
+        print(json.dumps(result))
+    return 0
+
+
+def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    """Time training steps and return the figures."""
+    import torch
+
+    from fusiontree.data.loader import TrainingData
+    from fusiontree.engines.base import StepInputs
+    from fusiontree.engines.build import build_engine
+    from fusiontree.models.flops import training_flops_per_token
+    from fusiontree.parallel.layout import Layout
+    from fusiontree.training.losses import GlobalCounts, LossWeights, loss_terms
+    from fusiontree.utils.hardware import peak_flops
+
+    model, training = config.model, config.training
+    with Layout(training.device) as layout:
+        data = TrainingData(
+            config.data,
+            seq_len=training.seq_len,
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            curriculum=None,
+            seed=training.seed,
+            vocab_size=model.vocab_size,
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
+        )
+        engine = build_engine(model, config.parallel, training, layout)
+        on_gpu = layout.device.type == "cuda"
+        weights = LossWeights(
+            model.load_balance_coeff,
+            model.entropy_reg_coeff,
+            model.z_loss_coeff,
+            training.gate_target,
+            training.gate_margin,
+        )
+        tokens = training.global_batch_size * training.seq_len
+        counts = GlobalCounts(tokens=float(tokens), rows=float(training.global_batch_size))
+        lengths: list[int] = []
+
+        def batches() -> Iterator[list[Any]]:
+            for batch, _ in data.steps():
+                micro_batches = batch.micro_batches
+                if args.one_document:
+                    whole = torch.arange(training.seq_len).expand_as(micro_batches[0].positions_BS).contiguous()
+                    micro_batches = [replace(micro, positions_BS=whole) for micro in micro_batches]
+                yield micro_batches
+
+        stream = batches()
+
+        def step() -> float:
+            micro_batches = next(stream)
+            for index, micro in enumerate(micro_batches):
+                starts = (micro.positions_BS.flatten() == 0).nonzero().flatten()
+                ends = torch.cat([starts[1:], torch.tensor([micro.positions_BS.numel()])])
+                lengths.extend((ends - starts).tolist())
+                inputs = StepInputs(micro.input_ids_BS, micro.labels_BS, micro.positions_BS, micro.row_weight_B, None)
+                out = engine.forward(inputs)
+                terms = loss_terms(
+                    out.loss_sum,
+                    out.z_sum,
+                    out.gate_sum_LB,
+                    out.entropy_sum_LB,
+                    out.count_B,
+                    out.row_weight_B,
+                    weights,
+                    counts,
+                )
+                engine.backward(terms.total, last=index == len(micro_batches) - 1)
+            return engine.step(training.learning_rate).grad_norm
+
+        def synchronize() -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
+
+        began = time.perf_counter()
+        for _ in range(args.warmup):
+            step()
+        synchronize()
+        warmup_s = time.perf_counter() - began
+        lengths.clear()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(args.steps):
+            began = time.perf_counter()
+            grad_norm = step()
+            synchronize()
+            times.append(time.perf_counter() - began)
+        seconds = sorted(times)[len(times) // 2]
+        flops = training_flops_per_token(model, lengths)
+        per_gpu = tokens / seconds / layout.place.world_size
+        peak = peak_flops(layout.device, training.precision)
+        result: dict[str, Any] = {
+            "config": args.config,
+            "overrides": args.overrides,
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "torch": torch.__version__,
+            "world_size": layout.place.world_size,
+            "engine": config.parallel.engine,
+            "parameters": sum(p.numel() for p in engine.state_tensors().values()) // 3,
+            "seq_len": training.seq_len,
+            "documents_per_row": len(lengths) / (args.steps * training.global_batch_size / layout.dp_size),
+            "step_time_s": seconds,
+            "step_time_min_s": min(times),
+            "step_time_max_s": max(times),
+            "tokens_per_s": tokens / seconds,
+            "tokens_per_s_per_gpu": per_gpu,
+            "model_flops_per_token": flops,
+            "model_tflops_per_gpu": per_gpu * flops / 1e12,
+            "mfu": per_gpu * flops / peak if peak else None,
+            "warmup_s": warmup_s,
+            "grad_norm": grad_norm,
+        }
+        if on_gpu:
+            result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            result["reserved_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            result["breakdown_ms"] = breakdown(step, synchronize, args.profile)
+        return result
+
+
+def breakdown(step: Any, synchronize: Any, trace: str | None) -> dict[str, float]:
+    """Profile one step; return milliseconds of GPU time by component, of idle time, and of the whole step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        step()
+        synchronize()
+    if trace:
+        profiler.export_chrome_trace(trace)
+    spans: list[tuple[float, float]] = []
+    parts: dict[str, float] = {}
+    others: dict[str, float] = {}
+    for event in profiler.events():
+        if event.device_type.name != "CUDA" or event.is_user_annotation:
+            continue
+        begin, end = event.time_range.start, event.time_range.end
+        spans.append((begin, end))
+        name = event.name
+        kind = next((kind for kind, marks in COMPONENTS if any(mark in name for mark in marks)), "other")
+        parts[kind] = parts.get(kind, 0.0) + (end - begin) / 1e3
+        if kind == "other":
+            others[name] = others.get(name, 0.0) + (end - begin) / 1e3
+    for name, spent in sorted(others.items(), key=lambda item: -item[1])[:5]:
+        logging.getLogger(__name__).info("other: %.2f ms %s", spent, name[:90])
+    busy, reach = 0.0, float("-inf")
+    spans.sort()
+    for begin, end in spans:
+        busy += max(0.0, end - max(begin, reach)) / 1e3
+        reach = max(reach, end)
+    whole = (reach - spans[0][0]) / 1e3 if spans else 0.0
+    parts["overlapped"] = busy - sum(parts.values())  # negative: kernels that ran beside others
+    parts["idle"] = whole - busy
+    parts["step"] = whole
+    return {name: round(value, 3) for name, value in sorted(parts.items())}
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print the figures for a person."""
+    print(f"\n{result['device']}, {result['world_size']} x, torch {result['torch']}, {result['engine']}")
+    rows = [
+        ("parameters", f"{result['parameters'] / 1e9:.3f} G"),
+        ("row", f"{result['seq_len']:,} tokens, {result['documents_per_row']:.1f} documents"),
+        ("step", f"{result['step_time_s'] * 1e3:,.1f} ms"),
+        ("throughput", f"{result['tokens_per_s_per_gpu']:,.0f} tokens/s a GPU"),
+        ("useful work", f"{result['model_tflops_per_gpu']:.1f} TFLOP/s a GPU"),
+        ("MFU", "peak of this device not known" if result["mfu"] is None else f"{result['mfu']:.1%}"),
+    ]
+    if "peak_memory_gib" in result:
+        rows.append(("memory", f"{result['peak_memory_gib']:.1f} GiB peak"))
+    for name, value in rows:
+        print(f"  {name:<14}{value}")
+    for name, spent in result.get("breakdown_ms", {}).items():
+        print(f"    {name:<20}{spent:>10.2f} ms")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Attention by FlexAttention: compiled for the GPU, blocks outside window and document are skipped.
+
+Shape legend: B rows, S queries, T keys, H query heads, K key/value heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from fusiontree.ops.attention.sdpa import causal_sdpa
+from fusiontree.ops.documents import Documents
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_mask() -> Any:
+    return torch.compile(create_block_mask, dynamic=False)
+
+
+# The masks of the newest batch: every layer with the same window asks for the same one.
+_masks: dict[tuple[int, int, int | None], Any] = {}
+_masks_of: list[Tensor] = []
+
+
+def _block_mask(positions_BS: Tensor, keys: int, window: int | None) -> Any:
+    if not _masks_of or _masks_of[0] is not positions_BS:
+        _masks.clear()
+        _masks_of[:] = [positions_BS]
+    queries = positions_BS.shape[1]
+    key = (queries, keys, window)
+    if key not in _masks:
+        offset = keys - queries
+
+        def visible(row: Tensor, head: Tensor, query: Tensor, index: Tensor) -> Tensor:
+            distance = query + offset - index
+            seen = (distance >= 0) & (distance <= positions_BS[row, query])
+            return seen & (distance < window) if window is not None else seen
+
+        _masks[key] = _compiled_mask()(
+            visible, positions_BS.shape[0], None, queries, keys, device=str(positions_BS.device)
+        )
+    return _masks[key]
+
+
+def attention_flex(
+    q_BSHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    *,
+    window: int | None = None,
+    documents: Documents | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute :func:`fusiontree.ops.attention.attention`."""
+    queries, keys = q_BSHD.shape[1], k_BTKD.shape[1]
+    whole = documents is None or documents.whole_rows
+    if whole and queries == keys and (window is None or window >= keys):
+        # One causal triangle a row: cuDNN's kernel is the fastest that torch brings.
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+            return causal_sdpa(q_BSHD, k_BTKD, v_BTKD, scale)
+    if documents is None:
+        positions_BS = torch.arange(keys - queries, keys, device=q_BSHD.device).expand(q_BSHD.shape[0], -1)
+    else:
+        positions_BS = documents.positions_BS
+    out_BHSD = _compiled()(
+        q_BSHD.transpose(1, 2),
+        k_BTKD.transpose(1, 2),
+        v_BTKD.transpose(1, 2),
+        block_mask=_block_mask(positions_BS, keys, window),
+        scale=scale,
+        enable_gqa=q_BSHD.shape[2] != k_BTKD.shape[2],
+    )
+    return out_BHSD.transpose(1, 2)

@@ -1,0 +1,44 @@
+"""Fusing what lies between the matrix products: on GPUs torch.compile makes one kernel of each reference formula.
+
+Unfused, each step of such a formula reads and writes the whole activation; at 32K tokens that costs more than the
+arithmetic of the layer's smaller products.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fusiontree.ops.dispatch import Backend, Operation, anywhere
+
+
+def needs_gpu(device: torch.device) -> str | None:
+    """Why fusion is not offered on ``device``, or None: on CPUs compiling takes longer than a small run."""
+    return None if device.type == "cuda" else "its kernels are compiled for GPUs"
+
+
+@functools.cache
+def compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``formula`` compiled; forward and backward become fused kernels."""
+    return torch.compile(formula)
+
+
+def _as_it_is(formula: Callable[..., Any]) -> Callable[..., Any]:
+    return formula
+
+
+ELEMENTWISE = Operation(
+    "elementwise",
+    [
+        Backend("compiled", lambda: compiled, needs_gpu),
+        Backend("reference", lambda: _as_it_is, anywhere),
+    ],
+)
+
+
+def fused(formula: Callable[..., Any], backend: str, device_type: str) -> Callable[..., Any]:
+    """Return ``formula`` as the backend computes it on a device."""
+    return ELEMENTWISE.choose(backend, device_type)(formula)

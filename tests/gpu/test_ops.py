@@ -1,0 +1,131 @@
+"""GPU backends against the references: outputs, gradients, states; packing, slow decay, long rows.
+
+The bar in bf16: no further from the float32 reference than twice what the reference itself is when run in bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from fusiontree.ops.attention import attention
+from fusiontree.ops.conv import causal_conv1d
+from fusiontree.ops.documents import Documents
+from fusiontree.ops.norm import gated_rms_norm, rms_norm
+from fusiontree.ops.rotary import apply_rotary, rotary_tables
+from fusiontree.ops.ssd import ssd_scan
+from tests.ops.test_ssd import positions
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+needs_mamba = pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="mamba_ssm is not installed")
+
+
+def documents(length: int, packed: bool) -> Documents:
+    starts = [[0, 3, length // 3, length // 2 + 1], [0, length // 5]] if packed else [[0]]
+    return Documents.from_positions(positions(2, length, starts)).to("cuda")
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-12))
+
+
+def check(fast: Callable, reference: Callable, inputs: list[torch.Tensor], floor: float = 2e-3) -> None:
+    """Compare results and gradients of both in bf16 with the reference in float32."""
+
+    def results(run: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.detach().to(dtype if t.dtype != torch.float64 else torch.float32).requires_grad_() for t in inputs]
+        out = run(*leaves)
+        outputs = list(out) if isinstance(out, tuple) else [out]
+        g = torch.Generator("cuda").manual_seed(5)
+        loss = sum((o.float() * torch.randn(o.shape, generator=g, device="cuda")).sum() for o in outputs)
+        return outputs + list(torch.autograd.grad(loss, leaves))
+
+    want = results(reference, torch.float32)
+    bar = [error(r, w) for r, w in zip(results(reference, torch.bfloat16), want, strict=True)]
+    got = [error(r, w) for r, w in zip(results(fast, torch.bfloat16), want, strict=True)]
+    for index, (mine, theirs) in enumerate(zip(got, bar, strict=True)):
+        assert mine <= 2 * theirs + floor, f"result {index}: error {mine:.2e}, the reference's own {theirs:.2e}"
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+
+
+@needs_mamba
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("decay", [(1.0, 16.0), (0.01, 0.02)])
+@pytest.mark.parametrize("length", [1024, 1000])
+def test_ssd(packed: bool, decay: tuple[float, float], length: int) -> None:
+    docs = documents(length, packed)
+    heads, width, size, groups = 8, 64, 128, 2
+    low, high = decay
+    x, b, c = (
+        draw(2, length, heads, width),
+        draw(2, length, groups, size, seed=1),
+        draw(2, length, groups, size, seed=2),
+    )
+    # float64 marks what stays fp32 in every run: step sizes, decay, skip.
+    dt = (torch.nn.functional.softplus(draw(2, length, heads, seed=3) - 4)).double()
+    A = -(low + (high - low) * torch.rand(heads, device="cuda")).double()
+    D = draw(heads, seed=4).double()
+
+    def run(backend: str) -> Callable:
+        return lambda x, dt, A, b, c, D: ssd_scan(x, dt, A, b, c, D, chunk_size=256, documents=docs, backend=backend)
+
+    check(run("mamba_ssm"), run("reference"), [x, dt, A, b, c, D], floor=6e-3)
+
+
+@needs_mamba
+def test_ssd_refuses_rows_beyond_its_offsets() -> None:
+    big = torch.empty(1, 1, 1, 1, device="cuda", dtype=torch.bfloat16)
+    x, bc = big.expand(1, 1 << 20, 64, 64), big.expand(1, 1 << 20, 8, 128)
+    dt = torch.empty(1, 1, 1, device="cuda").expand(1, 1 << 20, 64)
+    vector = torch.ones(64, device="cuda")
+    with pytest.raises(ValueError, match="beyond the 32 bits"):
+        ssd_scan(x, dt, -vector, bc, bc, vector, chunk_size=256, backend="mamba_ssm")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [None, 128, 300])
+def test_attention(packed: bool, window: int | None) -> None:
+    docs = documents(1024, packed)
+    q, k, v = draw(2, 1024, 4, 64), draw(2, 1024, 2, 64, seed=1), draw(2, 1024, 2, 64, seed=2)
+
+    def run(backend: str) -> Callable:
+        return lambda q, k, v: attention(q, k, v, window=window, documents=docs, backend=backend)
+
+    check(run("flex"), run("reference"), [q, k, v])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_conv(packed: bool) -> None:
+    docs = documents(1000, packed)
+    inputs = [draw(2, 1000, 96), draw(96, 4, seed=1), draw(96, seed=2)]
+
+    def run(backend: str) -> Callable:
+        return lambda x, w, b: causal_conv1d(x, w, b, documents=docs, backend=backend)
+
+    check(run("compiled"), run("reference"), inputs)
+
+
+def test_norms_and_rotary() -> None:
+    x, z, weight = draw(2, 500, 256), draw(2, 500, 256, seed=1), draw(256, seed=2)
+    check(
+        lambda x, w: rms_norm(x, w, 1e-5, backend="compiled"),
+        lambda x, w: rms_norm(x, w, 1e-5, backend="reference"),
+        [x, weight],
+    )
+
+    def gated(backend: str) -> Callable:
+        return lambda y, z, w: gated_rms_norm(y, z, w, groups=4, eps=1e-5, backend=backend)
+
+    check(gated("compiled"), gated("reference"), [x, z, weight])
+    cos, sin = rotary_tables(torch.arange(500, device="cuda").unsqueeze(0), 64, 10000.0)
+
+    def rotated(backend: str) -> Callable:
+        return lambda q: apply_rotary(q, cos, sin, backend=backend)
+
+    check(rotated("compiled"), rotated("reference"), [draw(2, 500, 4, 64)])
