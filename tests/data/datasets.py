@@ -7,8 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from fusiontree.data.batch import RowArrays, RowsOfStep
+from fusiontree.data.config import DataConfig
 from fusiontree.data.format import DatasetInfo, ShardInfo, TokenizerInfo, write_dataset
 from fusiontree.data.index import index_bytes, write_index
+from fusiontree.data.order import RowPlace
+from fusiontree.data.rows import RowReader
+from fusiontree.data.sources import open_source
 from fusiontree.data.writer import ShardWriter, shard_name, token_dtype
 
 TOKENIZER = TokenizerInfo(kind="byte", name="byte", vocab_size=257, eos_id=256, sha256="0" * 64)
@@ -61,3 +66,16 @@ def sparse_dataset(folder: Path, shards: int, documents: int, length: int) -> Pa
         infos.append(ShardInfo(name, documents, ends[-1], tar_bytes, digest_of_index))
     write_dataset(folder, DatasetInfo(TOKENIZER, "uint16", infos))
     return folder
+
+
+def row_reader(folder: Path, seq_len: int, vocab_size: int = 264, **kind: int) -> RowReader:
+    """A reader of a local dataset."""
+    config = DataConfig(train=str(folder), fetch_wait_s=0.0)
+    return RowReader(open_source(str(folder), config), seq_len, vocab_size, **kind)
+
+
+def read_row(reader: RowReader, row: int, pieces: int = 1) -> RowArrays:
+    """A row of the first shard."""
+    out = RowsOfStep(1, reader.seq_len, reader.seq_len).place(0)
+    reader.read(RowPlace(0, row), out, piece=reader.seq_len // pieces)
+    return out

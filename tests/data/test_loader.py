@@ -1,27 +1,22 @@
-"""The data order is a property of the run: any world size, any worker count, any restart, the same tokens."""
+"""What the loader promises beside the order: curriculum, refusals on resume, validation, errors in their turn."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from fusiontree.data.config import DataConfig
-from fusiontree.data.batch import RowsOfStep
 from fusiontree.data.format import TokenizerInfo, read_dataset
 from fusiontree.data.loader import TrainingData, ValidationData
-from fusiontree.data.order import RowPlace
-from fusiontree.data.rows import RowReader
-from fusiontree.data.sources import open_source
+from fusiontree.data.schedule import LengthSchedule
 from fusiontree.utils.errors import UserError
-from tests.data.datasets import documents, random_dataset, write
-
-SEQ = 16
+from tests.data.batches import SEQ, global_batches, open_data
+from tests.data.datasets import random_dataset, write
 
 
 @pytest.fixture(scope="module")
@@ -30,193 +25,174 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [random_dataset(base / "a", shards=4, seed=1), random_dataset(base / "b", shards=2, seed=2)]
 
 
-def row_reader(folder: Path, seq_len: int, vocab_size: int) -> RowReader:
-    config = DataConfig(train=str(folder), fetch_wait_s=0.0)
-    return RowReader(open_source(str(folder), config), seq_len, vocab_size)
-
-
-def loader(config: DataConfig, rank: int = 0, size: int = 1, **kind: object) -> TrainingData:
-    defaults = {"seq_len": SEQ, "global_batch_size": 6, "micro_batch_size": 2, "curriculum": None, "seed": 3}
-    return TrainingData(config, vocab_size=264, dp_rank=rank, dp_size=size, **(defaults | kind))
-
-
-def global_batches(config: DataConfig, steps: int, size: int = 1, state=None, **kind: object):
-    """Return the hash of every global batch, put together from all ranks, and the state after them."""
-    streams = [loader(config, rank, size, **kind).steps(state) for rank in range(size)]
-    hashes = []
-    for _ in range(steps):
-        parts = [next(stream) for stream in streams]
-        assert len({len(batch.micro_batches) for batch, _ in parts}) == 1
-        assert len({str(s) for _, s in parts}) == 1
-        rows = {}
-        for batch, _ in parts:
-            for micro in batch.micro_batches:
-                for i, number in enumerate(micro.rows_B.tolist()):
-                    if micro.row_weight_B[i]:
-                        assert number not in rows
-                        rows[number] = [
-                            t[i].numpy().tobytes() for t in (micro.input_ids_BS, micro.labels_BS, micro.positions_BS)
-                        ]
-                    else:
-                        assert (micro.labels_BS[i] == -100).all()
-        digest = hashlib.sha256()
-        for number in sorted(rows):
-            digest.update(number.to_bytes(8, "little") + b"".join(rows[number]))
-        hashes.append(digest.hexdigest())
-        state = parts[0][1]
-    for stream in streams:
-        stream.close()
-    return hashes, state
-
-
-@pytest.fixture(scope="module")
-def mixed(folders: list[Path]) -> dict:
-    sources = [{"path": str(folders[0]), "weight": 3.0}, {"path": str(folders[1]), "weight": 1.0}]
-    return {"train": sources, "shuffle_shards": 2}
-
-
-STEPS = 60  # both sources come to the end of an epoch within it
-CURRICULUM = [[4, 20], [8, 20]]
-
-
-@pytest.fixture(scope="module")
-def reference(mixed: dict) -> list[str]:
-    config = DataConfig.model_validate(mixed | {"num_workers": 0})
-    hashes, state = global_batches(config, STEPS, curriculum=CURRICULUM)
-    assert all(source["epoch"] >= 1 for source in state["sources"])
-    assert len(set(hashes)) == STEPS
-    return hashes
-
-
-@pytest.mark.parametrize(("size", "workers"), [(1, 1), (1, 4), (2, 0), (3, 1), (4, 0), (8, 0)])
-def test_any_world_and_workers_give_the_same_batches(
-    mixed: dict, reference: list[str], size: int, workers: int
-) -> None:
-    config = DataConfig.model_validate(mixed | {"num_workers": workers})
-    assert global_batches(config, STEPS, size, curriculum=CURRICULUM)[0] == reference
-
-
-@given(
-    stops=st.lists(st.integers(1, STEPS - 1), min_size=1, max_size=4, unique=True),
-    sizes=st.lists(st.integers(1, 8), min_size=5, max_size=5),
-    workers=st.sampled_from([0, 1, 4]),
-)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_stops_and_resumes_anywhere(
-    mixed: dict, reference: list[str], stops: list[int], sizes: list[int], workers: int
-) -> None:
-    config = DataConfig.model_validate(mixed | {"num_workers": workers})
-    state, hashes = None, []
-    for begin, end in itertools.pairwise([0, *sorted(stops), STEPS]):
-        part, state = global_batches(config, end - begin, sizes[len(hashes) % 5], state, curriculum=CURRICULUM)
-        hashes += part
-    assert hashes == reference
-
-
-def test_rows_are_the_text(folders: list[Path]) -> None:
-    """Unshuffled rows laid side by side are the shard; labels are the next token, cut at document starts."""
-    docs = documents(30, seed=9)
-    folder = write(folders[0].parent / "one", [docs])
-    reader = row_reader(folder, SEQ, 264)
-    whole = np.concatenate(docs)
-    starts = np.cumsum([0] + [len(d) for d in docs])
-    rows = reader.rows_of_shards[0]
-    assert rows == (len(whole) - 1) // SEQ
-    for row in range(rows):
-        got = RowsOfStep(1, SEQ, SEQ).place(0)
-        reader.read(RowPlace(0, row), got)
-        begin = row * SEQ
-        assert np.array_equal(got.input_ids_S, whole[begin : begin + SEQ])
-        for i in range(SEQ):
-            crosses = begin + i + 1 in starts
-            assert got.labels_S[i] == (-100 if crosses else whole[begin + i + 1])
-            document_start = starts[np.searchsorted(starts, begin + i, side="right") - 1]
-            assert got.positions_S[i] == begin + i - max(begin, document_start)
-
-
 def test_curriculum_cuts_the_same_text(folders: list[Path]) -> None:
     config = DataConfig(train=str(folders[0]), num_workers=0)
-    short = next(loader(config, curriculum=[[4, 1]]).steps())[0]
-    long = next(loader(config).steps())[0]
+    short = next(open_data(config, curriculum=[[4, 1]]).steps())[0]
+    long = next(open_data(config).steps())[0]
+    assert (short.seq_len, long.seq_len) == (4, SEQ)
     for a, b in zip(short.micro_batches, long.micro_batches, strict=True):
         assert a.input_ids_BS.shape == (8, 4)
         assert a.input_ids_BS.flatten().equal(b.input_ids_BS.flatten())
         assert a.labels_BS.flatten().equal(b.labels_BS.flatten())
         assert (a.positions_BS[:, 0] == 0).all()
+    numbers = [n for micro in short.micro_batches for n in micro.rows_B.tolist()]
+    assert numbers == list(range(24))
 
 
-def test_another_dataset_or_seed_cannot_resume(folders: list[Path]) -> None:
+def test_stages_follow_each_other() -> None:
+    schedule = LengthSchedule(16, [[4, 2], [8, 1]])
+    assert [schedule.length(step) for step in range(1, 6)] == [4, 4, 8, 16, 16]
+    assert LengthSchedule(16, None).length(1) == 16
+    for stages in ([[5, 1]], [[4, 0]], [[32, 1]], [[1, 3]]):
+        with pytest.raises(ValueError, match="curriculum stage"):
+            LengthSchedule(16, stages)
+
+
+CHANGES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"seed": 4}, {}, "training.seed was 3 and is 4"),
+    ({"seq_len": 8}, {}, "training.seq_len was 16 and is 8"),
+    ({}, {"shuffle": False}, "data.shuffle was True and is False"),
+    ({}, {"shuffle_shards": 3}, "data.shuffle_shards was 16 and is 3"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "message"), CHANGES)
+def test_another_order_cannot_resume_and_says_why(
+    folders: list[Path], kind: dict[str, Any], values: dict[str, Any], message: str
+) -> None:
     config = DataConfig(train=str(folders[0]), num_workers=0)
     _, state = global_batches(config, 2)
-    for other in (loader(DataConfig(train=str(folders[1]))), loader(config, seed=4), loader(config, seq_len=8)):
-        with pytest.raises(UserError, match="not those of the checkpoint"):
-            next(other.steps(state))
+    other = open_data(config.model_copy(update=values), **kind)
+    with pytest.raises(UserError, match="not those of the checkpoint") as caught:
+        next(other.steps(state))
+    assert message in str(caught.value)
+    assert str(caught.value).count(" was ") == 1
 
 
-def test_validation_covers_the_same_rows_on_any_world(folders: list[Path]) -> None:
-    config = DataConfig(train="x", validation=str(folders[0]))
+def test_other_datasets_cannot_resume_and_are_named(folders: list[Path], tmp_path: Path) -> None:
+    def sources(*weights: float) -> DataConfig:
+        train = [{"path": str(path), "weight": weight} for path, weight in zip(folders, weights, strict=False)]
+        return DataConfig.model_validate({"train": train, "num_workers": 0})
 
-    def rows(size: int, limit: int) -> list[bytes]:
-        found = []
-        for rank in range(size):
-            data = ValidationData(
-                config, seq_len=SEQ, micro_batch_size=3, max_rows=limit, vocab_size=264, dp_rank=rank, dp_size=size
-            )
-            for micro in data.micro_batches():
-                for i in range(3):
-                    if micro.row_weight_B[i]:
-                        found.append(micro.input_ids_BS[i].numpy().tobytes())
-        return sorted(found)
-
-    total = sum((s.tokens - 1) // SEQ for s in read_dataset(folders[0]).shards)
-    assert len(rows(1, 0)) == total
-    assert len(rows(1, 7)) == 7
-    assert rows(1, 7) == rows(2, 7) == rows(3, 7)
-    assert rows(1, 0) == rows(4, 0)
+    _, state = global_batches(sources(3.0, 1.0), 2)
+    with pytest.raises(UserError, match=rf"the weight of dataset 1 '{folders[1]}' was 1.0 and is 2.0"):
+        next(open_data(sources(3.0, 2.0)).steps(state))
+    with pytest.raises(UserError, match="had 2 datasets and has 1"):
+        next(open_data(sources(3.0)).steps(state))
+    rebuilt = random_dataset(tmp_path / "a", shards=4, seed=7)
+    _, state = global_batches(DataConfig(train=str(folders[0]), num_workers=0), 2)
+    with pytest.raises(UserError, match=rf"dataset 0 '{rebuilt}' \(was '{folders[0]}'\) is another one or was rebuilt"):
+        next(open_data(DataConfig(train=str(rebuilt))).steps(state))
 
 
-def corrupt(folder: Path) -> None:
-    """Flip a token of the second shard's first document."""
-    from fusiontree.data.verify import open_shard
+def test_what_does_not_change_the_order_may_change(folders: list[Path], tmp_path: Path) -> None:
+    """A dataset that moved, workers, batch size and curriculum."""
+    import shutil
 
-    shard = open_shard(folder, read_dataset(folder).shards[1])
-    offset = int(shard._offsets[0])
-    data = bytearray(shard.tar.read_bytes())
-    data[offset] ^= 1
-    shard.tar.write_bytes(data)
-
-
-def test_damage_stops_with_names_or_keeps_the_slot(tmp_path: Path) -> None:
-    folder = random_dataset(tmp_path / "d", shards=3)
-    good, _ = global_batches(DataConfig(train=str(folder), num_workers=0), 20)
-    corrupt(folder)
-    with pytest.raises(UserError, match=r"shard-000001\.tar, member 000000020: its tokens differ"):
-        global_batches(DataConfig(train=str(folder), num_workers=1), 20)
-    skipping = DataConfig(train=str(folder), num_workers=0, on_damage="skip")
-    stream = loader(skipping).steps()
-    batches = [next(stream)[0] for _ in range(20)]
-    assert 0 < sum(b.skipped_rows for b in batches) < 20
-    skipped, _ = global_batches(skipping, 20)
-    same = [a == b for a, b in zip(good, skipped, strict=True)]
-    assert [b.skipped_rows == 0 for b in batches] == same
-    with pytest.raises(UserError, match="max_skipped_rows 0"):
-        global_batches(skipping.model_copy(update={"max_skipped_rows": 0}), 20)
+    config = DataConfig(train=str(folders[0]), num_workers=0)
+    _, state = global_batches(config, 2)
+    moved = shutil.copytree(folders[0], tmp_path / "moved")
+    data = open_data(DataConfig(train=str(moved), num_workers=2), curriculum=[[4, 9]], global_batch_size=2)
+    batch, after = next(data.steps(state))
+    assert (after["step"], after["row"], batch.seq_len) == (3, 14, 4)
 
 
-def test_what_does_not_fit_the_model_is_refused(folders: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"257 tokens, and model.vocab_size is 100"):
-        row_reader(folders[0], SEQ, 100)
-    with pytest.raises(UserError, match=r"no row of training.seq_len 100000"):
-        row_reader(folders[0], 100000, 264)
+def test_tokenizers_do_not_mix(folders: list[Path], tmp_path: Path) -> None:
     other = TokenizerInfo("byte", "other", 200, 199, "1" * 64)
     small = write(tmp_path / "small", [[np.arange(0, 190)]], other)
     sources = [{"path": str(p), "weight": 1.0} for p in (folders[0], small)]
+    with pytest.raises(UserError, match=r"tokenizer 'byte'.*tokenizer 'other'.*different tokenizers"):
+        open_data(DataConfig.model_validate({"train": sources}))
+
+
+def validation(config: DataConfig, **kind: Any) -> ValidationData:
+    defaults = {"seq_len": SEQ, "micro_batch_size": 3, "max_rows": 0, "vocab_size": 264}
+    return ValidationData(config, **(defaults | kind))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_validation_covers_the_same_rows_on_any_world(folders: list[Path], workers: int) -> None:
+    config = DataConfig(train="x", validation=str(folders[0]), num_workers=workers)
+
+    def rows(size: int, limit: int) -> list[tuple[int, bytes]]:
+        found = []
+        passes = set()
+        for rank in range(size):
+            data = validation(config, max_rows=limit, dp_rank=rank, dp_size=size)
+            micro_batches = list(data.micro_batches())
+            passes.add(len(micro_batches))
+            for micro in micro_batches:
+                for i in range(3):
+                    if micro.row_weight_B[i]:
+                        found.append((int(micro.rows_B[i]), micro.input_ids_BS[i].numpy().tobytes()))
+        assert len(passes) == 1
+        return sorted(found)
+
+    total = sum((s.tokens - 1) // SEQ for s in read_dataset(folders[0]).shards)
+    everything = rows(1, 0)
+    assert [number for number, _ in everything] == list(range(total))
+    assert everything == rows(3, 0) == rows(4, 10**6)
+    some = rows(1, 7)
+    assert some == rows(2, 7) == rows(5, 7)
+    # Spread over the split, not its first rows.
+    assert [text for _, text in some] == [everything[n * total // 7][1] for n in range(7)]
+
+
+def test_validation_gives_the_same_rows_every_time(folders: list[Path]) -> None:
+    data = validation(DataConfig(train="x", validation=str(folders[0])))
+    first, second = ([micro.input_ids_BS for micro in data.micro_batches()] for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+def test_validation_is_told_apart_from_training(folders: list[Path], tmp_path: Path) -> None:
+    import shutil
+
+    training = open_data(DataConfig(train=str(folders[0])))
+    copy = shutil.copytree(folders[0], tmp_path / "copy")
+    with pytest.raises(UserError, match=r"holds the same documents as data.train"):
+        validation(DataConfig(train="x", validation=str(copy)), training=training.sources)
+    other = write(tmp_path / "small", [[np.arange(0, 190)]], TokenizerInfo("byte", "other", 200, 199, "1" * 64))
     with pytest.raises(UserError, match="different tokenizers"):
-        loader(DataConfig.model_validate({"train": sources}))
+        validation(DataConfig(train="x", validation=str(other)), training=training.sources)
+    validation(DataConfig(train="x", validation=str(folders[1])), training=training.sources)
 
 
-def test_a_token_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
-    lying = TokenizerInfo("byte", "byte", 50, 49, "0" * 64)
-    folder = write(tmp_path / "d", [[np.arange(0, 40), np.array([5, 90, 49])]], lying)
-    with pytest.raises(UserError, match=r"shard-000000\.tar, member 000000001 holds token 90"):
-        row_reader(folder, 21, 60).read(RowPlace(0, 1), RowsOfStep(1, 21, 21).place(0))
+def test_a_row_says_where_it_comes_from(folders: list[Path]) -> None:
+    """In every stage; compared with the shards read without the loader."""
+    from fusiontree.data.verify import open_shard
+
+    data = open_data(DataConfig(train=str(folders[0]), num_workers=1), curriculum=[[4, 2]])
+    info = read_dataset(folders[0])
+    for batch, _ in itertools.islice(data.steps(), 4):
+        for micro in batch.micro_batches:
+            for number, ids in zip(micro.rows_B.tolist(), micro.input_ids_BS, strict=True):
+                text = data.describe_row(number)
+                place, token = text.removeprefix(f"row {number} (").removesuffix(")").split(", from token ")
+                shard = next(s for s in info.shards if place == f"{folders[0]}/{s.name}")
+                read = open_shard(folders[0], shard).read(int(token), int(token) + batch.seq_len)
+                assert ids.tolist() == read.tokens.tolist()
+    with pytest.raises(ValueError, match="row 0 is not one of the last step's"):
+        data.describe_row(0)
+
+
+def test_closing_ends_the_threads(folders: list[Path]) -> None:
+    before = threading.active_count()
+    stream = open_data(DataConfig(train=str(folders[0]), num_workers=4)).steps()
+    next(stream)
+    assert threading.active_count() == before + 4
+    stream.close()
+    assert threading.active_count() == before
+
+
+def test_waiting_is_measured(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    read = TrainingData._read_step
+    monkeypatch.setattr(TrainingData, "_read_step", lambda self, before: (time.sleep(0.05), read(self, before))[1])
+    stream = open_data(DataConfig(train=str(folders[0]), num_workers=0)).steps()
+    assert next(stream)[0].wait_s >= 0.05
+    ahead = open_data(DataConfig(train=str(folders[0]), num_workers=4)).steps()
+    next(ahead)
+    time.sleep(0.2)
+    assert next(ahead)[0].wait_s < 0.04
+    ahead.close()
