@@ -53,7 +53,8 @@ def place(model, tmp_path_factory) -> Path:
 @pytest.fixture
 def call(place, capsys):
     def run(*arguments: str) -> tuple[int, str, str]:
-        code = main(["--checkpoint", str(place / "run"), *arguments])
+        device = [] if "--device" in arguments else ["--device", "cpu"]
+        code = main(["--checkpoint", str(place / "run"), *device, *arguments])
         return code, *capsys.readouterr()
 
     return run

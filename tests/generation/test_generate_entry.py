@@ -41,7 +41,8 @@ def run_folder(model, tmp_path_factory) -> Path:
 @pytest.fixture
 def call(run_folder, capsys):
     def run(*arguments: str, checkpoint: Path = run_folder) -> tuple[int, str, str]:
-        code = main(["--checkpoint", str(checkpoint), *arguments])
+        device = [] if "--device" in arguments else ["--device", "cpu"]
+        code = main(["--checkpoint", str(checkpoint), *device, *arguments])
         return code, *capsys.readouterr()
 
     return run
@@ -211,5 +212,5 @@ def test_broken_weights_end_with_code_1(run_folder, model, tmp_path, capsys):
     tensors["model.head.weight"] = tensors["model.head.weight"] * float("nan")
     values = {"config": {"model": model.config.model_dump(mode="json", by_alias=True)}}
     save_checkpoint(tmp_path / "checkpoints", 1, tensors, values, [run_folder / "tokenizer_info.json"])
-    assert main(["--checkpoint", str(tmp_path), "--prompt", "a"]) == 1
+    assert main(["--checkpoint", str(tmp_path), "--prompt", "a", "--device", "cpu"]) == 1
     assert "not finite" in capsys.readouterr().err
