@@ -10,7 +10,14 @@ from fusiontree.data.config import DataConfig
 from fusiontree.data.loader import TrainingData
 
 SEQ = 16
-DEFAULTS = {"seq_len": SEQ, "global_batch_size": 6, "micro_batch_size": 2, "curriculum": None, "seed": 3}
+DEFAULTS = {
+    "seq_len": SEQ,
+    "global_batch_size": 6,
+    "micro_batch_size": 2,
+    "curriculum": None,
+    "seed": 3,
+    "vocab_size": 264,
+}
 
 
 class GlobalBatch(NamedTuple):
@@ -28,7 +35,7 @@ class GlobalBatch(NamedTuple):
 
 def open_data(config: DataConfig, rank: int = 0, size: int = 1, **kind: Any) -> TrainingData:
     """The data of one rank."""
-    return TrainingData(config, vocab_size=264, dp_rank=rank, dp_size=size, **(DEFAULTS | kind))
+    return TrainingData(config, dp_rank=rank, dp_size=size, **(DEFAULTS | kind))
 
 
 def row_digests(batch: StepBatch) -> dict[int, str]:
