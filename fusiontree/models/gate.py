@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
+from fusiontree.ops.elementwise import fused
 
 
 class RowGateSums(NamedTuple):
@@ -67,24 +68,34 @@ class _GateSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_BSC: Tensor, counted_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(logits_BSC, counted_BS)
-        logits, gate = _logits_and_gate(logits_BSC)
-        weight = 1.0 if counted_BS is None else counted_BS.unsqueeze(-1).to(gate.dtype)
-        return (
-            (gate * weight).sum((1, 2)),
-            ((F.softplus(logits) - logits * gate) * weight).sum((1, 2)),
-            (gate.square() * weight).sum((1, 2)),
-        )
+        return fused(_sums, "auto", logits_BSC.device.type)(logits_BSC, counted_BS)
 
     @staticmethod
     def backward(ctx: Any, *grads_B: Tensor) -> tuple[Tensor, None]:
         logits_BSC, counted_BS = ctx.saved_tensors
-        gate_grad, entropy_grad, square_grad = (grad[:, None, None] for grad in grads_B)
-        logits, gate = _logits_and_gate(logits_BSC)
-        # d softplus(l) - l g = -l dg, and dg = g (1 - g) dl.
-        grad = gate * (1 - gate) * (gate_grad + 2 * gate * square_grad - logits * entropy_grad)
-        if counted_BS is not None:
-            grad = grad * counted_BS.unsqueeze(-1)
-        return grad.to(logits_BSC.dtype), None
+        return fused(_gradient, "auto", logits_BSC.device.type)(logits_BSC, counted_BS, *grads_B), None
+
+
+def _sums(logits_BSC: Tensor, counted_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    logits, gate = _logits_and_gate(logits_BSC)
+    weight = 1.0 if counted_BS is None else counted_BS.unsqueeze(-1).to(gate.dtype)
+    return (
+        (gate * weight).sum((1, 2)),
+        ((F.softplus(logits) - logits * gate) * weight).sum((1, 2)),
+        (gate.square() * weight).sum((1, 2)),
+    )
+
+
+def _gradient(
+    logits_BSC: Tensor, counted_BS: Tensor | None, gate_grad_B: Tensor, entropy_grad_B: Tensor, square_grad_B: Tensor
+) -> Tensor:
+    gate_grad, entropy_grad, square_grad = (g[:, None, None] for g in (gate_grad_B, entropy_grad_B, square_grad_B))
+    logits, gate = _logits_and_gate(logits_BSC)
+    # d softplus(l) - l g = -l dg, and dg = g (1 - g) dl.
+    grad = gate * (1 - gate) * (gate_grad + 2 * gate * square_grad - logits * entropy_grad)
+    if counted_BS is not None:
+        grad = grad * counted_BS.unsqueeze(-1)
+    return grad.to(logits_BSC.dtype)
 
 
 def _logits_and_gate(logits_BSC: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ class KernelsConfig(Section):
     """Backends of the operations in ``ops/``. ``auto`` takes the fastest that is installed and fits the device."""
 
     ssd: Literal["auto", "reference", "mamba_ssm"] = setting("auto", "State space scan.")
-    conv: Literal["auto", "reference", "compiled"] = setting("auto", "Depthwise causal convolution.")
+    conv: Literal["auto", "reference", "compiled", "triton"] = setting("auto", "Depthwise causal convolution.")
     attention: Literal["auto", "reference", "sdpa", "flex"] = setting("auto", "Local and global attention.")
     elementwise: Literal["auto", "reference", "compiled"] = setting(
         "auto", "Norms, rotary positions, gate mix: what lies between the matrix products."

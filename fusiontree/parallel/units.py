@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.initialization import initialize_parameter, no_weight_decay
@@ -76,13 +77,28 @@ def materialize(unit: Unit, config: ModelConfig, seed: int, device: torch.device
 
 
 def checkpoint_activations(model: FusionTreeModel, mode: str) -> None:
-    """Recompute blocks in the backward pass: mode none | full.
+    """Recompute blocks in the backward pass: mode none | selective | full.
 
-    ``forward`` is wrapped, not the module, so parameter names stay. Nothing in a block draws random numbers
-    (branch dropout is an input), so there is no RNG state to replay.
+    selective keeps what is dear to compute, the results of matrix products and of global attention, and recomputes
+    what lies between. ``forward`` is wrapped, not the module, so parameter names stay. Nothing in a block draws
+    random numbers (branch dropout is an input), so there is no RNG state to replay.
     """
     if mode == "none":
         return
-    assert mode == "full", mode
+    assert mode in ("full", "selective"), mode
+    keep = {"context_fn": partial(create_selective_checkpoint_contexts, _kept)} if mode == "selective" else {}
     for block in model.layers:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **keep)
+
+
+_ATEN = torch.ops.aten
+_KEPT = {
+    _ATEN.mm.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _kept(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -43,8 +43,10 @@ class TrainingConfig(Section):
     seed: int = setting(0, "Decides initial weights, data order and branch dropout.", ge=0)
     eval_interval: int = setting(0, "Steps between validations; 0 never validates.", unit="steps", ge=0)
     eval_rows: int = setting(64, "Rows of seq_len a validation reads; 0 reads the whole split.", ge=0)
-    activation_checkpointing: Literal["none", "full"] = setting(
-        "none", "full keeps a block's input and recomputes the block in the backward pass."
+    activation_checkpointing: Literal["none", "selective", "full"] = setting(
+        "none",
+        "full keeps a block's input and recomputes the block in the backward pass; selective also keeps the results "
+        "of matrix products and recomputes what lies between.",
     )
     gate_target: float = setting(0.5, "Mean gate of a row that the load balance loss asks for.", ge=0, le=1)
     gate_margin: float = setting(0.1, "Distance from gate_target that costs nothing.", ge=0, le=1)

@@ -11,12 +11,16 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from fusiontree.models.gate import gate_sums
 from fusiontree.ops.attention import attention
 from fusiontree.ops.conv import causal_conv1d
+from fusiontree.ops.cross_entropy import linear_cross_entropy
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.norm import gated_rms_norm, rms_norm
 from fusiontree.ops.rotary import apply_rotary, rotary_tables
 from fusiontree.ops.ssd import ssd_scan
+from fusiontree.parallel.units import checkpoint_activations
+from tests.helpers import tiny_model
 from tests.ops.test_ssd import positions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -101,14 +105,15 @@ def test_attention(packed: bool, window: int | None) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_conv(packed: bool) -> None:
+@pytest.mark.parametrize("name", ["triton", "compiled"])
+def test_conv(name: str, packed: bool) -> None:
     docs = documents(1000, packed)
     inputs = [draw(2, 1000, 96), draw(96, 4, seed=1), draw(96, seed=2)]
 
     def run(backend: str) -> Callable:
         return lambda x, w, b: causal_conv1d(x, w, b, documents=docs, backend=backend)
 
-    check(run("compiled"), run("reference"), inputs)
+    check(run(name), run("reference"), inputs)
 
 
 def test_norms_and_rotary() -> None:
@@ -129,3 +134,57 @@ def test_norms_and_rotary() -> None:
         return lambda q: apply_rotary(q, cos, sin, backend=backend)
 
     check(rotated("compiled"), rotated("reference"), [draw(2, 500, 4, 64)])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_conv_of_a_slice_of_a_long_row_beyond_32_bits(packed: bool) -> None:
+    """The mixer's x is a slice of its projection; at 2^18 tokens of 8,256 channels its offsets pass 2^31."""
+    length, stride, channels = 1 << 18, 8256, 64
+    wide = torch.empty(1, length, stride, device="cuda", dtype=torch.bfloat16)
+    x = wide[..., 4096 : 4096 + channels]
+    x.copy_(draw(1, length, channels))
+    docs = Documents.from_positions(positions(1, length, [[0, length // 3, length - 7]])).to("cuda") if packed else None
+    weight, bias = draw(channels, 4, seed=1), draw(channels, seed=2)
+    got = causal_conv1d(x, weight, bias, documents=docs, backend="triton")
+    want = causal_conv1d(x.float(), weight, bias, documents=docs, backend="reference")
+    torch.testing.assert_close(got.float(), want, atol=2e-2, rtol=2e-2)
+
+
+def test_linear_cross_entropy() -> None:
+    labels = torch.randint(0, 1111, (700,), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
+    labels[::7] = -100
+
+    def run(backend: str) -> Callable:
+        return lambda h, w: linear_cross_entropy(h, w, labels, chunk_tokens=256, backend=backend)
+
+    check(run("chunked"), run("reference"), [draw(700, 64), draw(1111, 64, seed=1)])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_gate_sums(padded: bool) -> None:
+    counted = (torch.arange(100, device="cuda") < 60).expand(2, -1) if padded else None
+
+    def run(device: str) -> Callable:
+        def sums(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            here = None if counted is None else counted.to(device)
+            return tuple(total.to("cuda") for total in gate_sums(logits.to(device), here))
+
+        return sums
+
+    check(run("cuda"), run("cpu"), [3 * draw(2, 100, 64)])
+
+
+def test_selective_checkpointing_keeps_the_gradients() -> None:
+    """What is recomputed is bit for bit what was dropped."""
+    grads = []
+    for mode in ("none", "selective", "full"):
+        model = tiny_model(layer_pattern="FMA", window_size=16).cuda().bfloat16()
+        checkpoint_activations(model, mode)
+        ids = torch.arange(128, device="cuda").view(2, 64) % 48
+        docs = Documents.from_positions(positions(2, 64, [[0, 11, 40], [0]])).to("cuda")
+        model(ids, labels_BS=ids, documents=docs).loss_sum.backward()
+        grads.append([p.grad for p in model.parameters()])
+    for other in grads[1:]:
+        for mine, theirs in zip(other, grads[0], strict=True):
+            assert (mine is None) == (theirs is None)
+            assert mine is None or error(mine, theirs) < 1e-2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
@@ -23,7 +25,24 @@ def _compiled() -> Callable:
     return causal_conv1d_compiled
 
 
-CONV = Operation("conv", [Backend("compiled", _compiled, needs_gpu), Backend("reference", _reference, anywhere)])
+def _triton() -> Callable:
+    from fusiontree.ops.conv.triton import causal_conv1d_triton
+
+    return causal_conv1d_triton
+
+
+def _triton_unavailable(device: torch.device) -> str | None:
+    return needs_gpu(device) or (None if find_spec("triton") else "triton is not installed")
+
+
+CONV = Operation(
+    "conv",
+    [
+        Backend("triton", _triton, _triton_unavailable),
+        Backend("compiled", _compiled, needs_gpu),
+        Backend("reference", _reference, anywhere),
+    ],
+)
 
 
 def causal_conv1d(

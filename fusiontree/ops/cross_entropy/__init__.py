@@ -27,7 +27,7 @@ CROSS_ENTROPY = Operation(
 
 
 def linear_cross_entropy(
-    hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, *, chunk_tokens: int = 2048, backend: str = "auto"
+    hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, *, chunk_tokens: int | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Sum the cross entropy of ``hidden @ weight.T`` over the tokens that have a label.
 
@@ -35,7 +35,7 @@ def linear_cross_entropy(
         hidden_NH: hidden states of N tokens.
         weight_VH: the head, one row for each of V tokens of the vocabulary.
         labels_N: int64 labels; negative means the token has none.
-        chunk_tokens: tokens whose logits exist at one time (chunked backend).
+        chunk_tokens: tokens whose logits exist at one time (chunked backend); None means 8192 on GPUs, 2048 on CPUs.
         backend: a name of :data:`CROSS_ENTROPY` or "auto".
 
     Returns:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def linear_cross_entropy_reference(
-    hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, *, chunk_tokens: int = 0
+    hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, *, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`fusiontree.ops.cross_entropy.linear_cross_entropy`."""
     logits_NV = hidden_NH @ weight_VH.t()

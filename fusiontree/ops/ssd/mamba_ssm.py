@@ -52,8 +52,8 @@ def ssd_mamba_ssm(
     largest = max(states, *(t.stride(0) * (rows - 1) + t.stride(1) * length for t in (x_BSHP, B_BSGN, C_BSGN)))
     if largest >= _INT32:
         raise ValueError(
-            f"rows of {length} tokens need offsets of {largest} elements, beyond the 32 bits of mamba_ssm's kernels; use "
-            f"shorter rows, fewer rows a micro batch, or kernels.ssd=reference"
+            f"rows of {length} tokens need offsets of {largest} elements, beyond the 32 bits of mamba_ssm's kernels; "
+            f"use shorter rows, fewer rows a micro batch, or kernels.ssd=reference"
         )
     # Segment 0 continues the initial state, which is what the kernels take a first seq_idx of 0 to mean.
     seq_idx = None if documents is None or documents.whole_rows else documents.segments_BS
