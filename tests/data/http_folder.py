@@ -12,7 +12,7 @@ from types import TracebackType
 
 Fault = Callable[[str, int], str | None]
 """Given a file's name and how often it was asked for before, says what goes wrong: an HTTP status as text,
-``cut`` (the connection ends half-way), ``short`` (half the file, declared as the whole), ``flip`` (one bit).
+``cut`` (the connection ends half-way), ``short`` (half the file, declared as the whole), ``flip`` (a bit of every block).
 """
 
 
@@ -57,7 +57,9 @@ class HttpFolder:
             return
         data = path.read_bytes()
         if fault == "flip":
-            data = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+            flipped = bytearray(data)
+            flipped[642::512] = bytes(byte ^ 1 for byte in flipped[642::512])
+            data = bytes(flipped)
         if fault == "short":
             data = data[: len(data) // 2]
         handler.send_response(200)
