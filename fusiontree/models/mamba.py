@@ -31,8 +31,8 @@ class SSMValues(NamedTuple):
     """Decay rates, negative."""
     D_H: Tensor
     """Skip weights."""
-    dt_bias_H: Tensor
-    """Added to the step sizes before their softplus."""
+    dt_BSH: Tensor
+    """Step sizes, positive."""
 
 
 class SSMParameters(nn.Module):
@@ -48,11 +48,16 @@ class SSMParameters(nn.Module):
         self.D = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
 
-    def forward(self) -> SSMValues:
-        """Return ``A = -exp(A_log)``, ``D`` and ``dt_bias``."""
+    def forward(self, dt_BSH: Tensor) -> SSMValues:
+        """Return ``A = -exp(A_log)``, ``D`` and the step sizes ``softplus(dt + dt_bias)``.
+
+        The projected dt comes in here, not the bias out: a module without arguments makes torch 2.11's FSDP2 fail
+        when a checkpointed block is recomputed on a GPU.
+        """
         A_log_H, D_H, dt_bias_H = (_at_least_fp32(p) for p in (self.A_log, self.D, self.dt_bias))
-        # Copies: an engine that shards parameters frees them when this forward ends.
-        return SSMValues(-torch.exp(A_log_H), D_H.clone(), dt_bias_H.clone())
+        # A copy of D: an engine that shards parameters frees them when this forward ends.
+        dt_BSH = F.softplus(dt_BSH.to(dt_bias_H.dtype) + dt_bias_H)
+        return SSMValues(-torch.exp(A_log_H), D_H.clone(), dt_BSH)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -157,8 +162,7 @@ class Mamba2Mixer(nn.Module):
         """
         z_BSC, x_BSC, dt_BSH = split_in_proj(self.in_proj(u_BSC), self.head_dim)
         bc_BSC = self.bc_proj(u_BSC)
-        ssm: SSMValues = self.ssm()
-        dt_BSH = F.softplus(dt_BSH.to(ssm.dt_bias_H.dtype) + ssm.dt_bias_H)
+        ssm: SSMValues = self.ssm(dt_BSH)
         initial_x_BKC = initial_bc_BKC = initial_state_BHPN = None
         if cache is not None:
             initial_x_BKC, initial_bc_BKC, initial_state_BHPN = cache.before()
@@ -166,7 +170,7 @@ class Mamba2Mixer(nn.Module):
         x_BSC = self.conv_x(x_BSC, documents, initial_x_BKC)
         B_BSGN, C_BSGN = split_bc_proj(self.conv_bc(bc_BSC, documents, initial_bc_BKC), self.d_state)
         x_BSHP = x_BSC.unflatten(-1, (-1, self.head_dim))
-        y_BSHP, state_BHPN = self.scan(x_BSHP, dt_BSH, ssm, B_BSGN, C_BSGN, documents, initial_state_BHPN)
+        y_BSHP, state_BHPN = self.scan(x_BSHP, ssm.dt_BSH, ssm, B_BSGN, C_BSGN, documents, initial_state_BHPN)
         if cache is not None:
             cache.store_state(state_BHPN)
         return self.out_proj(self.norm(y_BSHP.flatten(2), z_BSC))

@@ -105,7 +105,7 @@ def test_forward_sees_fp32_even_if_an_engine_casts_the_parameters():
     ssm = SSMParameters(4)
     for parameter in ssm.parameters():
         parameter.data = torch.full((4,), 0.5, dtype=torch.bfloat16)
-    values = ssm()
+    values = ssm(torch.zeros(1, 2, 4, dtype=torch.bfloat16))
     assert {value.dtype for value in values} == {torch.float32}
     torch.testing.assert_close(values.A_H, -torch.exp(torch.full((4,), 0.5)))
 
