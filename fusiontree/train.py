@@ -25,7 +25,7 @@ class _Help(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from fusiontree.config.describe import describe_settings
 
-        print(parser.format_help() + "\nsettings:" + describe_settings())
+        print(parser.format_help() + "\nsettings:\n" + describe_settings())
         parser.exit()
 
 
