@@ -255,11 +255,13 @@ class TrainingData:
                 now += [(source, shard) for shard in next(groups)]
                 following = (shard for group in groups for shard in group)
                 later += [(source, shard) for shard in islice(following, self.config.prefetch_shards)]
-        left = self.config.cache_size_gib * 2**30
-        fitting: list[tuple[Source, int]] = []
-        for source, shard in dict.fromkeys([*now, *later]):
+        # As much again as is read from now stays free for it: rows read ahead are of the next block already, while
+        # other ranks and workers still read the one before.
+        left = self.config.cache_size_gib * 2**30 - 2 * sum(source.bytes(shard) for source, shard in now)
+        fitting: dict[tuple[Source, int], None] = dict.fromkeys(now)
+        for source, shard in later:
             left -= source.bytes(shard)
             if left < 0:
                 break
-            fitting.append((source, shard))
-        return fitting
+            fitting[source, shard] = None
+        return list(fitting)

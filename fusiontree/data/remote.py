@@ -6,15 +6,15 @@ a file that is plainly not there, or has the wrong content, is damage.
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import logging
+import os
 import random
 import re
 import select
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -170,6 +170,11 @@ def _http_timeouts() -> dict[str, Any]:
     return {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30.0, sock_read=_STALL_S)}
 
 
+# A watcher in the background waits for the end of standard input, which is the end of the trainer, and kills the
+# command's whole process group; the command itself reads nothing.
+_GUARD = "exec 3<&0 </dev/null; (read _ <&3; kill -9 0) >/dev/null 2>&1 & exec 3<&-\n"
+
+
 class CommandFolder:
     """``pipe:COMMAND``: the output of a shell command, ``{name}`` in it replaced by the file's name."""
 
@@ -183,14 +188,14 @@ class CommandFolder:
     def download(self, name: str, target: Path) -> None:
         """See :class:`RemoteFolder`. A command that fails or falls silent is killed and is an OSError."""
         command = self._command.replace("{name}", shlex.quote(name))
+        ours, theirs = os.pipe()  # its end with us closes with us, however we end
         with tempfile.TemporaryFile() as messages, target.open("wb") as output:
             process = subprocess.Popen(
-                command,
-                shell=True,
-                stdin=subprocess.DEVNULL,
+                ["/bin/sh", "-c", _GUARD + command],
+                stdin=ours,
                 stdout=subprocess.PIPE,
                 stderr=messages,
-                preexec_fn=_die_with_parent,
+                start_new_session=True,
             )
             assert process.stdout is not None
             try:
@@ -203,19 +208,13 @@ class CommandFolder:
                     output.write(data)
                 code = process.wait(_STALL_S)
             finally:
-                process.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 process.stdout.close()
+                os.close(ours)
+                os.close(theirs)
             if code:
                 messages.seek(0)
                 said = messages.read()[-500:].decode(errors="replace").strip()
                 raise OSError(f"'{command}' ended with exit code {code}: {said}")
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _die_with_parent() -> None:
-    """Let the kernel kill a command whose trainer was killed (PR_SET_PDEATHSIG)."""
-    if _LIBC is not None:
-        _LIBC.prctl(1, signal.SIGKILL)

@@ -12,7 +12,8 @@ from types import TracebackType
 
 Fault = Callable[[str, int], str | None]
 """Given a file's name and how often it was asked for before, says what goes wrong: an HTTP status as text,
-``cut`` (the connection ends half-way), ``short`` (half the file, declared as the whole), ``flip`` (a bit of every block).
+``cut`` (the connection ends half-way), ``short`` (half the file, declared as the whole),
+``flip`` (a bit of every block).
 """
 
 
