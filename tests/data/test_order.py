@@ -55,6 +55,61 @@ def test_epochs_and_seeds_differ_and_no_shuffle_keeps_the_order() -> None:
     assert [(p.shard, p.row) for _, p in map(plain.place, range(5))] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
 
 
+def test_blocks_are_of_even_size() -> None:
+    """A last block of one shard would leave its rows unmixed."""
+    order = RowOrder([10] * 9, seed=0, block=4, shuffle=True)
+    groups = order.shards_from(0)
+    assert [len(next(groups)) for _ in range(3)] == [3, 3, 3]
+
+
+@given(
+    rows=st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(sum),
+    block=st.integers(1, 4),
+    shuffle=st.booleans(),
+    start=st.integers(0, 150),
+)
+@settings(max_examples=60, deadline=None)
+def test_shards_are_named_in_the_order_rows_need_them(rows: list[int], block: int, shuffle: bool, start: int) -> None:
+    order = RowOrder(rows, seed=1, block=block, shuffle=shuffle)
+    groups = order.shards_from(start)
+    due = [set(next(groups)) for _ in range(6)]
+    group = 0
+    for index in range(start, start + 60):
+        shard = order.place(index)[1].shard
+        while shard not in due[group]:
+            group += 1
+            if group == len(due):
+                return
+        assert len(due[group]) <= (block if shuffle else 1)
+
+
+def test_threads_may_share_an_order() -> None:
+    """Workers read on both sides of the end of an epoch."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    order = RowOrder([7, 3, 9, 4], seed=2, block=2, shuffle=True)
+    indices = [index * 37 % 230 for index in range(2000)]
+    alone = [order.place(index) for index in indices]
+    shared = RowOrder([7, 3, 9, 4], seed=2, block=2, shuffle=True)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(shared.place, indices)) == alone
+
+
+def test_the_order_never_changes() -> None:
+    """A checkpoint names rows by the order's version: if this fails, raise ORDER_VERSION."""
+    from fusiontree.data.state import ORDER_VERSION
+
+    order = RowOrder([5, 8, 3, 6], seed=11, block=2, shuffle=True)
+    places = [(p.shard, p.row) for _, p in map(order.place, [0, 1, 2, 21, 22, 23, 10**9])]
+    mixture = Mixture([5, 2, 1], seed=11)
+    sources = [mixture.source(row) for row in range(12)]
+    assert (ORDER_VERSION, places, sources) == (
+        1,
+        [(3, 4), (1, 7), (3, 0), (0, 0), (0, 0), (2, 2), (0, 3)],
+        [1, 0, 0, 1, 0, 2, 0, 0, 1, 0, 0, 1],
+    )
+
+
 def test_reads_stay_within_a_block() -> None:
     order = RowOrder([10] * 12, seed=3, block=3, shuffle=True)
     shards = [order.place(i)[1].shard for i in range(120)]
