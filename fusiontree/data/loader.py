@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 _OPEN_SHARDS = 192
 """Shards kept open over all datasets; each takes three file descriptors at most, and 1,024 are usually allowed."""
 _FETCH_THREADS = 2
+_AHEAD_BYTES = 1 << 30
+"""Steps read ahead take no more than this, whatever prefetch_steps says."""
 
 
 class TrainingData:
@@ -96,6 +98,8 @@ class TrainingData:
             for given, source, reader in zip(config.sources, self.sources, self.readers, strict=True)
         )
         self.order = Order(seed, seq_len, config.shuffle, config.shuffle_shards, tuple(identities))
+        rows_of_rank = -(-global_batch_size // dp_size)
+        self._step_bytes = rows_of_rank * seq_len * 3 * 8  # tokens, labels, positions
         self._check_cache()
         self._began = self._position = DataState()
         self._asked_row = 0
@@ -147,7 +151,7 @@ class TrainingData:
                 self._read_step,
                 self._positions(self._position),
                 workers=self.config.num_workers,
-                ahead=self.config.prefetch_steps,
+                ahead=max(1, min(self.config.prefetch_steps, _AHEAD_BYTES // self._step_bytes)),
             )
             try:
                 while True:

@@ -140,8 +140,8 @@ class FsspecFolder:
         try:
             self._files = fsspec.filesystem(protocol, **options)
         except ImportError as error:
-            package = _PACKAGES.get(protocol, "its package")
-            raise UserError(f"'{url}' needs {package}; pip install {package} ({error})") from error
+            known = f"; pip install {_PACKAGES[protocol]}" if protocol in _PACKAGES else ""
+            raise UserError(f"'{url}' needs a package that is not here ({error}){known}") from error
         except ValueError as error:
             near = nearest(protocol, fsspec.available_protocols())
             raise UserError(f"'{url}': protocol '{protocol}' is unknown{near} ({error})") from error
