@@ -8,6 +8,7 @@ object.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import sys
@@ -24,12 +25,16 @@ from fusiontree.utils.errors import UserError
 # The first pattern found in a kernel's name decides what it counts as.
 COMPONENTS = (
     ("communication", ("nccl",)),
-    ("attention", ("flex_attention", "flash", "fmha", "cudnn_generated", "sdpa")),
+    ("attention: FlexAttention", ("flex_attention",)),  # windows, and packed documents
+    ("attention: one triangle a row", ("flash", "fmha", "cudnn_generated", "sdpa")),  # global heads
+    ("convolution", ("causal_conv",)),
+    ("loss", ("logsumexp", "nll_loss")),
     ("scan", ("chunk_", "_bmm", "state_passing")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas")),
-    ("optimizer", ("adam", "FusedOptimizer")),
+    ("optimizer", ("adam", "FusedOptimizer", "multi_tensor")),
     ("copies", ("Memcpy", "Memset", "copy_kernel", "split_with_sizes_copy", "CatArray")),
     ("fused elementwise", ("triton_",)),
+    ("elementwise", ("at::native",)),
 )
 
 
@@ -45,6 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--one-document", action="store_true", help="take every row as one document: the most attention there can be"
     )
     parser.add_argument("--profile", metavar="FILE", help="write a trace of one step, for chrome://tracing")
+    parser.add_argument(
+        "--peers", action="store_true", help="also train Hugging Face's Falcon-H1 of our layer sizes (GPU)"
+    )
+    parser.add_argument(
+        "--decode", type=int, metavar="N", help="also decode N tokens after a row of context (with --peers: both)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser
 
@@ -186,7 +197,62 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             result["reserved_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
             result["breakdown_ms"] = breakdown(step, synchronize, args.profile)
+            result["memory_gib"] = memory_by_kind(engine.state_tensors(), result["peak_memory_gib"])
+        if args.peers or args.decode:
+            if not on_gpu or layout.place.world_size > 1:
+                raise UserError("--peers and --decode compare on one GPU; start one process on a machine with one")
+            micro = next(stream)[0]
+            mesh = layout.parameter_mesh(True)
+            print_table(result)  # what follows may not fit this device
+            del engine  # its memory is the peer's
+            gc.collect()
+            torch.cuda.empty_cache()
+            result["others"] = others(config, args, micro, mesh, layout.device, result)
         return result
+
+
+def memory_by_kind(state: dict[str, Any], peak_gib: float) -> dict[str, float]:
+    """Split the peak into what the optimizer's state, master weights and gradients take, and all the rest."""
+    gib = {"master weights": 0.0, "optimizer": 0.0}
+    for name, tensor in state.items():
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        kind = "master weights" if name.startswith("model.") else "optimizer"
+        gib[kind] += local.numel() * local.element_size() / 2**30
+    gib["gradients"] = gib["master weights"]  # fp32 too
+    gib["activations, 16-bit weights, workspace"] = peak_gib - sum(gib.values())
+    return {name: round(value, 2) for name, value in gib.items()}
+
+
+def others(config: Config, args: argparse.Namespace, micro: Any, mesh: Any, device: Any, ours: Any) -> dict[str, Any]:
+    """Time the peer's training, and decoding of both, on ``micro``."""
+    import torch
+
+    from fusiontree.benchmarking import peers
+    from fusiontree.models.initialization import initialize_model
+    from fusiontree.parallel.units import build_model
+
+    found: dict[str, Any] = {}
+    if args.peers:
+        peer = peers.train_falcon(
+            config.model, micro.input_ids_BS, micro.labels_BS, mesh, device, steps=args.steps, warmup=args.warmup
+        )
+        peer["ours_over_peer_tokens"] = ours["tokens_per_s_per_gpu"] / peer["tokens_per_s"]
+        peer["ours_over_peer_useful_flops"] = ours["model_tflops_per_gpu"] / peer["model_tflops_per_gpu"]
+        found["falcon_h1"] = peer
+        logging.getLogger(__name__).info("falcon_h1: %s", json.dumps(peer))
+        gc.collect()
+        torch.cuda.empty_cache()
+    if args.decode:
+        ids_BS = micro.input_ids_BS[:1]
+        model = build_model(config.model).to_empty(device=device)
+        initialize_model(model, config.training.seed)
+        found["decode"] = peers.decode_ours(model.bfloat16().eval(), ids_BS, device, tokens=args.decode)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+        if args.peers:
+            found["falcon_h1_decode"] = peers.decode_falcon(config.model, ids_BS, device, tokens=args.decode)
+    return found
 
 
 def breakdown(step: Any, synchronize: Any, trace: str | None) -> dict[str, float]:
@@ -241,7 +307,14 @@ def print_table(result: dict[str, Any]) -> None:
     for name, value in rows:
         print(f"  {name:<14}{value}")
     for name, spent in result.get("breakdown_ms", {}).items():
-        print(f"    {name:<20}{spent:>10.2f} ms")
+        print(f"    {name:<32}{spent:>10.2f} ms")
+    for name, size in result.get("memory_gib", {}).items():
+        print(f"    {name:<40}{size:>8.2f} GiB")
+    for name, figures in result.get("others", {}).items():
+        print(
+            f"  {name}: "
+            + ", ".join(f"{k} {v:,.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+        )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "training": {"engines.base", "data", "checkpoint", "utils"},
     "generation": {"models", "checkpoint", "utils"},
     "evaluation": {"models", "generation", "data", "checkpoint", "utils"},
+    "benchmarking": {"models", "ops", "utils"},
     "config": {"utils"},  # and any room's config.py
 }
 # third-party package -> rooms whose files may import it

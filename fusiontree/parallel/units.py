@@ -86,7 +86,9 @@ def checkpoint_activations(model: FusionTreeModel, mode: str) -> None:
     if mode == "none":
         return
     assert mode in ("full", "selective"), mode
-    keep = {"context_fn": partial(create_selective_checkpoint_contexts, _kept)} if mode == "selective" else {}
+    keep: dict[str, Any] = {}
+    if mode == "selective":
+        keep["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
     for block in model.layers:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **keep)
 

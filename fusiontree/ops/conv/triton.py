@@ -63,7 +63,7 @@ def _before_activation(
 
 
 @triton.jit
-def _forward(
+def _causal_conv_forward(
     x_ptr, w_ptr, bias_ptr, position_ptr, y_ptr, stride_row, stride_token, length, channels,
     K: tl.constexpr, packed: tl.constexpr, has_bias: tl.constexpr, silu: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
@@ -88,7 +88,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _causal_conv_backward(
     x_ptr, w_ptr, bias_ptr, position_ptr, dy_ptr, dx_ptr, partial_ptr, stride_row, stride_token, dy_row, dy_token,
     length, channels, K: tl.constexpr, packed: tl.constexpr, has_bias: tl.constexpr, silu: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BLOCKS: tl.constexpr,
@@ -146,7 +146,7 @@ class _CausalConv(torch.autograd.Function):
         rows, length, channels = x_BSC.shape
         y_BSC = torch.empty(rows, length, channels, dtype=x_BSC.dtype, device=x_BSC.device)
         grid = (triton.cdiv(channels, _CHANNELS), triton.cdiv(length, _TOKENS), rows)
-        _forward[grid](
+        _causal_conv_forward[grid](
             x_BSC, weight_CK, bias_C, positions_BS, y_BSC, x_BSC.stride(0), x_BSC.stride(1), length, channels,
             K=weight_CK.shape[1], packed=positions_BS is not None, has_bias=bias_C is not None, silu=silu,
             BT=_TOKENS, BC=_CHANNELS,
@@ -164,7 +164,7 @@ class _CausalConv(torch.autograd.Function):
         programs = triton.cdiv(length, _TOKENS * _BLOCKS)
         dx_BSC = torch.empty(rows, length, channels, dtype=x_BSC.dtype, device=x_BSC.device)
         partial = torch.zeros(rows * programs, taps + 1, channels, dtype=torch.float32, device=x_BSC.device)
-        _backward[(triton.cdiv(channels, _CHANNELS), programs, rows)](
+        _causal_conv_backward[(triton.cdiv(channels, _CHANNELS), programs, rows)](
             x_BSC, weight_CK, bias_C, positions_BS, dy_BSC, dx_BSC, partial, x_BSC.stride(0), x_BSC.stride(1),
             dy_BSC.stride(0), dy_BSC.stride(1), length, channels,
             K=taps, packed=positions_BS is not None, has_bias=bias_C is not None, silu=ctx.silu,

@@ -1,0 +1,201 @@
+"""Hugging Face's Falcon-H1, trained and decoded as ours is, beside it in the same run.
+
+The peer has our layer sizes (hidden size, heads, state, groups, MLP width) and as many layers as come nearest to our
+number of parameters; all its heads are global. It gets the same data, AdamW with fp32 master weights, FSDP2's mixed
+precision, recomputation of every layer, cuDNN attention, mamba_ssm's scan, and our Triton convolution and chunked
+loss (its own need a package that is hard to build and the whole logits). Shape legend: B rows, S tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fusiontree.models.config import ModelConfig
+from fusiontree.models.flops import matrix_parameters, visible_keys
+from fusiontree.ops.conv import causal_conv1d
+from fusiontree.ops.cross_entropy import linear_cross_entropy
+from fusiontree.utils.errors import UserError
+
+_CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+
+
+def falcon_layer_parameters(config: ModelConfig) -> int:
+    """Return the matrix parameters of one Falcon-H1 layer of our sizes."""
+    hidden, inner = config.hidden_size, config.d_inner
+    mamba = hidden * (2 * inner + 2 * config.mamba.n_groups * config.mamba.d_state + config.mamba_heads)
+    heads = 2 * (config.num_heads + config.kv_heads) * config.attention_head_dim
+    return mamba + inner * hidden + hidden * heads + 3 * hidden * config.mlp_size
+
+
+def falcon_layers(config: ModelConfig) -> int:
+    """Return the number of Falcon-H1 layers whose parameters come nearest to all our layers'."""
+    ours = matrix_parameters(config) - config.vocab_size * config.hidden_size
+    return max(1, round(ours / falcon_layer_parameters(config)))
+
+
+def falcon_training_flops(config: ModelConfig, length: int) -> float:
+    """Return the peer's FLOPs of training on one token, counted as ours are."""
+    layers = falcon_layers(config)
+    per_layer = 2.0 * falcon_layer_parameters(config)
+    per_layer += 4 * config.attention_head_dim * config.num_heads * visible_keys(length) / length
+    conv_channels = config.d_inner + 2 * config.mamba.n_groups * config.mamba.d_state
+    per_layer += 7 * config.d_inner * config.mamba.d_state + 2 * config.mamba.d_conv * conv_channels
+    return 3.0 * (layers * per_layer + 2.0 * config.vocab_size * config.hidden_size)
+
+
+def _modules() -> Any:
+    try:
+        from transformers.models.falcon_h1 import modeling_falcon_h1
+    except ImportError as error:
+        raise UserError(f"--peers needs transformers with Falcon-H1 ({error}); pip install transformers") from error
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any) -> Any:
+        return causal_conv1d(x.transpose(1, 2), weight, bias, activation=activation).transpose(1, 2)
+
+    # mamba_ssm's combined kernel calls the package causal-conv1d; without it the peer takes its step by step path.
+    modeling_falcon_h1.mamba2_split_conv1d_scan_combined = lambda *args, **kwargs: None
+    modeling_falcon_h1.causal_conv1d_fn = convolve
+    return modeling_falcon_h1
+
+
+def build_falcon(config: ModelConfig, length: int, device: torch.device) -> Any:
+    """Return the peer with random fp32 weights on ``device``."""
+    modeling = _modules()
+    from transformers import FalconH1Config
+
+    mamba = config.mamba
+    sizes: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_hidden_layers": falcon_layers(config),
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.attention_head_dim,
+        "max_position_embeddings": length + 1024,
+        "mamba_d_ssm": config.d_inner,
+        "mamba_n_heads": config.mamba_heads,
+        "mamba_d_head": mamba.head_dim,
+        "mamba_n_groups": mamba.n_groups,
+        "mamba_d_state": mamba.d_state,
+        "mamba_d_conv": mamba.d_conv,
+        "mamba_expand": mamba.expand,
+        "mamba_chunk_size": mamba.chunk_size,
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attn_implementation": "sdpa",
+    }
+    peer_config = FalconH1Config(**sizes)
+    with torch.device(device):
+        return modeling.FalconH1ForCausalLM(peer_config)
+
+
+def train_falcon(
+    config: ModelConfig, ids_BS: Tensor, labels_BS: Tensor, mesh: Any, device: torch.device, *, steps: int, warmup: int
+) -> dict[str, Any]:
+    """Time the peer's training steps on one micro batch; each row is one document."""
+    model = build_falcon(config, ids_BS.shape[1], device)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids_BS, labels_BS = ids_BS.to(device), labels_BS.to(device)
+    tokens = ids_BS.numel()
+
+    def loss_of(model: Any) -> Tensor:
+        hidden_BSC = model.model(input_ids=ids_BS, use_cache=False).last_hidden_state
+        total, _ = linear_cross_entropy(hidden_BSC.flatten(0, 1), model.lm_head.weight, labels_BS.flatten())
+        return total / tokens
+
+    # FSDP2 gathers the root's own parameters (the head) in the root's forward: put the loss there.
+    model.forward = lambda: loss_of(model)
+    times = []
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+        for step in range(warmup + steps):
+            if step == warmup:
+                torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            loss = model()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    seconds = sorted(times[warmup:])[steps // 2]
+    flops = falcon_training_flops(config, ids_BS.shape[1])
+    result = {
+        "name": "Falcon-H1 (transformers)",
+        "layers": falcon_layers(config),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "step_time_s": seconds,
+        "tokens_per_s": tokens / seconds,
+        "model_flops_per_token": flops,
+        "model_tflops_per_gpu": tokens / seconds * flops / 1e12,
+        "loss": float(loss.detach()),
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+    return result
+
+
+@torch.no_grad()
+def decode_falcon(config: ModelConfig, ids_BS: Tensor, device: torch.device, *, tokens: int) -> dict[str, Any]:
+    """Fill the peer's cache with ``ids_BS`` and time steady decoding after it, in bf16."""
+    model = build_falcon(config, ids_BS.shape[1], device).to(torch.bfloat16).eval()
+    ids_BS = ids_BS.to(device)
+    torch.cuda.reset_peak_memory_stats()
+    with sdpa_kernel([*_CUDNN_FIRST, SDPBackend.MATH], set_priority=True):
+        out = model(input_ids=ids_BS, use_cache=True, logits_to_keep=1)
+
+        def step(state: Any) -> Any:
+            return model(
+                input_ids=state.logits[:, -1:].argmax(-1),
+                past_key_values=state.past_key_values,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+
+        figures = timed_decoding(out, step, ids_BS.shape[0], tokens)
+    return figures
+
+
+@torch.no_grad()
+def decode_ours(model: Any, ids_BS: Tensor, device: torch.device, *, tokens: int) -> dict[str, Any]:
+    """Fill our cache with ``ids_BS`` and time steady decoding after it."""
+    ids_BS = ids_BS.to(device)
+    torch.cuda.reset_peak_memory_stats()
+    cache = model.new_cache(ids_BS.shape[0], ids_BS.shape[1] + tokens + 8, dtype=torch.bfloat16, device=device)
+    out = model(ids_BS, cache=cache, logits_to_keep=1)
+
+    def step(state: Any) -> Any:
+        return model(state.logits_BSV[:, -1:].argmax(-1), cache=cache)
+
+    return timed_decoding(out, step, ids_BS.shape[0], tokens)
+
+
+def timed_decoding(state: Any, step: Any, rows: int, tokens: int) -> dict[str, Any]:
+    """Take steps from ``state`` and return tokens a second and memory."""
+    for _ in range(4):
+        state = step(state)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(tokens):
+        state = step(state)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    return {
+        "tokens_per_s": rows * tokens / seconds,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "memory_gib": torch.cuda.memory_allocated() / 2**30,
+    }
