@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fusiontree.config.load import config_values, dump_config, load_config
 from fusiontree.config.root import Config
+from fusiontree.parallel.validate import check_layout
 from fusiontree.training.run_folder import check_run_folder
 from fusiontree.utils.environment import process_place
 from fusiontree.utils.errors import UserError
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.print_config:
             print(dump_config(config), end="")
             return 0
+        check_layout(config.model, config.parallel, config.training, place.world_size)
         check_run_folder(Path(config.run_dir), config_values(config))
         if args.check:
             check_data(config)
@@ -113,7 +115,7 @@ def train(config: Config) -> int:
 
     model, training = config.model, config.training
     run_dir = Path(config.run_dir)
-    with Layout(training.device) as layout:
+    with Layout(training.device, shard_size=config.parallel.shard_size) as layout:
         train_data = TrainingData(
             config.data,
             seq_len=training.seq_len,

@@ -20,7 +20,7 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
         layout: this process's place.
     """
     model = build_model(model_config)
-    checkpoint_activations(model, training.activation_checkpointing)
+    checkpoint_activations(model, training.activation_checkpointing, training.checkpointed_layers)
     return FSDP2Engine(
         model,
         layout,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -183,9 +182,8 @@ class FSDP2Engine:
 
     def _global_norm(self, grads: list[Tensor]) -> float:
         square = torch.stack(torch._foreach_norm(grads)).double().square().sum()
-        if self._shard:
-            dist.all_reduce(square, group=self.layout.mesh.get_group("dp"))
-        return float(square.sqrt())
+        # No parameter is split over tp, so none of the sum is of that kind.
+        return float(self.layout.sum_over_copies(torch.zeros_like(square), square, self._shard).sqrt())
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Live tensors: ``model.NAME``, ``optimizer.exp_avg.NAME``, ``optimizer.exp_avg_sq.NAME``."""

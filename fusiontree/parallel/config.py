@@ -20,9 +20,7 @@ class ParallelConfig(Section):
         unit="ranks",
         ge=1,
     )
-    cp: int = setting(
-        1, "Context parallel size: every row is cut into so many pieces, one a rank.", unit="ranks", ge=1
-    )
+    cp: int = setting(1, "Context parallel size: every row is cut into so many pieces, one a rank.", unit="ranks", ge=1)
     shard_size: int | None = setting(
         None,
         "fsdp2 only: ranks that share one copy of the parameters, usually the GPUs of a node; other groups of ranks "

@@ -76,11 +76,11 @@ def materialize(unit: Unit, config: ModelConfig, seed: int, device: torch.device
     assert not any(b.is_meta for b in unit.module.buffers()), "buffers must be made on first use, not at construction"
 
 
-def checkpoint_activations(model: FusionTreeModel, mode: str) -> None:
+def checkpoint_activations(model: FusionTreeModel, mode: str, layers: int | None = None) -> None:
     """Recompute blocks in the backward pass: mode none | selective | full.
 
     selective keeps what is dear to compute, the results of matrix products and of global attention, and recomputes
-    what lies between. ``forward`` is wrapped, not the module, so parameter names stay. Nothing in a block draws
+    what lies between. ``layers`` limits it to the first so many (None: all). ``forward`` is wrapped, not the module, so parameter names stay. Nothing in a block draws
     random numbers (branch dropout is an input), so there is no RNG state to replay.
     """
     if mode == "none":
@@ -89,7 +89,7 @@ def checkpoint_activations(model: FusionTreeModel, mode: str) -> None:
     keep: dict[str, Any] = {}
     if mode == "selective":
         keep["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
-    for block in model.layers:
+    for block in model.layers[:layers]:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **keep)
 
 

@@ -24,6 +24,11 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, training: Any, wo
         UserError: names the size that does not fit, why, and the sizes that would.
     """
     tp, cp = parallel.tp, parallel.cp
+    if tp * cp > 1:
+        raise UserError(
+            f"parallel.tp {tp} x parallel.cp {cp}: this version computes whole rows and whole heads on every rank; set "
+            f"both to 1 (more ranks add data parallelism)"
+        )
     if parallel.engine.startswith("zero") and find_spec("deepspeed") is None:
         raise UserError(
             f"parallel.engine {parallel.engine} needs the package deepspeed, which is not installed; install "
@@ -37,7 +42,9 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, training: Any, wo
     reasons = list(tp_problems(model, tp))
     if reasons:
         fitting = valid_tp(model, limit=max(tp, 64))
-        raise UserError(f"parallel.tp {tp} does not fit the model: {'; '.join(reasons)}. This model allows tp {fitting}")
+        raise UserError(
+            f"parallel.tp {tp} does not fit the model: {'; '.join(reasons)}. This model allows tp {fitting}"
+        )
     if tp > 1 and model.kernels.cross_entropy not in ("auto", "chunked"):
         raise UserError(
             f"kernels.cross_entropy={model.kernels.cross_entropy} cannot split the vocabulary over parallel.tp {tp} "

@@ -113,3 +113,13 @@ def test_curriculum_keeps_the_tokens_of_a_step(data: Path, tmp_path: Path) -> No
     whole = write_config(tmp_path, data, "whole")
     assert train(whole, stages, "training.max_steps=10").returncode == 0
     assert metrics(tmp_path / "run")[:5] == metrics(tmp_path / "whole")[:5]
+
+
+def test_shards_inside_a_node_and_copies_between(reference: Path, data: Path, tmp_path: Path) -> None:
+    """Four ranks, parameters sharded over pairs; saved so, and resumed by one process."""
+    config = write_config(tmp_path, data)
+    done = train(config, "parallel.shard_size=2", "training.exit_at_step=9", processes=4)
+    assert done.returncode == 0, done.stderr
+    assert train(config).returncode == 0
+    for key in ("loss", "grad_norm"):
+        assert metrics(tmp_path / "run", key) == pytest.approx(metrics(reference, key), rel=1e-5, abs=1e-7), key
