@@ -48,6 +48,9 @@ class TrainingConfig(Section):
         "full keeps a block's input and recomputes the block in the backward pass; selective also keeps the results "
         "of matrix products and recomputes what lies between.",
     )
+    checkpointed_layers: int | None = setting(
+        None, "Only the first so many layers are checkpointed, where memory is left for the others; absent: all.", ge=0
+    )
     gate_target: float = setting(0.5, "Mean gate of a row that the load balance loss asks for.", ge=0, le=1)
     gate_margin: float = setting(0.1, "Distance from gate_target that costs nothing.", ge=0, le=1)
     max_skipped_steps: int = setting(

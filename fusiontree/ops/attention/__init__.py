@@ -73,6 +73,9 @@ def attention(
     """
     if k_BTKD.shape[1] < q_BSHD.shape[1]:
         raise ValueError(f"{k_BTKD.shape[1]} keys are fewer than {q_BSHD.shape[1]} queries")
+    if backend == "auto" and (q_BSHD.shape[-1] < 16 or q_BSHD.shape[1] % 128):
+        # FlexAttention needs 16 channels a head, and compiles anew for each of the odd lengths that prompts have.
+        backend = "sdpa"
     attend = ATTENTION.choose(backend, q_BSHD.device.type)
     return attend(q_BSHD, k_BTKD, v_BTKD, window=window, documents=documents, scale=scale)
 
