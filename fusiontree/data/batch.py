@@ -70,15 +70,13 @@ class RowsOfStep:
         assert seq_len % length == 0
         self.length, self.pieces = length, seq_len // length
         # One array each: micro batches are views of it, nothing is copied again.
-        self._input_ids_RS, self._labels_RS, self._positions_RS = (
-            torch.empty(rows, seq_len, dtype=torch.int64) for _ in range(3)
-        )
+        self._tensors_RS = [torch.empty(rows, seq_len, dtype=torch.int64) for _ in range(3)]
+        self._arrays_RS = [tensor.numpy() for tensor in self._tensors_RS]
         self._numbers, self._weights, self._sources = [FILLER] * rows, [0.0] * rows, [0] * rows
 
     def place(self, index: int) -> RowArrays:
         """Return where row ``index`` is to be written."""
-        arrays = (self._input_ids_RS, self._labels_RS, self._positions_RS)
-        return RowArrays(*(array[index].numpy() for array in arrays))
+        return RowArrays(*(array[index] for array in self._arrays_RS))
 
     def describe(self, index: int, number: int, source: int, weight: float = 1.0) -> None:
         """Say what row ``index`` is: the number of its first piece, its source, its weight."""
@@ -86,30 +84,19 @@ class RowsOfStep:
 
     def blank(self, index: int) -> None:
         """Make row ``index`` one without labels; its pieces are a document each."""
-        self._input_ids_RS[index] = 0
-        self._labels_RS[index] = IGNORED
-        self._positions_RS[index] = torch.arange(self.length).repeat(self.pieces)
+        row = self.place(index)
+        row.input_ids_S[:] = 0
+        row.labels_S[:] = IGNORED
+        row.positions_S.reshape(self.pieces, self.length)[:] = np.arange(self.length)
 
     def micro_batches(self, size: int) -> list[MicroBatch]:
         """Return micro batches of ``size`` rows of seq_len, that is ``size * pieces`` rows of the stage's length."""
-        steps = torch.arange(self.pieces)
-        numbers_R = torch.tensor(self._numbers, dtype=torch.int64)
-        numbers_RP = torch.where(numbers_R[:, None] == FILLER, FILLER, numbers_R[:, None] + steps)
-        weights_R = torch.tensor(self._weights, dtype=torch.float32)
-        sources_R = torch.tensor(self._sources, dtype=torch.int16)
-
-        def cut(array: Tensor, part: slice) -> Tensor:
-            return array[part].view(-1, self.length)
-
-        parts = [slice(begin, begin + size) for begin in range(0, len(self._numbers), size)]
-        return [
-            MicroBatch(
-                input_ids_BS=cut(self._input_ids_RS, part),
-                labels_BS=cut(self._labels_RS, part),
-                positions_BS=cut(self._positions_RS, part),
-                rows_B=numbers_RP[part].flatten(),
-                row_weight_B=weights_R[part].repeat_interleave(self.pieces),
-                sources_B=sources_R[part].repeat_interleave(self.pieces),
-            )
-            for part in parts
+        numbers_RP = np.asarray(self._numbers, np.int64)[:, None] + np.arange(self.pieces)
+        numbers_RP[np.asarray(self._numbers) == FILLER] = FILLER
+        columns = [
+            *(tensor.view(-1, self.length) for tensor in self._tensors_RS),
+            torch.from_numpy(numbers_RP.reshape(-1)),
+            torch.from_numpy(np.repeat(np.asarray(self._weights, np.float32), self.pieces)),
+            torch.from_numpy(np.repeat(np.asarray(self._sources, np.int16), self.pieces)),
         ]
+        return [MicroBatch(*parts) for parts in zip(*(c.split(size * self.pieces) for c in columns), strict=True)]

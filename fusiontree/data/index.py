@@ -8,6 +8,7 @@ document's token bytes). Rows are found by binary search in token_end; nothing i
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import struct
 from dataclasses import dataclass
@@ -93,13 +94,14 @@ class Shard:
         self._descriptor = -1
         try:
             index_hash = info.index_sha256 if checked else sha256_file(index)
-            content: np.ndarray = np.memmap(index, dtype=np.uint8, mode="r")
+            with index.open("rb") as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             size = tar.stat().st_size
         except (OSError, ValueError) as error:
             raise ShardDamage(self.name, None, f"cannot be opened: {error}") from error
         if index_hash != info.index_sha256 or len(content) != index_size(info.documents):
             raise ShardDamage(name or index, None, "has an index that differs from the hash in dataset.json")
-        fields = _HEADER.unpack_from(content[: _HEADER.size].tobytes())
+        fields = _HEADER.unpack_from(content)
         magic, version, begin, documents, tokens, tar_bytes, self.first_document, self.item_bytes = fields
         if magic != MAGIC or version != 1:
             raise ShardDamage(name or index, None, f"has an index of version {version}, and this program reads 1")
@@ -108,9 +110,9 @@ class Shard:
         if size != tar_bytes:
             raise ShardDamage(self.name, None, f"has {size} bytes, its index says {tar_bytes}: truncated or replaced")
         self.dtype = np.dtype(f"<u{self.item_bytes}")
-        self._offsets = content[begin : begin + 8 * documents].view("<i8")
-        self._ends = content[begin + 8 * documents : begin + 16 * documents].view("<i8")
-        self._hashes = content[begin + 16 * documents :].reshape(documents, 32)
+        self._offsets = np.frombuffer(content, "<i8", documents, begin)
+        self._ends = np.frombuffer(content, "<i8", documents, begin + 8 * documents)
+        self._hashes = np.frombuffer(content, np.uint8, 32 * documents, begin + 16 * documents).reshape(-1, 32)
         self._verified = np.zeros(documents, bool)
         try:
             self._descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
@@ -139,7 +141,7 @@ class Shard:
 
     def document_at(self, token: int) -> int:
         """Return the document that token number ``token`` of the shard belongs to."""
-        return int(np.searchsorted(self._ends, token, side="right"))
+        return int(self._ends.searchsorted(token, "right"))
 
     def read(self, begin: int, end: int) -> TokenSpan:
         """Read tokens [begin, end) of the shard, which must be there and at least one.
@@ -153,7 +155,7 @@ class Shard:
         first, last = self.document_at(begin), self.document_at(end - 1)
         ends = self._ends[first : last + 1].tolist()
         offsets = self._offsets[first : last + 1].tolist()
-        starts = [self.bounds(first)[0], *ends[:-1]]
+        starts = [int(self._ends[first - 1]) if first else 0, *ends[:-1]]
         hashes = self._hashes[first : last + 1].tobytes()
         tokens = np.empty(end - begin, self.dtype)
         size = self.item_bytes

@@ -123,7 +123,7 @@ class TrainingData:
     @property
     def fingerprint(self) -> str:
         """Hash of all that decides the order of rows."""
-        return self.order.fingerprint()
+        return self.order.fingerprint
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
         """Write what a checkpoint should carry of the tokenizer into ``folder`` and return the files."""

@@ -5,7 +5,6 @@ Any row's place is found in O(1) from the seed, so a run resumes anywhere withou
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from fusiontree.utils.hashing import stable_hash
 
 _ROUNDS = 6
+_WORD = (1 << 64) - 1
 
 
 class Permutation:
@@ -29,18 +29,22 @@ class Permutation:
         self.size = size
         self._half = max(1, ((size - 1).bit_length() + 1) // 2)
         self._mask = (1 << self._half) - 1
-        self._keys = [key.to_bytes(8, "little") + bytes([r]) for r in range(_ROUNDS)]
+        self._keys = [stable_hash("round", key, number) for number in range(_ROUNDS)]
 
     def __getitem__(self, index: int) -> int:
         """Return where ``index`` goes."""
         if not 0 <= index < self.size:
             raise IndexError(f"{index} is outside a permutation of {self.size}")
+        half, mask = self._half, self._mask
         while True:
-            left, right = index >> self._half, index & self._mask
+            left, right = index >> half, index & mask
             for key in self._keys:
-                mixed = hashlib.blake2b(right.to_bytes(8, "little"), digest_size=8, key=key).digest()
-                left, right = right, left ^ (int.from_bytes(mixed, "little") & self._mask)
-            index = left << self._half | right
+                # The finaliser of SplitMix64 (Steele, Lea and Flood 2014), which spreads every bit over all.
+                mixed = right + key & _WORD
+                mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+                mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & _WORD
+                left, right = right, left ^ (mixed ^ mixed >> 31) & mask
+            index = left << half | right
             if index < self.size:
                 return index
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 
@@ -15,6 +16,8 @@ from fusiontree.utils.threads import StoppableThread, Stopped
 log = logging.getLogger(__name__)
 
 _RECHECK_S = 5.0
+_PAUSE_S = 0.1
+"""Least time between two looks at the plan: a look costs the trainer's interpreter time, and a block lasts long."""
 
 
 class ShardPrefetcher:
@@ -58,6 +61,7 @@ class ShardPrefetcher:
                 except Exception:
                     self._failed.add((source.place, number))
                     log.warning("fetching ahead failed", exc_info=True)
+            time.sleep(_PAUSE_S)
             with self._condition:
                 self._condition.wait_for(lambda before=seen: self._closed or self._moves != before, _RECHECK_S)  # type: ignore[misc]
 

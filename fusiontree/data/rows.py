@@ -11,6 +11,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 
@@ -82,17 +83,20 @@ class RowReader:
             UserError: it holds a token that is no token of the model, or its place cannot be reached.
         """
         span = self._span(place)
-        starts = span.starts
-        np.copyto(out.input_ids_S, span.tokens[:-1])
-        np.copyto(out.labels_S, span.tokens[1:])
+        seq_len, starts = self.seq_len, span.starts
+        out.input_ids_S[:] = span.tokens[:-1]
+        out.labels_S[:] = span.tokens[1:]
         out.labels_S[starts[starts > 0] - 1] = IGNORED  # no label crosses into another document
-        restarts = starts[starts < self.seq_len]
-        cuts = np.arange(0, self.seq_len, piece or self.seq_len)
-        if len(cuts) > 1 or not len(restarts) or restarts[0]:
-            restarts = np.union1d(cuts, restarts)
-        lengths = np.diff(restarts, append=self.seq_len)
-        np.subtract(self._ramp_S, np.repeat(restarts, lengths), out=out.positions_S)
-        return zlib.crc32(starts.tobytes(), zlib.crc32(span.tokens.data))
+        bounds = starts.tolist()
+        if piece and piece < seq_len:
+            bounds = sorted({*bounds, *range(0, seq_len, piece)})
+        elif not bounds or bounds[0]:
+            bounds = [0, *bounds]
+        if bounds[-1] < seq_len:
+            bounds.append(seq_len)
+        for begin, end in pairwise(bounds):
+            out.positions_S[begin:end] = self._ramp_S[: end - begin]
+        return zlib.crc32(starts.data, zlib.crc32(span.tokens.data))
 
     def _span(self, place: RowPlace) -> TokenSpan:
         """Read a row's tokens and the one after them, mending what can be mended."""

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from fusiontree.utils.errors import UserError
@@ -40,8 +41,14 @@ class Order:
     sources: tuple[SourceIdentity, ...]
     version: int = ORDER_VERSION
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What decides the order beside the datasets."""
+        return {key: value for key, value in asdict(self).items() if key != "sources"}
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of all that decides the order."""
+        """Hash of all that decides the order."""
         values = asdict(self)
         for source in values["sources"]:
             del source["path"]
@@ -65,11 +72,10 @@ class DataState:
     def to_dict(self, order: Order, rows_of_sources: list[int]) -> dict[str, Any]:
         """Return plain values for a checkpoint; ``rows_of_sources`` is how many rows each source gave."""
         sources = [
-            {**asdict(source), "epoch": count // source.rows, "row": count % source.rows}
+            {**vars(source), "epoch": count // source.rows, "row": count % source.rows}
             for source, count in zip(order.sources, rows_of_sources, strict=True)
         ]
-        settings = {key: value for key, value in asdict(order).items() if key != "sources"}
-        return {**asdict(self), "fingerprint": order.fingerprint(), "order": settings, "sources": sources}
+        return {**vars(self), "fingerprint": order.fingerprint, "order": dict(order.settings), "sources": sources}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], order: Order) -> DataState:
@@ -78,7 +84,7 @@ class DataState:
         Raises:
             UserError: it belongs to another order; every difference is named.
         """
-        if values.get("fingerprint") != order.fingerprint():
+        if values.get("fingerprint") != order.fingerprint:
             changes = "; ".join(differences(values, order)) or "it was written by another version of the program"
             raise UserError(
                 f"the datasets or their order are not those of the checkpoint: {changes}. Set this back to go on, or "
