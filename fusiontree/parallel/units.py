@@ -80,8 +80,10 @@ def checkpoint_activations(model: FusionTreeModel, mode: str, layers: int | None
     """Recompute blocks in the backward pass: mode none | selective | full.
 
     selective keeps what is dear to compute, the results of matrix products and of global attention, and recomputes
-    what lies between. ``layers`` limits it to the first so many (None: all). ``forward`` is wrapped, not the module, so parameter names stay. Nothing in a block draws
-    random numbers (branch dropout is an input), so there is no RNG state to replay.
+    what lies between. ``layers`` limits it to the first so many (None: all).
+
+    ``forward`` is wrapped, not the module, so parameter names stay. Nothing in a block draws random numbers (branch
+    dropout is an input), so there is no RNG state to replay.
     """
     if mode == "none":
         return

@@ -178,7 +178,7 @@ def test_selective_checkpointing_keeps_the_gradients() -> None:
     """What is recomputed is bit for bit what was dropped."""
     grads = []
     for mode in ("none", "selective", "full"):
-        model = tiny_model(layer_pattern="FMA", window_size=16).cuda().bfloat16()
+        model = tiny_model(layer_pattern="FMA", window_size=16, head_dim=16).cuda().bfloat16()
         checkpoint_activations(model, mode)
         ids = torch.arange(128, device="cuda").view(2, 64) % 48
         docs = Documents.from_positions(positions(2, 64, [[0, 11, 40], [0]])).to("cuda")

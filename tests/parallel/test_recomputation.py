@@ -1,0 +1,44 @@
+"""Recomputed blocks give the gradients of blocks that keep everything, and forget what they are told to forget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusiontree.ops.documents import Documents
+from fusiontree.parallel.units import checkpoint_activations
+from tests.helpers import tiny_model
+
+
+def run(mode: str, layers: int | None = None) -> tuple[list[Tensor], int]:
+    """Return the gradients, and how many bytes the forward kept for the backward outside recomputed blocks."""
+    model = tiny_model(layer_pattern="FMA", window_size=8)
+    checkpoint_activations(model, mode, layers)
+    ids = torch.arange(64).view(2, 32) % 40
+    positions = torch.arange(32).repeat(2, 1)
+    positions[0, 11:] -= 11
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(ids, labels_BS=ids, documents=Documents.from_positions(positions)).loss_sum
+    loss.backward()
+    return [p.grad for p in model.parameters()], sum(kept.values())
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("layers", [None, 1])
+def test_recomputation_keeps_the_gradients(mode: str, layers: int | None) -> None:
+    plain, all_bytes = run("none")
+    grads, bytes_kept = run(mode, layers)
+    assert bytes_kept < all_bytes
+    for mine, theirs in zip(grads, plain, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_fewer_layers_recompute_less() -> None:
+    assert run("full", 1)[1] > run("full", 2)[1] > run("full")[1]
