@@ -19,6 +19,7 @@ from typing import Any
 
 from fusiontree.config.load import load_config
 from fusiontree.config.root import Config
+from fusiontree.parallel.validate import check_layout
 from fusiontree.utils.environment import process_place
 from fusiontree.utils.errors import UserError
 
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         if args.steps < 1 or args.warmup < 1:
             raise UserError(f"--steps {args.steps} and --warmup {args.warmup} must both be at least 1")
+        check_layout(config.model, config.parallel, config.training, process_place().world_size)
         result = run(config, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -94,7 +96,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     from fusiontree.utils.hardware import peak_flops
 
     model, training = config.model, config.training
-    with Layout(training.device) as layout:
+    with Layout(training.device, shard_size=config.parallel.shard_size) as layout:
         data = TrainingData(
             config.data,
             seq_len=training.seq_len,
