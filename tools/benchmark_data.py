@@ -64,8 +64,8 @@ def our_rows(path: str, seq_len: int, workers: int, vocab_size: int, cache: Path
     data = TrainingData(
         DataConfig(train=path, num_workers=workers, cache_dir=str(cache)),
         seq_len=seq_len,
-        global_batch_size=8,
-        micro_batch_size=1,
+        global_batch_size=16,
+        micro_batch_size=4,
         curriculum=None,
         seed=0,
         vocab_size=vocab_size,

@@ -157,7 +157,7 @@ class Shard:
         offsets = self._offsets[first : last + 1].tolist()
         starts = [int(self._ends[first - 1]) if first else 0, *ends[:-1]]
         hashes = self._hashes[first : last + 1].tobytes()
-        tokens = np.empty(end - begin, self.dtype)
+        tokens = np.empty(end - begin if first < last else 0, self.dtype)
         size = self.item_bytes
         for group in _near_groups(offsets, starts, ends, size):
             low = max(begin - starts[group.start], 0)
@@ -172,7 +172,10 @@ class Shard:
                     self._verify(first + i)
                 elif hashlib.sha256(piece).digest() != hashes[32 * i : 32 * i + 32]:
                     raise self._differs(first + i)
-                tokens[low - begin : high - begin] = np.frombuffer(piece, self.dtype)
+                if first == last:
+                    tokens = np.frombuffer(piece, self.dtype)
+                else:
+                    tokens[low - begin : high - begin] = np.frombuffer(piece, self.dtype)
         inside = np.asarray(starts[0 if starts[0] == begin else 1 :], np.int64) - begin
         return TokenSpan(tokens, inside, begin - starts[0])
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -31,6 +29,10 @@ class _Kept:
         self.opened: OpenShard | None = None
         self.users = 0
         self.dropped = False
+
+    def unpin(self) -> None:
+        assert self.opened is not None
+        self.opened.unpin()
 
 
 class RowReader:
@@ -105,17 +107,20 @@ class RowReader:
         while True:
             kept = self._take(place.shard)
             try:
-                with self._pinned(place.shard, kept) as shard:
+                shard = self._pin(place.shard, kept)
+                try:
                     span = shard.read(begin, begin + self.seq_len + 1)
-                    largest = int(span.tokens.max())
-                    if largest < self.vocab_size:
-                        return span
-                    document = shard.document_at(begin + int(span.tokens.argmax()))
-                    raise UserError(
-                        f"{shard.name}, member {shard.key(document)} holds token {largest}, and model.vocab_size is "
-                        f"{self.vocab_size}: the dataset does not fit its own tokenizer '"
-                        f"{self.source.info.tokenizer.name}'; build it again"
-                    )
+                finally:
+                    kept.unpin()
+                largest = int(span.tokens.max())
+                if largest < self.vocab_size:
+                    return span
+                document = shard.document_at(begin + int(span.tokens.argmax()))
+                raise UserError(
+                    f"{shard.name}, member {shard.key(document)} holds token {largest}, and model.vocab_size is "
+                    f"{self.vocab_size}: the dataset does not fit its own tokenizer '{self.info.tokenizer.name}'; "
+                    f"build it again"
+                )
             except ShardDamage as damage:
                 with self._lock:
                     mended = self._kept.get(place.shard) is not kept  # by another thread, since we began
@@ -127,15 +132,15 @@ class RowReader:
             finally:
                 self._give_back(kept)
 
-    @contextmanager
-    def _pinned(self, number: int, kept: _Kept) -> Iterator[Shard]:
+    def _pin(self, number: int, kept: _Kept) -> Shard:
         with kept.opening:
             if kept.opened is None:
                 kept.opened = self.source.open(number)
-        with kept.opened.pinned() as shard:
-            if shard.item_bytes != self._item_bytes:
-                raise ShardDamage(shard.name, None, f"has tokens of {shard.item_bytes} bytes, not {self._item_bytes}")
-            yield shard
+        shard = kept.opened.pin()
+        if shard.item_bytes != self._item_bytes:
+            kept.unpin()
+            raise ShardDamage(shard.name, None, f"has tokens of {shard.item_bytes} bytes, not {self._item_bytes}")
+        return shard
 
     def _take(self, number: int) -> _Kept:
         with self._lock:

@@ -6,8 +6,6 @@ import errno
 import logging
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -36,8 +34,12 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT,
 class OpenShard(Protocol):
     """A shard that a process keeps open."""
 
-    def pinned(self) -> AbstractContextManager[Shard]:
-        """Give the shard, which stays on the disk meanwhile."""
+    def pin(self) -> Shard:
+        """Return the shard, which stays on the disk until :meth:`unpin`; several threads may hold it at once."""
+        ...
+
+    def unpin(self) -> None:
+        """Let the shard go; once for every :meth:`pin`."""
         ...
 
     def close(self) -> None:
@@ -140,9 +142,11 @@ class _OpenLocal:
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
 
-    @contextmanager
-    def pinned(self) -> Iterator[Shard]:
-        yield self._shard
+    def pin(self) -> Shard:
+        return self._shard
+
+    def unpin(self) -> None:
+        pass
 
     def close(self) -> None:
         self._shard.close()
@@ -259,27 +263,25 @@ class _OpenCached:
         self._readers = 0
         self._shard: Shard | None = None
         self._touched = 0.0
-        with self.pinned():
-            pass
+        self.pin()
+        self.unpin()
 
-    @contextmanager
-    def pinned(self) -> Iterator[Shard]:
+    def pin(self) -> Shard:
         with self._mutex:
-            if not self._readers:
-                self._pin()
+            shard = self._shard if self._readers else None
+            if shard is None:
+                shard = self._shared()
             self._readers += 1
-            shard = self._shard
-            assert shard is not None
-        try:
-            yield shard
-        finally:
-            with self._mutex:
-                self._readers -= 1
-                if not self._readers:
-                    self._lock.release()
+            return shard
 
-    def _pin(self) -> None:
-        """Share the shard's lock, with the shard in the cache and open.
+    def unpin(self) -> None:
+        with self._mutex:
+            self._readers -= 1
+            if not self._readers:
+                self._lock.release()
+
+    def _shared(self) -> Shard:
+        """Share the shard's lock; return the shard, which is in the cache and open then.
 
         Raises:
             Stopped: the thread was told to end.
@@ -302,7 +304,7 @@ class _OpenCached:
                 raise
             if self._shard is not None:
                 self._touched = cache.touch(self._key, self._touched)
-                return
+                return self._shard
             self._lock.release()
             source.fetch(self._number, wait=True)
 

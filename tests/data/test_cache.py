@@ -116,14 +116,15 @@ def test_an_evicted_shard_gives_its_space_back_at_once_and_is_fetched_again(tmp_
         config = DataConfig(train=server.url, cache_dir=str(tmp_path / "cache"))
         source = open_source(server.url, config)
         opened = source.open(0)
-        with opened.pinned() as shard:
-            tokens = shard.read(0, 20).tokens
-            descriptor = shard._descriptor
+        shard = opened.pin()
+        tokens = shard.read(0, 20).tokens
+        descriptor = shard._descriptor
+        opened.unpin()
         cache = ShardCache(tmp_path / "cache", source.bytes(0))  # type: ignore[attr-defined]
         cache.ensure(KEY.format(1), 10, filler(10))
         assert os.fstat(descriptor).st_size == 0
-        with opened.pinned() as shard:
-            assert shard.read(0, 20).tokens.tolist() == tokens.tolist()
+        assert opened.pin().read(0, 20).tokens.tolist() == tokens.tolist()
+        opened.unpin()
         assert server.requests["shard-000000.tar"] == 2
         opened.close()
 
