@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -165,6 +166,10 @@ def train(config: Config) -> int:
             extra_files=tokenizer_files,
         )
         outcome = Trainer(settings, engine, train_data, validation_data).run()
+        if outcome is Outcome.INTERRUPTED:
+            # The first rank to leave makes srun end the others with SIGTERM; they too are to leave with their own code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            layout.barrier()
     return 75 if outcome is Outcome.INTERRUPTED else 0
 
 

@@ -95,7 +95,7 @@ def test_the_warning_saves_requeues_and_resumes(
                 and (run / "metrics.jsonl").exists()
                 and len(metrics(run)) >= 4 + 12 * n
             ),
-            f"steps before stop {stop}",
+            f"steps before stop {stop}; the log so far: {log.read_text() if log.exists() else ''}",
             300,
         )
         cluster.run("scancel", "--batch", "--signal=USR1", job)
