@@ -16,6 +16,7 @@ setup(
     ],
     extras_require={
         "cuda": ["mamba-ssm>=2.3.0,<3"],  # the scan's GPU kernels, built from source
+        "megatron": ["megatron-core>=0.12,<0.20"],  # import of .bin/.idx corpora by its own reader
         "s3": ["s3fs>=2024.6,<2028"],  # shards at s3://
         "gs": ["gcsfs>=2024.6,<2028"],  # shards at gs://
         "wandb": ["wandb>=0.18,<1"],  # mirror of the metrics
@@ -28,6 +29,7 @@ setup(
             "ruff>=0.17,<0.18",
             "mypy>=1.13,<3",
             "types-PyYAML>=6,<7",
+            "megatron-core>=0.12,<0.20",  # writes the corpora that its import is tested with
             "webdataset>=1.0.2,<2",  # our shards must be readable by it
             "transformers>=4.57,<6",  # its Mamba-2 mixer is an independent reference
         ],

@@ -23,12 +23,21 @@ from fusiontree.utils.errors import UserError
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(
-        description="Turn text files, folders and JSONL (.gz, .zst) into token shards that training and any WebDataset "
+        description="Turn text files, folders, JSONL (.gz, .zst) and Megatron corpora (.bin beside .idx; --tokenizer "
+        "names the one that made them) into token shards that training and any WebDataset "
         "reader can read. Repeating an interrupted command goes on where it was.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--input", nargs="+", action="extend", type=Path, default=[], metavar="PATH", help="text, folders, JSONL")
+    add(
+        "--input",
+        nargs="+",
+        action="extend",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="text, folders, JSONL, Megatron .bin",
+    )
     add("--output", type=Path, metavar="DIR", help="new folder for the dataset")
     add("--tokenizer", default="byte", metavar="T", help="byte, bpe:VOCAB_SIZE (trained here), or a tokenizer.json")
     add("--eos", metavar="TOKEN", help="the tokenizer's end-of-document token, if it is not one of the usual names")

@@ -73,9 +73,9 @@ class Chunk:
         """Hash of the documents, to recognise a finished shard."""
         state = hashlib.sha256(str(self.first_document).encode())
         for document in self.documents:
-            text = document.text.encode("utf-8", errors="replace")
-            state.update(len(text).to_bytes(8, "little"))
-            state.update(text)
+            content = document.content()
+            state.update(len(content).to_bytes(8, "little"))
+            state.update(content)
         return state.hexdigest()
 
 
@@ -189,9 +189,9 @@ def _chunks(options: BuildOptions, files: list[Path], splits: list[str], counts:
     numbers, documents = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
     seen: set[bytes] = set()
     for document in read_documents(files, options.corpus.text_key):
-        if not document.text:
+        data = document.content()
+        if not data:
             continue
-        data = document.text.encode("utf-8", errors="replace")
         digest = hashlib.blake2b(data, digest_size=16).digest()
         if options.remove_duplicates:
             if digest in seen:
@@ -278,8 +278,16 @@ def _write_shard(
     pairs = np.zeros(info.vocab_size**2, np.int64) if isinstance(tokenizer, ByteTokenizer) else None
     for begin in range(0, len(chunk.documents), 1024):
         batch = chunk.documents[begin : begin + 1024]
-        for document, tokens in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-            whole = np.append(tokens, info.eos_id).astype(dtype)
+        for document, encoded in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
+            tokens = encoded if document.tokens is None else document.tokens
+            if len(tokens) and int(tokens.max()) >= info.vocab_size:
+                raise UserError(
+                    f"{document.source} holds token {int(tokens.max())}, and tokenizer '{info.name}' has "
+                    f"{info.vocab_size}; name the tokenizer that made the corpus with --tokenizer"
+                )
+            # Corpora of tokens may end their documents themselves.
+            ended = document.tokens is not None and len(tokens) and tokens[-1] == info.eos_id
+            whole = (tokens if ended else np.append(tokens, info.eos_id)).astype(dtype)
             writer.add(whole, {"source": document.source, "tokens": len(whole)})
             lengths.append(len(whole))
             if pairs is not None:

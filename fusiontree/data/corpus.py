@@ -1,4 +1,4 @@
-"""Documents from text files, folders and JSONL (plain, .gz, .zst), one after the other in a fixed order."""
+"""Documents from text files, folders, JSONL (plain, .gz, .zst) and Megatron corpora, one by one in a fixed order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from fusiontree.data.megatron import is_megatron, read_megatron
 from fusiontree.utils.errors import UserError, nearest
 from fusiontree.utils.hashing import stable_hash
 
@@ -18,10 +21,18 @@ _JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it came from."""
+    """A text, or tokens that were made before, and where they came from."""
 
     text: str
     source: str
+    tokens: np.ndarray | None = None
+    """Given instead of a text by corpora that hold tokens."""
+
+    def content(self) -> bytes:
+        """What identifies the document: its text as UTF-8, or its tokens as bytes."""
+        if self.tokens is not None:
+            return self.tokens.astype("<u4").tobytes()
+        return self.text.encode("utf-8", errors="replace")
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,7 @@ def corpus_files(options: CorpusOptions) -> list[Path]:
         else:
             near = nearest(root.name, (p.name for p in root.parent.iterdir())) if root.parent.is_dir() else ""
             raise UserError(f"input '{root}' does not exist{near}")
+    files = [file for file in files if not is_megatron(file.with_suffix(".bin")) or file.suffix != ".idx"]
     if not files:
         patterns = f" matching {list(options.include)}" if options.include else ""
         raise UserError(f"no file{patterns} in {[str(p) for p in options.inputs]}")
@@ -73,7 +85,7 @@ def _wanted(path: Path, root: Path, options: CorpusOptions) -> bool:
 
 
 def read_documents(files: Sequence[Path], text_key: str) -> Iterator[Document]:
-    """Yield the documents of ``files``: each line of a JSONL file, else the whole file.
+    """Yield the documents of ``files``: each line of a JSONL file, each of a Megatron corpus, else the whole file.
 
     Text is UTF-8; bytes that are not become the replacement character, so no document is lost to one bad byte.
 
@@ -81,7 +93,10 @@ def read_documents(files: Sequence[Path], text_key: str) -> Iterator[Document]:
         UserError: a JSONL line is no object with the text field; file and line are named.
     """
     for file in files:
-        if file.name.endswith(_JSONL):
+        if is_megatron(file):
+            for number, tokens in enumerate(read_megatron(file)):
+                yield Document("", f"{file}:{number}", tokens)
+        elif file.name.endswith(_JSONL):
             yield from _read_jsonl(file, text_key)
         else:
             yield Document(file.read_bytes().decode("utf-8", errors="replace"), str(file))

@@ -189,3 +189,36 @@ def test_training_a_bpe_is_deterministic(tmp_path: Path) -> None:
     for name in "ab":
         train_bpe((f"word{i % 7} and word{i % 5}" for i in range(200)), 280, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_megatron_corpus_keeps_its_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    indexed = pytest.importorskip(
+        "megatron.core.datasets.indexed_dataset", reason="megatron-core is an extra: fusiontree[megatron]"
+    )
+    import torch
+
+    docs = [[5, 6, 7, 256], [8, 9], [10] * 300]
+    builder = indexed.IndexedDatasetBuilder(str(tmp_path / "corpus.bin"), dtype=np.uint16)
+    for doc in docs:
+        builder.add_item(torch.tensor(doc[:2]))
+        if doc[2:]:
+            builder.add_item(torch.tensor(doc[2:]))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "corpus.idx"))
+    assert build("--input", tmp_path / "corpus.bin", "--output", tmp_path / "d") == 0
+    info = read_dataset(tmp_path / "d")
+    got = [document_of_dataset(tmp_path / "d", info, n)[1] for n in range(info.documents)]
+    assert got == [[5, 6, 7, 256], [8, 9, 256], [10] * 300 + [256]]
+    bpe = tmp_path / "tokenizer.json"
+    train_bpe((f"word{i % 7}" for i in range(50)), 257, bpe)
+    (tmp_path / "corpus.idx").rename(tmp_path / "other.idx")
+    (tmp_path / "corpus.bin").rename(tmp_path / "other.bin")
+    builder = indexed.IndexedDatasetBuilder(str(tmp_path / "big.bin"), dtype=np.int32)
+    builder.add_item(torch.tensor([1, 70000]))
+    builder.end_document()
+    builder.finalize(str(tmp_path / "big.idx"))
+    assert build("--input", tmp_path / "big.bin", "--tokenizer", bpe, "--output", tmp_path / "e") == 2
+    assert "holds token 70000" in capsys.readouterr().err
+    (tmp_path / "big.idx").write_bytes(b"not an index")
+    assert build("--input", tmp_path / "big.bin", "--output", tmp_path / "f") == 2
+    assert "cannot be read as a Megatron corpus" in capsys.readouterr().err
