@@ -16,7 +16,7 @@ from fusiontree.utils.threads import StoppableThread, Stopped
 log = logging.getLogger(__name__)
 
 _RECHECK_S = 5.0
-_PAUSE_S = 0.1
+_PAUSE_S = 0.2
 """Least time between two looks at the plan: a look costs the trainer's interpreter time, and a block lasts long."""
 
 

@@ -287,6 +287,12 @@ class _OpenCached:
             Stopped: the thread was told to end.
         """
         source, cache, info = self._source, self._source.cache, self._source.info.shards[self._number]
+        if self._shard is not None and self._lock.share_again():
+            # A lock's file goes after its tar, so a tar that is there says that the lock is the lock.
+            if not self._shard.is_removed():
+                self._touched = cache.touch(self._key, self._touched)
+                return self._shard
+            self._lock.release()
         while True:
             # Whoever holds the lock alone is fetching the shard or throwing it away.
             self._lock.acquire(shared=True)

@@ -49,6 +49,19 @@ class FileLock:
                 return True
             self.close()  # the file was removed while we waited: its lock excludes nobody any more
 
+    def share_again(self) -> bool:
+        """Take a lock held before, shared, at once; return whether it was got.
+
+        Whether the file is still the lock's is not looked at: for callers who see that in another way, often.
+        """
+        if self._descriptor < 0:
+            return False
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     def _is_current(self) -> bool:
         try:
             there = os.stat(self.path)
