@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -141,8 +142,23 @@ def parse_dataset(text: str, place: str) -> DatasetInfo:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{place} cannot be read ({error!r}); build the dataset again") from error
+    _check_names(info, place)
     if info.fingerprint != values["fingerprint"]:
         raise UserError(f"{place} was changed after it was written (its fingerprint differs); build the dataset again")
     if not info.tokens:
         raise UserError(f"{place}: the dataset is empty")
     return info
+
+
+def _check_names(info: DatasetInfo, place: str) -> None:
+    """Refuse what would lead out of the dataset's folder or the cache: names become paths."""
+    names = [shard.name for shard in info.shards] + [info.tokenizer.file or "tokenizer"]
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise UserError(f"{place} names a file {name!r}, which is no plain file name; build the dataset again")
+    for shard in info.shards:
+        numbers = (shard.documents, shard.tokens, shard.bytes)
+        if not all(isinstance(n, int) and n >= 0 for n in numbers) or not re.fullmatch(
+            "[0-9a-f]{64}", shard.index_sha256
+        ):
+            raise UserError(f"{place}: what it says of {shard.name} cannot be; build the dataset again")

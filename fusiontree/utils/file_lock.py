@@ -78,6 +78,7 @@ class FileLock:
     def close(self) -> None:
         """Release the lock and close its file."""
         if self._descriptor >= 0:
+            self.release()  # a forked child may have the file open still
             os.close(self._descriptor)
             self._descriptor = -1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import tarfile
@@ -75,11 +76,25 @@ def test_unreadable_datasets_are_user_errors(tmp_path: Path) -> None:
     for broken, match in [
         (values | {"version": 9}, "version 9"),
         (values | {"shards": []}, "changed after it was written"),
+        (with_shard(values, name="../other/shard-000000.tar"), "no plain file name"),
+        (with_shard(values, name="/etc/passwd"), "no plain file name"),
+        (with_shard(values, index_sha256="../../outside"), "what it says of shard-000000.tar cannot be"),
+        (with_shard(values, documents=-1), "what it says of shard-000000.tar cannot be"),
+        (values | {"tokenizer": values["tokenizer"] | {"file": "../../.profile"}}, "no plain file name"),
         ({"format": "fusiontree-shards"}, "cannot be read"),
     ]:
         (folder / "dataset.json").write_text(json.dumps(broken))
         with pytest.raises(UserError, match=match):
             read_dataset(folder)
+
+
+def with_shard(values: dict, **changes: object) -> dict:
+    """A dataset.json whose first shard says something else, with a fingerprint that fits."""
+    first = values["shards"][0] | changes
+    shards = [first, *values["shards"][1:]]
+    content = [values["tokenizer"], values["dtype"], shards]
+    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return values | {"shards": shards, "fingerprint": fingerprint}
 
 
 def damage(rng: random.Random, folder: Path, tar: Path) -> str:
