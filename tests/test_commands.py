@@ -84,13 +84,13 @@ def calls_in_python(text: str) -> list[Call]:
         if isinstance(target, ast.Name)
     }
 
-    def words_of(node: ast.AST) -> list[str]:
+    def words_of(node: ast.AST, inside: tuple[str, ...] = ()) -> list[str]:
         if isinstance(node, ast.List | ast.Tuple):
-            return [word for item in node.elts for word in words_of(item)]
+            return [word for item in node.elts for word in words_of(item, inside)]
         if isinstance(node, ast.Starred):
-            return words_of(node.value)
-        if isinstance(node, ast.Name) and node.id in literals:
-            return words_of(literals[node.id])
+            return words_of(node.value, inside)
+        if isinstance(node, ast.Name) and node.id in literals and node.id not in inside:
+            return words_of(literals[node.id], (*inside, node.id))  # x = [*x, y] names itself
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             return [node.value]
         # str(ROOT / "tools" / "plot_run.py"): what matters is the path at its end
@@ -166,6 +166,10 @@ def known_options(program: str) -> frozenset[str]:
 
 def options_among(words: list[str]) -> list[str]:
     return [word.split("=")[0] for word in words if re.match(r"--?[A-Za-z]", word)]
+
+
+def test_a_list_that_extends_itself_ends() -> None:
+    assert calls_in_python("x = ['a']\nx = [*x, 'b']\nrun(*x)") == []
 
 
 def test_every_command_names_a_program_that_exists():
