@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fusiontree.training.goodput import Goodput, account
 from fusiontree.training.plots import plot_run
@@ -33,7 +34,8 @@ def text_report(run_dir: Path, goodput: Goodput) -> str:
     records = read_records(run_dir / "metrics.jsonl")
     train = [r for r in records if "loss" in r]
     validation = [r for r in records if "validation_loss" in r]
-    ended = goodput.sessions[-1].end or "no word since its last event: it runs, or it died"
+    last_session = goodput.sessions[-1]
+    ended = last_session.end or last_session.cause or "no word since its last event: it runs, or it died"
     lines = [f"run {run_dir}: {ended}"]
     if train:
         last = train[-1]
@@ -54,10 +56,13 @@ def text_report(run_dir: Path, goodput: Goodput) -> str:
         counts[fault["event"]] = counts.get(fault["event"], 0) + 1
     lines += [f"{count} x {kind}" for kind, count in sorted(counts.items())]
     lines += [
-        f"  {f['time']} {f['event']}: {f.get('reason', f.get('section', f.get('folder', '')))}"
-        for f in goodput.faults[-10:]
+        f"  {f['time']} {f['event']}{_step(f)}: {f.get('reason', f.get('folder', ''))}" for f in goodput.faults[-10:]
     ]
     return "\n".join(lines)
+
+
+def _step(event: dict[str, Any]) -> str:
+    return f" at step {event['step']}" if "step" in event else ""
 
 
 def write_html(run_dir: Path, text: str) -> Path:

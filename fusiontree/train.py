@@ -15,7 +15,7 @@ from fusiontree.config.load import config_values, dump_config, load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
 from fusiontree.training.run_folder import check_run_folder
-from fusiontree.utils.environment import process_place
+from fusiontree.utils.environment import keep_flight_record, process_place
 from fusiontree.utils.errors import UserError
 
 log = logging.getLogger("fusiontree")
@@ -111,11 +111,14 @@ def train(config: Config) -> int:
     from fusiontree.parallel.layout import Layout
     from fusiontree.training.loop import Outcome, RunSettings, Trainer
     from fusiontree.training.losses import LossWeights
+    from fusiontree.training.restarts import wait_or_refuse
     from fusiontree.training.run_folder import write_config
     from fusiontree.utils.hardware import peak_flops
 
     model, training = config.model, config.training
     run_dir = Path(config.run_dir)
+    wait_or_refuse(run_dir, training)
+    keep_flight_record()
     with Layout(training.device, shard_size=config.parallel.shard_size) as layout:
         train_data = TrainingData(
             config.data,

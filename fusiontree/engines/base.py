@@ -7,6 +7,7 @@ global norm; a step whose gradient is not finite changes nothing and says so.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -103,6 +104,10 @@ class Engine(Protocol):
         """Sum ``values`` over the ranks that hold different tokens, in place: for what is counted on pieces."""
         ...
 
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Sum ``values`` over all ranks, in place: for what all must agree on, and what each of them counts."""
+        ...
+
     def evaluate(self, inputs: StepInputs) -> Tensor:
         """Return the summed cross entropy of this rank's tokens, without gradients and without branch dropout."""
         ...
@@ -113,6 +118,25 @@ class Engine(Protocol):
 
     def step(self, learning_rate: float) -> StepResult:
         """Reduce, clip and apply the gradient, then clear it."""
+        ...
+
+    def discard(self) -> None:
+        """End the step without applying its gradient: clear it, change nothing else. All ranks do so together."""
+        ...
+
+    def finite_passes(self) -> list[bool]:
+        """Return for each micro batch of the last step whether this rank's own gradient was finite.
+
+        Looked at before any reduction, after which a NaN of one rank is a NaN of all.
+        """
+        ...
+
+    def parameter_pieces(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+        """Yield the parts of parameters that this rank holds between steps.
+
+        Each is the parameter's name, the part's offset in the whole parameter, and its live values. Parts with the
+        same name, offset and shape on several ranks are meant to be equal: that is how copies are found.
+        """
         ...
 
     def state_tensors(self) -> dict[str, Tensor]:

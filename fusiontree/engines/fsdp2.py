@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fusiontree.engines.base import OptimizerSettings, StepInputs, StepOutputs, StepResult
+from fusiontree.engines.finite import GradientWatch
 from fusiontree.engines.loss_scale import LossScale
 from fusiontree.engines.step import run_model
 from fusiontree.parallel.layout import Layout
@@ -69,6 +71,7 @@ class FSDP2Engine:
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.optimizer = self._build_optimizer(decays)
         self.loss_scale = LossScale() if precision == "fp16" else None
+        self._watch = GradientWatch(model.embed)
 
     def _build_optimizer(self, decays: Callable[[str, nn.Parameter], bool]) -> torch.optim.AdamW:
         decayed = [p for n, p in self.parameters.items() if decays(n, p)]
@@ -145,6 +148,10 @@ class FSDP2Engine:
         """Sum ``values`` over the ranks that hold different tokens."""
         return self.layout.sum_over_tokens(values)
 
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Sum ``values`` over all ranks."""
+        return self.layout.sum_over_ranks(values)
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss``; gradients are reduced in fp32 over the ranks."""
         if not self._shard:
@@ -177,8 +184,25 @@ class FSDP2Engine:
             self.optimizer.step()
         if self.loss_scale:
             self.loss_scale.update(overflow=result.skipped is not None)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.discard()
         return result
+
+    def discard(self) -> None:
+        """Clear the gradient."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._watch.end_step()
+
+    def finite_passes(self) -> list[bool]:
+        """Return for each micro batch of the last step whether this rank's own gradient was finite."""
+        return self._watch.finite()
+
+    def parameter_pieces(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+        """Yield name, offset and values of this rank's part of each parameter."""
+        for name, parameter in self.parameters.items():
+            assert isinstance(parameter, DTensor)
+            mesh, placements = parameter.device_mesh, parameter.placements
+            _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+            yield name, tuple(offset), _local(parameter.detach())
 
     def _global_norm(self, grads: list[Tensor]) -> float:
         square = torch.stack(torch._foreach_norm(grads)).double().square().sum()

@@ -193,6 +193,12 @@ class Layout:
             dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.dp_cp_group)
         return values
 
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum ``values`` in place over all ranks."""
+        if self.place.world_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.world_group)
+        return values
+
     def gather_text(self, text: str) -> list[str]:
         """Return every rank's ``text``, in order of rank; all ranks call this together."""
         texts = [""] * self.place.world_size

@@ -56,6 +56,40 @@ class TrainingConfig(Section):
     max_skipped_steps: int = setting(
         20, "Steps in a row with a non-finite gradient that may be skipped before the run stops.", ge=0
     )
+    spike_policy: Literal["off", "skip", "rewind"] = setting(
+        "off",
+        "On a loss spike: skip leaves the step's gradient out; rewind goes back to the newest checkpoint and goes on "
+        "with the data behind the spike.",
+    )
+    spike_window: int = setting(
+        128, "Losses that a new one is compared with; a quarter of them must be there.", unit="steps", ge=8
+    )
+    spike_threshold: float = setting(
+        8.0, "A spike is this many robust standard deviations (of the window's median) above the median.", gt=0
+    )
+    max_spikes: int = setting(
+        5, "Spikes in a row that may be skipped, or rewinds to the same checkpoint, before the run stops.", ge=0
+    )
+    replica_check_interval: int = setting(
+        1000, "Steps between comparisons of parameters that several ranks hold; 0 never.", unit="steps", ge=0
+    )
+    straggler_interval: int = setting(
+        100, "Steps between comparisons of the ranks' speed; a slow one is named in events.jsonl; 0 never.", ge=0
+    )
+    straggler_factor: float = setting(
+        1.5, "A rank is slow when it takes this many times what the middle rank takes.", gt=1
+    )
+    health_check: Literal["off", "warn", "stop"] = setting(
+        "warn",
+        "Measure every rank's device, link and disk at the start. Other versions of code or packages on a rank always "
+        "stop the run; warn names slow ranks in events.jsonl, stop also ends the run.",
+    )
+    max_failed_starts: int = setting(
+        5, "Starts in a row that die without a new checkpoint before the next one refuses; 0 never.", ge=0
+    )
+    restart_backoff_s: float = setting(
+        10.0, "Wait before a start after two that failed so; doubles with each further one.", unit="seconds", ge=0
+    )
     hang_timeout_s: float = setting(
         110.0, "A step that lasts longer ends the process with its stacks; 0 never.", unit="seconds", ge=0
     )

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from fusiontree.training.last_words import explain, read_reports
 from fusiontree.training.records import read_records
 
 
 @dataclass
 class Session:
-    """One start of the training program, until its last sign of life."""
+    """One start of the training program, until its last sign of life. Times are seconds since the run's first event."""
 
     began: float
-    """Unix time in seconds."""
     first_step: int
     """The step it started or resumed after."""
     world_size: int
@@ -23,6 +24,8 @@ class Session:
     """Step and training seconds of this session so far, at every save."""
     end: str | None = None
     """finished, stopped, interrupted with its reason, or None: it ended without a word."""
+    cause: str | None = None
+    """What ended it, where it did not say so in time."""
 
     def kept(self, until_step: int) -> float:
         """Training seconds of this session that the run kept, when the next one resumed after ``until_step``."""
@@ -31,10 +34,10 @@ class Session:
 
 @dataclass(frozen=True)
 class Interruption:
-    """The gap between two sessions."""
+    """The gap between two sessions, or a return to a checkpoint within one."""
 
     step: int
-    """Where the next session resumed."""
+    """Where it went on."""
     cause: str
     lost_s: float
     """From the last kept save to the resume."""
@@ -57,7 +60,12 @@ class Goodput:
         return self.kept_s / self.wall_s if self.wall_s else 0.0
 
 
-_FAULTS = ("step_skipped", "checkpoint_damaged", "hang", "save_failed", "wandb_failed", "partial_checkpoint_removed")
+FAULTS = (
+    *("step_skipped", "rewind", "checkpoint_damaged", "partial_checkpoint_removed", "save_failed", "failed"),
+    *("hang", "crash", "slow_rank", "slow_node", "unfit_node", "replica_mismatch"),
+    *("wandb_failed", "wandb_offline", "clock_jump"),
+)
+"""Events that the report counts and shows."""
 
 
 def account(run_dir: Path) -> Goodput:
@@ -70,43 +78,71 @@ def account(run_dir: Path) -> Goodput:
     if not events:
         raise ValueError(f"'{run_dir}' holds no events.jsonl, so it is no run's folder, or the run never started")
     sessions: list[Session] = []
+    interruptions: list[Interruption] = []
     saved_at: dict[int, float] = {}
     saving = 0.0
-    for event in events:
-        now, kind = event["unix_time"], event["event"]
+    times = timeline(events)
+    for now, event in zip(times, events, strict=True):
+        kind = event["event"]
         if kind in ("start", "resume"):
-            sessions.append(Session(now, event["step"], event["world_size"], last_sign=now))
+            step = event["step"]
+            if sessions:
+                lost = now - saved_at.get(step, 0.0)
+                interruptions.append(Interruption(step, _why_ended(sessions[-1]), lost))
+            sessions.append(Session(now, step, event["world_size"]))
         if not sessions:
             continue
         session = sessions[-1]
+        if kind in ("hang", "crash"):  # written by the next start, about the one before
+            session.cause = event["reason"]
+            continue
         session.last_sign = now
         if kind == "save":
             session.saves.append((event["step"], event["train_seconds"]))
             saved_at[event["step"]] = now
             saving += event["seconds"]
+        elif kind == "rewind":
+            back = event["to_step"]
+            interruptions.append(Interruption(back, event["reason"], now - saved_at.get(back, session.began)))
+        elif kind == "failed":
+            session.cause = event["reason"]
         elif kind in ("finished", "stopped", "interrupted"):
             session.end = event["reason"]
     kept = 0.0
-    interruptions = []
     for session, following in zip(sessions, [*sessions[1:], None], strict=True):
         kept += session.kept(following.first_step if following else 1 << 62)
-        if following:
-            cause = session.end or _cause(events, session, following)
-            resumed_from = saved_at.get(following.first_step, sessions[0].began)
-            interruptions.append(Interruption(following.first_step, cause, following.began - resumed_from))
+    if sessions and sessions[-1].end is None and (reports := read_reports(run_dir)):
+        sessions[-1].cause = explain(reports)  # nobody started the run again to put this into its events
     return Goodput(
-        wall_s=events[-1]["unix_time"] - events[0]["unix_time"],
+        wall_s=times[-1],
         kept_s=kept,
         saving_s=saving,
         sessions=sessions,
         interruptions=interruptions,
-        faults=[event for event in events if event["event"] in _FAULTS],
+        faults=[event for event in events if event["event"] in FAULTS],
     )
 
 
-def _cause(events: list[dict[str, Any]], session: Session, following: Session) -> str:
-    """What a session that ended without a word may have died of: hangs are found by the next start."""
-    hangs = [e for e in events if e["event"] == "hang" and session.last_sign <= e["unix_time"] <= following.began + 60]
-    if hangs:
-        return "; ".join(f"rank {h['rank']} hung in '{h['section']}'" for h in hangs)
-    return "killed or crashed without a word"
+def timeline(events: list[dict[str, Any]]) -> list[float]:
+    """Return when each event happened, in seconds since the first, however the machine's clock jumped meanwhile.
+
+    Within a process its own time counts. Between two processes there is only the clock; of what it says with and
+    without a jump that was seen, the shorter time that is not negative is taken.
+    """
+    times = [0.0]
+    began_unix, began_s = events[0]["unix_time"], events[0].get("session_s", 0.0)
+    for before, event in pairwise(events):
+        by_clock = event["unix_time"] - before["unix_time"]
+        if "session" in event and event["session"] == before.get("session"):
+            passed = event["session_s"] - before["session_s"]
+        else:
+            steady = began_unix + before.get("session_s", 0.0) - began_s if "session" in before else before["unix_time"]
+            candidates = [seconds for seconds in (by_clock, event["unix_time"] - steady) if seconds >= 0]
+            passed = min(candidates, default=0.0)
+            began_unix, began_s = event["unix_time"], event.get("session_s", 0.0)
+        times.append(times[-1] + passed)
+    return times
+
+
+def _why_ended(session: Session) -> str:
+    return session.end or session.cause or "killed or crashed without a word"

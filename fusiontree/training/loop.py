@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import logging
-import resource
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,14 +26,20 @@ from fusiontree.checkpoint.save import save_checkpoint
 from fusiontree.data.batch import MicroBatch, StepBatch
 from fusiontree.engines.base import Engine, StepInputs, StepResult
 from fusiontree.training.branch_dropout import branch_scale
+from fusiontree.training.checks import RunChecks
 from fusiontree.training.config import LoggingConfig, TrainingConfig
+from fusiontree.training.last_words import collect_reports, explain
 from fusiontree.training.losses import GlobalCounts, LossWeights, loss_terms
+from fusiontree.training.measurements import document_lengths, gate_statistics, peak_memory_gib
 from fusiontree.training.progress import Progress
-from fusiontree.training.records import Records
+from fusiontree.training.records import Records, read_records
+from fusiontree.training.restarts import count_starts
 from fusiontree.training.schedule import learning_rate
+from fusiontree.training.skips import check_skips, name_broken
+from fusiontree.training.spikes import Rewinds, SpikeFilter
 from fusiontree.training.stop import StopRequest
-from fusiontree.training.watchdog import Watchdog, collect_hangs
-from fusiontree.utils.errors import UserError
+from fusiontree.training.watchdog import Watchdog
+from fusiontree.utils.flight_record import flight_record
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +85,24 @@ class Position:
     skipped_in_a_row: int = 0
 
 
+@dataclass(frozen=True)
+class StepDone:
+    """What became of one step on this rank."""
+
+    values: dict[str, Any]
+    """Its metrics."""
+    skipped: str | None
+    """Why its gradient was not applied, or None."""
+    spike: str | None
+    """The same where the reason was the loss's height alone."""
+    losses: list[Tensor]
+    """This rank's own, one a micro batch; after the reduction every rank's is broken if one is."""
+    stop: bool
+    """All ranks agreed to stop after it."""
+    arrived: float
+    """When this rank came to the first collective, as ``time.perf_counter`` counts."""
+
+
 class Trainer:
     """Trains from wherever the run folder stands to ``max_steps``."""
 
@@ -100,55 +124,80 @@ class Trainer:
         self.checkpoints = settings.run_dir / "checkpoints"
         self._saved_step: int | None = None
         self._train_seconds = 0.0
-        self.watchdog = Watchdog(settings.run_dir, engine.rank)
+        self._saved_train_seconds = 0.0
+        self.watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)
+        self.checks = RunChecks(engine, settings.training, self.records)
+        self.spikes = SpikeFilter(settings.training)
+        self.rewinds = Rewinds(settings.run_dir, settings.training.max_spikes)
 
     def run(self) -> Outcome:
         """Resume if there is a checkpoint, train, validate, save; return how it ended.
 
         Raises:
-            UserError: too many steps in a row had to be skipped, or data or checkpoint do not fit the run.
+            UserError: too many steps in a row had to be skipped, data or checkpoint do not fit the run, or ranks
+                differ in what must be equal.
         """
-        with self.watchdog:
-            return self._run()
+        try:
+            with self.watchdog, StopRequest() as stop:
+                return self._run(stop)
+        except BaseException as error:
+            self.records.event("failed", step=self.position.step, reason=f"{type(error).__name__}: {error}"[:2000])
+            self.records.close(patience_s=10)
+            raise
 
-    def _run(self) -> Outcome:
+    def _run(self, stop: StopRequest) -> Outcome:
         config, watch = self.settings.training, self.watchdog
         with watch.section("resume", config.slow_timeout_s):
-            self.records.open_mirror(self.settings.logging.wandb, self.settings.run_dir, self.settings.values)
             self._resume()
         if self.position.step >= config.max_steps:
             self._say(f"already finished: {self.settings.run_dir} is at step {self.position.step}")
             return Outcome.FINISHED
+        run_dir, values = self.settings.run_dir, self.settings.values
+        with watch.section("health check", config.slow_timeout_s):
+            self.records.open_mirror(self.settings.logging.wandb, run_dir, values, self.position.step)
+            self.checks.at_start(run_dir, values)
         progress = Progress(config.max_steps)
         progress.mark(self.position.step)
         last_step = min(config.max_steps, config.exit_at_step or config.max_steps)
         interrupted, limit = False, config.slow_timeout_s
         batches = self.train_data.steps(self.position.data)
-        with StopRequest() as stop:
-            while True:
-                with watch.section("wait for data", limit):
-                    batch, data_state = next(batches)
-                began = time.perf_counter()
-                step = self.position.step + 1
-                with watch.section("step", limit):
-                    interrupted, values = self._train_step(step, batch, stop.signal_name is not None, limit)
-                limit = config.hang_timeout_s
-                self._train_seconds += time.perf_counter() - began + batch.wait_s
-                self.position.step, self.position.data = step, data_state
-                progress.mark(step)
-                values |= self._speed(batch, time.perf_counter() - began + batch.wait_s)
-                if self._due(self.settings.logging.log_interval) or step == last_step:
-                    self.records.metrics(values)
-                    self._say(progress.line(values))
-                if self._due(config.eval_interval) or (config.eval_interval and step == config.max_steps):
-                    with watch.section("validate", config.slow_timeout_s):
-                        self._validate()
-                stopping = interrupted or step >= last_step
-                if self._due(self.settings.checkpoint.save_interval) or stopping:
-                    with watch.section("save", config.slow_timeout_s):
-                        self._save()
-                if stopping:
-                    break
+        while True:
+            step = watch.step = self.position.step + 1
+            began = time.perf_counter()
+            with watch.section("wait for data", limit):
+                batch, data_state = next(batches)
+            with watch.section("step", limit):
+                done = self._train_step(step, batch, stop.signal_name is not None, limit)
+            if done.spike and config.spike_policy == "rewind" and self._rewind(step, data_state, done.spike):
+                batches.close()
+                batches, limit = self.train_data.steps(self.position.data), config.slow_timeout_s
+                progress = Progress(config.max_steps)
+                continue
+            self._note_skip(step, done, batch)
+            interrupted, limit = done.stop, config.hang_timeout_s
+            seconds = time.perf_counter() - began
+            self._train_seconds += seconds
+            self.position.step, self.position.data = step, data_state
+            progress.mark(step)
+            values = done.values | self._speed(batch, seconds)
+            if self._due(self.settings.logging.log_interval) or step == last_step:
+                self.records.metrics(values)
+                self._say(progress.line(values))
+            with watch.section("checks", config.slow_timeout_s):
+                self.checks.after_step(step, done.arrived - began, seconds)
+            if self._due(config.eval_interval) or (config.eval_interval and step == config.max_steps):
+                with watch.section("validate", config.slow_timeout_s):
+                    self._validate()
+            stopping = interrupted or step >= last_step
+            if self._due(self.settings.checkpoint.save_interval) or stopping:
+                with watch.section("save", config.slow_timeout_s):
+                    self._save()
+            if stopping:
+                break
+            if (moved := self.rewinds.data_after(step)) is not None:
+                self.position.data = moved
+                batches.close()
+                batches = self.train_data.steps(moved)
         if self.position.step >= config.max_steps:
             outcome, why = Outcome.FINISHED, "finished"
         elif interrupted:
@@ -156,28 +205,32 @@ class Trainer:
         else:
             outcome, why = Outcome.STOPPED, "stopped at training.exit_at_step"
         self.records.event(outcome.value, step=self.position.step, reason=why)
-        self.records.close()
+        self.records.close(patience_s=60 if outcome is Outcome.FINISHED else 10)
         self._say(f"{why} at step {self.position.step}/{config.max_steps}; everything is in {self.settings.run_dir}")
         return outcome
 
-    def _train_step(self, step: int, batch: StepBatch, stop_wanted: bool, limit: float) -> tuple[bool, dict[str, Any]]:
-        """Do one optimizer step; return whether all ranks agreed to stop after it, and its metrics."""
+    def _train_step(self, step: int, batch: StepBatch, stop_wanted: bool, limit: float) -> StepDone:
+        """Do one optimizer step, or leave it out where its loss or gradient forbids it."""
         config, engine = self.settings.training, self.engine
         # Valid tokens of the whole window are counted before its first backward: every share has one denominator.
         tokens = sum(int((micro.labels_BS >= 0).sum()) for micro in batch.micro_batches)
         rows = sum(float(micro.row_weight_B.sum()) for micro in batch.micro_batches)
-        # fp64 holds the sum of 32-bit hashes exactly.
-        values_of_rank = [tokens, rows, float(stop_wanted), batch.skipped_rows, batch.tokens_hash]
+        # fp64 holds the sum of 32-bit hashes exactly. Ranks that share rows count them alike, each once; the wish to
+        # stop may be any rank's own, and all must hear of it.
+        values_of_rank = [float(stop_wanted), tokens, rows, batch.skipped_rows, batch.tokens_hash]
         local = torch.tensor(values_of_rank, dtype=torch.float64).to(engine.device)
-        counted = engine.sum_over_rows(local).tolist()
-        counts = GlobalCounts(tokens=counted[0], rows=counted[1])
-        skipped_rows = int(counted[3])
+        arrived = time.perf_counter()
+        stop, *sums = engine.sum_over_ranks(local).tolist()
+        sharing = engine.world_size // engine.dp_size
+        all_tokens, all_rows, all_skipped, tokens_hash = (value / sharing for value in sums)
+        counts = GlobalCounts(tokens=all_tokens, rows=all_rows)
+        skipped_rows = int(all_skipped)
         self.train_data.count_skipped(skipped_rows)
 
         layers = self.settings.num_layers
         token_terms = torch.zeros(2, device=engine.device)  # lm, z
         row_terms = torch.zeros(2, device=engine.device)  # load balance, entropy
-        losses: list[Tensor] = []  # this rank's own; after the reduction every rank's is broken if one is
+        losses: list[Tensor] = []
         gate_sums_3L = torch.zeros(3, layers, device=engine.device)  # of row means: gate, its square, its entropy
         for index, micro in enumerate(batch.micro_batches):
             with self.watchdog.section(f"forward of micro batch {index}", limit):
@@ -201,13 +254,19 @@ class Trainer:
             sums_3LB = torch.stack([out.gate_sum_LB, out.square_sum_LB, out.entropy_sum_LB]).detach()
             gate_sums_3L += (sums_3LB * share_B).sum(-1)
         rate = learning_rate(step, config)
+        # Before the optimizer step: a spike must not get into the weights.
+        lm, z = engine.sum_over_tokens(token_terms).tolist()
+        spike = self._agree_on_spike(lm, batch.seq_len)
         with self.watchdog.section("optimizer step", limit):
-            result = engine.step(rate)
-        self._note_skip(step, result, batch, losses)
+            if spike:
+                engine.discard()
+                result = StepResult(math.nan, skipped=spike)
+            else:
+                result = engine.step(rate)
         if result.skipped is None:
             self.position.tokens += int(counts.tokens)
+            self.spikes.accept(lm, batch.seq_len)
 
-        lm, z = engine.sum_over_tokens(token_terms).tolist()
         reduced = engine.sum_over_rows(torch.cat([row_terms, gate_sums_3L.flatten()])).cpu()
         load_balance, entropy = reduced[:2].tolist()
         weights = self.settings.loss_weights
@@ -224,11 +283,19 @@ class Trainer:
             "lr": rate,
             "seq_len": batch.seq_len,
             "skipped_rows": skipped_rows,
-            "tokens_hash": f"{int(counted[4]) & 0xFFFF_FFFF:08x}",
+            "tokens_hash": f"{int(tokens_hash) & 0xFFFF_FFFF:08x}",
             "epochs": list(batch.epochs),
-            "gates": _gate_statistics(reduced[2:].view(3, layers) / max(counts.rows, 1.0)),
+            "gates": gate_statistics(reduced[2:].view(3, layers) / max(counts.rows, 1.0)),
         }
-        return counted[2] > 0, values
+        return StepDone(values, result.skipped, spike, losses, stop > 0, arrived)
+
+    def _agree_on_spike(self, loss: float, seq_len: int) -> str | None:
+        """Return what all ranks think of the loss; sums may differ in their last digit between ranks."""
+        if self.settings.training.spike_policy == "off":
+            return None
+        mine = self.spikes.judge(loss, seq_len)
+        anyone = self.engine.sum_over_ranks(torch.tensor([float(mine is not None)], device=self.engine.device))
+        return (mine or "loss spike on another rank") if float(anyone) else None
 
     def _inputs(self, micro: MicroBatch, step: int | None) -> StepInputs:
         scale = None
@@ -242,28 +309,39 @@ class Trainer:
             )
         return StepInputs(micro.input_ids_BS, micro.labels_BS, micro.positions_BS, micro.row_weight_B, scale)
 
-    def _note_skip(self, step: int, result: StepResult, batch: StepBatch, losses: list[Tensor]) -> None:
-        if result.skipped is None:
+    def _note_skip(self, step: int, done: StepDone, batch: StepBatch) -> None:
+        if done.skipped is None:
             self.position.skipped_in_a_row = 0
             return
-        self.position.skipped_in_a_row += 1
-        # All ranks skip together, so all are here. A gradient broken on one rank is broken on each after the
-        # reduction; only the rank itself can say whose rows it came from.
-        broken = [
-            m.rows_B[m.row_weight_B > 0] for m, lm in zip(batch.micro_batches, losses, strict=True) if not lm.isfinite()
-        ]
-        rows = sorted({int(row) for micro in broken for row in micro})
-        mine = ", ".join(self.train_data.describe_row(row) for row in rows[:4])
-        named = [text for text in self.engine.gather_text(f"rank {self.engine.rank}: {mine}" if mine else "") if text]
-        reason = result.skipped + (f"; loss not finite on {'; '.join(named)}" if named else "")
+        reason = done.skipped
+        if not done.spike:  # all ranks skip together, so all are here
+            named = name_broken(self.engine, self.train_data, batch, done.losses)
+            reason += f"; {named}" if named else ""
         self.records.event("step_skipped", step=step, reason=reason)
         self._say(f"step {step} skipped: {reason}")
-        limit = self.settings.training.max_skipped_steps
-        if self.position.skipped_in_a_row > limit:
-            raise UserError(
-                f"step {step}: {self.position.skipped_in_a_row} steps in a row were skipped ({reason}), more than "
-                f"training.max_skipped_steps {limit}; lower the learning rate or resume from an earlier checkpoint"
-            )
+        if done.spike:
+            self.spikes.count_skip(step, reason)
+        else:
+            self.position.skipped_in_a_row += 1
+            check_skips(step, self.position.skipped_in_a_row, reason, self.settings.training)
+
+    def _rewind(self, step: int, data_after: dict[str, Any], reason: str) -> bool:
+        """Go back to the newest checkpoint, and on with the data behind ``step``; False where there is none."""
+        with self.watchdog.section("rewind", self.settings.training.slow_timeout_s):
+            folder = newest_good(self.checkpoints, self._report_damage)
+            if folder is None:
+                return False
+            back = read_state(folder)["step"]
+            # Only the position in the data moves on: step and schedule are the checkpoint's.
+            rewinds = self.rewinds.plan(step, back, data_after | {"step": back}, reason)
+            if self.engine.is_main:
+                self.rewinds.write(rewinds)
+            self.engine.barrier()
+            self._load(folder)
+            self._train_seconds = self._saved_train_seconds
+        self.records.event("rewind", step=step, to_step=back, reason=reason, data=self.position.data)
+        self._say(f"step {step}: {reason}; back to step {back}, and on with the data behind it")
+        return True
 
     def _speed(self, batch: StepBatch, seconds: float) -> dict[str, Any]:
         """Throughput of the step: all tokens of its rows count, as every one is computed."""
@@ -275,10 +353,10 @@ class Trainer:
         return {
             "tokens_per_s": per_s,
             "tokens_per_s_per_gpu": per_gpu,
-            "mfu": per_gpu * self.settings.flops_per_token(_document_lengths(batch)) / peak if peak else None,
+            "mfu": per_gpu * self.settings.flops_per_token(document_lengths(batch)) / peak if peak else None,
             "step_time_s": seconds,
             "data_wait_s": batch.wait_s,
-            "peak_memory_gib": _peak_memory_gib(self.engine.device),
+            "peak_memory_gib": peak_memory_gib(self.engine.device),
         }
 
     def _validate(self) -> None:
@@ -305,6 +383,8 @@ class Trainer:
             "tokens": self.position.tokens,
             "data": self.position.data,
             "skipped_in_a_row": self.position.skipped_in_a_row,
+            "spikes": self.spikes.to_dict(),
+            "rewinds": self.rewinds.done,
             "engine": self.engine.state_values(),
             "rng": {"torch_cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()},
         }
@@ -322,35 +402,52 @@ class Trainer:
             seconds=round(seconds, 3),
             train_seconds=round(self._train_seconds, 3),
         )
+        self._saved_train_seconds = self._train_seconds
         self._say(f"saved {folder} in {seconds:.1f} s")
 
     def _resume(self) -> None:
+        starts = 0
         if self.engine.is_main:
+            starts = count_starts(read_records(self.records.events_path))
             for partial in remove_partial(self.checkpoints):
                 self.records.event("partial_checkpoint_removed", folder=partial.name)
-            for hang in collect_hangs(self.settings.run_dir):
-                self.records.event("hang", **hang)
-
-        def report(message: str) -> None:
-            self.records.event("checkpoint_damaged", reason=message)
-            log.warning(message)
-
+            if reports := collect_reports(self.settings.run_dir):
+                kind = "hang" if any(report["kind"] == "hang" for report in reports) else "crash"
+                self.records.event(kind, reason=explain(reports), ranks=reports)
         self.engine.barrier()
-        folder = newest_good(self.checkpoints, report)
+        folder = newest_good(self.checkpoints, self._report_damage)
         if folder is None:
             self.records.truncate_metrics(0)
-            self.records.event("start", step=0, world_size=self.engine.world_size)
+            self.rewinds.load(0)
+            self.records.event("start", step=0, world_size=self.engine.world_size, restarts=starts)
             return
+        self._load(folder)
+        self.records.event(
+            "resume",
+            step=self.position.step,
+            folder=folder.name,
+            world_size=self.engine.world_size,
+            restarts=starts,
+        )
+        self._say(f"resumed at step {self.position.step} from {folder}")
+
+    def _report_damage(self, message: str) -> None:
+        self.records.event("checkpoint_damaged", reason=message)
+        log.warning(message)
+
+    def _load(self, folder: Path) -> None:
+        """Make a checkpoint the state of the run; metrics of later steps are moved aside."""
         state = read_state(folder)
         load_tensors(folder, self.engine.state_tensors())
         self.engine.load_state_values(state["engine"])
         rng = torch.frombuffer(bytearray(base64.b64decode(state["rng"]["torch_cpu"])), dtype=torch.uint8)
         torch.set_rng_state(rng)
         self.position = Position(state["step"], state["tokens"], state["data"], state["skipped_in_a_row"])
+        self.spikes.load(state.get("spikes"))
+        self.rewinds.load(state.get("rewinds", 0))
+        self.position.data = self.rewinds.data_after(self.position.step) or self.position.data
         self._saved_step = self.position.step
         self.records.truncate_metrics(self.position.step)
-        self.records.event("resume", step=self.position.step, folder=folder.name, world_size=self.engine.world_size)
-        self._say(f"resumed at step {self.position.step} from {folder}")
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.position.step % interval == 0
@@ -358,26 +455,3 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.engine.is_main:
             log.info(message)
-
-
-def _document_lengths(batch: StepBatch) -> list[int]:
-    """Tokens of each piece of a document in this rank's rows: what attention can look back on."""
-    starts = torch.cat([micro.positions_BS.flatten() == 0 for micro in batch.micro_batches]).nonzero().flatten()
-    total = sum(micro.positions_BS.numel() for micro in batch.micro_batches)
-    return torch.cat([starts, torch.tensor([total])]).diff().tolist()
-
-
-def _gate_statistics(means_3L: Tensor) -> dict[str, list[float]]:
-    mean_L, square_L, entropy_L = means_3L.double()
-    return {
-        "mean": mean_L.tolist(),
-        "std": (square_L - mean_L.square()).clamp(min=0).sqrt().tolist(),
-        "entropy": entropy_L.tolist(),
-    }
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of the device, or of the process where the device is the CPU (Linux counts it in KiB)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+import secrets
 import time
 from pathlib import Path
 from typing import Any
 
 from fusiontree.training.config import WandbConfig
-from fusiontree.utils.errors import UserError
+from fusiontree.training.mirror import Mirror
 from fusiontree.utils.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+_CLOCK_JUMP_S = 10.0
+"""A clock that is corrected over the network moves by less."""
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -36,37 +43,23 @@ class Records:
         self.metrics_path = run_dir / "metrics.jsonl"
         self.events_path = run_dir / "events.jsonl"
         self.enabled = enabled
-        self._mirror: Any = None
+        self._unwritten: dict[Path, list[str]] = {}
+        self._whole: set[Path] = set()  # files known to end with a whole line
+        self._mirror: Mirror | None = None
+        self._session = secrets.token_hex(4)
+        self._began = time.monotonic()
+        self._clock_offset = time.time() - self._began
 
-    def open_mirror(self, config: WandbConfig, run_dir: Path, values: dict[str, Any]) -> None:
-        """Start the wandb mirror.
+    def open_mirror(self, config: WandbConfig, run_dir: Path, values: dict[str, Any], after_step: int) -> None:
+        """Start the wandb mirror of the steps after ``after_step``.
 
         Raises:
             UserError: it is configured and wandb is not installed.
         """
-        if not self.enabled or config.mode == "disabled":
-            return
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                f"logging.wandb.mode is {config.mode}, but wandb is not installed; pip install 'fusiontree[wandb]' "
-                f"or set logging.wandb.mode=disabled"
-            ) from error
-        identity = run_dir.resolve().name
-        try:
-            self._mirror = wandb.init(
-                project=config.project,
-                entity=config.entity,
-                name=config.name or identity,
-                id=identity,
-                resume="allow",
-                mode=config.mode,
-                dir=str(run_dir),
-                config=values,
-            )
-        except Exception as error:  # the mirror must never cost the run
-            self.event("wandb_failed", reason=str(error))
+        if self.enabled:
+            self._mirror = Mirror.start(config, run_dir, values, after_step)
+            if self._mirror and self._mirror.note:
+                self.event("wandb_offline", reason=self._mirror.note)
 
     def truncate_metrics(self, step: int) -> None:
         """Move lines after ``step`` to metrics.discarded.jsonl: those steps are about to be done again."""
@@ -85,33 +78,72 @@ class Records:
         if not self.enabled:
             return
         self._append(self.metrics_path, values)
-        if self._mirror is not None:
-            self._mirror.log(_flat(values), step=values["step"])
+        if self._mirror is not None and (problem := self._mirror.failure()):
+            self.event("wandb_failed", reason=problem)
 
     def event(self, event: str, **details: Any) -> None:
-        """Append something that happened: a start, a resume, a save, a skipped step, a fault."""
-        if self.enabled:
-            now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            self._append(self.events_path, {"time": now, "unix_time": time.time(), "event": event, **details})
+        """Append something that happened: a start, a resume, a save, a skipped step, a fault.
 
-    def close(self) -> None:
-        """End the mirror."""
-        if self._mirror is not None:
-            self._mirror.finish()
+        ``session_s`` counts from the start of this process, which ``session`` names, and cannot jump as the clock can.
+        """
+        if not self.enabled:
+            return
+        offset = time.time() - time.monotonic()
+        if abs(offset - self._clock_offset) > _CLOCK_JUMP_S:
+            jump, self._clock_offset = offset - self._clock_offset, offset
+            self.event("clock_jump", seconds=round(jump, 1), reason=f"the machine's clock jumped by {jump:+.0f} s")
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "unix_time": time.time(),
+            "session": self._session,
+            "session_s": round(time.monotonic() - self._began, 3),
+            "event": event,
+        }
+        self._append(self.events_path, entry | details)
 
-    @staticmethod
-    def _append(path: Path, values: dict[str, Any]) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+    def close(self, patience_s: float = 60.0) -> None:
+        """Write what is left and end the mirror, waiting at most ``patience_s`` for it to send its rest."""
+        if self._mirror is not None and (problem := self._mirror.close(patience_s)):
+            self.event("wandb_failed", reason=problem)
+        self.flush()
+
+    def flush(self) -> None:
+        """Try again to write lines that a full disk refused."""
+        for path in list(self._unwritten):
+            self._append(path, None)
+
+    def _append(self, path: Path, values: dict[str, Any] | None) -> None:
+        """Append a line; what cannot be written now is kept, in order, for the next time."""
+        lines = self._unwritten.setdefault(path, [])
+        if values is not None:
+            lines.append(json.dumps(values) + "\n")
+        try:
+            with path.open("ab") as file:
+                end = file.tell() if path in self._whole else _end_of_lines(path)
+                file.truncate(end)
+                self._whole.add(path)
+                try:
+                    file.write("".join(lines).encode())
+                    file.flush()
+                except OSError:
+                    self._whole.discard(path)  # a part of a line may have got through
+                    raise
+        except OSError as error:
+            if len(lines) == 1:
+                log.error("cannot write %s (%s); its lines are kept until it can be written", path, error)
+            return
+        del self._unwritten[path]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}/")
-        elif isinstance(value, list):
-            flat |= {f"{prefix}{key}/{i}": v for i, v in enumerate(value)}
-        elif value is not None:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _end_of_lines(path: Path) -> int:
+    """Return where the last whole line of a file ends: a crash may have left half a line behind it."""
+    with path.open("rb") as file:
+        position = file.seek(0, 2)
+        while position:
+            start = max(0, position - 65536)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            position = start
+    return 0

@@ -55,3 +55,17 @@ def process_place() -> ProcessPlace:
 def rendezvous_given() -> bool:
     """True when a launcher told this process where its peers meet (``MASTER_ADDR`` and ``MASTER_PORT``)."""
     return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+
+
+def keep_flight_record() -> None:
+    """Make NCCL's process groups keep a record of their last collectives; call before the first group is made.
+
+    What the user has set already stays.
+    """
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # torch renamed it
+        os.environ.setdefault(name, "2000")
+
+
+def wandb_server() -> str:
+    """Return the address of the wandb server that this process would talk to."""
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fusiontree.report import main
-from fusiontree.training.goodput import account
+from fusiontree.training.goodput import account, timeline
+from fusiontree.training.last_words import write_report
 
 
 def write(folder: Path, events: list[tuple[float, str, dict]]) -> Path:
@@ -20,9 +21,9 @@ EVENTS = [
     (40.0, "save", {"step": 10, "seconds": 2.0, "train_seconds": 30.0}),
     (80.0, "save", {"step": 20, "seconds": 2.0, "train_seconds": 60.0}),
     # killed; the save of step 20 was damaged, so the run went back to 10
+    (100.0, "hang", {"reason": "rank 3 hung in 'backward'"}),
     (100.0, "checkpoint_damaged", {"reason": "step 20"}),
     (100.0, "resume", {"step": 10, "world_size": 4}),
-    (100.0, "hang", {"rank": 3, "section": "backward"}),
     (150.0, "save", {"step": 25, "seconds": 1.0, "train_seconds": 40.0}),
     (151.0, "interrupted", {"step": 25, "reason": "stopped by SIGUSR1"}),
     (160.0, "resume", {"step": 25, "world_size": 4}),
@@ -51,3 +52,36 @@ def test_report_as_text_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "goodput 52.5%" in (tmp_path / "report.html").read_text()
     assert main([str(tmp_path / "no")]) == 2
     assert "no events.jsonl" in capsys.readouterr().err
+
+
+def clocked(times: list[tuple[float, str, float]]) -> list[dict]:
+    return [{"unix_time": clock, "session": name, "session_s": own} for clock, name, own in times]
+
+
+def test_a_clock_that_jumps_moves_nothing() -> None:
+    forward = [(0, "a", 0), (10, "a", 10), (3620, "a", 20), (40, "b", 1), (50, "b", 11)]
+    back = [(0, "a", 0), (10, "a", 10), (-3580, "a", 20), (40, "b", 1), (50, "b", 11)]
+    set_right = [(0, "a", 0), (3610, "a", 10), (3640, "b", 0), (3650, "b", 10)]
+    assert timeline(clocked(forward)) == [0, 10, 20, 40, 50]
+    assert timeline(clocked(back)) == [0, 10, 20, 40, 50]
+    assert timeline(clocked(set_right)) == [0, 10, 40, 50]
+
+
+def test_a_rewind_is_an_interruption_and_its_time_is_lost(tmp_path: Path) -> None:
+    events = [
+        (0.0, "start", {"step": 0, "world_size": 1}),
+        (20.0, "save", {"step": 10, "seconds": 1.0, "train_seconds": 18.0}),
+        (30.0, "rewind", {"step": 15, "to_step": 10, "reason": "loss spike"}),
+        (60.0, "save", {"step": 20, "seconds": 1.0, "train_seconds": 40.0}),
+        (61.0, "finished", {"step": 20, "reason": "finished"}),
+    ]
+    goodput = account(write(tmp_path, events))
+    assert [(i.step, i.cause, i.lost_s) for i in goodput.interruptions] == [(10, "loss spike", 10.0)]
+    assert goodput.kept_s == 40.0
+
+
+def test_a_run_that_nobody_started_again_says_why_it_died(tmp_path: Path) -> None:
+    write_report(tmp_path, 0, {"kind": "hang", "world_size": 2, "section": "backward", "step": 3})
+    goodput = account(write(tmp_path, EVENTS[:1]))
+    assert goodput.sessions[-1].cause
+    assert "rank 1 left no report" in goodput.sessions[-1].cause

@@ -1,0 +1,93 @@
+"""What processes of a run leave behind when they hang or crash, and what the next start makes of it.
+
+Each rank writes RUN/hangs/rank-N.json by itself: when it is needed, nobody can be asked any more. Ranks go through the
+same sections in the same order, so the number of sections entered tells who was behind; and who left no report at
+all was stopped, killed or cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from fusiontree.utils.files import atomic_write
+
+FOLDER = "hangs"
+
+_OF_A_PEER = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "nccl", "gloo", "tcpstore")
+"""In the error of a rank that only lost another one."""
+
+
+def write_report(run_dir: Path, rank: int, values: dict[str, Any]) -> None:
+    """Write one rank's report; ``values`` has at least ``kind`` (hang or crash), ``world_size`` and ``section``."""
+    folder = run_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "unix_time": time.time(), **values}
+    with atomic_write(folder / f"rank-{rank}.json") as file:
+        json.dump(record, file)
+
+
+def read_reports(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the reports that lie in the run folder, in order of rank."""
+    found = []
+    for file in (run_dir / FOLDER).glob("rank-*.json"):
+        try:
+            found.append(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            rank = int(file.stem.removeprefix("rank-"))
+            found.append({"rank": rank, "kind": "hang", "section": "unknown: its report cannot be read"})
+    return sorted(found, key=lambda report: report["rank"])
+
+
+def collect_reports(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the reports and remove them; stacks stay until the next ones replace them."""
+    found = read_reports(run_dir)
+    for report in found:
+        (run_dir / FOLDER / f"rank-{report['rank']}.json").unlink(missing_ok=True)
+    return found
+
+
+def explain(reports: list[dict[str, Any]]) -> str:
+    """Say in a sentence what most likely ended the run, naming the ranks to look at first."""
+    if not reports:
+        return "killed or crashed without a word"
+    own = [r for r in reports if r.get("kind") == "crash" and not _lost_a_peer(r["error"])]
+    if own:
+        first = min(own, key=lambda report: report["unix_time"])
+        return f"{_name(first)} failed in '{first['section']}': {first['error']}"
+    present = {report["rank"] for report in reports}
+    missing = sorted(set(range(reports[0].get("world_size", 0))) - present)
+    waiting = f"{_name(reports[0])} waited in '{reports[0]['section']}'" + _at_step(reports[0])
+    if missing:
+        which = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
+        plural = "ranks" if len(missing) > 1 else "rank"
+        return f"{plural} {which} left no report: stopped, killed or cut off, while {waiting}"
+    entered = [report.get("sections", 0) for report in reports]
+    if len(reports) > 1 and min(entered) < max(entered):
+        behind = reports[entered.index(min(entered))]
+        ahead = reports[entered.index(max(entered))]
+        return (
+            f"{_name(behind)} hung in '{behind['section']}'{_at_step(behind)}, while {_name(ahead)} was further on, in "
+            f"'{ahead['section']}'"
+        )
+    if len(reports) == 1:
+        verb = "hung in" if reports[0].get("kind") != "crash" else "failed in"
+        what = f": {reports[0]['error']}" if "error" in reports[0] else ""
+        return f"{_name(reports[0])} {verb} '{reports[0]['section']}'{_at_step(reports[0])}{what}"
+    return f"all {len(reports)} ranks waited in '{reports[0]['section']}'{_at_step(reports[0])}: network or device"
+
+
+def _lost_a_peer(error: str) -> bool:
+    return any(sign in error.lower() for sign in _OF_A_PEER)
+
+
+def _name(report: dict[str, Any]) -> str:
+    return f"rank {report['rank']}" + (f" ({report['host']})" if "host" in report else "")
+
+
+def _at_step(report: dict[str, Any]) -> str:
+    return f" of step {report['step']}" if report.get("step") else ""
