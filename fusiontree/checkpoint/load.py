@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fusiontree.checkpoint.folders import MANIFEST, complete_checkpoints
 from fusiontree.checkpoint.manifest import CheckpointDamage, verify
@@ -57,6 +58,16 @@ def newest_good(checkpoints: Path, report: Callable[[str], None]) -> Path | None
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the checkpoint's small values: step, data position, configuration."""
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def saved_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and type of every tensor that the checkpoint holds, in the order they were saved."""
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        name: (tuple(entry.size), entry.properties.dtype)
+        for name, entry in saved.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:

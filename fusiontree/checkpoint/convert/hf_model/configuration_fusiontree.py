@@ -1,0 +1,83 @@
+"""Configuration of a FusionTree model for transformers. Field names are those of FusionTree's own configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.configuration_utils import PretrainedConfig
+
+
+class FusionTreeConfig(PretrainedConfig):
+    """Shape of a hybrid Mamba-2 + local/global attention language model.
+
+    Settings that only matter while training (coefficients of auxiliary losses, initialisation) are kept as they are
+    and not read.
+    """
+
+    model_type = "fusiontree"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+
+    def __init__(
+        self,
+        vocab_size: int = 50432,
+        hidden_size: int = 2048,
+        num_layers: int = 16,
+        layer_pattern: str | None = None,
+        num_heads: int = 16,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        global_heads: int = 2,
+        window_size: int = 1024,
+        attention_type: str = "local_global",
+        window_size_last: int | None = None,
+        max_position_embeddings: int = 32768,
+        rope_theta: float = 500000.0,
+        srte_encoding: str = "sincos",
+        gate_rank: int = 256,
+        use_alignment: bool = True,
+        mlp_ratio: float = 2.0,
+        mlp_activation: str = "gelu",
+        norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        mamba: dict[str, Any] | None = None,
+        tie_word_embeddings: bool = False,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.layer_pattern = layer_pattern or "F" * num_layers
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = head_dim or hidden_size // num_heads
+        self.global_heads = global_heads
+        self.window_size = window_size
+        self.attention_type = attention_type
+        self.window_size_last = window_size_last
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = rope_theta
+        self.srte_encoding = srte_encoding
+        self.gate_rank = gate_rank
+        self.use_alignment = use_alignment
+        self.mlp_ratio = mlp_ratio
+        self.mlp_activation = mlp_activation
+        self.norm_eps = norm_eps
+        self.initializer_range = initializer_range
+        sizes = {"head_dim": 64, "d_state": 128, "n_groups": 1, "norm_groups": 1, "d_conv": 4, "expand": 2}
+        self.mamba = {**sizes, "chunk_size": 256, **(mamba or {})}
+        self.use_cache = use_cache
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def d_inner(self) -> int:
+        """Inner width of the Mamba-2 mixer."""
+        return self.mamba["expand"] * self.hidden_size
+
+    def window_of_layer(self, layer: int) -> int:
+        """Tokens that the local heads of ``layer`` see, their own included."""
+        if self.attention_type == "local_global" or self.num_layers == 1:
+            return self.window_size
+        last = self.window_size_last or self.max_position_embeddings
+        return round(self.window_size + (last - self.window_size) * layer / (self.num_layers - 1))

@@ -1,0 +1,164 @@
+"""Between checkpoint formats; every conversion reads its result back and compares it before the target appears.
+
+python tools/convert_checkpoint.py RUN DST --to hf
+python tools/convert_checkpoint.py HF_FOLDER NEW_RUN --to dcp --config configs/quickstart.yaml
+python tools/convert_checkpoint.py --list
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusiontree.checkpoint.manifest import CheckpointDamage
+from fusiontree.utils.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description="Convert a checkpoint. The target is written under a temporary name, read back, compared tensor by "
+        "tensor with the source, and only then renamed; memory stays near the largest tensor.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", nargs="?", type=Path, metavar="SRC", help="checkpoint to read")
+    add("target", nargs="?", type=Path, metavar="DST", help="new folder or file")
+    add("--to", metavar="FORMAT", help="format of DST; see --list")
+    add("--from", dest="source_format", metavar="FORMAT", help="format of SRC (default: seen from its files)")
+    add(
+        "--dtype", choices=["fp32", "bf16"], help="type of exported weights (default: as in SRC); A, D and dt stay fp32"
+    )
+    add(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="hf: size of a weight file, such as 500MB (default 5GB)"
+    )
+    add("--config", type=Path, metavar="FILE", help="dcp: configuration of the run that the checkpoint is made for")
+    add("--dry-run", action="store_true", help="open and check SRC, say what would be written, write nothing")
+    add("--list", action="store_true", help="list the formats and exit")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; return the exit code: 0 done and verified, 2 the user gave something wrong or SRC is damaged."""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.list:
+            list_formats()
+        elif args.source is None or args.target is None or args.to is None:
+            raise UserError("give SRC DST --to FORMAT; --list shows the formats, --help everything")
+        else:
+            run(args)
+    except (UserError, CheckpointDamage) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def list_formats() -> None:
+    """Print the formats."""
+    from fusiontree.checkpoint.convert.formats import FORMATS
+
+    for form in FORMATS.values():
+        directions = "read and written" if form.write else "read"
+        print(f"{form.name:12} {form.what} ({directions})")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert as asked.
+
+    Raises:
+        UserError: something the user gave is wrong, or the result reads back different.
+        CheckpointDamage: a file of the source differs from its recorded hash.
+    """
+    from fusiontree.checkpoint.convert.formats import (
+        Options,
+        Stream,
+        check_target,
+        convert,
+        format_named,
+        open_source,
+        target_dtype,
+        written_bytes,
+    )
+
+    form = format_named(args.to, "--to")
+    options = Options(dtype=args.dtype, max_shard_bytes=parse_size(args.max_shard_size), **read_config(args))
+    dtype = target_dtype(form, options)
+    check_target(args.target, form)
+    read_as, source = open_source(args.source, args.source_format)
+    parameters = [entry for name, entry in source.entries.items() if name.startswith("model.")]
+    stream = Stream(source, dtype, lambda done, total: None)
+    print(
+        f"{args.source} ({read_as.name}): {len(parameters)} parameters, "
+        f"{size_text(sum(entry.nbytes for entry in parameters))}"
+        f"{', optimizer state' if source.has_optimizer else ''}; {args.target} ({form.name}) will take about "
+        f"{size_text(written_bytes(stream, form))}",
+        flush=True,
+    )
+    if args.dry_run:
+        print("dry run: nothing was written")
+        return
+    began = time.monotonic()
+    hashes = convert(source, args.target, form, options, Progress().report)
+    print(
+        f"verified: {len(hashes)} tensors read back from {args.target} equal those written (SHA-256); "
+        f"{time.monotonic() - began:.1f} s"
+    )
+
+
+def read_config(args: argparse.Namespace) -> dict:
+    """Return the options that ``--config`` stands for."""
+    if args.config is None:
+        return {}
+    if args.to != "dcp":
+        raise UserError(f"--config describes the run of a training checkpoint; it has no meaning with --to {args.to}")
+    from fusiontree.config.load import config_values, dump_config, load_config
+
+    config = load_config(args.config, [f"run_dir={args.target}"])
+    return {"config": config_values(config), "config_yaml": dump_config(config)}
+
+
+def parse_size(text: str) -> int:
+    """Return bytes from a number with KB, MB or GB.
+
+    Raises:
+        UserError: it is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if not match or float(match.group(1)) <= 0:
+        raise UserError(f"--max-shard-size '{text}' is no size; write for example 500MB or 5GB")
+    return max(1, int(float(match.group(1)) * 1000 ** " KMG".index(match.group(2).upper() or " ")))
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes for reading."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB")):
+        if size >= limit:
+            return f"{size / limit:.2f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
+class Progress:
+    """Says every few seconds how far the conversion is."""
+
+    def __init__(self, interval_s: float = 5.0) -> None:
+        self._interval_s = interval_s
+        self._said = time.monotonic()
+
+    def report(self, done: int, total: int) -> None:
+        """Take note of the bytes done."""
+        now = time.monotonic()
+        if now - self._said >= self._interval_s:
+            self._said = now
+            print(f"{size_text(done)} of {size_text(total)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
