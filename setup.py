@@ -34,6 +34,7 @@ setup(
             "megatron-core>=0.12,<0.20",  # writes the corpora that its import is tested with
             "webdataset>=1.0.2,<2",  # our shards must be readable by it
             "transformers>=4.57,<6",  # its Mamba-2 mixer is an independent reference
+            "wandb>=0.18,<1",  # the mirror is tested with the real client
         ],
     },
 )

@@ -38,7 +38,7 @@ from fusiontree.training.schedule import learning_rate
 from fusiontree.training.skips import check_skips, name_broken
 from fusiontree.training.spikes import Rewinds, SpikeFilter
 from fusiontree.training.stop import StopRequest
-from fusiontree.training.watchdog import Watchdog
+from fusiontree.training.watchdog import Watchdog, in_short
 from fusiontree.utils.flight_record import flight_record
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class Trainer:
             with self.watchdog, StopRequest() as stop:
                 return self._run(stop)
         except BaseException as error:
-            self.records.event("failed", step=self.position.step, reason=f"{type(error).__name__}: {error}"[:2000])
+            self.records.event("failed", step=self.position.step, reason=in_short(error))
             self.records.close(patience_s=10)
             raise
 

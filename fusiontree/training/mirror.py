@@ -58,7 +58,7 @@ class Mirror:
             )
         mode, note = config.mode, None
         if mode == "online":
-            problem = unreachable(wandb_server())
+            problem = unreachable(wandb_server(), _REACH_S)
             if problem:
                 mode = "offline"
                 note = (
@@ -112,7 +112,7 @@ class Mirror:
         return f"the mirror ended with code {code}; see {LOG} in the run folder" if code and not self._told else None
 
 
-def unreachable(address: str, seconds: float = _REACH_S) -> str | None:
+def unreachable(address: str, seconds: float) -> str | None:
     """Return why ``address`` gives no HTTP answer within some seconds, or None when it gives one of any kind."""
     try:
         with urllib.request.urlopen(address, timeout=seconds):

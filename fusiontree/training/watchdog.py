@@ -131,14 +131,20 @@ class Watchdog:
 
     def _write_crash(self, error: BaseException) -> None:
         section = self._failed_in or "between sections"
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        values = {**self._state("crash", section), "error": text[:2000]}
+        values = {**self._state("crash", section), "error": in_short(error)}
         try:
             write_report(self.run_dir, self.rank, values)
             with (self.run_dir / FOLDER / f"rank-{self.rank}.stacks.txt").open("w") as file:
                 traceback.print_exception(error, file=file)
         except OSError as problem:
             _complain(f"the report of the error could not be written: {problem}")
+
+
+def in_short(error: BaseException) -> str:
+    """Return an error in a line: its kind and message; of a long message its first and last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    text = lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"
+    return (text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")[:1000]
 
 
 def _complain(message: str) -> None:

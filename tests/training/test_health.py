@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fusiontree.training.health import check
+from fusiontree.training.probe import Probe
+from fusiontree.training.stragglers import slow_ranks
+from fusiontree.utils.errors import UserError
+
+
+def nodes(count: int, odd: int | None = None, **changes: Any) -> list[dict[str, Any]]:
+    same = {
+        "config": "c",
+        "source": "s",
+        "python": "3.11.7",
+        "packages": {"torch": "2.13.0"},
+        "cuda": None,
+        "driver": None,
+        "matmul_tflops": 700.0,
+        "memory_gb_per_s": 2900.0,
+        "clock_mhz": 1980,
+    }
+    reports = [same | {"rank": rank, "host": f"node{rank // 2}"} for rank in range(count)]
+    if odd is not None:
+        reports[odd] |= changes
+    return reports
+
+
+def test_healthy_nodes_pass() -> None:
+    assert check(nodes(8)) == []
+    assert check(nodes(1)) == []
+
+
+@pytest.mark.parametrize(("key", "value"), [("matmul_tflops", 400.0), ("memory_gb_per_s", 1000.0), ("clock_mhz", 1200)])
+@pytest.mark.parametrize("count", [2, 8])
+def test_a_slow_node_is_named(key: str, value: float, count: int) -> None:
+    (said,) = check(nodes(count, 1, **{key: value}))
+    assert said.startswith("rank 1 (node0) is slow")
+    assert f"{value:g}" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("packages", {"torch": "2.12.0"}), ("config", "other"), ("source", "old"), ("python", "3.12.1")]
+)
+def test_other_code_or_configuration_is_an_error_that_names_the_node(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"not run the same {key}: rank 5 \(node2\)"):
+        check(nodes(8, 5, **{key: value}))
+
+
+def ranks(own: list[float], matmul: list[float]) -> list[dict[str, Any]]:
+    pairs = zip(own, matmul, strict=True)
+    return [{"host": f"node{i}", "own_s": o, "matmul_s": m, "step_s": 1.0} for i, (o, m) in enumerate(pairs)]
+
+
+def test_slow_ranks_are_named_with_what_is_slow() -> None:
+    assert slow_ranks(ranks([0.01, 0.01, 0.3, 0.01], [0.002] * 4), 1.5)[0]["reason"] == (
+        "rank 2 (node2) is 30.0 times slower in data and host work"
+    )
+    (slow,) = slow_ranks(ranks([0.01] * 4, [0.002, 0.002, 0.002, 0.005]), 1.5)
+    assert (slow["rank"], slow["what"]) == (3, "computing")
+    assert [s["rank"] for s in slow_ranks(ranks([0.01, 0.4], [0.002, 0.002]), 1.5)] == [1]
+    # Ten times slower, but a hundredth of a step: nobody's trouble.
+    assert slow_ranks(ranks([0.001, 0.01, 0.001], [0.002] * 3), 1.5) == []
+
+
+def test_the_probe_measures_something() -> None:
+    probe = Probe(torch.device("cpu"))
+    assert 1e8 < probe.matmul_flops() < 1e13
+    assert 1e8 < probe.copy_bytes_per_s() < 1e13

@@ -1,0 +1,140 @@
+"""Many runs, many faults: does each finish with the losses of an undisturbed run, or say why it stopped?
+
+    python -m tools.fault_campaign --faults 200 --seed 0 --out DIR
+
+Every run is a tiny model on CPU ranks. It is killed, stopped, poisoned, slowed, and started again until it finishes;
+then every step's loss must equal the reference's (fp32, 1e-5) and every step's token hash exactly. A start that stops
+with exit code 2 must name its cause; the campaign mends it (puts the shard back, say) and starts again. The same seed
+gives the same faults at the same moments. Results go to DIR/faults.jsonl, one line a run, and DIR/summary.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tools.fault_injection import Fault
+from tools.fault_runs import FaultyRun, References, build_corpus, can_mount
+
+ENDING = ("kill", "hang", "term", "usr1", "int", "corrupt", "lost_shard", "full_disk")
+"""Faults after which the run has to be started again (a full disk need not)."""
+PASSING = ("nan", "slow", "clock", "wandb")
+"""Faults that a run lives through."""
+
+
+def plan_faults(random: Random, kinds: Sequence[str]) -> list[Fault]:
+    """Return one fault a start for a run: first some that end it, then one that it lives through."""
+    ending = [kind for kind in ENDING if kind in kinds]
+    passing = [kind for kind in PASSING if kind in kinds]
+    faults = [plan_fault(random, random.choice(ending)) for _ in range(random.randint(2, 4) if ending else 0)]
+    return faults + [plan_fault(random, random.choice(passing)) for _ in range(1 if passing else 0)]
+
+
+def plan_fault(random: Random, kind: str) -> Fault:
+    """Return a fault of a kind at a random moment of the first steps after a start."""
+    rank = random.randrange(2)
+    delay = random.choice((0.0, random.uniform(0.0, 0.05)))
+    if kind in ("slow", "wandb"):
+        return Fault(kind, rank, 1, amount=0.25)
+    if kind == "clock":
+        return Fault(kind, 0, random.randint(1, 40), amount=random.choice((-1, 1)) * random.uniform(60, 1e6))
+    if kind == "full_disk":
+        return Fault(kind, 0, random.randint(1, 40), amount=random.choice((0, random.randint(0, 300_000))))
+    if kind == "nan":
+        return Fault(kind, rank, random.randint(1, 8), section="forward")
+    if random.random() < 0.3:  # saving and starting are short and the most delicate
+        return Fault(kind, rank, random.randint(1, 3), section=random.choice(("save", "resume")), delay_s=delay)
+    return Fault(kind, rank, random.randint(4, 60), delay_s=delay)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description="Inject faults into many small runs and compare their losses.")
+    parser.add_argument("--faults", type=int, default=200, help="stop after this many faults happened")
+    parser.add_argument("--seed", type=int, default=0, help="decides kinds, ranks and moments")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for runs and results; new")
+    parser.add_argument("--kinds", nargs="+", default=[*ENDING, *PASSING], choices=[*ENDING, *PASSING])
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
+    parser.add_argument("--engine", default="fsdp2", help="parallel.engine of the runs")
+    parser.add_argument("--keep", action="store_true", help="keep the folders of runs that passed, too")
+    return parser
+
+
+def campaign(args: argparse.Namespace) -> dict[str, Any]:
+    """Run it and return the summary."""
+    args.out.mkdir(parents=True)
+    kinds = list(args.kinds)
+    if "full_disk" in kinds and not can_mount(args.out):
+        print("no full disks: mounting a small file system needs root", flush=True)
+        kinds.remove("full_disk")
+    corpus = build_corpus(args.out / "corpus")
+    references = References(args.out, corpus, args.engine)
+    began = time.monotonic()
+    lock = threading.Lock()
+    results: list[dict[str, Any]] = []
+    happened: Counter[str] = Counter()
+
+    def one(number: int) -> None:
+        random = Random(f"{args.seed} {number}")
+        with lock:
+            if happened.total() >= args.faults:
+                return
+        run = FaultyRun(args.out / f"run-{number:04d}", corpus, references, args.engine, random)
+        result = {"run": number, **run.go(plan_faults(random, kinds))}
+        with lock:
+            results.append(result)
+            happened.update(result["fired"])
+            with (args.out / "faults.jsonl").open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            verdict = "ok" if result["ok"] else "FAILED: " + result["problem"]
+            print(
+                f"run {number}: {' '.join(result['fired'])}: {result['starts']} starts, {verdict} "
+                f"({happened.total()} faults, {time.monotonic() - began:.0f} s)",
+                flush=True,
+            )
+        if result["ok"] and not args.keep:
+            run.remove()
+
+    with ThreadPoolExecutor(args.parallel) as pool:
+        # Far more than are needed: a fault whose moment lies behind the run's end does not happen.
+        list(pool.map(one, range(args.faults)))
+    good = [r for r in results if r["ok"]]
+    summary = {
+        "seed": args.seed,
+        "engine": args.engine,
+        "faults": happened.total(),
+        "by_kind": dict(sorted(happened.items())),
+        "runs": len(results),
+        "finished_with_reference_losses": len(good),
+        "failed": sorted(r["run"] for r in results if not r["ok"]),
+        "starts": sum(r["starts"] for r in results),
+        "stops_that_named_their_cause": sum(len(r["stops"]) for r in results),
+        "median_goodput": sorted(r["goodput"] for r in results)[len(results) // 2] if results else None,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the campaign; exit code 0 if no run lost anything, 1 otherwise."""
+    args = build_parser().parse_args(argv)
+    if args.out.exists():
+        print(f"error: '{args.out}' exists; name a new folder", file=sys.stderr)
+        return 2
+    summary = campaign(args)
+    print(json.dumps(summary))
+    return 1 if summary["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""One run of the fault campaign: ranks as processes, starts until it finishes, comparison with a reference."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import yaml
+
+from fusiontree.training.goodput import account
+from fusiontree.training.records import read_records
+from tools.build_shards import main as build_shards
+from tools.fault_injection import Fault, run_rank
+
+STEPS = 24
+STARTS = 16
+"""A run that is not through after so many starts counts as failed."""
+PATIENCE_S = 120.0
+"""No start of these tiny runs takes longer, hung ones included."""
+GRACE_S = 4.0
+"""After the first rank left with an error, the others have so long to leave by themselves."""
+CONFIG: dict[str, Any] = {
+    "model": {
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "global_heads": 2,
+        "window_size": 12,
+        "max_position_embeddings": 64,
+        "gate_rank": 8,
+        "drop_branch_prob": 0.1,
+        "load_balance_coeff": 0.05,
+        "mamba": {"head_dim": 8, "d_state": 8, "chunk_size": 16},
+    },
+    "training": {
+        "seq_len": 64,
+        "max_steps": STEPS,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "precision": "fp32",
+        "device": "cpu",
+        "learning_rate": 3e-4,
+        "warmup_steps": 4,
+        "eval_interval": 12,
+        "eval_rows": 4,
+        "hang_timeout_s": 5.0,
+        "slow_timeout_s": 20.0,
+        "straggler_interval": 4,
+        "straggler_factor": 3.0,
+        "replica_check_interval": 8,
+        "restart_backoff_s": 0.1,
+    },
+    "checkpoint": {"save_interval": 3},
+    "logging": {"log_interval": 1},
+}
+NAMED = {
+    "lost_shard": ("shard",),
+    "full_disk": ("space", "free", "disk"),
+    "corrupt": ("checkpoint",),
+}
+"""One of these words must be in the message of a start that stops for the fault."""
+
+# Forked from one process that has imported everything: a start takes a second, not four.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tools.fault_injection", "fusiontree.engines.build", "fusiontree.data.loader"])
+_STARTING = threading.Lock()
+
+
+def build_corpus(folder: Path) -> Path:
+    """Write small texts and build train and validation shards of them; return their folder."""
+    texts = folder / "texts"
+    texts.mkdir(parents=True)
+    random = Random(0)
+    for number in range(80):
+        words = " ".join(random.choice(("tree", "root", "leaf", "moss", "rain")) for _ in range(5 + number % 60))
+        (texts / f"{number:03d}.txt").write_text(words)
+    options = ["--validation-fraction", "0.15", "--shard-mb", "0.003", "--processes", "1"]
+    assert build_shards(["--input", str(texts), "--output", str(folder / "data"), *options]) == 0
+    return folder / "data"
+
+
+def can_mount(folder: Path) -> bool:
+    """Tell whether a small file system can be mounted here."""
+    probe = folder / "probe"
+    probe.mkdir(parents=True)
+    mounted = mount_small(probe, 1)
+    if mounted:
+        unmount(probe)
+    probe.rmdir()
+    return mounted
+
+
+def mount_small(folder: Path, mib: int) -> bool:
+    """Mount a file system of ``mib`` MiB in memory; False where that is not allowed."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], capture_output=True)
+    return done.returncode == 0
+
+
+def unmount(folder: Path) -> None:
+    """Take it away again."""
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def write_config(folder: Path, data: Path, engine: str, **sections: dict[str, Any]) -> Path:
+    """Write the configuration of a run in ``folder / run``."""
+    values = {**CONFIG, **sections, "run_dir": str(folder / "run"), "parallel": {"engine": engine}}
+    values["data"] = {"train": str(data / "train"), "validation": str(data / "validation")}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def start(folder: Path, config: Path, world: int, faults: list[Fault], environment: dict[str, str]) -> list[int]:
+    """Start ``world`` ranks as a launcher would and wait for them; return their exit codes."""
+    port = free_port()
+    arguments = ["--config", str(config)]
+    log = str(folder / "log.txt")
+    with _STARTING:
+        ranks = [
+            _CONTEXT.Process(target=run_rank, args=(rank, world, port, arguments, log, environment, faults))
+            for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+    deadline = time.monotonic() + PATIENCE_S
+    doomed = False
+    while any(process.is_alive() for process in ranks):
+        codes = [process.exitcode for process in ranks]
+        if not doomed and any(code not in (None, 0) for code in codes):
+            doomed, deadline = True, min(deadline, time.monotonic() + GRACE_S)
+            for process in ranks:
+                if process.is_alive() and process.pid and 75 not in codes:
+                    os.kill(process.pid, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            for process in ranks:
+                process.kill()
+        time.sleep(0.02)
+    return [process.exitcode if process.exitcode is not None else -1 for process in ranks]
+
+
+class References:
+    """Undisturbed runs of one process: one for every set of steps that faults made others skip."""
+
+    def __init__(self, folder: Path, data: Path, engine: str) -> None:
+        """Run nothing yet."""
+        self.folder, self.data, self.engine = folder, data, engine
+        self._known: dict[int | None, list[dict[str, Any]]] = {}
+        self._lock = threading.Lock()
+
+    def metrics(self, skipped: int | None) -> list[dict[str, Any]]:
+        """Return the metrics of a run that skipped step ``skipped``, or none."""
+        with self._lock:
+            if skipped not in self._known:
+                folder = self.folder / f"reference-{skipped or 'plain'}"
+                folder.mkdir()
+                config = write_config(folder, self.data, self.engine)
+                # Two micro batches a step on one rank.
+                faults = [Fault("nan", 0, 2 * skipped - 1, section="forward")] if skipped else []
+                codes = start(folder, config, 1, faults, {})
+                assert codes == [0], (folder / "log.txt").read_text()
+                self._known[skipped] = read_records(folder / "run" / "metrics.jsonl")
+            return self._known[skipped]
+
+
+class FaultyRun:
+    """A run that suffers a fault at each of its first starts."""
+
+    def __init__(self, folder: Path, data: Path, references: References, engine: str, random: Random) -> None:
+        """Prepare its folder, on a small file system of its own where that is possible, with its own shards."""
+        self.folder, self.references, self.engine, self.random = folder, references, engine, random
+        folder.mkdir()
+        self.mounted = mount_small(folder, 24)
+        self.data = folder / "data"
+        shutil.copytree(data, self.data)
+        self.run = folder / "run"
+        self.log = folder / "log.txt"
+        self.hidden: tuple[Path, Path] | None = None
+        self.stops: list[str] = []
+
+    def go(self, faults: list[Fault]) -> dict[str, Any]:
+        """Start until it finishes; return what happened, with ``ok`` and ``problem``."""
+        problem, starts = None, 0
+        while problem is None:
+            if starts >= STARTS:
+                problem = f"not finished after {STARTS} starts"
+                break
+            fault = faults[starts] if starts < len(faults) else None
+            world = 2 if fault or self.random.random() < 0.7 else 1
+            seen = len(self.fired())
+            mark = self.log.stat().st_size if self.log.exists() else 0
+            codes = self._start(world, fault)
+            starts += 1
+            if fault and len(self.fired()) == seen:
+                fault = None  # the run was over before its moment came
+            if all(code == 0 for code in codes):
+                break
+            problem = self._after_stop(codes, fault, mark)
+        problem = problem or self._compare()
+        goodput = account(self.run) if (self.run / "events.jsonl").exists() else None
+        fired = [note["kind"] for note in self.fired()]
+        return {
+            "ok": problem is None,
+            "problem": problem or "",
+            "fired": fired,
+            "notes": self.fired(),
+            "starts": starts,
+            "stops": self.stops,
+            "goodput": round(goodput.share, 3) if goodput else 0.0,
+            "interruptions": [i.cause for i in goodput.interruptions] if goodput else [],
+        }
+
+    def fired(self) -> list[dict[str, Any]]:
+        """Return the faults that happened, in order."""
+        return [json.loads(p.read_text()) for p in sorted(self.folder.glob("fired-*.json")) if p.stat().st_size]
+
+    def remove(self) -> None:
+        """Delete the run's folder."""
+        if self.mounted:
+            unmount(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, world: int, fault: Fault | None) -> list[int]:
+        sections: dict[str, dict[str, Any]] = {}
+        environment: dict[str, str] = {}
+        faults = [fault] if fault else []
+        if fault and fault.kind == "wandb":
+            sections["logging"] = {"log_interval": 1, "wandb": {"mode": "online"}}
+            environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": "0" * 40}
+            faults = [replace(fault, kind="slow", amount=0.0)]  # leaves the note that the server was asked for
+        config = write_config(self.folder, self.data, self.engine, **sections)
+        return start(self.folder, config, world, faults, environment)
+
+    def _after_stop(self, codes: list[int], fault: Fault | None, mark: int) -> str | None:
+        """Mend or break what is due between two starts; return what was wrong with how the last one ended."""
+        kind = fault.kind if fault else ""
+        said = self.log.read_bytes()[mark:].decode(errors="replace")
+        (self.folder / "filler").unlink(missing_ok=True)
+        if kind == "corrupt":
+            self._corrupt_newest()
+        elif kind == "lost_shard":
+            shard = self.random.choice(sorted((self.data / "train").glob("*.tar")))
+            self.hidden = (shard, shard.with_suffix(".hidden"))
+            self.hidden[0].rename(self.hidden[1])
+        elif 2 in codes:
+            messages = [line for line in said.splitlines() if line.startswith("error: ")]
+            if not messages:
+                return f"stopped with exit codes {codes} and no message"
+            self.stops.append(messages[-1][:300])
+            if self.hidden:
+                if self.hidden[0].name not in said:
+                    return f"a lost shard was not named: {messages[-1]}"
+                self.hidden[1].rename(self.hidden[0])
+                self.hidden = None
+            elif kind not in NAMED or not any(word in messages[-1] for word in NAMED[kind]):
+                return f"stopped for no injected reason: {messages[-1]}"
+        elif fault is None and not self.hidden:
+            return f"ended with exit codes {codes} without a fault: {said[-400:]}"
+        return None
+
+    def _corrupt_newest(self) -> None:
+        """Damage one file of the newest checkpoint: flip a bit, cut it, or delete it. The only one is left alone."""
+        folders = sorted(p for p in (self.run / "checkpoints").glob("step-*") if (p / "manifest.json").exists())
+        if len(folders) < 2:
+            return
+        file = self.random.choice(sorted(p for p in folders[-1].rglob("*") if p.is_file() and p.stat().st_size))
+        content = bytearray(file.read_bytes())
+        how = self.random.choice(("flip", "cut", "delete"))
+        if how == "delete":
+            file.unlink()
+        else:
+            place = self.random.randrange(len(content))
+            if how == "flip":
+                content[place] ^= 1 << self.random.randrange(8)
+            file.write_bytes(content if how == "flip" else content[:place])
+
+    def _compare(self) -> str | None:
+        """Return how the finished run differs from the reference, or None."""
+        metrics = read_records(self.run / "metrics.jsonl")
+        events = read_records(self.run / "events.jsonl")
+        steps = [r for r in metrics if "loss" in r]
+        if [r["step"] for r in steps] != list(range(1, STEPS + 1)):
+            return f"steps logged: {[r['step'] for r in steps]}"
+        skipped = [r["step"] for r in steps if not math.isfinite(r["loss"])]
+        poisoned = {note["step"]: note["rank"] for note in self.fired() if note["kind"] == "nan"}
+        if len(skipped) > 1 or not set(skipped) <= poisoned.keys():
+            return f"steps {skipped} were skipped, poisoned were {poisoned}"
+        for step in skipped:
+            said = [e["reason"] for e in events if e["event"] == "step_skipped" and e["step"] == step]
+            if not any(f"on rank {poisoned[step]}" in text and ".tar" in text for text in said):
+                return f"step {step}: rank {poisoned[step]} and its shard are not named in {said}"
+        reference = self.references.metrics(skipped[0] if skipped else None)
+        for mine, wanted in zip(metrics, reference, strict=True):
+            for key in ("step", "tokens_hash", "tokens", "loss", "lm_loss", "grad_norm", "validation_loss"):
+                a, b = mine.get(key), wanted.get(key)
+                same = a == b or (
+                    isinstance(a, float)
+                    and isinstance(b, float)
+                    and (math.isclose(a, b, rel_tol=1e-5) or (math.isnan(a) and math.isnan(b)))
+                )
+                if not same:
+                    return f"step {mine['step']}: {key} is {a}, the reference has {b}"
+        return self._missing_event(events)
+
+    def _missing_event(self, events: list[dict[str, Any]]) -> str | None:
+        """Return which fault left no trace in events.jsonl, or None."""
+        kinds = {note["kind"] for note in self.fired()}
+        seen = {event["event"] for event in events}
+        if "clock" in kinds and "clock_jump" not in seen:
+            return "a clock jumped and no event says so"
+        return None
