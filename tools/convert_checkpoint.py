@@ -2,6 +2,7 @@
 
 python tools/convert_checkpoint.py RUN DST --to hf
 python tools/convert_checkpoint.py HF_FOLDER NEW_RUN --to dcp --config configs/quickstart.yaml
+python tools/convert_checkpoint.py MAMBA2_FOLDER NEW_RUN --to dcp --map configs/maps/mamba2.yaml --config FILE
 python tools/convert_checkpoint.py --list
 """
 
@@ -13,9 +14,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fusiontree.checkpoint.manifest import CheckpointDamage
 from fusiontree.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fusiontree.checkpoint.convert.formats import Options
+    from fusiontree.checkpoint.convert.source import Source
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-shard-size", default="5GB", metavar="SIZE", help="hf: size of a weight file, such as 500MB (default 5GB)"
     )
     add("--config", type=Path, metavar="FILE", help="dcp: configuration of the run that the checkpoint is made for")
+    add("--map", type=Path, metavar="FILE", help="start a run from another model's weights; see configs/maps")
     add("--dry-run", action="store_true", help="open and check SRC, say what would be written, write nothing")
     add("--list", action="store_true", help="list the formats and exit")
     return parser
@@ -83,7 +90,6 @@ def run(args: argparse.Namespace) -> None:
         check_target,
         convert,
         format_named,
-        open_source,
         target_dtype,
         written_bytes,
     )
@@ -92,11 +98,11 @@ def run(args: argparse.Namespace) -> None:
     options = Options(dtype=args.dtype, max_shard_bytes=parse_size(args.max_shard_size), **read_config(args))
     dtype = target_dtype(form, options)
     check_target(args.target, form)
-    read_as, source = open_source(args.source, args.source_format)
+    what, source = mapped(args, options) if args.map else open_named(args)
     parameters = [entry for name, entry in source.entries.items() if name.startswith("model.")]
     stream = Stream(source, dtype, lambda done, total: None)
     print(
-        f"{args.source} ({read_as.name}): {len(parameters)} parameters, "
+        f"{args.source} ({what}): {len(parameters)} parameters, "
         f"{size_text(sum(entry.nbytes for entry in parameters))}"
         f"{', optimizer state' if source.has_optimizer else ''}; {args.target} ({form.name}) will take about "
         f"{size_text(written_bytes(stream, form))}",
@@ -111,6 +117,31 @@ def run(args: argparse.Namespace) -> None:
         f"verified: {len(hashes)} tensors read back from {args.target} equal those written (SHA-256); "
         f"{time.monotonic() - began:.1f} s"
     )
+
+
+def open_named(args: argparse.Namespace) -> tuple[str, Source]:
+    """Return the source as a checkpoint of one of the formats, and the format's name."""
+    from fusiontree.checkpoint.convert.formats import open_source
+
+    form, source = open_source(args.source, args.source_format)
+    return form.name, source
+
+
+def mapped(args: argparse.Namespace, options: Options) -> tuple[str, Source]:
+    """Return the source as weights that a map puts under our names.
+
+    Raises:
+        UserError: the map does not fit, or no configuration says which model is to be filled.
+    """
+    from fusiontree.checkpoint.convert.warm_start import MappedWeights, read_map
+
+    if args.to != "dcp" or options.config is None or args.source_format:
+        raise UserError("--map starts a new run: give --to dcp and --config FILE with it, and no --from")
+    source = MappedWeights(args.source, read_map(args.map), options.config, options.config["training"]["seed"])
+    initial = source.initial
+    shown = f": {', '.join(initial[:3])}{' …' if len(initial) > 3 else ''}" if initial else ""
+    print(f"{len(source.filled)} parameters are filled, {len(initial)} keep initial values{shown}")
+    return f"by {args.map}", source
 
 
 def read_config(args: argparse.Namespace) -> dict:
