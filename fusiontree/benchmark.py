@@ -231,7 +231,7 @@ def others(config: Config, args: argparse.Namespace, micro: Any, mesh: Any, devi
 
     from fusiontree.benchmarking import peers
     from fusiontree.models.initialization import initialize_model
-    from fusiontree.parallel.units import build_model
+    from fusiontree.models.model import FusionTreeModel
 
     found: dict[str, Any] = {}
     if args.peers:
@@ -246,7 +246,9 @@ def others(config: Config, args: argparse.Namespace, micro: Any, mesh: Any, devi
         torch.cuda.empty_cache()
     if args.decode:
         ids_BS = micro.input_ids_BS[:1]
-        model = build_model(config.model).to_empty(device=device)
+        with torch.device("meta"):
+            model = FusionTreeModel(config.model)
+        model.to_empty(device=device)
         initialize_model(model, config.training.seed)
         found["decode"] = peers.decode_ours(model.bfloat16().eval(), ids_BS, device, tokens=args.decode)
         del model

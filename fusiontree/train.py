@@ -119,7 +119,8 @@ def train(config: Config) -> int:
     run_dir = Path(config.run_dir)
     wait_or_refuse(run_dir, training)
     keep_flight_record()
-    with Layout(training.device, shard_size=config.parallel.shard_size) as layout:
+    parallel = config.parallel
+    with Layout(training.device, tp=parallel.tp, cp=parallel.cp, shard_size=parallel.shard_size) as layout:
         train_data = TrainingData(
             config.data,
             seq_len=training.seq_len,

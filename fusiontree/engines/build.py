@@ -7,7 +7,8 @@ from typing import Any
 from fusiontree.engines.base import Engine, OptimizerSettings
 from fusiontree.engines.fsdp2 import FSDP2Engine
 from fusiontree.parallel.layout import Layout
-from fusiontree.parallel.units import build_model, checkpoint_activations, materializer, no_weight_decay
+from fusiontree.parallel.recomputation import checkpoint_activations
+from fusiontree.parallel.units import build_model, materializer, no_weight_decay
 
 
 def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout) -> Engine:
@@ -19,12 +20,12 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
         training: the ``training`` section.
         layout: this process's place.
     """
-    model = build_model(model_config)
-    checkpoint_activations(model, training.activation_checkpointing, training.checkpointed_layers)
+    model = build_model(model_config, layout)
+    checkpoint_activations(model.module, training.activation_checkpointing, training.checkpointed_layers)
     return FSDP2Engine(
         model,
         layout,
-        materialize=materializer(model_config, training.seed, layout.device),
+        materialize=materializer(model_config, training.seed, layout.device, model.specs),
         decays=lambda name, parameter: not no_weight_decay(name, parameter),
         precision=training.precision,
         optimizer=OptimizerSettings(

@@ -16,7 +16,8 @@ from fusiontree.engines.finite import GradientWatch
 from fusiontree.engines.loss_scale import LossScale
 from fusiontree.engines.step import run_model
 from fusiontree.parallel.layout import Layout
-from fusiontree.parallel.units import Unit, units_inside_out
+from fusiontree.parallel.shards import GlobalTensor
+from fusiontree.parallel.units import DistributedModel, Unit, units_inside_out
 
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -30,7 +31,7 @@ class FSDP2Engine:
 
     def __init__(
         self,
-        model: Any,
+        model: DistributedModel,
         layout: Layout,
         *,
         materialize: Callable[[Unit], None],
@@ -52,26 +53,31 @@ class FSDP2Engine:
         """
         self.layout = layout
         self.device = layout.device
-        self.module: Any = model
+        self.module: Any = model.module
+        self.specs = model.specs
         self._shard = shard
         self._settings = optimizer
-        mesh = layout.parameter_mesh(shard)
         compute_dtype = PRECISION[precision]
         for units in units_inside_out(model):
             materialize(units[-1])
             for unit in units:
                 dtype = torch.float32 if unit.keep_fp32 else compute_dtype
                 policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-                fully_shard(unit.module, mesh=mesh, mp_policy=policy, reshard_after_forward=shard and unit.name != "")
-        for module in model.modules():
+                fully_shard(
+                    list(unit.modules) if len(unit.modules) > 1 else unit.modules[0],
+                    mesh=layout.parameter_mesh(shard, unit.tp_split),
+                    mp_policy=policy,
+                    reshard_after_forward=shard and not unit.is_root,
+                )
+        for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # the loss is already divided by the global token count
                 if layout.backend == "gloo":
                     module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.parameters: dict[str, nn.Parameter] = dict(self.module.named_parameters())
         self.optimizer = self._build_optimizer(decays)
         self.loss_scale = LossScale() if precision == "fp16" else None
-        self._watch = GradientWatch(model.embed)
+        self._watch = GradientWatch(self.module.embed)
 
     def _build_optimizer(self, decays: Callable[[str, nn.Parameter], bool]) -> torch.optim.AdamW:
         decayed = [p for n, p in self.parameters.items() if decays(n, p)]
@@ -163,9 +169,9 @@ class FSDP2Engine:
 
     def step(self, learning_rate: float) -> StepResult:
         """Clip by the global norm, apply AdamW, clear the gradient."""
-        grads = [_local(p.grad) for p in self.parameters.values() if p.grad is not None]
+        grads = {name: _local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         if self.loss_scale:
-            torch._foreach_mul_(grads, 1.0 / self.loss_scale.scale)
+            torch._foreach_mul_(list(grads.values()), 1.0 / self.loss_scale.scale)
         norm = self._global_norm(grads)
         result = StepResult(norm)
         if not torch.isfinite(torch.tensor(norm)):
@@ -178,7 +184,7 @@ class FSDP2Engine:
         else:
             limit = self._settings.max_grad_norm
             if limit and norm > limit:
-                torch._foreach_mul_(grads, limit / norm)
+                torch._foreach_mul_(list(grads.values()), limit / norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
@@ -199,25 +205,39 @@ class FSDP2Engine:
     def parameter_pieces(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
         """Yield name, offset and values of this rank's part of each parameter."""
         for name, parameter in self.parameters.items():
-            assert isinstance(parameter, DTensor)
-            mesh, placements = parameter.device_mesh, parameter.placements
-            _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
-            yield name, tuple(offset), _local(parameter.detach())
+            placed = self._placed(name, parameter.detach())
+            if isinstance(placed, GlobalTensor):
+                yield from ((name, offset, values) for offset, values in placed.pieces)
+            else:
+                yield name, _offset(placed), _local(placed)
 
-    def _global_norm(self, grads: list[Tensor]) -> float:
-        square = torch.stack(torch._foreach_norm(grads)).double().square().sum()
-        # No parameter is split over tp, so none of the sum is of that kind.
-        return float(self.layout.sum_over_copies(torch.zeros_like(square), square, self._shard).sqrt())
+    def _global_norm(self, grads: dict[str, Tensor]) -> float:
+        squares = torch.zeros(2, dtype=torch.float64, device=self.device)  # of parameters cut over tp, of whole ones
+        for index, split in enumerate((True, False)):
+            kind = [grad for name, grad in grads.items() if self.specs[name].is_split == split]
+            if kind:
+                squares[index] = torch.stack(torch._foreach_norm(kind)).double().square().sum()
+        return float(self.layout.sum_over_copies(squares[0], squares[1], self._shard).sqrt())
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Live tensors: ``model.NAME``, ``optimizer.exp_avg.NAME``, ``optimizer.exp_avg_sq.NAME``."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             state = self.optimizer.state[parameter]
-            tensors[f"model.{name}"] = parameter.detach()
-            tensors[f"optimizer.exp_avg.{name}"] = state["exp_avg"]
-            tensors[f"optimizer.exp_avg_sq.{name}"] = state["exp_avg_sq"]
+            tensors[f"model.{name}"] = self._placed(name, parameter.detach())
+            tensors[f"optimizer.exp_avg.{name}"] = self._placed(name, state["exp_avg"])
+            tensors[f"optimizer.exp_avg_sq.{name}"] = self._placed(name, state["exp_avg_sq"])
         return tensors
+
+    def _placed(self, name: str, tensor: Tensor) -> Tensor:
+        """Name what this rank holds of a parameter cut over tp by its place in the whole."""
+        spec = self.specs[name]
+        if not spec.is_split:
+            return tensor
+        local = _local(tensor)
+        before = _offset(tensor)[0] * (spec.local_shape[1] if len(spec.local_shape) > 1 else 1)
+        pieces = spec.pieces(local.view(-1), before)
+        return GlobalTensor(spec.global_shape, pieces, tensor.dtype, local.device)
 
     def state_values(self) -> dict[str, Any]:
         """Optimizer step count and loss scale."""
@@ -238,3 +258,9 @@ class FSDP2Engine:
 
 def _local(grad: Tensor) -> Tensor:
     return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _offset(tensor: Tensor) -> tuple[int, ...]:
+    """Where this rank's part of a sharded tensor begins in it."""
+    assert isinstance(tensor, DTensor)
+    return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])

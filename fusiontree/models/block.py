@@ -36,12 +36,12 @@ class FusionBlock(nn.Module):
         hidden = config.hidden_size
         self.norm = RMSNorm(hidden, config.norm_eps, config.kernels.elementwise)
         self.backend = config.kernels.elementwise
-        self.gather_tokens = nn.Identity()
+        self.gather_tokens: nn.Module = nn.Identity()
         if self.has_mamba:
             self.mamba = Mamba2Mixer(config)
         if self.has_attention:
             self.attention = LocalGlobalAttention(config, layer)
-        self.scatter_tokens = nn.Identity()
+        self.scatter_tokens: nn.Module = nn.Identity()
         self.align = Alignment(self.has_mamba + self.has_attention, hidden) if config.use_alignment else None
         self.gate = FusionGate(config)
         self.out_proj = nn.Linear(hidden, hidden, bias=False)

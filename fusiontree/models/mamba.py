@@ -72,7 +72,12 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 class CausalConv(nn.Module):
-    """Depthwise causal convolution and SiLU; its taps stop at document starts."""
+    """Depthwise causal convolution and SiLU; its taps stop at document starts.
+
+    ``inputs_before``, where a parallel plan sets it, returns the last so many inputs left of a piece of a row.
+    """
+
+    inputs_before: Callable[[Tensor, int], Tensor] | None = None
 
     def __init__(self, channels: int, width: int, backend: str) -> None:
         super().__init__()
@@ -82,9 +87,17 @@ class CausalConv(nn.Module):
 
     def forward(self, x_BSC: Tensor, documents: Documents | None, initial_BKC: Tensor | None = None) -> Tensor:
         """Return ``[B, S, C]``; ``initial_BKC [B, K-1, C]`` are the inputs before the first token."""
+        weight_CK, bias_C = self.taps()
+        if self.inputs_before is not None:
+            assert initial_BKC is None, "a piece of a row takes its inputs from its neighbour, not from a cache"
+            initial_BKC = self.inputs_before(x_BSC, weight_CK.shape[1] - 1)
         return causal_conv1d(
-            x_BSC, self.weight, self.bias, documents=documents, initial_BKC=initial_BKC, backend=self.backend
+            x_BSC, weight_CK, bias_C, documents=documents, initial_BKC=initial_BKC, backend=self.backend
         )
+
+    def taps(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of the channels it is given."""
+        return self.weight, self.bias
 
 
 class SSDScan(nn.Module):

@@ -1,108 +1,141 @@
-"""Which parts of the model are materialised, sharded and recomputed together."""
+"""Which parts of the model are materialised and sharded together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.initialization import initialize_parameter, no_weight_decay
 from fusiontree.models.mamba import SSMParameters
 from fusiontree.models.model import FusionTreeModel
+from fusiontree.parallel.context_parallel import apply_context_parallel
+from fusiontree.parallel.layout import Layout
+from fusiontree.parallel.shards import ShardSpec
+from fusiontree.parallel.tensor_parallel import SelectedConv, SelectedLinear, apply_tensor_parallel
 
-__all__ = ["Unit", "build_model", "checkpoint_activations", "materializer", "no_weight_decay", "units_inside_out"]
+__all__ = [
+    "DistributedModel",
+    "Unit",
+    "build_model",
+    "materializer",
+    "no_weight_decay",
+    "units_inside_out",
+]
 
 
 @dataclass(frozen=True)
 class Unit:
     """Parameters that an engine shards as one group."""
 
-    name: str
-    """Prefix of its parameters' names in the model; empty for the root."""
-    module: nn.Module
-    keep_fp32: bool
+    modules: tuple[nn.Module, ...]
+    """What owns them; more than one where a parameter is tied."""
+    prefixes: tuple[str, ...]
+    """Names of the modules in the model; empty for the root."""
+    keep_fp32: bool = False
     """True where the forward must see fp32 parameters whatever the precision (the state space's A, D and dt)."""
+    tp_split: bool = False
+    """True where tensor parallel ranks hold different parts: the group is sharded over dp x cp, not over all ranks."""
+
+    @property
+    def is_root(self) -> bool:
+        """True for what is left of the model when its blocks are taken out."""
+        return self.prefixes == ("",)
 
 
-def build_model(config: ModelConfig) -> FusionTreeModel:
-    """Return the model on the meta device: shapes and names, no memory."""
+@dataclass(frozen=True)
+class DistributedModel:
+    """A model cut to this rank's part, on the meta device."""
+
+    module: FusionTreeModel
+    specs: dict[str, ShardSpec]
+    """What this rank holds of each parameter, by name."""
+
+
+def build_model(config: ModelConfig, layout: Layout) -> DistributedModel:
+    """Return this rank's part of the model on the meta device: shapes and names, no memory."""
     with torch.device("meta"):
-        return FusionTreeModel(config)
+        model = FusionTreeModel(config)
+    specs = apply_tensor_parallel(model, layout)
+    apply_context_parallel(model, layout)
+    return DistributedModel(model, specs)
 
 
-def units_inside_out(model: FusionTreeModel) -> Iterator[list[Unit]]:
-    """Yield the model's units block by block, inner units before outer, the root (embedding, head, norms) last.
+def units_inside_out(model: DistributedModel) -> Iterator[list[Unit]]:
+    """Yield the model's units block by block, inner units before outer, the root (norms, time encoding …) last.
 
-    A caller that materialises and shards one list before it asks for the next never holds a whole model.
+    A caller that materialises and shards one list before it asks for the next never holds a whole model. The last unit
+    of a list contains the others.
     """
-    for index, block in enumerate(model.layers):
+    split = {name for name, spec in model.specs.items() if spec.is_split}
+    for index, block in enumerate(model.module.layers):
         prefix = f"layers.{index}"
-        inner = [
-            Unit(f"{prefix}.{name}", module, keep_fp32=True)
-            for name, module in block.named_modules()
-            if isinstance(module, SSMParameters)
-        ]
-        yield [*inner, Unit(prefix, block, keep_fp32=False)]
-    yield [Unit("", model, keep_fp32=False)]
+        yield [*_inner_units(block, prefix, split), Unit((block,), (prefix,))]
+    root = model.module
+    inner = []
+    if split:  # the vocabulary is cut, so embedding and head are sharded over other ranks than the norms
+        if root.config.tie_word_embeddings:
+            inner = [Unit((root.embed, root.head), ("embed", "head"), tp_split=True)]
+        else:
+            inner = [Unit((root.embed,), ("embed",), tp_split=True), Unit((root.head,), ("head",), tp_split=True)]
+    yield [*inner, Unit((root,), ("",))]
 
 
-def materializer(config: ModelConfig, seed: int, device: torch.device) -> Callable[[Unit], None]:
+def _inner_units(block: nn.Module, prefix: str, split: set[str]) -> Iterator[Unit]:
+    """Yield what of a block cannot be in one group with the rest of it."""
+
+    def is_split(name: str, module: nn.Module) -> bool:
+        return any(f"{prefix}.{name}.{leaf}" in split for leaf, _ in module.named_parameters())
+
+    named = dict(block.named_modules())
+    for name, module in named.items():
+        if isinstance(module, SSMParameters):
+            yield Unit((module,), (f"{prefix}.{name}",), keep_fp32=True, tp_split=is_split(name, module))
+    if not split:
+        return
+    for name, module in named.items():
+        if isinstance(module, SelectedLinear | SelectedConv):
+            yield Unit((module,), (f"{prefix}.{name}",))
+    for name in ("mamba", "attention"):
+        if name in named:
+            yield Unit((named[name],), (f"{prefix}.{name}",), tp_split=True)
+
+
+def materializer(
+    config: ModelConfig, seed: int, device: torch.device, specs: dict[str, ShardSpec]
+) -> Callable[[Unit], None]:
     """Return the function that gives a unit's parameters memory on ``device`` and their initial values."""
-    return partial(materialize, config=config, seed=seed, device=device)
+    return partial(materialize, config=config, seed=seed, device=device, specs=specs)
 
 
-def materialize(unit: Unit, config: ModelConfig, seed: int, device: torch.device) -> None:
-    """Give the unit's meta parameters memory on ``device`` and their initial values, in fp32.
+def materialize(unit: Unit, config: ModelConfig, seed: int, device: torch.device, specs: dict[str, ShardSpec]) -> None:
+    """Give the unit's meta parameters memory on ``device`` and this rank's part of their initial values, in fp32.
 
     The values depend on the seed and each parameter's full name alone, so they are the same in every layout.
     Parameters that already have memory (an inner unit's) are left as they are.
     """
     done: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one parameter
-    for module_name, module in unit.module.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if not parameter.is_meta:
-                continue
-            if parameter not in done:
-                full_name = ".".join(part for part in (unit.name, module_name, name) if part)
-                values = initialize_parameter(full_name, parameter.shape, config, seed)
-                done[parameter] = nn.Parameter(values.to(device), requires_grad=parameter.requires_grad)
-            setattr(module, name, done[parameter])
-    assert not any(b.is_meta for b in unit.module.buffers()), "buffers must be made on first use, not at construction"
+    for prefix, owner in zip(unit.prefixes, unit.modules, strict=True):
+        for module_name, module in owner.named_modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if not parameter.is_meta:
+                    continue
+                if parameter not in done:
+                    full_name = ".".join(part for part in (prefix, module_name, name) if part)
+                    values = initial_part(full_name, specs[full_name], config, seed)
+                    done[parameter] = nn.Parameter(values.to(device), requires_grad=parameter.requires_grad)
+                    done[parameter].__dict__.update(parameter.__dict__)  # tags of the tensor parallel plan
+                setattr(module, name, done[parameter])
+        assert not any(b.is_meta for b in owner.buffers()), "buffers must be made on first use, not at construction"
 
 
-def checkpoint_activations(model: FusionTreeModel, mode: str, layers: int | None = None) -> None:
-    """Recompute blocks in the backward pass: mode none | selective | full.
-
-    selective keeps what is dear to compute, the results of matrix products and of global attention, and recomputes
-    what lies between. ``layers`` limits it to the first so many (None: all).
-
-    ``forward`` is wrapped, not the module, so parameter names stay. Nothing in a block draws random numbers (branch
-    dropout is an input), so there is no RNG state to replay.
-    """
-    if mode == "none":
-        return
-    assert mode in ("full", "selective"), mode
-    keep: dict[str, Any] = {}
-    if mode == "selective":
-        keep["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
-    for block in model.layers[:layers]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **keep)
-
-
-_ATEN = torch.ops.aten
-_KEPT = {
-    _ATEN.mm.default,
-    _ATEN._scaled_dot_product_cudnn_attention.default,
-    _ATEN._scaled_dot_product_flash_attention.default,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-}
-
-
-def _kept(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def initial_part(name: str, spec: ShardSpec, config: ModelConfig, seed: int) -> torch.Tensor:
+    """Return the initial values of the part of a parameter that ``spec`` names, in fp32 on the CPU."""
+    if spec.axis == 0:
+        rows = [initialize_parameter(name, spec.global_shape, config, seed, slice(*span)) for span in spec.ranges]
+        return torch.cat(rows)
+    return spec.cut(initialize_parameter(name, spec.global_shape, config, seed))

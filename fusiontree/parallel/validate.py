@@ -24,11 +24,6 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, training: Any, wo
         UserError: names the size that does not fit, why, and the sizes that would.
     """
     tp, cp = parallel.tp, parallel.cp
-    if tp * cp > 1:
-        raise UserError(
-            f"parallel.tp {tp} x parallel.cp {cp}: this version computes whole rows and whole heads on every rank; set "
-            f"both to 1 (more ranks add data parallelism)"
-        )
     if parallel.engine.startswith("zero") and find_spec("deepspeed") is None:
         raise UserError(
             f"parallel.engine {parallel.engine} needs the package deepspeed, which is not installed; install "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.ops.documents import Documents
-from fusiontree.parallel.units import checkpoint_activations
+from fusiontree.parallel.recomputation import checkpoint_activations
 from tests.helpers import tiny_model
 
 
@@ -30,7 +30,7 @@ def run(mode: str, layers: int | None = None) -> tuple[list[Tensor], int]:
     return [p.grad for p in model.parameters()], sum(kept.values())
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", ["selective", "full", "offload"])
 @pytest.mark.parametrize("layers", [None, 1])
 def test_recomputation_keeps_the_gradients(mode: str, layers: int | None) -> None:
     plain, all_bytes = run("none")

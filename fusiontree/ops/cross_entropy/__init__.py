@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
 
+GatherParts = Callable[[Tensor], Tensor]
+
 
 def _reference() -> Callable:
     from fusiontree.ops.cross_entropy.reference import linear_cross_entropy_reference
@@ -27,7 +29,14 @@ CROSS_ENTROPY = Operation(
 
 
 def linear_cross_entropy(
-    hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, *, chunk_tokens: int | None = None, backend: str = "auto"
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    labels_N: Tensor,
+    *,
+    vocab_start: int = 0,
+    gather_parts: GatherParts | None = None,
+    chunk_tokens: int | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Sum the cross entropy of ``hidden @ weight.T`` over the tokens that have a label.
 
@@ -35,6 +44,10 @@ def linear_cross_entropy(
         hidden_NH: hidden states of N tokens.
         weight_VH: the head, one row for each of V tokens of the vocabulary.
         labels_N: int64 labels; negative means the token has none.
+        vocab_start: token of the vocabulary that the first row of ``weight_VH`` stands for.
+        gather_parts: where ranks hold different rows of the head: stacks a tensor of each, ``[…]`` to ``[R, …]``. The
+            sums are then over the whole vocabulary and equal on all ranks; the gradient of ``hidden_NH`` is this
+            rank's part.
         chunk_tokens: tokens whose logits exist at one time (chunked backend); None means 8192 on GPUs, 2048 on CPUs.
         backend: a name of :data:`CROSS_ENTROPY` or "auto".
 
@@ -43,4 +56,11 @@ def linear_cross_entropy(
         both over tokens with a label.
     """
     compute = CROSS_ENTROPY.choose(backend, hidden_NH.device.type)
-    return compute(hidden_NH, weight_VH, labels_N, chunk_tokens=chunk_tokens)
+    return compute(
+        hidden_NH,
+        weight_VH,
+        labels_N,
+        vocab_start=vocab_start,
+        gather_parts=gather_parts,
+        chunk_tokens=chunk_tokens,
+    )

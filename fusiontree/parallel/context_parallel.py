@@ -1,0 +1,198 @@
+"""Context parallelism: each rank of ``cp`` holds a contiguous piece of every row.
+
+The convolution gets the inputs before its piece from the left neighbour, local heads the keys and values of their
+window, the scan the state that the pieces before it leave (one all-gather of states, whatever their length), global
+heads the keys and values of the whole row. Halves of the global heads' queries are swapped between rank r and its
+mirror, since late tokens see more keys than early ones.
+
+Shape legend: B rows, S tokens of a piece, C channels, H heads, K key/value heads, D channels of a head, P channels and
+N state size of a state space head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusiontree.models.attention import AttentionCore
+from fusiontree.models.block import FusionBlock
+from fusiontree.models.mamba import SSDScan, SSMValues
+from fusiontree.models.model import FusionTreeModel
+from fusiontree.ops.attention import attention
+from fusiontree.ops.documents import Documents
+from fusiontree.ops.ssd import ssd_scan
+from fusiontree.parallel.collectives import gather_stack, gather_tokens, left_halo, swap_with_mirror
+from fusiontree.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class PieceDocuments(Documents):
+    """Boundaries of a piece, and of the two half pieces whose global attention this rank computes."""
+
+    own_half: Documents
+    """The first half of this rank's piece."""
+    mirror_half: Documents
+    """The second half of the mirrored rank's piece."""
+
+    @classmethod
+    def from_row(cls, positions_BT: Tensor, rank: int, ranks: int) -> PieceDocuments:
+        """Cut whole rows' positions (int64 on the CPU) into this rank's pieces."""
+        length = positions_BT.shape[1] // ranks
+        half = first_half(length)
+        begin, mirror = rank * length, (ranks - 1 - rank) * length
+        piece = Documents.from_positions(positions_BT[:, begin : begin + length].contiguous())
+        return cls(
+            piece.positions_BS,
+            piece.segments_BS,
+            piece.cu_seqlens,
+            piece.max_seqlen,
+            piece.whole_rows,
+            own_half=Documents.from_positions(positions_BT[:, begin : begin + half].contiguous()),
+            mirror_half=Documents.from_positions(positions_BT[:, mirror + half : mirror + length].contiguous()),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PieceDocuments:
+        """Copy the tensors to ``device``."""
+        piece = super().to(device, non_blocking)
+        return PieceDocuments(
+            piece.positions_BS,
+            piece.segments_BS,
+            piece.cu_seqlens,
+            piece.max_seqlen,
+            piece.whole_rows,
+            own_half=self.own_half.to(device, non_blocking),
+            mirror_half=self.mirror_half.to(device, non_blocking),
+        )
+
+
+def first_half(length: int) -> int:
+    """Return the tokens of a piece's first half; an odd piece's is the longer one."""
+    return length - length // 2
+
+
+class PassingScan(SSDScan):
+    """A scan that begins with the state that the pieces before it leave."""
+
+    def __init__(self, scan: SSDScan, group: dist.ProcessGroup) -> None:
+        super().__init__(scan.chunk_size, scan.backend)
+        self.group = group
+
+    def forward(
+        self,
+        x_BSHP: Tensor,
+        dt_BSH: Tensor,
+        ssm: SSMValues,
+        B_BSGN: Tensor,
+        C_BSGN: Tensor,
+        documents: Documents | None,
+        initial_state_BHPN: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``y [B, S, H, P]`` and the state after the piece; see :func:`fusiontree.ops.ssd.ssd_scan`."""
+        assert initial_state_BHPN is None
+        return ssd_scan(
+            x_BSHP,
+            dt_BSH,
+            ssm.A_H,
+            B_BSGN,
+            C_BSGN,
+            ssm.D_H,
+            chunk_size=min(self.chunk_size, x_BSHP.shape[1]),
+            documents=documents,
+            state_exchange=self.state_before,
+            backend=self.backend,
+        )
+
+    def state_before(self, reached_BHPN: Tensor, decay_BH: Tensor) -> Tensor:
+        """Fold the states of the pieces before this rank's: ``H_{r+1} = P_r H_r + S_r``.
+
+        Args:
+            reached_BHPN: the state this piece reaches from zero, S_r.
+            decay_BH: what remains of a state over the piece, P_r; 0 where a document starts in it.
+        """
+        packed = torch.cat([reached_BHPN.flatten(2), decay_BH.unsqueeze(-1)], dim=-1)
+        stacked = gather_stack(packed, self.group)
+        rank = dist.get_rank(self.group)
+        state_BHX = torch.zeros_like(stacked[0, ..., :-1])
+        for index, piece in enumerate(stacked.unbind(0)):
+            after_BHX = piece[..., -1:] * state_BHX + piece[..., :-1]
+            # Pieces at or after this one count nothing, yet stay in the graph: every rank joins the backward.
+            state_BHX = torch.lerp(state_BHX, after_BHX, float(index < rank))
+        return state_BHX.view_as(reached_BHPN)
+
+
+class WindowCore(AttentionCore):
+    """Local heads: the window's keys and values left of the piece come from the neighbours that hold them."""
+
+    def __init__(self, core: AttentionCore, group: dist.ProcessGroup) -> None:
+        super().__init__(core.window, core.backend)
+        self.group = group
+
+    def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None) -> Tensor:
+        """Return ``[B, S, H, D]``."""
+        assert self.window is not None and documents is not None
+        length = min(self.window - 1, q_BSHD.shape[1] * (dist.get_world_size(self.group) - 1))
+        if length:
+            kv_BSKD = torch.cat([k_BSKD, v_BSKD], dim=-1)
+            kv_BTKD = torch.cat([left_halo(kv_BSKD, length, self.group), kv_BSKD], dim=1)
+            k_BSKD, v_BSKD = kv_BTKD.chunk(2, dim=-1)
+        return attention(q_BSHD, k_BSKD, v_BSKD, window=self.window, documents=documents, backend=self.backend)
+
+
+class RowCore(AttentionCore):
+    """Global heads: keys and values of the whole row, queries of mirrored half pieces."""
+
+    def __init__(self, core: AttentionCore, group: dist.ProcessGroup) -> None:
+        super().__init__(core.window, core.backend)
+        self.group = group
+
+    def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None) -> Tensor:
+        """Return ``[B, S, H, D]``."""
+        assert isinstance(documents, PieceDocuments)
+        rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        length = q_BSHD.shape[1]
+        half = first_half(length)
+        kv_BTKD = gather_tokens(torch.cat([k_BSKD, v_BSKD], dim=-1), self.group)
+        k_BTKD, v_BTKD = kv_BTKD.chunk(2, dim=-1)
+        own_end = rank * length + half
+        mirror_end = (ranks - rank) * length
+        own = attention(
+            q_BSHD[:, :half],
+            k_BTKD[:, :own_end],
+            v_BTKD[:, :own_end],
+            documents=documents.own_half,
+            backend=self.backend,
+        )
+        if half == length:  # a piece of one token has no second half
+            return own
+        mirror = attention(
+            swap_with_mirror(q_BSHD[:, half:], self.group),
+            k_BTKD[:, :mirror_end],
+            v_BTKD[:, :mirror_end],
+            documents=documents.mirror_half,
+            backend=self.backend,
+        )
+        return torch.cat([own, swap_with_mirror(mirror, self.group)], dim=1)
+
+
+def apply_context_parallel(model: FusionTreeModel, layout: Layout) -> None:
+    """Put the modules above in the place of scan and attention cores, and give convolutions the inputs on their left.
+
+    Names of parameters stay. With one context parallel rank the model is left as it is.
+    """
+    if layout.cp_size == 1:
+        return
+    group = layout.cp_group
+    for block in model.layers:
+        assert isinstance(block, FusionBlock)
+        if block.has_mamba:
+            mixer = block.mamba
+            mixer.scan = PassingScan(mixer.scan, group)
+            for conv in (mixer.conv_x, mixer.conv_bc):
+                conv.inputs_before = partial(left_halo, group=group)
+        if block.has_attention:
+            block.attention.local_core = WindowCore(block.attention.local_core, group)
+            block.attention.global_core = RowCore(block.attention.global_core, group)

@@ -1,0 +1,1 @@
+"""Which parameter is cut how over tensor parallel ranks."""

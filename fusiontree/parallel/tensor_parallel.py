@@ -1,0 +1,173 @@
+"""Tensor and sequence parallelism: the model's leaves that a rank computes differently, and the plan applied.
+
+Heads and vocabulary are cut over the ranks of ``tp``; between the mixers each rank holds 1/tp of its piece's tokens. A
+block gathers its input's tokens once for both branches and reduce-scatters both branches' partial outputs together.
+
+Shape legend: B rows, S tokens of a piece (s: of a rank's share), C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusiontree.models.block import FusionBlock
+from fusiontree.models.head import LanguageModelHead
+from fusiontree.models.mamba import CausalConv
+from fusiontree.models.model import FusionTreeModel
+from fusiontree.ops.cross_entropy import linear_cross_entropy
+from fusiontree.parallel.collectives import gather_stack, gather_tokens, scatter_tokens
+from fusiontree.parallel.layout import Layout
+from fusiontree.parallel.plans.hybrid import split_of
+from fusiontree.parallel.shards import ShardSpec
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+class GatherTokens(nn.Module):
+    """``[B, s, C]`` to ``[B, S, C]``: the branches read all tokens of the piece."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x_BsC: Tensor) -> Tensor:
+        """Return all tokens of the piece."""
+        return gather_tokens(x_BsC, self.group)
+
+
+class ScatterTokens(nn.Module):
+    """``[B, S, C]`` partial sums to ``[B, s, C]`` sums of this rank's tokens."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        """Return this rank's tokens, summed over the ranks' heads."""
+        return scatter_tokens(x_BSC, self.group)
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """Looks up the tokens of this rank's part of the vocabulary and sends each rank its share of the tokens."""
+
+    def __init__(self, whole: nn.Embedding, group: dist.ProcessGroup) -> None:
+        super().__init__(whole.num_embeddings, whole.embedding_dim, device="meta")
+        self.weight = whole.weight
+        self.group = group
+
+    def forward(self, input_ids_BS: Tensor) -> Tensor:
+        """Return the embeddings of this rank's tokens, ``[B, s, C]``."""
+        size = self.num_embeddings // dist.get_world_size(self.group)
+        index_BS = input_ids_BS - dist.get_rank(self.group) * size
+        other_BS = (index_BS < 0) | (index_BS >= size)
+        x_BSC = F.embedding(index_BS.masked_fill(other_BS, 0), self.weight)
+        return scatter_tokens(x_BSC.masked_fill(other_BS.unsqueeze(-1), 0.0), self.group)
+
+
+class VocabParallelHead(LanguageModelHead):
+    """Cross entropy of gathered tokens, each rank with the logits of its part of the vocabulary."""
+
+    def __init__(self, whole: LanguageModelHead, group: dist.ProcessGroup) -> None:
+        nn.Module.__init__(self)
+        self.weight = whole.weight
+        self.backend = whole.backend
+        self.group = group
+
+    def forward(self, hidden_BSC: Tensor, labels_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return ``(loss_sum, z_sum)`` of the piece, equal on all ranks of the group."""
+        assert labels_BS is not None, "logits are not made under tensor parallelism"
+        hidden_BSC = gather_tokens(hidden_BSC, self.group)
+        return linear_cross_entropy(
+            hidden_BSC.flatten(0, 1),
+            self.weight,
+            labels_BS.flatten(),
+            vocab_start=dist.get_rank(self.group) * self.weight.shape[0],
+            gather_parts=lambda part: gather_stack(part, self.group),
+            backend=self.backend,
+        )
+
+
+class SelectedLinear(nn.Linear):
+    """A projection kept whole of which this rank computes some outputs: of units fewer than ranks."""
+
+    def __init__(self, whole: nn.Linear, ranges: Ranges) -> None:
+        super().__init__(whole.in_features, whole.out_features, bias=False, device="meta")
+        self.weight = whole.weight
+        self.ranges = ranges
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        """Return the outputs of this rank's ranges."""
+        return F.linear(x_BSC, _select(self.weight, self.ranges))
+
+
+class SelectedConv(CausalConv):
+    """A convolution kept whole of which this rank computes some channels."""
+
+    def __init__(self, whole: CausalConv, ranges: Ranges) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.bias, self.backend = whole.weight, whole.bias, whole.backend
+        self.ranges = ranges
+
+    def taps(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of this rank's channels."""
+        return _select(self.weight, self.ranges), _select(self.bias, self.ranges)
+
+
+def _select(parameter: Tensor, ranges: Ranges) -> Tensor:
+    # A copy, never a view: engines free the whole parameter after this forward.
+    return torch.cat([parameter[start:stop] for start, stop in ranges])
+
+
+def apply_tensor_parallel(model: FusionTreeModel, layout: Layout) -> dict[str, ShardSpec]:
+    """Cut a model on the meta device to this rank's part; return what the rank holds of every parameter, by name.
+
+    Parameters that are cut become parameters of the local shape with the attribute ``tensor_model_parallel`` set.
+    Names stay. With one tensor parallel rank the model is left as it is.
+    """
+    specs = {name: ShardSpec(tuple(p.shape)) for name, p in model.named_parameters()}
+    ranks, rank = layout.tp_size, layout.tp_rank
+    if ranks == 1:
+        return specs
+    group, config = layout.tp_group, model.config
+    model.embed = VocabParallelEmbedding(model.embed, group)
+    model.head = VocabParallelHead(model.head, group)
+    for block in model.layers:
+        assert isinstance(block, FusionBlock)
+        block.gather_tokens = GatherTokens(group)
+        block.scatter_tokens = ScatterTokens(group)
+    replaced: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one parameter
+    for module_name, module in list(model.named_modules()):
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            name = f"{module_name}.{leaf}"
+            split = split_of(name)
+            if split is None:
+                continue
+            spec = split.spec(tuple(parameter.shape), config, rank, ranks)
+            if not spec.is_split:
+                _select_outputs(model, module_name, split.ranges(config, rank, ranks))
+                continue
+            if name in specs:  # a tied head goes by the embedding's name
+                specs[name] = spec
+            if parameter not in replaced:
+                local = nn.Parameter(torch.empty(spec.local_shape, device="meta"))
+                local.tensor_model_parallel = True  # type: ignore[attr-defined]
+                replaced[parameter] = local
+            setattr(module, leaf, replaced[parameter])
+    return specs
+
+
+def _select_outputs(model: nn.Module, name: str, ranges: Ranges) -> None:
+    module = model.get_submodule(name)
+    if isinstance(module, SelectedLinear | SelectedConv):  # its bias came before
+        return
+    parent, _, leaf = name.rpartition(".")
+    new: nn.Module
+    if isinstance(module, CausalConv):
+        new = SelectedConv(module, ranges)
+    else:
+        assert isinstance(module, nn.Linear), f"{name} has more ranks than units and cannot be kept whole"
+        new = SelectedLinear(module, ranges)
+    setattr(model.get_submodule(parent), leaf, new)

@@ -1,0 +1,31 @@
+"""One rank of the parity table: trains every cell it is given, one after the other, in one process.
+
+``python -m tests.parallel.worker CONFIG JSON PORTS`` with a JSON list of [run_dir, overrides, mutation or null] and a
+free port for each; the rank comes from the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from fusiontree.config.load import load_config
+from fusiontree.parallel.validate import check_layout
+from fusiontree.train import train
+from fusiontree.utils.environment import process_place
+from tests.parallel.mutations import mutated
+
+
+def main() -> None:
+    config_file, jobs, ports = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3].split(",")
+    for attempt, (run_dir, overrides, mutation) in enumerate(jobs):
+        os.environ["MASTER_PORT"] = ports[attempt]  # each cell's processes meet anew
+        config = load_config(config_file, [*overrides, f"run_dir={run_dir}"])
+        check_layout(config.model, config.parallel, config.training, process_place().world_size)
+        with mutated(mutation):
+            assert train(config) == 0, run_dir
+
+
+if __name__ == "__main__":
+    main()
