@@ -40,7 +40,7 @@ class Interruption:
     """Where it went on."""
     cause: str
     lost_s: float
-    """From the last kept save to the resume."""
+    """From the last kept save, or the start of the session that made none, to the resume."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,17 @@ class Goodput:
     def share(self) -> float:
         """Kept training time over wall time."""
         return self.kept_s / self.wall_s if self.wall_s else 0.0
+
+    def shares(self) -> list[tuple[str, float, str]]:
+        """Return what the wall time went into: name, seconds and a colour; the seconds add up to ``wall_s``."""
+        lost = min(sum(i.lost_s for i in self.interruptions), max(0.0, self.wall_s - self.kept_s - self.saving_s))
+        rest = max(0.0, self.wall_s - self.kept_s - self.saving_s - lost)
+        return [
+            ("kept steps", self.kept_s, "tab:green"),
+            ("saving", self.saving_s, "tab:blue"),
+            ("lost to interruptions", lost, "tab:red"),
+            ("starting, validating, other", rest, "tab:grey"),
+        ]
 
 
 FAULTS = (
@@ -87,7 +98,7 @@ def account(run_dir: Path) -> Goodput:
         if kind in ("start", "resume"):
             step = event["step"]
             if sessions:
-                lost = now - saved_at.get(step, 0.0)
+                lost = now - max(saved_at.get(step, 0.0), sessions[-1].began)
                 interruptions.append(Interruption(step, _why_ended(sessions[-1]), lost))
             sessions.append(Session(now, step, event["world_size"]))
         if not sessions:
@@ -108,9 +119,10 @@ def account(run_dir: Path) -> Goodput:
             session.cause = event["reason"]
         elif kind in ("finished", "stopped", "interrupted"):
             session.end = event["reason"]
-    kept = 0.0
-    for session, following in zip(sessions, [*sessions[1:], None], strict=True):
-        kept += session.kept(following.first_step if following else 1 << 62)
+    kept, until_step = 0.0, 1 << 62
+    for session in reversed(sessions):
+        kept += session.kept(until_step)
+        until_step = min(until_step, session.first_step)
     if sessions and sessions[-1].end is None and (reports := read_reports(run_dir)):
         sessions[-1].cause = explain(reports)  # nobody started the run again to put this into its events
     return Goodput(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fusiontree.training.goodput import Goodput
+from fusiontree.training.progress import clock
 from fusiontree.training.records import read_records
 
 
@@ -47,5 +49,42 @@ def plot_run(run_dir: Path, output: Path, references: dict[str, float] | None = 
     gate_axes.set(title="Mean gate (1 = all Mamba, 0 = all attention)", xlabel="optimizer step", ylim=(0, 1))
     if layers <= 12:
         gate_axes.legend(fontsize=8)
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def plot_goodput(run_dir: Path, goodput: Goodput, output: Path) -> None:
+    """Draw throughput over steps, and what the wall time went into.
+
+    Args:
+        run_dir: folder of the run.
+        goodput: its account.
+        output: PNG file to write.
+
+    Raises:
+        ValueError: the run has logged nothing yet.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    train = [r for r in read_records(run_dir / "metrics.jsonl") if "loss" in r]
+    if not train:
+        raise ValueError(f"{run_dir / 'metrics.jsonl'} has no logged step to plot")
+    figure, (speed_axes, time_axes) = plt.subplots(1, 2, figsize=(11, 3.0), constrained_layout=True)
+    speed_axes.plot([r["step"] for r in train], [r["tokens_per_s"] for r in train], linewidth=1, color="tab:green")
+    for interruption in goodput.interruptions:
+        speed_axes.axvline(interruption.step, color="tab:red", linestyle=":", linewidth=1)
+    speed_axes.set(title="Throughput (dotted: went on here)", xlabel="optimizer step", ylabel="tokens/s")
+    speed_axes.set_ylim(bottom=0)
+    left = 0.0
+    for name, seconds, colour in goodput.shares():
+        time_axes.barh([0], [seconds], left=left, color=colour, label=f"{name} {clock(seconds)}", height=0.5)
+        left += seconds
+    time_axes.set(
+        title=f"Wall time: {goodput.share:.1%} became kept steps", xlabel="seconds", yticks=[], ylim=(-1.6, 0.6)
+    )
+    time_axes.legend(loc="lower left", ncols=2, fontsize=8, frameon=False)
     figure.savefig(output, dpi=120)
     plt.close(figure)

@@ -47,9 +47,12 @@ def test_report_as_text_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     write(tmp_path, EVENTS)
     assert main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "goodput 52.5%" in shown
+    assert "52.5%: 00:01:45 of 00:03:20 became kept steps" in shown
     assert "3 starts on 8, 4, 4 ranks, 2 interruptions" in shown
-    assert "goodput 52.5%" in (tmp_path / "report.html").read_text()
+    assert "went on after step 10, 00:01:00 lost: rank 3 hung in 'backward'" in shown
+    page = (tmp_path / "report.html").read_text()
+    assert "52.5%" in page
+    assert "rank 3 hung in &#x27;backward&#x27;" in page
     assert main([str(tmp_path / "no")]) == 2
     assert "no events.jsonl" in capsys.readouterr().err
 
@@ -85,3 +88,19 @@ def test_a_run_that_nobody_started_again_says_why_it_died(tmp_path: Path) -> Non
     goodput = account(write(tmp_path, EVENTS[:1]))
     assert goodput.sessions[-1].cause
     assert "rank 1 left no report" in goodput.sessions[-1].cause
+
+
+def test_a_fall_back_over_two_sessions_is_not_kept_and_no_time_is_lost_twice(tmp_path: Path) -> None:
+    events = [
+        (0.0, "start", {"step": 0, "world_size": 1}),
+        (20.0, "save", {"step": 10, "seconds": 1.0, "train_seconds": 18.0}),
+        (40.0, "save", {"step": 20, "seconds": 1.0, "train_seconds": 36.0}),
+        (50.0, "resume", {"step": 20, "world_size": 1}),
+        (60.0, "resume", {"step": 20, "world_size": 1}),
+        (70.0, "resume", {"step": 10, "world_size": 1}),
+        (90.0, "save", {"step": 20, "seconds": 1.0, "train_seconds": 19.0}),
+    ]
+    goodput = account(write(tmp_path, events))
+    assert goodput.kept_s == 18 + 19
+    assert [i.lost_s for i in goodput.interruptions] == [10, 10, 10]
+    assert sum(seconds for _, seconds, _ in goodput.shares()) == pytest.approx(goodput.wall_s)
