@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from fusiontree.engines.fsdp2 import FSDP2Engine
+from fusiontree.ops.documents import Documents
+from fusiontree.parallel import context_parallel
+from fusiontree.parallel.context_parallel import PassingScan
+from fusiontree.parallel.layout import Layout
+from fusiontree.parallel.shards import ShardSpec
+from tests.parallel.table import Cell
+
+
+class Mutation(NamedTuple):
+    """A mistake, and a cell of the table that it must break."""
+
+    cell: Cell
+    owner: Any
+    attribute: str
+    make: Callable[[Any], Any]
+    """Makes the mistaken attribute from the right one."""
 
 
 @contextmanager
@@ -14,9 +38,64 @@ def mutated(name: str | None) -> Iterator[None]:
     if name is None:
         yield
         return
-    target, replacement = MUTATIONS[name]
-    with patch(target, replacement):
+    mutation = MUTATIONS[name]
+    right = getattr(mutation.owner, mutation.attribute)
+    with patch.object(mutation.owner, mutation.attribute, mutation.make(right)):
         yield
 
 
-MUTATIONS: dict[str, tuple[str, Any]] = {}
+def _untagged(right: Callable) -> Callable:
+    def global_norm(self: FSDP2Engine, grads: dict[str, Tensor]) -> float:
+        specs = self.specs
+        self.specs = {name: ShardSpec(spec.global_shape) for name, spec in specs.items()}
+        try:
+            return right(self, grads)
+        finally:
+            self.specs = specs
+
+    return global_norm
+
+
+def _no_sum_over_tp(right: Callable) -> Callable:
+    return lambda self, shard, tp_split=False: right(self, shard, True)
+
+
+def _border_start_forgotten(right: Any) -> Any:
+    def from_positions(positions_BS: Tensor) -> Documents:
+        documents = right(positions_BS)
+        # A document that starts with the piece is taken for the one before it.
+        return replace(documents, segments_BS=documents.segments_BS - (positions_BS[:, :1] == 0).int())
+
+    return staticmethod(from_positions)
+
+
+def _passes_documents(right: Callable) -> Callable:
+    return lambda self, reached, decay: right(self, reached, torch.ones_like(decay))
+
+
+def _state_not_passed(right: Callable) -> Callable:
+    return lambda self, reached, decay: right(self, reached, decay) * 0.0
+
+
+def _halo_token_lost(right: Callable) -> Callable:
+    def left_halo(x_BS: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
+        halo_BS = right(x_BS, length, group)
+        return torch.cat([halo_BS[:, :1] * 0.0, halo_BS[:, 1:]], dim=1)
+
+    return left_halo
+
+
+def _mean_gradient(right: Callable) -> Callable:
+    return lambda self, factor: right(self, 2.0 * factor)
+
+
+CP2, CP4, TP2 = Cell("fsdp2", 1, 2, 1), Cell("fsdp2", 1, 4, 1), Cell("fsdp2", 1, 1, 2)
+MUTATIONS: dict[str, Mutation] = {
+    "tp tag removed": Mutation(Cell("ddp", 1, 1, 2), FSDP2Engine, "_global_norm", _untagged),
+    "no gradient sum of sequence parallel weights": Mutation(TP2, Layout, "parameter_mesh", _no_sum_over_tp),
+    "no document reset at a border": Mutation(CP4, Documents, "from_positions", _border_start_forgotten),
+    "state passes over documents": Mutation(CP4, PassingScan, "state_before", _passes_documents),
+    "state not passed": Mutation(CP2, PassingScan, "state_before", _state_not_passed),
+    "one halo token lost": Mutation(CP2, context_parallel, "left_halo", _halo_token_lost),
+    "gradient averaged": Mutation(CP2, FSDPModule, "set_gradient_divide_factor", _mean_gradient),
+}

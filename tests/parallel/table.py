@@ -98,6 +98,5 @@ ALL = [
     Cell("ddp", 2, 1, 2),
     Cell("ddp", 1, 2, 2, "full"),
     Cell("fsdp2", 2, 1, 2, extra=("parallel.shard_size=2",)),
-    Cell("fsdp2", 1, 2, 2, extra=("model.tie_word_embeddings=true",)),
     Cell("fsdp2", 2, 2, 2),
 ]

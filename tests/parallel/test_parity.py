@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import yaml
 
 from fusiontree.checkpoint.load import load_model
-from tests.end_to_end.runs import CONFIG, ROOT, build_data, environment, metrics
+from tests.end_to_end.runs import CONFIG, build_data, metrics
+from tests.parallel.launch import free_ports, run_ranks
+from tests.parallel.mutations import MUTATIONS
 from tests.parallel.table import ALL, FAST, MODEL, NOISE, REFERENCE, TOLERANCE, TRAINING, Cell
 
 pytestmark = [pytest.mark.xdist_group("parity"), pytest.mark.timeout(1800)]
@@ -32,40 +28,21 @@ class Table:
         self.config = folder / "config.yaml"
         self.config.write_text(yaml.safe_dump(values))
 
-    def run(self, cells: list[Cell], mutation: str | None = None) -> None:
-        """Train the cells, which are of one number of ranks, under a mutation; cells that are there are not run."""
-        jobs = [(str(self.run_dir(c, mutation)), c.overrides(), mutation) for c in cells]
+    def run(self, cells: list[Cell], mutations: list[str] | None = None) -> None:
+        """Train the cells, which are of one number of ranks, each under its mutation; finished cells are not run."""
+        names = mutations or [None] * len(cells)
+        jobs = [(str(self.run_dir(c, m)), c.overrides(), m) for c, m in zip(cells, names, strict=True)]
         jobs = [job for job in jobs if not Path(job[0]).exists()]
         if not jobs:
             return
-        ranks = cells[0].ranks
-        command = [sys.executable, "-m", "tests.parallel.worker", str(self.config), json.dumps(jobs)]
-        command.append(",".join(map(str, free_ports(len(jobs)))))
-        place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-        place["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        with ExitStack() as stack:
-            logs = [stack.enter_context(open(self.folder / f"rank{r}.log", "w+")) for r in range(ranks)]
-            processes = [
-                subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env=environment() | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-                for rank, log in enumerate(logs)
-            ]
-            try:
-                wait_for_all(processes, timeout=120.0 * len(jobs))
-            finally:
-                for process in processes:
-                    process.kill()
-            failed = [rank for rank, process in enumerate(processes) if process.returncode]
-            assert not failed, "".join(f"rank {r}:\n{_ends(Path(logs[r].name).read_text())}" for r in failed)
+        (ranks,) = {cell.ranks for cell in cells}
+        ports = ",".join(map(str, free_ports(len(jobs))))
+        arguments = ["-m", "tests.parallel.worker", str(self.config), json.dumps(jobs), ports]
+        run_ranks(arguments, ranks, self.folder, timeout=180.0 * len(jobs))
 
     def run_dir(self, cell: Cell, mutation: str | None = None) -> Path:
         """Where a cell's run is."""
-        return self.folder / "runs" / (f"{mutation}-{cell.name}" if mutation else cell.name)
+        return self.folder / "runs" / (f"{mutation.replace(' ', '-')}-{cell.name}" if mutation else cell.name)
 
     def error(self, cell: Cell, mutation: str | None = None, against: Cell = REFERENCE) -> float:
         """Greatest relative difference of loss or gradient norm from the reference over all steps."""
@@ -75,30 +52,6 @@ class Table:
             assert len(mine) == len(theirs)
             worst = max(worst, *(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(mine, theirs, strict=True)))
         return worst
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
-def wait_for_all(processes: list[subprocess.Popen], timeout: float) -> None:
-    """Wait until all have ended, or one has failed."""
-    end = time.monotonic() + timeout
-    while any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes):
-            time.sleep(2.0)  # the others may have something to say, too
-            return
-        assert time.monotonic() < end, f"not ended after {timeout:.0f} s"
-        time.sleep(0.05)
-
-
-def _ends(text: str) -> str:
-    return text if len(text) < 9000 else text[:6000] + "\n…\n" + text[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +86,17 @@ def test_the_layouts_of_the_fast_table_agree(table: Table) -> None:
 @pytest.mark.parametrize("ranks", sorted({cell.ranks for cell in ALL}))
 def test_every_layout_agrees(table: Table, ranks: int) -> None:
     cells = [cell for cell in ALL if cell.ranks == ranks]
-    same = [c for c in cells if not any("tie_word" in e for e in c.extra)]
     table.run(cells)
-    check(table, same)
+    check(table, cells)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", sorted({mutation.cell.ranks for mutation in MUTATIONS.values()}))
+def test_every_mistake_is_seen(table: Table, ranks: int) -> None:
+    """Each safeguard taken away moves loss or gradient norm at least ten times the tolerance."""
+    names = [name for name, mutation in MUTATIONS.items() if mutation.cell.ranks == ranks]
+    table.run([MUTATIONS[name].cell for name in names], names)
+    errors = {name: table.error(MUTATIONS[name].cell, name) for name in names}
+    print("\n" + "\n".join(f"{name:60s} {error:.1e}" for name, error in errors.items()))
+    unseen = [name for name, error in errors.items() if error < 10 * TOLERANCE]
+    assert not unseen, errors

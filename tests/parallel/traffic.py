@@ -1,0 +1,194 @@
+"""One rank that measures what a layout sends, holds and computes; each rank writes it down.
+
+``python -m tests.parallel.traffic OUTPUT ENGINE DP CP TP SEQ_LEN CHECKPOINTING``
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusiontree.config.root import Config
+from fusiontree.engines.base import StepInputs
+from fusiontree.engines.build import build_engine
+from fusiontree.models.mamba import SSMValues
+from fusiontree.ops.documents import Documents
+from fusiontree.parallel import context_parallel
+from fusiontree.parallel.layout import Layout
+from fusiontree.utils.environment import process_place
+from tests.parallel.table import MODEL, TRAINING
+
+SHAPE = {"layer_pattern": "FF", "num_layers": 2, "srte_encoding": "sincos", "max_position_embeddings": 4096}
+
+
+class Recorder:
+    """Counts collectives and the bytes this rank receives, by group, kind and part of the model."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.names = {layout.tp_group.group_name: "tp", layout.cp_group.group_name: "cp"}
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.part = "other"
+
+    def note(self, kind: str, group: Any, received: int) -> None:
+        """Count a call by a group's members."""
+        name = self.names.get(group.group_name) if group is not None else None
+        if name:
+            self.calls[f"{name} {kind}"] += 1
+            self.bytes[f"{name} {self.part}"] += received
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Watch torch.distributed."""
+        with ExitStack() as stack:
+            for kind in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+                stack.enter_context(patch.object(dist, kind, self._watched(kind, getattr(dist, kind))))
+            exchange = dist.batch_isend_irecv
+
+            def watched_exchange(operations: list[dist.P2POp]) -> Any:
+                received = sum(_size(op.tensor) for op in operations if op.op is dist.irecv)
+                self.note("exchange", operations[0].group, received)
+                return exchange(operations)
+
+            stack.enter_context(patch.object(dist, "batch_isend_irecv", watched_exchange))
+            yield
+
+    def _watched(self, kind: str, call: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            group = kwargs.get("group")
+            size = dist.get_world_size(group)
+            tensor = args[1] if kind == "reduce_scatter_tensor" else args[0]
+            self.note(kind, group, _size(tensor) * (size - 1) // size)
+            return call(*args, **kwargs)
+
+        return watched
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@contextmanager
+def by_part(recorder: Recorder) -> Iterator[None]:
+    """Book what the parts of context parallelism exchange under their names; backward passes keep the name."""
+    parts = {"left_halo": None, "gather_stack": "scan"}
+    parts |= dict.fromkeys(("gather_tokens", "swap_with_mirror"), "global heads")
+
+    def named(function: Any, part: str | None) -> Any:
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            # A halo of inputs [B, S, C] is the convolution's, one of keys and values [B, S, K, D] local attention's.
+            recorder.part = part or ("conv" if x.dim() == 3 else "local heads")
+            mine = recorder.part
+            x = _OnBackward.apply(x, recorder, "other")
+            out = _OnBackward.apply(function(x, *args, **kwargs), recorder, mine)
+            recorder.part = "other"
+            return out
+
+        return call
+
+    with ExitStack() as stack:
+        for name, part in parts.items():
+            stack.enter_context(patch.object(context_parallel, name, named(getattr(context_parallel, name), part)))
+        yield
+
+
+class _OnBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, recorder: Recorder, part: str) -> Tensor:
+        ctx.recorder, ctx.part = recorder, part
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.recorder.part = ctx.part
+        return grads[0], None, None
+
+
+class _CountProducts(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def measure(engine_name: str, dp: int, cp: int, tp: int, seq_len: int, checkpointing: str) -> dict[str, Any]:
+    """Return this rank's figures for one micro batch of one row, forward and backward."""
+    config = Config.model_validate(
+        {
+            "run_dir": "unused",
+            "model": {**MODEL, **SHAPE},
+            "training": {**TRAINING, "eval_interval": 0, "seq_len": seq_len, "activation_checkpointing": checkpointing},
+            "parallel": {"engine": engine_name, "cp": cp, "tp": tp},
+            "data": {"train": "unused"},
+        }
+    )
+    positions = torch.arange(seq_len)
+    positions[seq_len // 3 :] -= seq_len // 3
+    ids = torch.arange(seq_len).remainder(250)[None]
+    inputs = StepInputs(ids, ids.roll(-1, 1), positions[None], torch.ones(1), None)
+    with Layout("cpu", tp=tp, cp=cp) as layout:
+        recorder = Recorder(layout)
+        with by_part(recorder):
+            engine = build_engine(config.model, config.parallel, config.training, layout)
+            blocks = list(engine.module.layers)  # type: ignore[attr-defined]
+            entered: list[dict[str, int]] = []
+            for block in blocks:
+                block.register_forward_pre_hook(lambda *_: entered.append(dict(recorder.calls)))
+                block.register_forward_hook(lambda *_: entered.append(dict(recorder.calls)))
+            products = _CountProducts()
+            with recorder.recording(), products:
+                out = engine.forward(inputs)
+                after_forward, forward_products = dict(recorder.calls), products.count
+                forward_bytes = dict(recorder.bytes)
+                engine.backward(out.loss_sum / seq_len, last=True)
+        local = sum(values.numel() for _, _, values in engine.parameter_pieces())
+        with FlopCounterMode(display=False) as flops:
+            _scan(blocks[0].mamba, seq_len // cp, layout)
+        first_block = {k: v - entered[0].get(k, 0) for k, v in entered[1].items()}
+        return {
+            "block_forward": {k: v for k, v in first_block.items() if v},
+            "forward_calls": after_forward,
+            "calls": dict(recorder.calls),
+            "forward_bytes": forward_bytes,
+            "bytes": dict(recorder.bytes),
+            "local_parameters": local,
+            "products": [forward_products, products.count],
+            "scan_flops": flops.get_total_flops(),
+        }
+
+
+def _scan(mixer: Any, length: int, layout: Layout) -> None:
+    """Run the mixer's scan alone on a piece."""
+    heads, groups = 8 // layout.tp_size, max(1, 2 // layout.tp_size)
+    ssm = SSMValues(-torch.ones(heads), torch.ones(heads), torch.ones(1, length, heads))
+    b = torch.ones(1, length, groups, 8)
+    documents = Documents.from_positions(torch.arange(length)[None] + 1)
+    mixer.scan(torch.ones(1, length, heads, 8), ssm.dt_BSH, ssm, b, b, documents)
+
+
+def main() -> None:
+    output, engine, *numbers, checkpointing = sys.argv[1:]
+    dp, cp, tp, seq_len = map(int, numbers)
+    figures = measure(engine, dp, cp, tp, seq_len, checkpointing)
+    with open(f"{output}.{process_place().rank}", "w") as file:
+        json.dump(figures, file)
+
+
+if __name__ == "__main__":
+    main()
