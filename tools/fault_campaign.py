@@ -44,7 +44,7 @@ def plan_fault(random: Random, kind: str) -> Fault:
     rank = random.randrange(2)
     delay = random.choice((0.0, random.uniform(0.0, 0.05)))
     if kind in ("slow", "wandb"):
-        return Fault(kind, rank, 1, amount=0.25)
+        return Fault(kind, rank, 1, section="wait for data", amount=0.4)
     if kind == "clock":
         return Fault(kind, 0, random.randint(1, 40), amount=random.choice((-1, 1)) * random.uniform(60, 1e6))
     if kind == "full_disk":

@@ -33,8 +33,8 @@ class Fault:
     """One thing that goes wrong in one process."""
 
     kind: str
-    """A key of SIGNALS, or nan, spike, flip, slow, clock, full_disk; corrupt and lost_shard kill, the campaign does
-    the rest."""
+    """A key of SIGNALS, or nan, spike, flip, slow, clock, full_disk; corrupt and lost_shard kill and wandb does
+    nothing: the campaign does the rest."""
     rank: int
     entry: int
     """Fires inside the so many-th section that the process enters …"""
@@ -98,7 +98,8 @@ class Injector:
         if kind in ("nan", "spike"):
             self._nan, self._spike = kind == "nan", kind == "spike"
             return
-        self._note(name)
+        if kind in ("slow", "wandb", "clock", "flip", "full_disk"):
+            self._note(name)
         if kind == "slow":
             self._slow = True
         elif kind == "clock":
@@ -108,12 +109,15 @@ class Injector:
             next(self.engine.parameter_pieces())[2].view(-1)[3] += 0.25
         elif kind == "full_disk":
             fill_disk(self.folder, int(self.fault.amount))
-        else:
-            number = getattr(signal, SIGNALS.get(kind, "SIGKILL"))
+        elif kind != "wandb":  # the campaign gave it a server that does not answer
             if self.fault.delay_s:
-                threading.Timer(self.fault.delay_s, os.kill, (os.getpid(), number)).start()
+                threading.Timer(self.fault.delay_s, self._send, (name,)).start()
             else:
-                os.kill(os.getpid(), number)
+                self._send(name)
+
+    def _send(self, section: str) -> None:
+        self._note(section)
+        os.kill(os.getpid(), getattr(signal, SIGNALS.get(self.fault.kind, "SIGKILL")))
 
 
 def fill_disk(folder: Path, leave_bytes: int) -> None:

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -197,6 +196,7 @@ class FaultyRun:
         self.log = folder / "log.txt"
         self.hidden: tuple[Path, Path] | None = None
         self.stops: list[str] = []
+        self.corrupted: list[str] = []
 
     def go(self, faults: list[Fault]) -> dict[str, Any]:
         """Start until it finishes; return what happened, with ``ok`` and ``problem``."""
@@ -247,7 +247,6 @@ class FaultyRun:
         if fault and fault.kind == "wandb":
             sections["logging"] = {"log_interval": 1, "wandb": {"mode": "online"}}
             environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": "0" * 40}
-            faults = [replace(fault, kind="slow", amount=0.0)]  # leaves the note that the server was asked for
         config = write_config(self.folder, self.data, self.engine, **sections)
         return start(self.folder, config, world, faults, environment)
 
@@ -284,6 +283,7 @@ class FaultyRun:
         if len(folders) < 2:
             return
         file = self.random.choice(sorted(p for p in folders[-1].rglob("*") if p.is_file() and p.stat().st_size))
+        self.corrupted.append(folders[-1].name)
         content = bytearray(file.read_bytes())
         how = self.random.choice(("flip", "cut", "delete"))
         if how == "delete":
@@ -324,8 +324,21 @@ class FaultyRun:
 
     def _missing_event(self, events: list[dict[str, Any]]) -> str | None:
         """Return which fault left no trace in events.jsonl, or None."""
-        kinds = {note["kind"] for note in self.fired()}
-        seen = {event["event"] for event in events}
-        if "clock" in kinds and "clock_jump" not in seen:
-            return "a clock jumped and no event says so"
+
+        def said(*kinds: str) -> str:
+            return "; ".join(str(event.get("reason", "")) for event in events if event["event"] in kinds)
+
+        for note in self.fired():
+            kind, rank = note["kind"], note["rank"]
+            if kind == "clock" and not said("clock_jump"):
+                return "a clock jumped and no event says so"
+            if kind == "wandb" and not said("wandb_offline"):
+                return "the wandb server was dead and no event says so"
+            if kind == "hang" and f"rank {rank} left no report" not in said("hang", "crash"):
+                return f"rank {rank} was stopped in '{note['in']}' and is not named: {said('hang', 'crash')}"
+            if kind == "slow" and f"rank {rank} (" not in said("slow_rank"):
+                return f"rank {rank} was slow and is not named: {said('slow_rank')}"
+        for name in self.corrupted:
+            if name not in said("checkpoint_damaged"):
+                return f"{name} was damaged and no event says so"
         return None

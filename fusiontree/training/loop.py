@@ -181,7 +181,8 @@ class Trainer:
             progress.mark(step)
             values = done.values | self._speed(batch, seconds)
             if self._due(self.settings.logging.log_interval) or step == last_step:
-                self.records.metrics(values)
+                with watch.section("log", config.slow_timeout_s):
+                    self.records.metrics(values)
                 self._say(progress.line(values))
             with watch.section("checks", config.slow_timeout_s):
                 self.checks.after_step(step, done.arrived - began, seconds)

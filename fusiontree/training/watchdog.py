@@ -24,7 +24,7 @@ from fusiontree.utils.errors import UserError
 
 EXIT_CODE = 70
 """Exit code of a process that its watchdog ended (EX_SOFTWARE)."""
-_WRITING_S = 20.0
+_WRITING_S = 8.0
 """The report's file system may be what hangs; after this the process leaves without it."""
 _PEERS_S = 3.0
 """How long to wait for the reports of the other ranks, whose limits end at about the same time."""
