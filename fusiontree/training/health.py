@@ -117,7 +117,7 @@ def _device(device: torch.device) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info(device)
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device),
-        "driver": None,
+        "driver": _driver(),
         "memory_free_gib": round(free / 2**30, 1),
         "memory_total_gib": round(total / 2**30, 1),
     }
@@ -128,6 +128,14 @@ def _device(device: torch.device) -> dict[str, Any]:
     except Exception as error:  # they need nvidia-ml-py, which is no dependency
         found["clocks"] = f"not known: {error}"
     return found
+
+
+def _driver() -> str | None:
+    """Return the version line of NVIDIA's kernel module, where it shows one."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].strip()
+    except (OSError, IndexError):
+        return None
 
 
 def _free_memory() -> float | None:

@@ -62,8 +62,7 @@ def keep_flight_record() -> None:
 
     What the user has set already stays.
     """
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # torch renamed it
-        os.environ.setdefault(name, "2000")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives
 
 
 def wandb_server() -> str:
