@@ -17,7 +17,7 @@ from fusiontree.data.corpus import CorpusOptions
 from fusiontree.data.format import DatasetInfo, read_dataset
 from fusiontree.data.tokenizers import tokenizer_of
 from fusiontree.data.verify import document_of_dataset, verify_dataset
-from fusiontree.utils.errors import UserError
+from fusiontree.utils.errors import UserError, nearest
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,7 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="F",
         help="share of documents for DIR/validation, chosen by the hash of their text; the rest goes to DIR/train",
     )
-    add("--shuffle", action="store_true", help="read the input files in an order decided by --seed")
+    add(
+        "--shuffle",
+        action="store_true",
+        help="put the documents in an order decided by --seed; DIR holds their text once more meanwhile",
+    )
     add("--remove-duplicates", action="store_true", help="keep only the first of documents with the same text")
     add("--seed", type=int, default=0, help="decides the split and the shuffle (default 0)")
     add("--shard-mb", type=float, default=64, metavar="MB", help="text in a shard (default 64)")
@@ -64,27 +68,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return the exit code: 0 done, 1 damage found, 2 the user gave something wrong."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
     try:
+        if unknown:
+            known = nearest(unknown[0].split("=")[0], parser._option_string_actions)
+            raise UserError(f"unknown argument '{unknown[0]}'{known}; see --help")
         if args.verify:
             return verify(args.verify)
         if args.inspect:
             return inspect(args.inspect, args.document)
         if not args.input or not args.output:
             raise UserError("give --input and --output to build, or --verify or --inspect; see --help")
+        if not 0 < args.shard_mb < 1e6:
+            raise UserError(f"--shard-mb {args.shard_mb} is no size of a shard; give megabytes of text, 64 say")
         options = BuildOptions(
             corpus=CorpusOptions(
                 inputs=args.input,
                 include=args.include,
                 exclude=args.exclude,
                 text_key=args.text_key,
-                shuffle_seed=args.seed if args.shuffle else None,
             ),
             output=args.output,
             tokenizer=args.tokenizer,
             eos=args.eos,
             validation_fraction=args.validation_fraction,
-            shard_bytes=max(1, int(args.shard_mb * 1e6)),
+            shard_bytes=int(args.shard_mb * 1e6),
+            shuffle=args.shuffle,
             remove_duplicates=args.remove_duplicates,
             seed=args.seed,
             processes=args.processes,
@@ -94,6 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # The disk is full, a file cannot be read: what is finished stays.
+        print(f"error: {error}; mend that and repeat the command to go on", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; repeat the command to go on", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -104,8 +121,10 @@ def print_summary(folder: Path, info: DatasetInfo) -> None:
         f"\n{folder}: {info.documents:,} documents, {info.tokens:,} tokens in {len(info.shards)} shards ({info.dtype})"
     )
     print(f"  tokenizer {info.tokenizer.name}, vocabulary {info.tokenizer.vocab_size:,}, eos {info.tokenizer.eos_id}")
-    print(f"  {s['text_bytes'] / 1e6:,.1f} MB of text, {s['bytes_per_token']:.2f} bytes a token", end="")
-    print(f", {s['duplicates_removed']:,} duplicates removed" if s.get("duplicates_removed") else "")
+    if s["text_bytes"]:
+        print(f"  {s['text_bytes'] / 1e6:,.1f} MB of text, {s['text_bytes'] / info.tokens:.2f} bytes a token")
+    if s.get("duplicates_removed"):
+        print(f"  {s['duplicates_removed']:,} duplicates were removed")
     if "bigram_entropy_nats" in s:
         print(f"  a byte given the byte before it: {s['bigram_entropy_nats']:.3f} nats")
     print("  document lengths in tokens:")
@@ -136,7 +155,7 @@ def inspect(folder: Path, number: int) -> int:
     try:
         shard, tokens = document_of_dataset(folder, info, number)
     except IndexError as error:
-        raise UserError(f"--document {number}: the dataset has {info.documents} documents, from 0") from error
+        raise UserError(f"--document {number}: the dataset has {info.documents:,} documents, from 0") from error
     print(f"\ndocument {number} ({len(tokens):,} tokens, {shard}):\n")
     print(tokenizer_of(info.tokenizer, folder).decode(tokens))
     return 0

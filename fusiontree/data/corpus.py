@@ -6,60 +6,58 @@ import fnmatch
 import gzip
 import io
 import json
+import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import IO, Any, NamedTuple
 
 from fusiontree.data.megatron import is_megatron, read_megatron
 from fusiontree.utils.errors import UserError, nearest
-from fusiontree.utils.hashing import stable_hash
 
 _JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst")
+_CHUNK = 1 << 20
+_PEEKED = 8192
+"""A NUL byte among so many at its beginning says that a file is no text."""
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A text, or tokens that were made before, and where they came from."""
 
-    text: str
+    content: bytes
+    """The text as UTF-8, or the tokens as little-endian uint32."""
     source: str
-    tokens: np.ndarray | None = None
-    """Given instead of a text by corpora that hold tokens."""
-
-    def content(self) -> bytes:
-        """What identifies the document: its text as UTF-8, or its tokens as bytes."""
-        if self.tokens is not None:
-            return self.tokens.astype("<u4").tobytes()
-        return self.text.encode("utf-8", errors="replace")
+    is_tokens: bool = False
 
 
 @dataclass(frozen=True)
 class CorpusOptions:
-    """Which documents to read, and in which order."""
+    """Which documents to read."""
 
     inputs: Sequence[Path]
     include: Sequence[str] = ()
-    """File name patterns in folders; none means every file."""
+    """File name patterns in folders; none means every file that is text."""
     exclude: Sequence[str] = ()
     """Patterns of file or folder names to leave out."""
     text_key: str = "text"
     """Field of a JSONL object that holds the text."""
-    shuffle_seed: int | None = None
-    """Puts the files in an order that this number decides; None keeps the order of their paths."""
 
 
-def corpus_files(options: CorpusOptions) -> list[Path]:
-    """Return the files to read, in order.
+def corpus_files(options: CorpusOptions, output: Path | None = None) -> list[Path]:
+    """Return the files to read, in order; what lies in ``output`` is never among them.
 
     Raises:
         UserError: an input does not exist, or nothing matches.
     """
     files: list[Path] = []
+    own = output.resolve() if output else None
     for root in options.inputs:
         if root.is_dir():
-            files += sorted(p for p in root.rglob("*") if p.is_file() and _wanted(p, root, options))
+            found = sorted(p for p in root.rglob("*") if p.is_file() and _wanted(p, root, options))
+            if own and root.resolve() in own.parents:
+                found = [p for p in found if own not in p.resolve().parents]
+            files += found
         elif root.is_file():
             files.append(root)
         else:
@@ -69,11 +67,6 @@ def corpus_files(options: CorpusOptions) -> list[Path]:
     if not files:
         patterns = f" matching {list(options.include)}" if options.include else ""
         raise UserError(f"no file{patterns} in {[str(p) for p in options.inputs]}")
-    if options.shuffle_seed is not None:
-        seed = options.shuffle_seed
-        # Keyed by name and place in the list, not by the absolute path: a copy elsewhere gives the same order.
-        keys = {file: stable_hash("files", seed, file.name, index) for index, file in enumerate(files)}
-        files.sort(key=keys.__getitem__)
     return files
 
 
@@ -84,48 +77,134 @@ def _wanted(path: Path, root: Path, options: CorpusOptions) -> bool:
     return not options.include or any(fnmatch.fnmatch(path.name, pattern) for pattern in options.include)
 
 
-def read_documents(files: Sequence[Path], text_key: str) -> Iterator[Document]:
-    """Yield the documents of ``files``: each line of a JSONL file, each of a Megatron corpus, else the whole file.
+class Corpus:
+    """The documents of some files: each line of a JSONL file, each of a Megatron corpus, else a whole file.
 
-    Text is UTF-8; bytes that are not become the replacement character, so no document is lost to one bad byte.
-
-    Raises:
-        UserError: a JSONL line is no object with the text field; file and line are named.
+    Text is UTF-8; bytes that are not become the replacement character, so no document is lost to one bad byte. Files
+    of folders that are no text at all (a NUL byte at their beginning) are left out, unless patterns chose the files.
     """
-    for file in files:
+
+    def __init__(self, files: Sequence[Path], options: CorpusOptions) -> None:
+        """Prepare; nothing is read yet."""
+        self.files, self.options = files, options
+        self.bytes = sum(file.stat().st_size for file in files)
+        """Of all files."""
+        self.bytes_read = 0
+        """Of the files, by the latest iteration."""
+        self.left_out: list[Path] = []
+        """Files that are no text, in the latest iteration."""
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the documents.
+
+        Raises:
+            UserError: a JSONL line is no object with the text field, or a compressed file ends early or is damaged;
+                file and line are named.
+        """
+        self.restart()
+        for file in self.files:
+            yield from self.documents_of(file)
+
+    def restart(self, files: int = 0) -> None:
+        """Begin a new count of what is read, with the first ``files`` files counted as read."""
+        self.bytes_read = sum(file.stat().st_size for file in self.files[:files])
+        self.left_out = []
+
+    def documents_of(self, file: Path) -> Iterator[Document]:
+        """Yield the documents of one file; see :meth:`__iter__`."""
+        begin = self.bytes_read
+        name = os.fsencode(file).decode("utf-8", errors="replace")
         if is_megatron(file):
             for number, tokens in enumerate(read_megatron(file)):
-                yield Document("", f"{file}:{number}", tokens)
+                self.bytes_read = begin + 2 * len(tokens)  # about
+                yield Document(tokens.astype("<u4").tobytes(), f"{name}:{number}", is_tokens=True)
         elif file.name.endswith(_JSONL):
-            yield from _read_jsonl(file, text_key)
+            with file.open("rb") as raw:
+                for number, text in _jsonl_texts(raw, file, self.options.text_key):
+                    self.bytes_read = begin + raw.tell()
+                    yield Document(text.encode("utf-8", errors="replace"), f"{name}:{number}")
         else:
-            yield Document(file.read_bytes().decode("utf-8", errors="replace"), str(file))
+            content = file.read_bytes()
+            if b"\0" in content[:_PEEKED] and not self.options.include and file not in self.options.inputs:
+                self.left_out.append(file)
+            else:
+                self.bytes_read = begin + len(content)
+                yield Document(_valid(content), name)
+        self.bytes_read = begin + file.stat().st_size
 
 
-def _open_text(file: Path) -> io.TextIOBase:
+def _valid(content: bytes) -> bytes:
+    """Return ``content`` with all that is no UTF-8 replaced."""
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("utf-8", errors="replace").encode("utf-8")
+    return content
+
+
+def _jsonl_texts(raw: IO[bytes], file: Path, key: str) -> Iterator[tuple[int, str]]:
+    """Yield line number and text of each line of a JSONL file that holds something."""
+    number = 0
+    try:
+        for number, line in enumerate(_text_lines(raw, file), 1):
+            if line.strip():
+                yield number, _text_of(line, f"{file}, line {number}", key)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{file}, after line {number}: the compressed file is damaged or cut short ({error})"
+        ) from error
+
+
+def _text_lines(raw: IO[bytes], file: Path) -> Iterator[str]:
+    lines: Any = raw
     if file.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(file), encoding="utf-8", errors="replace")
-    if file.suffix == ".zst":
+        lines = gzip.GzipFile(fileobj=raw)
+    elif file.suffix == ".zst":
+        lines = io.BufferedReader(_ZstdFrames(raw), _CHUNK)
+    return iter(io.TextIOWrapper(lines, encoding="utf-8-sig", errors="replace", newline="\n"))
+
+
+class _ZstdFrames(io.RawIOBase):
+    """What a .zst file holds, all its frames: zstandard's own reader ends silently after one, whole or not."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
         import zstandard
 
-        return io.TextIOWrapper(zstandard.open(file, "rb"), encoding="utf-8", errors="replace")
-    return file.open(encoding="utf-8", errors="replace")
+        self._raw, self._left = raw, b""
+        self._error = zstandard.ZstdError
+        self._begin = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._begin()
+        self._inside = False
 
+    def readable(self) -> bool:
+        return True
 
-def _read_jsonl(file: Path, text_key: str) -> Iterator[Document]:
-    with _open_text(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        while not self._left:
+            data = (self._frame.unused_data if self._frame.eof else b"") or self._raw.read(_CHUNK // 8)
+            if self._frame.eof:
+                self._frame, self._inside = self._begin(), False
+            if not data:
+                if self._inside:
+                    raise EOFError("it ends inside a frame")
+                return 0
+            self._inside = True
             try:
-                values = json.loads(line)
-                text = values[text_key]
-            except (ValueError, KeyError, TypeError) as error:
-                known = nearest(text_key, values) if isinstance(error, KeyError) and isinstance(values, dict) else ""
-                raise UserError(
-                    f"{file}, line {number}: no text under '{text_key}' ({error}){known}; name the field with "
-                    f"--text-key"
-                ) from error
-            if not isinstance(text, str):
-                raise UserError(f"{file}, line {number}: '{text_key}' is {type(text).__name__}, not a text")
-            yield Document(text, f"{file}:{number}")
+                self._left = self._frame.decompress(data)
+            except self._error as error:
+                raise EOFError(str(error)) from error
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
+
+
+def _text_of(line: str, place: str, key: str) -> str:
+    try:
+        values = json.loads(line)
+        text = values[key]
+    except (ValueError, KeyError, TypeError) as error:
+        known = nearest(key, values) if isinstance(error, KeyError) and isinstance(values, dict) else ""
+        raise UserError(f"{place}: no text under '{key}' ({error}){known}; name the field with --text-key") from error
+    if not isinstance(text, str):
+        raise UserError(f"{place}: '{key}' is {type(text).__name__}, not a text")
+    return text

@@ -19,6 +19,8 @@ from fusiontree.utils.files import atomic_write
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_INFO = "tokenizer_info.json"
 """Which tokenizer a run or checkpoint was trained with."""
+SMALLEST_BPE = 257
+"""Tokens of a byte-level BPE without merges: the bytes, and the end of a document."""
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "[SEP]")
 
 
@@ -29,6 +31,10 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the tokens of each text, without the end-of-document token."""
+        ...
+
+    def encode_utf8(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Return the tokens of each text, given as valid UTF-8."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -59,6 +65,10 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return each text's bytes; lone surrogates, which UTF-8 cannot hold, become ``?``."""
         return [np.frombuffer(t.encode("utf-8", errors="replace"), np.uint8).astype(np.uint16) for t in texts]
+
+    def encode_utf8(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Return each text's bytes."""
+        return [np.frombuffer(text, np.uint8).astype(np.uint16) for text in texts]
 
     def encode(self, text: str) -> list[int]:
         """Return a text's bytes."""
@@ -100,7 +110,7 @@ class HuggingFaceTokenizer:
         self.info = TokenizerInfo(
             kind="huggingface",
             name=name or path.stem,
-            vocab_size=self.backend.get_vocab_size(),
+            vocab_size=max(self.backend.get_vocab().values()) + 1,  # ids may have gaps
             eos_id=eos_id,
             sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
             file=TOKENIZER_FILE,
@@ -110,6 +120,10 @@ class HuggingFaceTokenizer:
         """Return the tokens of each text."""
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(e.ids, dtype=np.uint32) for e in encodings]
+
+    def encode_utf8(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Return the tokens of each text, given as valid UTF-8."""
+        return self.encode_batch([text.decode("utf-8") for text in texts])
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of one text."""
@@ -126,16 +140,11 @@ class HuggingFaceTokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
-    """Train a byte-level BPE on ``texts`` and save it as a tokenizer.json.
-
-    Raises:
-        UserError: ``vocab_size`` is too small for the 256 bytes and the end-of-document token.
-    """
+    """Train a byte-level BPE on ``texts`` and save it as a tokenizer.json."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise UserError(f"a byte-level BPE needs at least 257 tokens; bpe:{vocab_size} is too small")
+    assert vocab_size >= SMALLEST_BPE
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -74,7 +74,7 @@ def document_of_dataset(folder: Path, info: DatasetInfo, number: int) -> tuple[s
         IndexError: the dataset has fewer documents.
     """
     first = 0
-    for shard_info in info.shards:
+    for shard_info in info.shards if number >= 0 else ():
         if number < first + shard_info.documents:
             shard = open_shard(folder, shard_info)
             tokens = shard.read_document(number - first).tolist()

@@ -65,6 +65,12 @@ def keep_flight_record() -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives
 
 
+def limit_tokenizer_threads(threads: int) -> None:
+    """Set how many threads the tokenizers library encodes with; call before its first use in this process."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+
+
 def wandb_server() -> str:
     """Return the address of the wandb server that this process would talk to."""
     return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")

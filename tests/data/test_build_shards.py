@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -15,11 +16,12 @@ import numpy as np
 import pytest
 import zstandard
 
-from fusiontree.data.build import bigram_entropy
 from fusiontree.data.format import read_dataset
+from fusiontree.data.statistics import bigram_entropy
 from fusiontree.data.tokenizers import ByteTokenizer, load_tokenizer, save_tokenizer, tokenizer_of, train_bpe
-from fusiontree.data.verify import dataset_hash, document_of_dataset
+from fusiontree.data.verify import document_of_dataset
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.file_lock import FileLock
 from tools.build_shards import main
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -71,6 +73,40 @@ def test_jsonl(tmp_path: Path, suffix: str) -> None:
     file.write_bytes(packed)
     assert build("--input", file, "--text-key", "content", "--output", tmp_path / "d") == 0
     assert texts_of(tmp_path / "d") == [f"line {i}\nmore" for i in range(9)]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_packed_files_are_read_to_their_end_or_refused(
+    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several members or frames in a file are all read; a cut is named, wherever it is."""
+    pack = gzip.compress if suffix == "gz" else zstandard.compress
+    parts = [json.dumps({"text": f"{i} {'x' * 50}"}).encode() + b"\n" for i in range(6)]
+    packed = [pack(b"".join(parts[i : i + 2])) for i in (0, 2, 4)]
+    file = tmp_path / f"in.jsonl.{suffix}"
+    file.write_bytes(b"".join(packed))
+    assert build("--input", file, "--output", tmp_path / "d") == 0
+    assert len(texts_of(tmp_path / "d")) == 6
+    for cut in (1, 5, len(packed[2]) - 3):
+        file.write_bytes(b"".join(packed)[:-cut])
+        assert build("--input", file, "--output", tmp_path / "cut") == 2
+        assert f"in.jsonl.{suffix}, after line" in capsys.readouterr().err
+    damaged = bytearray(b"".join(packed))
+    damaged[len(packed[0]) + len(packed[1]) // 2] ^= 0x55
+    file.write_bytes(damaged)
+    assert build("--input", file, "--output", tmp_path / "damaged") == 2
+    assert f"in.jsonl.{suffix}" in capsys.readouterr().err
+
+
+def test_what_is_no_text_stays_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Binary files of a folder, and the output itself where it lies inside the input."""
+    (tmp_path / "module.pyc").write_bytes(b"\x00\x01 not text")
+    (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
+    assert build("--input", tmp_path, "--output", tmp_path / "d") == 0
+    assert "1 files are no text and were left out" in capsys.readouterr().out
+    assert texts_of(tmp_path / "d") == ["gr\ufffd\ufffder"]
+    assert build("--input", tmp_path, "--include", "*.pyc", "--output", tmp_path / "e", "--exclude", "d") == 0
+    assert texts_of(tmp_path / "e") == ["\x00\x01 not text"]
 
 
 def test_a_broken_json_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +169,10 @@ def test_bytes_round_trip_and_survive_lone_surrogates() -> None:
         (["--input", "{texts}", "--tokenizer", "bpe:10"], "at least 257"),
         (["--input", "{texts}/empty.txt"], "hold no text"),
         (["--input", "{texts}", "--validation-fraction", "1.5"], "outside [0, 1)"),
+        (["--input", "{texts}", "--tokenizer", "byte", "--eos", "</s>"], "--eos </s> is for a tokenizer.json"),
+        (["--input", "{texts}", "--tokeniser", "byte"], "unknown argument '--tokeniser'; did you mean '--tokenizer'"),
+        (["--input", "{texts}", "--shard-mb", "0"], "--shard-mb 0.0 is no size"),
+        (["--input", "{texts}", "--shard-mb", "nan"], "--shard-mb nan is no size"),
         ([], "give --input and --output"),
     ],
 )
@@ -155,29 +195,111 @@ def test_folders_of_others_are_left_alone(texts: Path, tmp_path: Path, capsys: p
     assert "holds other files" in capsys.readouterr().err
 
 
-def test_killed_builds_go_on_without_redoing_shards(tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
+def run(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "tools/build_shards.py", "--output", str(folder), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """Processes of its session but itself."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == process.pid != int(stat.parent.name) and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("options", [[], ["--shuffle", "--validation-fraction", "0.2"]])
+def test_killed_builds_go_on_without_redoing_shards(tmp_path: Path, options: list[str]) -> None:
     rng = np.random.default_rng(0)
-    for i in range(30):
-        (folder / f"{i:02d}.txt").write_bytes(rng.integers(97, 122, 100_000, dtype=np.uint8).tobytes())
-    command = [sys.executable, "tools/build_shards.py", "--input", str(folder), "--shard-mb", "0.1", "--processes", "2"]
+    file = tmp_path / "in.jsonl"
+    with file.open("w") as lines:
+        for _ in range(3000):
+            lines.write(json.dumps({"text": rng.integers(97, 122, 1000, dtype=np.uint8).tobytes().decode()}) + "\n")
+    arguments = ["--input", str(file), "--shard-mb", "0.1", "--processes", "2", *options]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert subprocess.run([*command, "--output", str(whole)], cwd=ROOT, capture_output=True).returncode == 0
-    process = subprocess.Popen([*command, "--output", str(killed)], cwd=ROOT, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while len(list(killed.glob("*.record.json"))) < 3 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (killed / "dataset.json").exists()
-    stamps = {p.name: p.stat().st_mtime_ns for p in killed.glob("*.tar") if Path(f"{p}.record.json").exists()}
-    assert stamps
-    assert subprocess.run([*command, "--output", str(killed)], cwd=ROOT, capture_output=True).returncode == 0
-    assert {name: (killed / name).stat().st_mtime_ns for name in stamps} == stamps
-    assert dataset_hash(killed) == dataset_hash(whole)
-    assert (killed / "dataset.json").read_text() == (whole / "dataset.json").read_text()
+    assert run(whole, *arguments).wait() == 0
+    stamps: dict[Path, int] = {}
+    for records in (0, 4):
+        process = run(killed, *arguments)
+        deadline = time.monotonic() + 60
+        while not (killed / "build.json").exists() or len(list(killed.rglob("*.record.json"))) < records:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()  # alone; its workers have to notice
+        process.wait()
+        assert not list(killed.rglob("dataset.json"))
+        for tar in killed.rglob("*.tar"):
+            if Path(f"{tar}.record.json").exists():
+                assert stamps.setdefault(tar, tar.stat().st_mtime_ns) == tar.stat().st_mtime_ns
+        while workers_of(process):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert len(stamps) >= 4
+    assert run(killed, *arguments).wait() == 0
+    assert {tar: tar.stat().st_mtime_ns for tar in stamps} == stamps
+    names = {path.relative_to(whole) for path in whole.rglob("*")}
+    assert {path.relative_to(killed) for path in killed.rglob("*")} == names  # nothing is left over
+    assert all((killed / n).is_dir() or (killed / n).read_bytes() == (whole / n).read_bytes() for n in names)
+
+
+def _die(job: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_named(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusiontree.data.build.write_shard", _die)
+    assert build("--input", texts, "--output", tmp_path / "d") == 2
+    assert "a worker process was killed" in capsys.readouterr().err
+
+
+def test_an_unfinished_build_is_not_mixed_with_another(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither other options, nor another tokenizer under the same name, nor two builds at once."""
+    bpe, output = tmp_path / "tokenizer.json", tmp_path / "d"
+    train_bpe((f"text {i % 7} " for i in range(50)), 270, bpe)
+    (texts / "zz.jsonl").write_text('{"text": "late"}\n{"no": "text"}\n')
+    arguments = ["--input", texts, "--output", output, "--tokenizer", bpe, "--shard-mb", 0.0003]
+    assert build(*arguments) == 2
+    assert "zz.jsonl, line 2" in capsys.readouterr().err
+    assert len(list(output.glob("*.record.json"))) > 0
+    assert build(*arguments, "--seed", 5) == 2
+    assert "unfinished build with other options" in capsys.readouterr().err
+    (texts / "zz.jsonl").unlink()
+    train_bpe((f"äöü {i % 5} " for i in range(50)), 280, bpe)
+    with contextlib.closing(FileLock(output / ".build.lock")) as lock:
+        assert lock.acquire()
+        assert build(*arguments) == 2
+        assert "another process is building" in capsys.readouterr().err
+    assert build(*arguments) == 0
+    assert sorted(texts_of(output)) == sorted(["not wanted", *(f"text {i} äöü " * (i + 1) for i in range(12))])
+
+
+def test_a_build_that_made_nothing_yet_gives_way(texts: Path, tmp_path: Path) -> None:
+    assert build("--input", texts / "empty.txt", "--output", tmp_path / "d", "--shuffle") == 2
+    assert build("--input", texts, "--output", tmp_path / "d", "--shuffle") == 0
+    assert len(texts_of(tmp_path / "d")) == 13
+
+
+def test_shuffled_documents_are_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(200)))
+    arguments = ["--input", str(file), "--shard-mb", "0.0003"]
+    shuffled = [*arguments, "--shuffle"]
+    kinds = {"plain": arguments, "one": shuffled, "three": shuffled, "other": [*shuffled, "--seed", "1"]}
+    for name, options in kinds.items():
+        assert main([*options, "--output", str(tmp_path / name), "--processes", "3" if name == "three" else "1"]) == 0
+    read = {name: texts_of(tmp_path / name) for name in kinds}
+    assert read["one"] == read["three"]
+    assert len({tuple(texts) for texts in read.values()}) == 3
+    assert len({tuple(sorted(texts)) for texts in read.values()}) == 1
+    places = [int(text.split()[1]) for text in read["one"]]
+    assert abs(np.corrcoef(np.arange(200), places)[0, 1]) < 0.25
 
 
 def test_bigram_entropy_by_hand() -> None:

@@ -1,0 +1,83 @@
+"""What a dataset holds, in numbers: counted a shard, then added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+_COUNTED_AT_ONCE = 1 << 18
+"""Tokens; a count takes as long as the table is large, so it is not made for every document."""
+
+
+class ShardStatistics:
+    """Counts the documents of one shard; for bytes, pairs of neighbours too."""
+
+    def __init__(self, vocab_size: int, count_pairs: bool) -> None:
+        self._size = vocab_size
+        self._lengths: list[int] = []
+        self._text_bytes = 0
+        self._pairs = np.zeros(vocab_size**2, np.int64) if count_pairs else None
+        self._codes: list[np.ndarray] = []
+        self._waiting = 0
+
+    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
+        """Count a document; ``text_bytes`` is 0 where it came as tokens."""
+        self._lengths.append(len(tokens))
+        self._text_bytes += text_bytes
+        if self._pairs is not None:
+            self._codes.append(tokens[:-1].astype(np.int64) * self._size + tokens[1:])
+            self._waiting += len(tokens)
+            if self._waiting > _COUNTED_AT_ONCE:
+                self._count_pairs(self._pairs)
+
+    def _count_pairs(self, pairs: np.ndarray) -> None:
+        pairs += np.bincount(np.concatenate(self._codes), minlength=len(pairs))
+        self._codes, self._waiting = [], 0
+
+    def result(self) -> dict[str, Any]:
+        """Return the counts as plain values."""
+        lengths = self._lengths
+        values: dict[str, Any] = {
+            "documents": len(lengths),
+            "tokens": sum(lengths),
+            "text_bytes": self._text_bytes,
+            "longest_document": max(lengths),
+            "length_histogram": np.bincount([n.bit_length() for n in lengths], minlength=1).tolist(),
+        }
+        if self._pairs is not None:
+            if self._codes:
+                self._count_pairs(self._pairs)
+            used = np.flatnonzero(self._pairs)
+            values["pairs"] = [used.tolist(), self._pairs[used].tolist()]
+        return values
+
+
+def merge_statistics(parts: Sequence[dict[str, Any]], vocab_size: int) -> dict[str, Any]:
+    """Add up the statistics of shards; for bytes, find the entropy of a byte given the byte before it."""
+    width = max(len(p["length_histogram"]) for p in parts)
+    histogram = np.zeros(width, np.int64)
+    for part in parts:
+        histogram[: len(part["length_histogram"])] += part["length_histogram"]
+    merged: dict[str, Any] = {key: sum(p[key] for p in parts) for key in ("documents", "tokens", "text_bytes")}
+    if merged["text_bytes"]:  # a corpus of tokens has none
+        merged["bytes_per_token"] = merged["text_bytes"] / merged["tokens"]
+    merged["longest_document"] = max(p["longest_document"] for p in parts)
+    # Entry i counts documents of 2^(i-1) to 2^i - 1 tokens.
+    merged["length_histogram_log2"] = histogram.tolist()
+    if all("pairs" in p for p in parts):
+        counts = np.zeros(vocab_size * vocab_size, np.int64)
+        for part in parts:
+            counts[part["pairs"][0]] += part["pairs"][1]
+        merged["bigram_entropy_nats"] = bigram_entropy(counts.reshape(vocab_size, vocab_size))
+    return merged
+
+
+def bigram_entropy(counts_VV: np.ndarray) -> float:
+    """Return the conditional entropy H(next | token) in nats of pair counts ``[token, next]``."""
+    joint = counts_VV / counts_VV.sum()
+    marginal = joint.sum(axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(joint > 0, joint * np.log(joint / marginal), 0.0)
+    return float(-terms.sum())
