@@ -96,7 +96,8 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     from fusiontree.utils.hardware import peak_flops
 
     model, training = config.model, config.training
-    with Layout(training.device, shard_size=config.parallel.shard_size) as layout:
+    parallel = config.parallel
+    with Layout(training.device, tp=parallel.tp, cp=parallel.cp, shard_size=parallel.shard_size) as layout:
         data = TrainingData(
             config.data,
             seq_len=training.seq_len,
@@ -180,7 +181,8 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "torch": torch.__version__,
             "world_size": layout.place.world_size,
-            "engine": config.parallel.engine,
+            "engine": parallel.engine,
+            "layout": {"dp": layout.dp_size, "cp": layout.cp_size, "tp": layout.tp_size},
             "parameters": sum(p.numel() for p in engine.state_tensors().values()) // 3,
             "seq_len": training.seq_len,
             "documents_per_row": len(lengths) / (args.steps * training.global_batch_size / layout.dp_size),
@@ -213,13 +215,19 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         return result
 
 
+def _local_bytes(tensor: Any) -> int:
+    """Bytes of a state tensor that this rank holds."""
+    parts = [view for _, view in tensor.pieces] if hasattr(tensor, "pieces") else [tensor]
+    local = [part.to_local() if hasattr(part, "to_local") else part for part in parts]
+    return sum(part.numel() * part.element_size() for part in local)
+
+
 def memory_by_kind(state: dict[str, Any], peak_gib: float) -> dict[str, float]:
     """Split the peak into what the optimizer's state, master weights and gradients take, and all the rest."""
     gib = {"master weights": 0.0, "optimizer": 0.0}
     for name, tensor in state.items():
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         kind = "master weights" if name.startswith("model.") else "optimizer"
-        gib[kind] += local.numel() * local.element_size() / 2**30
+        gib[kind] += _local_bytes(tensor) / 2**30
     gib["gradients"] = gib["master weights"]  # fp32 too
     gib["activations, 16-bit weights, workspace"] = peak_gib - sum(gib.values())
     return {name: round(value, 2) for name, value in gib.items()}

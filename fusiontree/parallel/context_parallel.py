@@ -28,6 +28,8 @@ from fusiontree.ops.ssd import ssd_scan
 from fusiontree.parallel.collectives import gather_stack, gather_tokens, left_halo, swap_with_mirror
 from fusiontree.parallel.layout import Layout
 
+_ALIGNED = 128
+
 
 @dataclass(frozen=True)
 class PieceDocuments(Documents):
@@ -134,7 +136,10 @@ class WindowCore(AttentionCore):
     def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None) -> Tensor:
         """Return ``[B, S, H, D]``."""
         assert self.window is not None and documents is not None
-        length = min(self.window - 1, q_BSHD.shape[1] * (dist.get_world_size(self.group) - 1))
+        length = self.window - 1
+        if length > _ALIGNED:  # kernels work on whole tiles of keys; the mask hides what is too much
+            length = -(-length // _ALIGNED) * _ALIGNED
+        length = min(length, q_BSHD.shape[1] * (dist.get_world_size(self.group) - 1))
         if length:
             kv_BSKD = torch.cat([k_BSKD, v_BSKD], dim=-1)
             kv_BTKD = torch.cat([left_halo(kv_BSKD, length, self.group), kv_BSKD], dim=1)

@@ -27,18 +27,21 @@ def _compiled_mask() -> Any:
     return torch.compile(create_block_mask, dynamic=False)
 
 
-# The masks of the newest batch: every layer with the same window asks for the same one.
-_masks: dict[tuple[int, int, int | None], Any] = {}
-_masks_of: list[Tensor] = []
+# The masks of the newest batches' positions: every layer with the same window asks for the same one. A context parallel
+# rank has three kinds of positions a batch (its piece, and the two half pieces of its global heads).
+_masks: dict[int, tuple[Tensor, dict[tuple[int, int, int | None], Any]]] = {}
+_KEPT_POSITIONS = 3
 
 
 def _block_mask(positions_BS: Tensor, keys: int, window: int | None) -> Any:
-    if not _masks_of or _masks_of[0] is not positions_BS:
-        _masks.clear()
-        _masks_of[:] = [positions_BS]
+    if id(positions_BS) not in _masks:
+        while len(_masks) >= _KEPT_POSITIONS:
+            del _masks[next(iter(_masks))]
+        _masks[id(positions_BS)] = (positions_BS, {})  # holding the tensor keeps its id from being given again
+    masks = _masks[id(positions_BS)][1]
     queries = positions_BS.shape[1]
     key = (queries, keys, window)
-    if key not in _masks:
+    if key not in masks:
         offset = keys - queries
 
         def visible(row: Tensor, head: Tensor, query: Tensor, index: Tensor) -> Tensor:
@@ -46,10 +49,10 @@ def _block_mask(positions_BS: Tensor, keys: int, window: int | None) -> Any:
             seen = (distance >= 0) & (distance <= positions_BS[row, query])
             return seen & (distance < window) if window is not None else seen
 
-        _masks[key] = _compiled_mask()(
+        masks[key] = _compiled_mask()(
             visible, positions_BS.shape[0], None, queries, keys, device=str(positions_BS.device)
         )
-    return _masks[key]
+    return masks[key]
 
 
 def attention_flex(

@@ -1,0 +1,120 @@
+"""Layouts on several GPUs: throughput of each beside one GPU's, loss curves of each beside one GPU's.
+
+    python -m tests.gpu.layouts single OUT       # the reference, on one GPU
+    torchrun --nproc-per-node=2 -m tests.gpu.layouts double OUT
+    torchrun --nproc-per-node=2 -m tests.gpu.layouts zero OUT
+    python -m tests.gpu.layouts table OUT
+
+``OUT`` is a folder; datasets are those of configs/bench. One start measures several layouts, so kernels tune once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusiontree import benchmark
+from fusiontree.config.load import load_config
+from fusiontree.parallel.validate import check_layout
+from fusiontree.train import train
+from fusiontree.utils.environment import process_place
+
+SPEED = "configs/bench/hybrid_1b_32k.yaml"
+CURVE = "tests/gpu/curve.yaml"
+STEPS = 200
+
+LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "single": {"one-gpu": ("parallel.engine=ddp",)},
+    "double": {
+        "fsdp2-dp2": ("parallel.engine=fsdp2", "training.global_batch_size=2"),
+        "fsdp2-tp2": ("parallel.engine=fsdp2", "parallel.tp=2"),
+        "fsdp2-cp2": ("parallel.engine=fsdp2", "parallel.cp=2"),
+    },
+    "zero": {"zero3-dp2": ("parallel.engine=zero3", "training.global_batch_size=2")},
+}
+LONG = ("parallel.cp=2", "training.seq_len=131072", "model.max_position_embeddings=131072")
+
+
+def speed(out: Path, name: str, overrides: tuple[str, ...], steps: int = 5) -> None:
+    """Time a layout at 32K tokens a row; rank 0 writes ``OUT/speed-NAME.json``."""
+    args = benchmark.build_parser().parse_args(
+        ["--config", SPEED, "--steps", str(steps), "--warmup", "2", "--one-document", *overrides]
+    )
+    config = load_config(args.config, args.overrides)
+    check_layout(config.model, config.parallel, config.training, process_place().world_size)
+    result = benchmark.run(config, args)
+    if process_place().is_main:
+        (out / f"speed-{name}.json").write_text(json.dumps(result))
+        print(name, json.dumps(result), flush=True)
+
+
+def curve(out: Path, name: str, overrides: tuple[str, ...]) -> None:
+    """Train the small model on real text; the run is ``OUT/curve-NAME``. The global batch is the same for all."""
+    kept = [o for o in overrides if "global_batch_size" not in o]
+    run_dir = out / f"curve-{name}"
+    config = load_config(CURVE, [*kept, f"run_dir={run_dir}", f"training.max_steps={STEPS}"])
+    assert train(config) == 0
+
+
+def measure(part: str, out: Path) -> None:
+    """Run every layout of a part, going on where one fails."""
+    out.mkdir(parents=True, exist_ok=True)
+    port = int(os.environ.get("MASTER_PORT", "29500"))
+    jobs: list[tuple[Any, str, tuple[str, ...]]] = []
+    for name, overrides in LAYOUTS[part].items():
+        jobs += [(speed, name, overrides), (curve, name, overrides)]
+    if part == "double":
+        jobs.append((speed, "fsdp2-cp2-128k", LONG))
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # each layout's processes meet anew, at a port of their own
+    for index, (job, name, overrides) in enumerate(jobs):
+        os.environ["MASTER_PORT"] = str(port + 1 + index)
+        began = time.perf_counter()
+        try:
+            job(out, name, overrides)
+        except Exception:
+            traceback.print_exc()
+            (out / f"failed-{job.__name__}-{name}-{process_place().rank}.txt").write_text(traceback.format_exc())
+            raise SystemExit(1) from None  # the peers may wait in a collective
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        if process_place().is_main:
+            print(f"{job.__name__} {name}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def table(out: Path) -> None:
+    """Print both tables from what was written."""
+    one = json.loads((out / "speed-one-gpu.json").read_text())
+    for file in sorted(out.glob("speed-*.json")):
+        figures = json.loads(file.read_text())
+        rate = figures["tokens_per_s_per_gpu"]
+        print(
+            f"{file.stem:24s} {rate:10,.0f} tokens/s/GPU {figures['peak_memory_gib']:7.1f} GiB "
+            f"{rate / one['tokens_per_s_per_gpu']:7.1%} of one GPU, MFU {figures['mfu']:.1%}"
+        )
+    losses = {folder.name: _losses(folder) for folder in sorted(out.glob("curve-*"))}
+    reference = losses["curve-one-gpu"]
+    for name, mine in losses.items():
+        far = max(abs(a - b) / b for a, b in zip(mine, reference, strict=False))
+        print(f"{name:24s} {len(mine)} steps, loss {mine[0]:.3f} to {mine[-1]:.3f}, at most {far:.2%} from one GPU's")
+
+
+def _losses(run_dir: Path) -> list[float]:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record["lm_loss"] for record in records if "lm_loss" in record]
+
+
+if __name__ == "__main__":
+    part, folder = sys.argv[1], Path(sys.argv[2])
+    if part == "table":
+        table(folder)
+    else:
+        measure(part, folder)

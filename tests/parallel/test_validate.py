@@ -1,0 +1,80 @@
+"""Layouts that cannot compute the model are refused before any process group is made, with the sizes that would do."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from fusiontree.config.root import Config
+from fusiontree.parallel.validate import check_layout, valid_tp
+from fusiontree.utils.errors import UserError
+from tests.parallel.table import MODEL, TRAINING
+
+
+def config(model: dict[str, Any], parallel: dict[str, Any], training: dict[str, Any]) -> Config:
+    return Config.model_validate(
+        {
+            "run_dir": "unused",
+            "model": {**MODEL, **model},
+            "training": {**TRAINING, "eval_interval": 0, **training},
+            "parallel": parallel,
+            "data": {"train": "unused"},
+        }
+    )
+
+
+GOOD = [
+    ({}, {"tp": 2}, {}, 2),
+    ({}, {"tp": 4}, {}, 4),
+    ({}, {"tp": 2, "cp": 2}, {}, 8),
+    ({}, {"cp": 4}, {}, 4),
+    ({}, {"engine": "ddp", "tp": 2}, {}, 2),
+    ({}, {"shard_size": 2}, {}, 4),
+]
+BAD = [
+    ({}, {"tp": 2}, {}, 3, ["3 processes", "tp 2", "[1, 3]"]),
+    ({}, {"tp": 8}, {}, 8, ["tp 8", "4 local + 4 global heads", "norm_groups 4", "[1, 2, 4]"]),
+    ({"vocab_size": 261}, {"tp": 2}, {}, 2, ["vocab_size 261", "262"]),
+    ({"global_heads": 2}, {"tp": 4}, {}, 4, ["6 local + 2 global heads", "3 local key/value heads", "[1]"]),
+    ({"mamba": {**MODEL["mamba"], "norm_groups": 1}}, {"tp": 2}, {}, 2, ["norm_groups 1"]),
+    ({}, {"cp": 2}, {"seq_len": 63}, 2, ["seq_len 63", "62 or 64"]),
+    ({}, {"cp": 2, "tp": 2}, {"curriculum": [[2, 5]]}, 4, ["stage 0 of training.curriculum 2", "do: 4"]),
+    ({"kernels": {"cross_entropy": "reference"}}, {"tp": 2}, {}, 2, ["cross_entropy=reference", "chunked"]),
+    ({}, {"engine": "ddp", "shard_size": 2}, {}, 4, ["shard_size", "ddp"]),
+    ({}, {"shard_size": 3}, {}, 4, ["shard_size 3", "[1, 2, 4]"]),
+]
+
+
+@pytest.mark.parametrize(("model", "parallel", "training", "ranks"), GOOD)
+def test_layouts_that_fit(model: dict, parallel: dict, training: dict, ranks: int) -> None:
+    given = config(model, parallel, training)
+    check_layout(given.model, given.parallel, given.training, ranks)
+
+
+@pytest.mark.parametrize(("model", "parallel", "training", "ranks", "words"), BAD)
+def test_layouts_that_do_not_fit_say_why(
+    model: dict, parallel: dict, training: dict, ranks: int, words: list[str]
+) -> None:
+    given = config(model, parallel, training)
+    with pytest.raises(UserError) as error:
+        check_layout(given.model, given.parallel, given.training, ranks)
+    for word in words:
+        assert word in str(error.value)
+    assert not dist.is_initialized()
+
+
+def test_valid_sizes_are_those_that_pass() -> None:
+    assert valid_tp(config({}, {}, {}).model) == [1, 2, 4]
+
+
+def test_an_engine_without_its_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = config({}, {}, {})
+    monkeypatch.setattr(
+        "fusiontree.parallel.validate.find_spec", lambda name: None if name == "deepspeed" else find_spec(name)
+    )
+    zero = given.parallel.model_copy(update={"engine": "zero3"})
+    with pytest.raises(UserError, match=r"needs the package deepspeed.*fusiontree\[deepspeed\]"):
+        check_layout(given.model, zero, given.training, 1)
