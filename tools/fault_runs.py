@@ -68,7 +68,7 @@ CONFIG: dict[str, Any] = {
 }
 NAMED = {
     "lost_shard": ("shard",),
-    "full_disk": ("space", "free", "disk"),
+    "full_disk": ("space", "free", "disk", "could not be written"),
     "corrupt": ("checkpoint",),
 }
 """One of these words must be in the message of a start that stops for the fault."""

@@ -118,16 +118,18 @@ class Records:
         if values is not None:
             lines.append(json.dumps(values) + "\n")
         try:
-            with path.open("ab") as file:
+            with path.open("ab", buffering=0) as file:  # a buffer would be written again on closing
                 end = file.tell() if path in self._whole else _end_of_lines(path)
                 file.truncate(end)
-                self._whole.add(path)
+                data = "".join(lines).encode()
+                written = 0
                 try:
-                    file.write("".join(lines).encode())
-                    file.flush()
+                    while written < len(data):
+                        written += file.write(data[written:]) or 0
                 except OSError:
-                    self._whole.discard(path)  # a part of a line may have got through
+                    file.truncate(end)  # all or nothing: the lines come again
                     raise
+                self._whole.add(path)
         except OSError as error:
             if len(lines) == 1:
                 log.error("cannot write %s (%s); its lines are kept until it can be written", path, error)

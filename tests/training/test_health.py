@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from fusiontree.training import health
+from fusiontree.training.checks import RunChecks
+from fusiontree.training.config import TrainingConfig
 from fusiontree.training.health import check
 from fusiontree.training.probe import Probe
+from fusiontree.training.records import Records, read_records
 from fusiontree.training.stragglers import slow_ranks
 from fusiontree.utils.errors import UserError
 
@@ -48,6 +55,37 @@ def test_a_slow_node_is_named(key: str, value: float, count: int) -> None:
 def test_other_code_or_configuration_is_an_error_that_names_the_node(key: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"not run the same {key}: rank 5 \(node2\)"):
         check(nodes(8, 5, **{key: value}))
+
+
+def start(monkeypatch: pytest.MonkeyPatch, folder: Path, mode: str, reports: list[dict[str, Any]]) -> list[dict]:
+    """Do the check of a start on the main rank; return its events."""
+    monkeypatch.setattr(health, "examine", lambda *_: reports)
+    config = TrainingConfig.model_validate(
+        {"seq_len": 8, "max_steps": 1, "global_batch_size": 1, "health_check": mode},
+    )
+    engine: Any = SimpleNamespace(is_main=True, world_size=len(reports))
+    try:
+        RunChecks(engine, config, Records(folder, enabled=True)).at_start(folder, {})
+    finally:
+        events = read_records(folder / "events.jsonl")
+    return events
+
+
+def test_a_start_writes_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert start(monkeypatch, tmp_path, "warn", nodes(4)) == []
+    assert len(json.loads((tmp_path / "health.json").read_text())) == 4
+    (event,) = start(monkeypatch, tmp_path, "warn", nodes(4, 3, matmul_tflops=1.0))
+    assert event["event"] == "slow_node"
+    assert "rank 3 (node1)" in event["reason"]
+
+
+def test_a_start_that_must_not_be_stops_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rank 3 \(node1\) is slow.* training\.health_check=warn"):
+        start(monkeypatch, tmp_path, "stop", nodes(4, 3, matmul_tflops=1.0))
+    with pytest.raises(UserError, match="not run the same source"):
+        start(monkeypatch, tmp_path, "warn", nodes(4, 3, source="old"))
+    assert [e["event"] for e in read_records(tmp_path / "events.jsonl")] == ["slow_node", "unfit_node"]
+    start(monkeypatch, tmp_path, "off", nodes(4, 3, source="old"))
 
 
 def ranks(own: list[float], matmul: list[float]) -> list[dict[str, Any]]:
