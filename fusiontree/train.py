@@ -105,10 +105,12 @@ def train(config: Config) -> int:
         UserError: the configuration asks for what is not there (a GPU, a dataset, a backend).
     """
     # Reading a configuration needs no torch; training does.
+    from fusiontree.checkpoint.saver import Saver
     from fusiontree.data.loader import TrainingData, ValidationData
     from fusiontree.engines.build import build_engine
     from fusiontree.models.flops import training_flops_per_token
     from fusiontree.parallel.layout import Layout
+    from fusiontree.training.lease import Lease
     from fusiontree.training.loop import Outcome, RunSettings, Trainer
     from fusiontree.training.losses import LossWeights
     from fusiontree.training.restarts import wait_or_refuse
@@ -145,6 +147,15 @@ def train(config: Config) -> int:
                 training=train_data.sources,
             )
         tokenizer_files: list[Path] = []
+        lease = Lease(run_dir, say=log.warning)
+        refusal = ""
+        if layout.is_main:
+            try:
+                lease.acquire()
+            except UserError as error:
+                refusal = str(error)
+        if refusal := layout.gather_text(refusal)[0]:
+            raise UserError(refusal)
         if layout.is_main:
             write_config(run_dir, dump_config(config))
             tokenizer_files = train_data.save_tokenizer(run_dir)
@@ -169,7 +180,10 @@ def train(config: Config) -> int:
             peak_flops=peak_flops(layout.device, training.precision),
             extra_files=tokenizer_files,
         )
-        outcome = Trainer(settings, engine, train_data, validation_data).run()
+        saver = Saver(run_dir / "checkpoints", config.checkpoint, layout.checkpoint_group, lease.refusal)
+        outcome = Trainer(settings, engine, train_data, validation_data, saver).run()
+        if layout.is_main:
+            lease.release()
         if outcome is Outcome.INTERRUPTED:
             # The first rank to leave makes srun end the others with SIGTERM; they too are to leave with their own code.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -11,3 +11,11 @@ class CheckpointConfig(Section):
     save_interval: int = setting(1000, "Steps between checkpoints; 0 saves only at the end.", unit="steps", ge=0)
     keep_last: int = setting(3, "Newest checkpoints to keep; 0 keeps all.", ge=0)
     keep_every: int = setting(0, "Keep every checkpoint whose step is a multiple of this; 0 keeps none extra.", ge=0)
+    keep_best: int = setting(
+        0, "Keep so many with the lowest validation loss, of those saved at a step that was validated.", ge=0
+    )
+    async_: bool = setting(
+        True,
+        "Copy the state to CPU memory (as much as the rank's part of the state) and write it while training goes on.",
+        alias="async",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +11,9 @@ from fusiontree.checkpoint.config import CheckpointConfig
 
 MANIFEST = "manifest.json"
 """Written last: a folder without it is no checkpoint."""
+
+STATE = "state.json"
+"""Small values of the training state: step, data position, configuration."""
 
 _STEP = re.compile(r"step-(\d{8})$")
 _PARTIAL = ".partial-"
@@ -52,15 +56,34 @@ def remove_partial(checkpoints: Path) -> list[Path]:
     return left
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a checkpoint. Renamed first: a kill in the middle must not leave half of one that looks whole."""
+    doomed = folder.with_name(f"{_PARTIAL}removed-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 def remove_old(checkpoints: Path, config: CheckpointConfig) -> list[Path]:
-    """Delete complete checkpoints that ``keep_last`` and ``keep_every`` do not keep, and return them."""
+    """Delete complete checkpoints that none of ``keep_last``, ``keep_every`` and ``keep_best`` keeps; return them."""
     if not config.keep_last:
         return []
-    old = complete_checkpoints(checkpoints)[: -config.keep_last]
-    removed = [f for f in old if not (config.keep_every and folder_step(f) % config.keep_every == 0)]
+    complete = complete_checkpoints(checkpoints)
+    kept = set(complete[-config.keep_last :])
+    if config.keep_every:
+        kept |= {f for f in complete if folder_step(f) % config.keep_every == 0}
+    if config.keep_best:
+        losses = {f: loss for f in complete if (loss := validation_loss(f)) is not None}
+        kept |= set(sorted(losses, key=lambda f: (losses[f], folder_step(f)))[: config.keep_best])
+    removed = [f for f in complete if f not in kept]
     for folder in removed:
-        # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint that looks whole.
-        doomed = folder.with_name(_PARTIAL + folder.name)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        remove_folder(folder)
     return removed
+
+
+def validation_loss(folder: Path) -> float | None:
+    """Return the validation loss at a checkpoint's step, or None where there was no validation (or none readable)."""
+    try:
+        return float(json.loads((folder / STATE).read_text(encoding="utf-8"))["validation_loss"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -3,91 +3,156 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from fusiontree.checkpoint.folders import MANIFEST, complete_checkpoints
-from fusiontree.checkpoint.manifest import CheckpointDamage, verify
-from fusiontree.checkpoint.save import STATE
+from fusiontree.checkpoint.folders import MANIFEST, STATE, complete_checkpoints
+from fusiontree.checkpoint.manifest import CheckpointDamage, Report
+from fusiontree.checkpoint.metadata import read_metadata
+from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mamba import SSMParameters
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.utils.errors import UserError, nearest
 
 
-def newest_good(checkpoints: Path, report: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint that verifies, or None if there is no checkpoint at all.
+def load_newest(
+    checkpoints: Path,
+    tensors: dict[str, Tensor],
+    *,
+    group: dist.ProcessGroup | None = None,
+    check: Callable[[Path, dict[str, Any]], None] = lambda folder, state: None,
+    on_damage: Callable[[str], None] = lambda message: None,
+    report: Report | None = None,
+) -> tuple[Path, dict[str, Any]] | None:
+    """Fill ``tensors`` from the newest good checkpoint; each byte is hashed while it is read.
 
-    Rank 0 reads the files and tells the others. Damaged checkpoints are passed over loudly and left in place.
+    A checkpoint that turns out damaged on any rank is passed over on all, loudly, and left in place; the next older one
+    then fills everything anew. All ranks call this together.
 
     Args:
         checkpoints: RUN/checkpoints.
-        report: called on rank 0 with a message for every damaged checkpoint.
+        tensors: this rank's view of the state.
+        group: a group of all ranks; None when this process is alone.
+        check: called with folder and small values before anything is filled; may raise UserError.
+        on_damage: called with a message for every damaged checkpoint.
+        report: called with the bytes done and in all.
+
+    Returns:
+        The folder and its small values, or None where there is no checkpoint at all.
 
     Raises:
         CheckpointDamage: there are checkpoints and none is good.
+        UserError: the newest good one belongs to another model.
     """
-    answer: list[Path | str | None] = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        folders = complete_checkpoints(checkpoints)
-        for folder in reversed(folders):
-            try:
-                verify(folder)
-            except CheckpointDamage as damage:
-                report(f"damaged checkpoint passed over: {damage}")
-                continue
-            answer = [folder]
-            break
-        else:
-            answer = [f"none of the {len(folders)} checkpoints in {checkpoints} is whole"] if folders else [None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], str):
-        raise CheckpointDamage(answer[0] + "; restore one of them or start in a new run_dir")
-    return answer[0]
+    folders = _gather([str(f) for f in complete_checkpoints(checkpoints)], group)[0]  # as rank 0 sees it
+    for name in reversed(folders):
+        folder = Path(name)
+        state: dict[str, Any] = {}
+        mine: tuple[str, str] | None = None
+        try:
+            state = load_checkpoint(folder, tensors, check=check, report=report)
+        except CheckpointDamage as damage:
+            mine = ("damage", str(damage))
+        except UserError as error:
+            mine = ("mistake", str(error))
+        problems = [problem for problem in _gather(mine, group) if problem]
+        if not problems:
+            return folder, state
+        for kind, text in problems:
+            if kind == "mistake":
+                raise UserError(text)
+        on_damage(f"damaged checkpoint passed over: {problems[0][1]}")
+    if folders:
+        raise CheckpointDamage(
+            f"none of the {len(folders)} checkpoints in {checkpoints} is whole; restore one of them or start in a new "
+            f"run_dir"
+        )
+    return None
+
+
+def _gather(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    if group is None:
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def load_checkpoint(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    *,
+    check: Callable[[Path, dict[str, Any]], None] = lambda folder, state: None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Fill ``tensors`` from one checkpoint and return its small values; every byte that is used is checked.
+
+    Raises:
+        CheckpointDamage: a file differs from its recorded hash.
+        UserError: a tensor is missing or has another shape, or ``check`` raised it.
+    """
+    reader = CheckpointReader(folder)
+    reader.check_small_files()
+    state = read_state(folder)
+    check(folder, state)
+    reader.fill(tensors, report=report)
+    return state
+
+
+def check_model(folder: Path, state: dict[str, Any], model: dict[str, Any]) -> None:
+    """Check that a checkpoint is one of this model.
+
+    Args:
+        folder: for the message.
+        state: its small values.
+        model: the ``model`` section, as plain values.
+
+    Raises:
+        UserError: names every field that differs.
+    """
+    saved = dict(state.get("config", {}).get("model", {}))
+    wanted = dict(model)
+    for values in (saved, wanted):
+        values.pop("kernels", None)  # how fast, not what
+    differing = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
+    if saved and differing:
+        lines = "\n".join(f"  model.{k}: {saved.get(k)!r} in the checkpoint, {wanted.get(k)!r} now" for k in differing)
+        raise UserError(
+            f"{folder} is a checkpoint of another model:\n{lines}\nset these back, or start in another run_dir"
+        )
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the checkpoint's small values: step, data position, configuration."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
-
-
-def saved_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return shape and type of every tensor that the checkpoint holds, in the order they were saved."""
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {
-        name: (tuple(entry.size), entry.properties.dtype)
-        for name, entry in saved.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    try:
+        return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointDamage(f"{folder / STATE} cannot be read: {error}") from error
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill ``tensors`` in place from the checkpoint; DTensors take their own shard, whatever layout saved it.
+    """Fill ``tensors`` in place from the checkpoint; each kind takes its own part, whatever layout saved it.
 
     Raises:
-        CheckpointDamage: a tensor is missing in the checkpoint or has another shape.
+        CheckpointDamage: bytes differ from their recorded hash.
+        UserError: a tensor is missing in the checkpoint or has another shape.
     """
-    reader = dcp.FileSystemReader(folder)
-    saved = reader.read_metadata().state_dict_metadata
-    for name, tensor in tensors.items():
-        size = getattr(saved.get(name), "size", None)
-        if size is None:
-            raise CheckpointDamage(f"{folder} holds no tensor '{name}'{nearest(name, saved)}")
-        if tuple(size) != tuple(tensor.shape):
-            raise CheckpointDamage(f"{folder}: '{name}' has shape {tuple(size)}, the model wants {tuple(tensor.shape)}")
-    with warnings.catch_warnings():
-        # One process without a process group is meant when a model is loaded for generation.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    CheckpointReader(folder).fill(tensors)
+
+
+def saved_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and type of every tensor that a DCP folder holds, in the order they were saved.
+
+    Raises:
+        CheckpointDamage: its metadata cannot be read.
+    """
+    return {name: (saved.shape, saved.dtype) for name, saved in read_metadata(folder).items()}
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -111,7 +176,7 @@ def find_checkpoint(path: Path) -> Path:
 def load_model(
     path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[FusionTreeModel, dict[str, Any]]:
-    """Load a model for one device, ready for generation.
+    """Load a model for one device, ready for generation; only its own bytes are read, and its memory is all it takes.
 
     Args:
         path: a run folder (its newest checkpoint) or a checkpoint folder.
@@ -126,15 +191,16 @@ def load_model(
         CheckpointDamage: a file differs from its recorded hash.
     """
     folder = find_checkpoint(Path(path))
-    verify(folder)
+    reader = CheckpointReader(folder)
+    reader.check_small_files()
     config = read_state(folder)["config"]
     with torch.device("meta"):
         model = FusionTreeModel(ModelConfig.model_validate(config["model"]))
-    model.to_empty(device=device)
     model.requires_grad_(False)
-    load_tensors(folder, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     for module in model.modules():
         if not isinstance(module, SSMParameters):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    reader.fill({f"model.{name}": p.detach() for name, p in model.named_parameters()})
     return model.eval(), config

@@ -1,61 +1,170 @@
-"""SHA-256 of every file of a checkpoint, so that damage is found before it is loaded.
+"""SHA-256 of everything in a checkpoint, so that damage is found before it is used.
 
-DCP, like most formats, notices a truncated file and loads a flipped byte silently.
+DCP, like most formats, notices a truncated file and loads a flipped byte silently. Files of tensors are hashed part by
+part (one part a tensor's piece, no gaps), so that a rank that needs only some of a file checks what it reads, while
+it reads it. Other files are hashed whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import Any, BinaryIO
 
 from fusiontree.checkpoint.folders import MANIFEST
+from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import atomic_write
 from fusiontree.utils.hashing import sha256_file
 
+Report = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
 
-class CheckpointDamage(RuntimeError):
+_FORMAT = "fusiontree-checkpoint"
+_CHUNK = 4 << 20
+
+
+class CheckpointDamage(UserError):
     """A file of a checkpoint is missing or differs from its recorded hash."""
 
 
-def file_entries(files: list[Path], folder: Path) -> dict[str, dict[str, int | str]]:
-    """Return ``{relative name: {bytes, sha256}}`` of ``files``, which lie under ``folder``."""
-    return {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        for file in sorted(files)
-    }
+@dataclass(frozen=True)
+class FileEntry:
+    """What the manifest says of one file."""
+
+    size: int
+    parts: tuple[tuple[int, str], ...]
+    """Length in bytes and SHA-256 of each part, in order."""
+    whole: bool = True
+    """False for a file of tensors that was hashed piece by piece; else there is one part, the file."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as the manifest holds it."""
+        if self.whole:
+            return {"bytes": self.size, "sha256": self.parts[0][1]}
+        return {"bytes": self.size, "parts": [list(part) for part in self.parts]}
 
 
-def write_manifest(folder: Path, entries: dict[str, dict[str, int | str]]) -> None:
+def _file_entry(values: dict[str, Any]) -> FileEntry:
+    whole = "parts" not in values
+    parts = [[values["bytes"], values["sha256"]]] if whole else values["parts"]
+    entry = FileEntry(int(values["bytes"]), tuple((int(length), str(digest)) for length, digest in parts), whole)
+    if sum(length for length, _ in entry.parts) != entry.size:
+        raise ValueError("the parts of a file do not add up to it")
+    return entry
+
+
+def file_entries(files: list[Path], folder: Path) -> dict[str, dict[str, Any]]:
+    """Return ``{relative name: entry}`` of ``files``, which lie under ``folder``, hashing them."""
+    entries = {}
+    for file in sorted(files):
+        size = file.stat().st_size
+        entries[str(file.relative_to(folder))] = FileEntry(size, ((size, sha256_file(file)),)).to_dict()
+    return entries
+
+
+def _digest(files: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
     """Write the manifest; its presence declares the folder complete."""
+    content = {"format": _FORMAT, "version": 2, "sha256": _digest(entries), "files": entries}
     with atomic_write(folder / MANIFEST) as file:
-        json.dump({"format": "fusiontree-checkpoint", "version": 1, "files": entries}, file, indent=1, sort_keys=True)
+        json.dump(content, file, indent=None, sort_keys=True)
 
 
-def verify(folder: Path, threads: int = 4) -> None:
+def read_manifest(folder: Path) -> dict[str, FileEntry]:
+    """Return what the manifest says.
+
+    Raises:
+        CheckpointDamage: it cannot be read, or was changed.
+    """
+    manifest = folder / MANIFEST
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        files = content["files"]
+        entries = {name: _file_entry(values) for name, values in files.items()}
+        changed = content["version"] > 1 and content["sha256"] != _digest(files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointDamage(f"{manifest} cannot be read ({error}); the checkpoint is not usable") from error
+    if changed:
+        raise CheckpointDamage(f"{manifest} differs from the SHA-256 it holds of itself; the checkpoint is not usable")
+    for name in entries:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointDamage(f"{manifest} names '{name}', which lies outside the checkpoint")
+    return entries
+
+
+def check_size(file: Path, entry: FileEntry) -> None:
+    """Check that a file is there and of its recorded size.
+
+    Raises:
+        CheckpointDamage: it is not.
+    """
+    try:
+        size = file.stat().st_size
+    except OSError:
+        raise CheckpointDamage(f"{file} is missing") from None
+    if size != entry.size:
+        raise CheckpointDamage(f"{file} has {size} bytes, its manifest says {entry.size}")
+
+
+def check_file(file: Path, entry: FileEntry, progress: Callable[[int], None] = lambda size: None) -> None:
+    """Read one file and compare it with its entry.
+
+    Raises:
+        CheckpointDamage: it is missing, of another size, or of another hash.
+    """
+    check_size(file, entry)
+    start = 0
+    try:
+        with file.open("rb", buffering=0) as stream:
+            for length, digest in entry.parts:
+                if _hash_part(stream, length, progress) != digest:
+                    where = f" (bytes {start} to {start + length})" if len(entry.parts) > 1 else ""
+                    raise CheckpointDamage(f"{file} differs from the SHA-256 in its manifest{where}")
+                start += length
+    except OSError as error:
+        raise CheckpointDamage(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _hash_part(stream: BinaryIO, length: int, progress: Callable[[int], None]) -> str:
+    digest = hashlib.sha256()
+    while length and (chunk := stream.read(min(_CHUNK, length))):
+        digest.update(chunk)
+        length -= len(chunk)
+        progress(len(chunk))
+    return digest.hexdigest()
+
+
+class ByteCount:
+    """Adds up bytes from several threads and reports them."""
+
+    def __init__(self, total: int, report: Report | None) -> None:
+        self.total, self._report = total, report
+        self._done, self._lock = 0, Lock()
+
+    def add(self, size: int) -> None:
+        """Count ``size`` bytes more."""
+        if self._report:
+            with self._lock:
+                self._done += size
+                self._report(self._done, self.total)
+
+
+def verify(folder: Path, threads: int = 4, report: Report | None = None) -> None:
     """Check every file against the manifest.
 
     Raises:
         CheckpointDamage: naming the first file that is missing, of another size, or of another hash.
     """
-    manifest = folder / MANIFEST
-    try:
-        entries = json.loads(manifest.read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointDamage(f"{manifest} cannot be read ({error}); the checkpoint is not usable") from error
-
-    def check(item: tuple[str, dict[str, int | str]]) -> str | None:
-        name, entry = item
-        file = folder / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes, its manifest says {entry['bytes']}"
-        if sha256_file(file) != entry["sha256"]:
-            return f"{file} differs from the SHA-256 in its manifest"
-        return None
-
+    entries = read_manifest(folder)
+    count = ByteCount(sum(entry.size for entry in entries.values()), report)
     with ThreadPoolExecutor(threads) as pool:
-        for problem in pool.map(check, sorted(entries.items())):
-            if problem:
-                raise CheckpointDamage(problem)
+        for _ in pool.map(lambda item: check_file(folder / item[0], item[1], count.add), sorted(entries.items())):
+            pass

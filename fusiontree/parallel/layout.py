@@ -86,6 +86,8 @@ class Layout:
         self._world_mesh = self._mesh(world=world)
         # Files are written by CPU code; a gloo group keeps that off the GPU's stream and its time-outs apart.
         self.cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+        # Threads that write checkpoints talk while training does: on one group their messages would mix.
+        self.checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)
 
     def _mesh(self, **axes: int) -> DeviceMesh:
         return init_device_mesh(self.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fusiontree.checkpoint.config import CheckpointConfig
-from fusiontree.checkpoint.folders import remove_old, remove_partial
-from fusiontree.checkpoint.load import load_tensors, newest_good, read_state
-from fusiontree.checkpoint.save import save_checkpoint
+from fusiontree.checkpoint.folders import remove_partial
+from fusiontree.checkpoint.load import check_model, load_newest
+from fusiontree.checkpoint.saver import Saver
 from fusiontree.data.batch import MicroBatch, StepBatch
 from fusiontree.engines.base import Engine, StepInputs, StepResult
 from fusiontree.training.branch_dropout import branch_scale
@@ -31,7 +31,7 @@ from fusiontree.training.config import LoggingConfig, TrainingConfig
 from fusiontree.training.last_words import collect_reports, explain
 from fusiontree.training.losses import GlobalCounts, LossWeights, loss_terms
 from fusiontree.training.measurements import document_lengths, gate_statistics, peak_memory_gib
-from fusiontree.training.progress import Progress
+from fusiontree.training.progress import Progress, spoken
 from fusiontree.training.records import Records, read_records
 from fusiontree.training.restarts import count_starts
 from fusiontree.training.schedule import learning_rate
@@ -39,6 +39,7 @@ from fusiontree.training.skips import check_skips, name_broken
 from fusiontree.training.spikes import Rewinds, SpikeFilter
 from fusiontree.training.stop import StopRequest
 from fusiontree.training.watchdog import Watchdog, in_short
+from fusiontree.utils.errors import UserError
 from fusiontree.utils.flight_record import flight_record
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,9 @@ class StepDone:
 class Trainer:
     """Trains from wherever the run folder stands to ``max_steps``."""
 
-    def __init__(self, settings: RunSettings, engine: Engine, train_data: Any, validation_data: Any | None) -> None:
+    def __init__(
+        self, settings: RunSettings, engine: Engine, train_data: Any, validation_data: Any | None, saver: Saver
+    ) -> None:
         """Wire up; nothing is read or written before :meth:`run`.
 
         Args:
@@ -114,6 +117,7 @@ class Trainer:
             engine: executes steps.
             train_data: yields ``(StepBatch, state)`` from a state.
             validation_data: yields micro batches of the held-out split, the same at every validation; or None.
+            saver: writes the checkpoints.
         """
         self.settings = settings
         self.engine = engine
@@ -121,8 +125,9 @@ class Trainer:
         self.validation_data = validation_data
         self.records = Records(settings.run_dir, enabled=engine.is_main)
         self.position = Position()
-        self.checkpoints = settings.run_dir / "checkpoints"
+        self.saver = saver
         self._saved_step: int | None = None
+        self._validated: tuple[int, float] = (-1, math.nan)
         self._train_seconds = 0.0
         self._saved_train_seconds = 0.0
         self.watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)
@@ -141,6 +146,8 @@ class Trainer:
             with self.watchdog, StopRequest() as stop:
                 return self._run(stop)
         except BaseException as error:
+            self.saver.wait(patience_s=60)  # what is half written may be all that is left of the last hours
+            self._note_saves(ending=True)
             self.records.event("failed", step=self.position.step, reason=in_short(error))
             self.records.close(patience_s=10)
             raise
@@ -149,6 +156,7 @@ class Trainer:
         config, watch = self.settings.training, self.watchdog
         with watch.section("resume", config.slow_timeout_s):
             self._resume()
+            self.saver.prepare(self.engine.state_tensors())
         if self.position.step >= config.max_steps:
             self._say(f"already finished: {self.settings.run_dir} is at step {self.position.step}")
             return Outcome.FINISHED
@@ -192,7 +200,8 @@ class Trainer:
             stopping = interrupted or step >= last_step
             if self._due(self.settings.checkpoint.save_interval) or stopping:
                 with watch.section("save", config.slow_timeout_s):
-                    self._save()
+                    self._save(wait=stopping)
+            self._note_saves()
             if stopping:
                 break
             if (moved := self.rewinds.data_after(step)) is not None:
@@ -205,6 +214,11 @@ class Trainer:
             outcome, why = Outcome.INTERRUPTED, f"stopped by {stop.signal_name or 'a signal on another rank'}"
         else:
             outcome, why = Outcome.STOPPED, "stopped at training.exit_at_step"
+        if self._saved_step != self.position.step and outcome is not Outcome.INTERRUPTED:
+            raise UserError(
+                f"{why}, but the last checkpoint could not be written (the event save_failed says why); mend that and "
+                f"start the same command again: it resumes from the newest checkpoint there is"
+            )
         self.records.event(outcome.value, step=self.position.step, reason=why)
         self.records.close(patience_s=60 if outcome is Outcome.FINISHED else 10)
         self._say(f"{why} at step {self.position.step}/{config.max_steps}; everything is in {self.settings.run_dir}")
@@ -329,16 +343,18 @@ class Trainer:
     def _rewind(self, step: int, data_after: dict[str, Any], reason: str) -> bool:
         """Go back to the newest checkpoint, and on with the data behind ``step``; False where there is none."""
         with self.watchdog.section("rewind", self.settings.training.slow_timeout_s):
-            folder = newest_good(self.checkpoints, self._report_damage)
-            if folder is None:
+            self.saver.wait()
+            self._note_saves()
+            found = self._load_newest()
+            if found is None:
                 return False
-            back = read_state(folder)["step"]
+            back = found[1]["step"]
             # Only the position in the data moves on: step and schedule are the checkpoint's.
             rewinds = self.rewinds.plan(step, back, data_after | {"step": back}, reason)
             if self.engine.is_main:
                 self.rewinds.write(rewinds)
             self.engine.barrier()
-            self._load(folder)
+            self._take_up(found[1])
             self._train_seconds = self._saved_train_seconds
         self.records.event("rewind", step=step, to_step=back, reason=reason, data=self.position.data)
         self._say(f"step {step}: {reason}; back to step {back}, and on with the data behind it")
@@ -372,13 +388,16 @@ class Trainer:
         tokens = float(self.engine.sum_over_rows(on_device[1:].clone()))
         loss = loss_sum / max(tokens, 1.0)
         step = self.position.step
+        self._validated = (step, loss)
         self.records.metrics({"step": step, "tokens": self.position.tokens, "validation_loss": loss})
         self._say(f"step {step}/{self.settings.training.max_steps}  validation loss {loss:.4f} on {int(tokens)} tokens")
 
-    def _save(self) -> None:
+    def _save(self, wait: bool) -> None:
+        """Save this step, in the background unless ``wait``."""
+        self.saver.wait()
+        self._note_saves()
         if self._saved_step == self.position.step:
             return
-        began = time.perf_counter()
         values = {
             "config": self.settings.values,
             "tokens": self.position.tokens,
@@ -389,40 +408,61 @@ class Trainer:
             "engine": self.engine.state_values(),
             "rng": {"torch_cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()},
         }
-        folder = save_checkpoint(
-            self.checkpoints, self.position.step, self.engine.state_tensors(), values, self.settings.extra_files
+        if self._validated[0] == self.position.step:
+            values["validation_loss"] = self._validated[1]
+        tensors, files = self.engine.state_tensors(), self.settings.extra_files
+        self.saver.save(
+            self.position.step, tensors, values, files, wait=wait, note={"train_seconds": round(self._train_seconds, 3)}
         )
         self._saved_step = self.position.step
-        if self.engine.is_main:
-            remove_old(self.checkpoints, self.settings.checkpoint)
-        seconds = time.perf_counter() - began
-        self.records.event(
-            "save",
-            step=self.position.step,
-            folder=folder.name,
-            seconds=round(seconds, 3),
-            train_seconds=round(self._train_seconds, 3),
-        )
-        self._saved_train_seconds = self._train_seconds
-        self._say(f"saved {folder} in {seconds:.1f} s")
+        if wait:
+            self._note_saves()
+
+    def _note_saves(self, ending: bool = False) -> None:
+        """Write down what became of saves since the last call."""
+        for result in self.saver.poll():
+            if result.error:
+                self._saved_step = None if self._saved_step == result.step else self._saved_step
+                self.records.event("save_failed", step=result.step, reason=result.error)
+                if self.engine.is_main:
+                    log.error("step %d was NOT saved: %s", result.step, result.error)
+                if result.fatal and not ending:
+                    raise UserError(result.error)
+                continue
+            self._saved_train_seconds = result.note["train_seconds"]
+            self.records.event(
+                "save",
+                step=result.step,
+                folder=result.folder.name,
+                seconds=round(result.stall_s, 3),
+                write_seconds=round(result.write_s, 3),
+                bytes=result.size,
+                removed=result.removed,
+                train_seconds=result.note["train_seconds"],
+            )
+            self._say(
+                f"saved {result.folder} ({result.size / 1e9:.2f} GB in {result.write_s:.1f} s; training waited "
+                f"{result.stall_s:.2f} s)"
+            )
 
     def _resume(self) -> None:
         starts = 0
         if self.engine.is_main:
             starts = count_starts(read_records(self.records.events_path))
-            for partial in remove_partial(self.checkpoints):
+            for partial in remove_partial(self.saver.checkpoints):
                 self.records.event("partial_checkpoint_removed", folder=partial.name)
             if reports := collect_reports(self.settings.run_dir):
                 kind = "hang" if any(report["kind"] == "hang" for report in reports) else "crash"
                 self.records.event(kind, reason=explain(reports), ranks=reports)
         self.engine.barrier()
-        folder = newest_good(self.checkpoints, self._report_damage)
-        if folder is None:
+        found = self._load_newest()
+        if found is None:
             self.records.truncate_metrics(0)
             self.rewinds.load(0)
             self.records.event("start", step=0, world_size=self.engine.world_size, restarts=starts)
             return
-        self._load(folder)
+        folder, state = found
+        self._take_up(state)
         self.records.event(
             "resume",
             step=self.position.step,
@@ -432,14 +472,24 @@ class Trainer:
         )
         self._say(f"resumed at step {self.position.step} from {folder}")
 
+    def _load_newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Fill the engine's tensors from the newest good checkpoint; return its folder and small values."""
+        return load_newest(
+            self.saver.checkpoints,
+            self.engine.state_tensors(),
+            group=self.saver.group,
+            check=lambda folder, state: check_model(folder, state, self.settings.values["model"]),
+            on_damage=self._report_damage,
+            report=spoken(self._say, "reading and verifying the checkpoint"),
+        )
+
     def _report_damage(self, message: str) -> None:
         self.records.event("checkpoint_damaged", reason=message)
-        log.warning(message)
+        if self.engine.is_main:
+            log.warning(message)
 
-    def _load(self, folder: Path) -> None:
-        """Make a checkpoint the state of the run; metrics of later steps are moved aside."""
-        state = read_state(folder)
-        load_tensors(folder, self.engine.state_tensors())
+    def _take_up(self, state: dict[str, Any]) -> None:
+        """Make a checkpoint's small values the state of the run; metrics of later steps are moved aside."""
         self.engine.load_state_values(state["engine"])
         rng = torch.frombuffer(bytearray(base64.b64decode(state["rng"]["torch_cpu"])), dtype=torch.uint8)
         torch.set_rng_state(rng)

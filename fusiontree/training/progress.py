@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 
@@ -20,6 +21,19 @@ def short(number: float) -> str:
         if abs(number) >= limit:
             return f"{number / limit:.3g}{suffix}"
     return f"{number:.3g}"
+
+
+def spoken(say: Callable[[str], None], what: str, every_s: float = 10.0) -> Callable[[int, int], None]:
+    """Return a function of bytes done and in all that says how far ``what`` is, now and then."""
+    spoke = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal spoke
+        if time.monotonic() - spoke >= every_s:
+            spoke = time.monotonic()
+            say(f"{what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+
+    return report
 
 
 class Progress:

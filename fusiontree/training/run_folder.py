@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from fusiontree.training.lease import GUARD, LEASE
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import atomic_write
 
@@ -40,7 +41,11 @@ def check_run_folder(run_dir: Path, values: dict[str, Any]) -> None:
         raise UserError(f"run_dir '{run_dir}' is a file; name a folder")
     saved_file = run_dir / CONFIG
     if not saved_file.is_file():
-        others = sorted(p.name for p in run_dir.iterdir() if p.name != "data") if run_dir.is_dir() else []
+        others = (
+            sorted(p.name for p in run_dir.iterdir() if p.name not in ("data", LEASE, GUARD))
+            if run_dir.is_dir()
+            else []
+        )
         if others:
             shown = ", ".join(others[:4]) + (" …" if len(others) > 4 else "")
             raise UserError(

@@ -57,6 +57,11 @@ def rendezvous_given() -> bool:
     return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
 
 
+def slurm_job() -> tuple[str, int]:
+    """Return the Slurm job's id and how often it was requeued; ``("", 0)`` outside Slurm."""
+    return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def keep_flight_record() -> None:
     """Make NCCL's process groups keep a record of their last collectives; call before the first group is made.
 

@@ -1,0 +1,129 @@
+"""DCP's ``.metadata``: which tensors a checkpoint holds, and where in its files their pieces lie.
+
+It is a pickle, and unpickling runs what it names; ``torch.distributed.checkpoint`` does so without asking. Here only
+the handful of data classes that belong in it can be made; anything else is refused before it runs.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pathlib
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint.filesystem as filesystem
+import torch.distributed.checkpoint.metadata as dcp
+
+from fusiontree.checkpoint.manifest import CheckpointDamage
+
+METADATA = ".metadata"
+
+_CLASSES: dict[tuple[str, str], Any] = {
+    (dcp.__name__, name): getattr(dcp, name)
+    for name in (
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    )
+}
+_CLASSES |= {
+    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): lambda name: torch.strided,  # nothing else is ever saved
+    ("collections", "OrderedDict"): collections.OrderedDict,
+}
+_CLASSES |= {
+    (module, name): pathlib.PurePosixPath  # where a checkpoint was written once; a name, never opened
+    for module in ("pathlib", "pathlib._local")
+    for name in ("PosixPath", "PurePosixPath", "Path")
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _CLASSES:
+            return _CLASSES[module, name]
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place in it and was not run")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A rectangle of a tensor and where its bytes lie."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """One tensor of a checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+
+def read_metadata(folder: Path) -> dict[str, SavedTensor]:
+    """Return the tensors of a DCP folder, in the order they were saved; nothing in it is executed.
+
+    Raises:
+        CheckpointDamage: the file is missing, is no DCP metadata, or names what must not be run.
+    """
+    path = folder / METADATA
+    try:
+        metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        return {
+            name: _tensor(name, entry, metadata.storage_data)
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, dcp.TensorStorageMetadata)
+        }
+    except Exception as error:  # a pickle can fail in any way
+        raise CheckpointDamage(f"{path} cannot be read: {error}; the checkpoint is not usable") from error
+
+
+def _tensor(name: str, entry: dcp.TensorStorageMetadata, storage: dict[Any, Any]) -> SavedTensor:
+    chunks = []
+    for chunk in entry.chunks:
+        if 0 not in chunk.sizes:
+            place = storage[dcp.MetadataIndex(name, chunk.offsets)]
+            if "/" in place.relative_path or place.relative_path.startswith(".."):
+                raise ValueError(f"'{place.relative_path}' lies outside the checkpoint")
+            chunks.append(
+                Chunk(tuple(chunk.offsets), tuple(chunk.sizes), place.relative_path, place.offset, place.length)
+            )
+    return SavedTensor(tuple(entry.size), entry.properties.dtype, tuple(chunks))
+
+
+def metadata_bytes(tensors: dict[str, SavedTensor]) -> bytes:
+    """Return the content of ``.metadata``, as ``torch.distributed.checkpoint`` itself would write and read it."""
+    state: dict[str, dcp.STORAGE_TYPES] = {}
+    storage: dict[dcp.MetadataIndex, filesystem._StorageInfo] = {}
+    for name, tensor in tensors.items():
+        chunks = [dcp.ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.shape)) for c in tensor.chunks]
+        state[name] = dcp.TensorStorageMetadata(
+            dcp.TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape), chunks
+        )
+        for c in tensor.chunks:
+            storage[dcp.MetadataIndex(name, c.offset)] = filesystem._StorageInfo(c.file, c.start, c.length)
+    metadata = dcp.Metadata(
+        state_dict_metadata=state,
+        planner_data={name: (name,) for name in tensors},
+        storage_data=storage,
+        storage_meta=dcp.StorageMeta(),
+        version=filesystem.CURRENT_DCP_VERSION,
+    )
+    return pickle.dumps(metadata)

@@ -1,0 +1,26 @@
+"""Which rectangles of a tensor this rank holds, whatever kind of tensor the engine gave."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from fusiontree.parallel.shards import GlobalTensor, Piece
+
+
+def pieces_of(tensor: Tensor) -> list[Piece]:
+    """Return ``(offset in the whole, view of the live values)`` of what this rank holds; empty pieces are left out.
+
+    Args:
+        tensor: a plain tensor (held whole), a DTensor (its local shard), or a :class:`GlobalTensor`.
+    """
+    if isinstance(tensor, GlobalTensor):
+        pieces = tensor.pieces
+    elif isinstance(tensor, DTensor):
+        local = tensor.to_local().detach()
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        pieces = [(tuple(offset), local)]
+    else:
+        pieces = [((0,) * tensor.ndim, tensor.detach())]
+    return [(offset, view) for offset, view in pieces if view.numel()]

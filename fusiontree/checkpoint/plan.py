@@ -1,0 +1,93 @@
+"""Who writes which piece of a checkpoint.
+
+Every rank lists the rectangles it holds. A rectangle that several ranks hold (whole parameters under ddp, copies
+between nodes) is written by one of them, so that all write about as much. Every rank works the plan out by itself, from
+the same lists.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusiontree.checkpoint.pieces import pieces_of
+
+Rectangle = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""Tensor name, offset in the whole, shape."""
+
+Holdings = dict[str, tuple[tuple[int, ...], torch.dtype, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]]]
+"""Per tensor: global shape, type, and ``(offset, shape)`` of each piece that a rank holds."""
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """What this rank writes, and what the checkpoint holds in all."""
+
+    holdings: Holdings
+    """What the plan was made from on this rank."""
+    mine: tuple[Rectangle, ...]
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    """Shape and type of every tensor, in order."""
+    total_bytes: int
+    """Of all ranks together."""
+
+    @property
+    def my_bytes(self) -> int:
+        """Bytes that this rank writes."""
+        return sum(self.nbytes(rectangle) for rectangle in self.mine)
+
+    def nbytes(self, rectangle: Rectangle) -> int:
+        """Bytes of a rectangle's values."""
+        return math.prod(rectangle[2]) * self.tensors[rectangle[0]][1].itemsize
+
+
+def holdings_of(tensors: dict[str, Tensor]) -> Holdings:
+    """Return what this rank holds."""
+    return {
+        name: (
+            tuple(tensor.shape),
+            tensor.dtype,
+            tuple((tuple(offset), tuple(view.shape)) for offset, view in pieces_of(tensor)),
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def make_plan(holdings: Holdings, group: dist.ProcessGroup | None) -> SavePlan:
+    """Share the writing out; all ranks of ``group`` call this together (None: this process is alone)."""
+    everyone: list[Holdings] = [holdings]
+    if group is not None:
+        everyone = [{}] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, holdings, group=group)
+    rank = 0 if group is None else dist.get_rank(group)
+
+    tensors = {name: (shape, dtype) for held in everyone for name, (shape, dtype, _) in held.items()}
+    holders: dict[Rectangle, list[int]] = {}
+    for holder, held in enumerate(everyone):
+        for name, (shape, dtype, pieces) in held.items():
+            assert tensors[name] == (shape, dtype), f"ranks differ in shape or type of '{name}'"
+            for offset, size in pieces:
+                holders.setdefault((name, offset, size), []).append(holder)
+    _check_cover(tensors, list(holders))
+    load = [0] * len(everyone)
+    writer: dict[Rectangle, int] = {}
+    # What only one rank can write first; the rest, largest first, fills up the least busy.
+    size_of = {r: math.prod(r[2]) * tensors[r[0]][1].itemsize for r in holders}
+    for rectangle in sorted(holders, key=lambda r: (len(holders[r]) > 1, -size_of[r], r)):
+        chosen = min(holders[rectangle], key=lambda holder: load[holder])
+        load[chosen] += size_of[rectangle]
+        writer[rectangle] = chosen
+    mine = tuple(r for r in holders if writer[r] == rank)
+    return SavePlan(holdings, mine, tensors, sum(size_of.values()))
+
+
+def _check_cover(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], rectangles: list[Rectangle]) -> None:
+    held = dict.fromkeys(tensors, 0)
+    for name, _, shape in rectangles:
+        held[name] += math.prod(shape)
+    for name, (shape, _) in tensors.items():
+        assert held[name] >= math.prod(shape), f"the ranks hold {held[name]} of {math.prod(shape)} values of '{name}'"

@@ -1,0 +1,307 @@
+"""Reading tensors of a checkpoint: in parallel, hashed while they are read, each byte once.
+
+A rank reads the pieces that overlap its own part of a tensor, whatever layout saved them, and checks exactly those.
+Memory beyond the targets is about the largest piece.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Condition
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusiontree.checkpoint.manifest import (
+    ByteCount,
+    CheckpointDamage,
+    FileEntry,
+    Report,
+    check_file,
+    check_size,
+    read_manifest,
+)
+from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, read_metadata
+from fusiontree.checkpoint.pieces import pieces_of
+from fusiontree.utils.errors import UserError, nearest
+
+_READ = 4 << 20
+_IN_FLIGHT = 64 << 20
+
+
+@dataclass
+class _Job:
+    """A piece to read, and the views it fills."""
+
+    name: str
+    chunk: Chunk
+    dtype: torch.dtype
+    targets: list[tuple[Tensor, tuple[slice, ...]]]
+    """Views of live tensors, and which part of the piece each takes."""
+
+
+class CheckpointReader:
+    """An open checkpoint folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what the checkpoint says of itself.
+
+        Raises:
+            CheckpointDamage: manifest or metadata are damaged.
+        """
+        self.folder = folder
+        self.files = read_manifest(folder)
+        self.check(METADATA)
+        self.tensors: dict[str, SavedTensor] = read_metadata(folder)
+        self._parts: dict[str, dict[int, tuple[int, str]]] = {}
+
+    def check(self, name: str) -> None:
+        """Compare one whole file with its recorded hash.
+
+        Raises:
+            CheckpointDamage: it differs, or the manifest does not know it.
+        """
+        check_file(self.folder / name, self._entry(name))
+
+    def check_small_files(self) -> None:
+        """Compare every file that holds no tensors with its recorded hash.
+
+        Raises:
+            CheckpointDamage: one differs.
+        """
+        for name, entry in self.files.items():
+            if entry.whole and not name.endswith(".distcp"):
+                self.check(name)
+
+    def _entry(self, name: str) -> FileEntry:
+        if name not in self.files:
+            raise CheckpointDamage(f"{self.folder / name} is not in the checkpoint's manifest")
+        return self.files[name]
+
+    def read(self, name: str) -> Tensor:
+        """Return one whole tensor on the CPU.
+
+        Raises:
+            UserError: there is none of that name.
+            CheckpointDamage: its bytes differ from their recorded hash.
+        """
+        if name not in self.tensors:
+            raise UserError(f"{self.folder} holds no tensor '{name}'{nearest(name, self.tensors)}")
+        saved = self.tensors[name]
+        tensor = torch.empty(saved.shape, dtype=saved.dtype)
+        self.fill({name: tensor})
+        return tensor
+
+    def fill(self, tensors: dict[str, Tensor], *, threads: int | None = None, report: Report | None = None) -> None:
+        """Fill this rank's parts of ``tensors`` in place, casting to their types.
+
+        Args:
+            tensors: plain tensors, DTensors or GlobalTensors, on any device.
+            threads: readers at a time; None takes one a core, at most eight.
+            report: called with the bytes done and in all.
+
+        Raises:
+            UserError: a tensor is missing in the checkpoint or has another shape.
+            CheckpointDamage: the bytes of one differ from their recorded hash.
+        """
+        jobs = self._jobs(tensors)
+        whole = sorted({job.chunk.file for job in jobs if not self._has_parts(job)})
+        sizes = [job.chunk.length for job in jobs]
+        count = ByteCount(sum(sizes) + sum(self._entry(name).size for name in whole), report)
+        budget = _Budget(max([_IN_FLIGHT, *sizes]))
+        for name in {job.chunk.file for job in jobs}:
+            check_size(self.folder / name, self._entry(name))
+        with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+            # Files that were not written by us are hashed as a whole, so before anything of them is used.
+            list(pool.map(lambda name: check_file(self.folder / name, self.files[name], count.add), whole))
+            try:
+                for _ in pool.map(lambda job: self._do(job, budget, count), jobs):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _jobs(self, tensors: dict[str, Tensor]) -> list[_Job]:
+        jobs: dict[tuple[str, int], _Job] = {}
+        for name, tensor in tensors.items():
+            saved = self.tensors.get(name)
+            if saved is None:
+                raise UserError(f"{self.folder} holds no tensor '{name}'{nearest(name, self.tensors)}")
+            if saved.shape != tuple(tensor.shape):
+                raise UserError(
+                    f"{self.folder}: '{name}' has shape {saved.shape}, the model wants {tuple(tensor.shape)}"
+                )
+            for offset, view in pieces_of(tensor):
+                filled = 0
+                for chunk in saved.chunks:
+                    if overlap := _overlap(offset, tuple(view.shape), chunk):
+                        there, here = overlap
+                        job = jobs.setdefault((chunk.file, chunk.start), _Job(name, chunk, saved.dtype, []))
+                        job.targets.append((view[there], here))
+                        filled += view[there].numel()
+                if filled < view.numel():
+                    raise CheckpointDamage(f"{self.folder} holds only {filled} of {view.numel()} values of '{name}'")
+        return [jobs[key] for key in sorted(jobs)]
+
+    def _has_parts(self, job: _Job) -> bool:
+        return self._part(job.chunk) is not None
+
+    def _part(self, chunk: Chunk) -> str | None:
+        """Return the SHA-256 of exactly this piece's bytes, or None where the file was hashed in another way."""
+        if chunk.file not in self._parts:
+            starts: dict[int, tuple[int, str]] = {}
+            start = 0
+            entry = self._entry(chunk.file)
+            for length, digest in () if entry.whole else entry.parts:
+                starts[start] = (length, digest)
+                start += length
+            self._parts[chunk.file] = starts
+        length, digest = self._parts[chunk.file].get(chunk.start, (-1, ""))
+        return digest if length == chunk.length else None
+
+    @torch.no_grad()
+    def _do(self, job: _Job, budget: _Budget, count: ByteCount) -> None:
+        chunk = job.chunk
+        path = self.folder / chunk.file
+        with budget.of(chunk.length):
+            # Not a bytearray: it would be zeroed first, and its address might not suit wide types.
+            buffer = torch.empty(chunk.length, dtype=torch.uint8)
+            digest = self._part(chunk)
+            found = _read(path, chunk.start, buffer.numpy().data, count.add, hashed=digest is not None)
+            if digest is not None and found != digest:
+                raise CheckpointDamage(
+                    f"{path} differs from the SHA-256 in its manifest at '{job.name}' "
+                    f"(bytes {chunk.start} to {chunk.start + chunk.length})"
+                )
+            values = _tensor_in(buffer, job, path, ours=digest is not None)
+            for view, part in job.targets:
+                view.copy_(values[part])
+
+
+class _Budget:
+    """Lets threads use so many bytes at a time together."""
+
+    def __init__(self, size: int) -> None:
+        self._left, self._changed = size, Condition()
+
+    def of(self, size: int) -> _Share:
+        return _Share(self, size)
+
+    def take(self, size: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= size)
+            self._left -= size
+
+    def give(self, size: int) -> None:
+        with self._changed:
+            self._left += size
+            self._changed.notify_all()
+
+
+class _Share:
+    def __init__(self, budget: _Budget, size: int) -> None:
+        self._budget, self._size = budget, size
+
+    def __enter__(self) -> None:
+        self._budget.take(self._size)
+
+    def __exit__(self, *_: object) -> None:
+        self._budget.give(self._size)
+
+
+def _overlap(
+    offset: tuple[int, ...], shape: tuple[int, ...], chunk: Chunk
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Return where a held rectangle and a saved one overlap: slices of the held one, and of the saved one."""
+    held, saved = [], []
+    for at, size, chunk_at, chunk_size in zip(offset, shape, chunk.offset, chunk.shape, strict=True):
+        begin, end = max(at, chunk_at), min(at + size, chunk_at + chunk_size)
+        if begin >= end:
+            return None
+        held.append(slice(begin - at, end - at))
+        saved.append(slice(begin - chunk_at, end - chunk_at))
+    return tuple(held), tuple(saved)
+
+
+def _read(path: Path, start: int, buffer: memoryview, progress: Callable[[int], None], *, hashed: bool) -> str:
+    """Fill ``buffer`` from a file and return the SHA-256 of what was read."""
+    digest = hashlib.sha256()
+    done = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while done < len(buffer):
+                size = file.readinto(buffer[done : done + _READ])
+                if not size:
+                    raise CheckpointDamage(f"{path} ends at byte {start + done}, its manifest says otherwise")
+                if hashed:
+                    digest.update(buffer[done : done + size])
+                done += size
+                progress(size)
+    except OSError as error:
+        raise CheckpointDamage(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _tensor_in(buffer: Tensor, job: _Job, path: Path, *, ours: bool) -> Tensor:
+    """Return the tensor in what ``torch.save`` wrote, of the piece's shape; no pickle is executed.
+
+    Pieces that we wrote are contiguous, and the values are taken where they lie. Others go through torch's restricted
+    loader, which also knows strides.
+    """
+    shape, dtype = job.chunk.shape, job.dtype
+    try:
+        if not ours:
+            found = torch.load(_View(buffer), map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+            assert tuple(found.shape) == shape and found.dtype == dtype
+            return found
+        with zipfile.ZipFile(_View(buffer)) as archive:
+            record = next(info for info in archive.infolist() if info.filename.endswith("/data/0"))
+        header = buffer[record.header_offset : record.header_offset + 30].tolist()
+        names = header[26] + 256 * header[27] + header[28] + 256 * header[29]  # lengths of name and extra field
+        start = record.header_offset + 30 + names
+        size = math.prod(shape) * dtype.itemsize
+        assert record.compress_type == zipfile.ZIP_STORED and record.file_size == size
+        return buffer[start : start + size].view(dtype).view(shape)
+    except Exception as error:
+        raise CheckpointDamage(
+            f"{path} holds no tensor of shape {shape} where '{job.name}' should be: {error}"
+        ) from error
+
+
+class _View(io.RawIOBase):
+    """A file over bytes that are not copied."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__()
+        self._bytes: Any = buffer.numpy().data
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, len(self._bytes))[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, target: Any) -> int:
+        view = memoryview(target).cast("B")
+        part = self._bytes[self._at : self._at + len(view)]
+        view[: len(part)] = part
+        self._at += len(part)
+        return len(part)

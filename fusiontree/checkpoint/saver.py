@@ -1,0 +1,313 @@
+"""Saving while training goes on.
+
+A save is a short pause, in which the state is copied to CPU memory, and then a thread that writes the copy: each rank
+its own files, then rank 0 the small ones and, last, the manifest; at the end the folder is renamed. The threads of the
+ranks talk over a process group of their own. What goes wrong in one of them is agreed on by all and returned as the
+result of the save; training and the checkpoints that are there stay whole.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusiontree.checkpoint.config import CheckpointConfig
+from fusiontree.checkpoint.folders import STATE, partial_folder, remove_folder, remove_old, step_folder
+from fusiontree.checkpoint.manifest import file_entries, write_manifest
+from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, metadata_bytes
+from fusiontree.checkpoint.plan import Rectangle, SavePlan, holdings_of, make_plan
+from fusiontree.checkpoint.snapshot import Snapshot, live_pieces
+from fusiontree.checkpoint.write import Written, write_files
+from fusiontree.utils.files import atomic_write, fsync_directory
+
+_SMALL_FILES = 16 << 20
+"""Room for manifest, metadata, state and tokenizer."""
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """What became of a save; the same on all ranks, but for the times."""
+
+    step: int
+    folder: Path
+    stall_s: float
+    """How long training waited."""
+    write_s: float
+    """From the start to the rename."""
+    size: int
+    """Bytes of tensors."""
+    error: str | None = None
+    """Why there is no checkpoint, or None."""
+    fatal: bool = False
+    """No later save can succeed: the run folder is another process's."""
+    removed: list[str] = field(default_factory=list)
+    """Older checkpoints that retention deleted; on rank 0."""
+    note: dict[str, Any] = field(default_factory=dict)
+    """What the caller wanted to be told again."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why there will be no checkpoint."""
+
+    text: str
+    fatal: bool = False
+
+
+@dataclass(frozen=True)
+class _Request:
+    step: int
+    values: dict[str, Any]
+    extra_files: Sequence[Path]
+    note: dict[str, Any]
+    began: float
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time. All ranks call its methods together, except :meth:`poll`."""
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        config: CheckpointConfig,
+        group: dist.ProcessGroup | None = None,
+        may_commit: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """Wire up.
+
+        Args:
+            checkpoints: RUN/checkpoints, on a file system that all ranks share.
+            config: retention, and whether to write in the background.
+            group: a gloo group of all ranks that nothing else uses; None when this process is alone.
+            may_commit: asked on rank 0 before a folder gets its name; a text is why it must not.
+        """
+        self.checkpoints, self.config, self.group = checkpoints, config, group
+        self._may_commit = may_commit
+        self._rank = 0 if group is None else dist.get_rank(group)
+        self._plan: SavePlan | None = None
+        self._snapshot: Snapshot | None = None
+        self._thread: threading.Thread | None = None
+        self._results: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
+
+    def prepare(self, tensors: dict[str, Tensor]) -> None:
+        """Share the writing out and make the buffers, so that the first save stalls no longer than the others."""
+        holdings = holdings_of(tensors)
+        stale = self._plan is None or self._plan.holdings != holdings
+        if any(self._gather(stale)):
+            if self._snapshot:
+                self._snapshot.close()
+            self._plan, self._snapshot = make_plan(holdings, self.group), None
+        assert self._plan is not None
+        if self.config.async_ and self._snapshot is None:
+            device = next((t.device for t in tensors.values()), torch.device("cpu"))
+            self._snapshot = Snapshot(self._plan, device)
+
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        values: dict[str, Any],
+        extra_files: Sequence[Path] = (),
+        *,
+        wait: bool = False,
+        note: dict[str, Any] | None = None,
+    ) -> None:
+        """Save; the result comes from :meth:`poll` or :meth:`wait`.
+
+        A save that is still being written is waited for first.
+
+        Args:
+            step: the optimizer step it belongs to.
+            tensors: this rank's view of the state: plain tensors (equal on all ranks), DTensors, GlobalTensors.
+            values: JSON-able state, the same on all ranks.
+            extra_files: small files to put beside the tensors (a tokenizer).
+            wait: return only when it is written; nothing is copied then.
+            note: comes back in the result.
+        """
+        began = time.perf_counter()
+        self.wait()
+        self.prepare(tensors)
+        plan = self._plan
+        assert plan is not None
+        request = _Request(step, json.loads(json.dumps(values)), extra_files, note or {}, began)
+        if wait or self._snapshot is None:
+            self._results.put(self._write(request, plan, live_pieces(plan, tensors), None))
+            return
+        self._snapshot.take(tensors)
+        stall = time.perf_counter() - began
+        pieces = dict(self._snapshot.buffers)
+
+        def work() -> None:
+            self._results.put(self._write(request, plan, pieces, stall))
+
+        # A daemon: a process that fails must be able to end, whatever its peers do.
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> list[SaveResult]:
+        """Return the results that have come in since the last call; other ranks may not have theirs yet."""
+        if self._thread is not None and not self._thread.is_alive():
+            self._thread = None
+        results = []
+        while not self._results.empty():
+            results.append(self._results.get())
+        return results
+
+    def wait(self, patience_s: float | None = None) -> None:
+        """Wait until nothing is being written (or ``patience_s`` are over)."""
+        if self._thread is not None:
+            self._thread.join(patience_s)
+            if not self._thread.is_alive():
+                self._thread = None
+
+    def _gather(self, mine: Any) -> list[Any]:
+        """Return every rank's value, in order of rank."""
+        if self.group is None:
+            return [mine]
+        everyone: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return everyone
+
+    def _write(
+        self, request: _Request, plan: SavePlan, pieces: dict[Rectangle, Tensor], stall: float | None
+    ) -> SaveResult:
+        partial = partial_folder(self.checkpoints, request.step)
+        removed: list[str] = []
+        try:
+            error = self._first_error(self._open(partial, plan) if self._rank == 0 else None)
+            if error is None:
+                written, mine = self._write_mine(partial, pieces)
+                everyone = self._gather((written, mine))
+                error = next((e for _, e in everyone if e), None)
+                if self._rank == 0 and error is None:
+                    files = [file for files, _ in everyone for file in files]
+                    error = self._commit(request, plan, partial, files)
+                    removed = self._remove_old() if error is None else []
+                error = self._first_error(error)
+            if error and self._rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+        except Exception as failure:  # a peer has died, and with it the group
+            error = _Failure(f"rank {self._rank} lost the other ranks while it wrote {partial}: {failure}")
+        seconds = time.perf_counter() - request.began
+        return SaveResult(
+            step=request.step,
+            folder=step_folder(self.checkpoints, request.step),
+            stall_s=seconds if stall is None else stall,
+            write_s=seconds,
+            size=plan.total_bytes,
+            error=error.text if error else None,
+            fatal=bool(error and error.fatal),
+            removed=removed,
+            note=request.note,
+        )
+
+    def _first_error(self, mine: _Failure | None) -> _Failure | None:
+        return next((error for error in self._gather(mine) if error), None)
+
+    def _open(self, partial: Path, plan: SavePlan) -> _Failure | None:
+        """Make the temporary folder, if there is room for what will be in it."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            needed = plan.total_bytes + plan.total_bytes // 100 + _SMALL_FILES
+            free = free_bytes(self.checkpoints)
+            if free < needed:
+                return _Failure(
+                    f"{self.checkpoints} has {_gb(free)} free, and the checkpoint of step {partial.name[-8:]} needs "
+                    f"{_gb(needed)}: free some space, or lower checkpoint.keep_last"
+                )
+            partial.mkdir()
+        except OSError as error:
+            return _Failure(_explain(error, partial))
+        return None
+
+    def _write_mine(self, partial: Path, pieces: dict[Rectangle, Tensor]) -> tuple[list[Written], _Failure | None]:
+        try:
+            return write_files(partial, self._rank, pieces), None
+        except Exception as error:
+            text = _explain(error, partial)
+            if isinstance(error, FileNotFoundError) and self._rank:
+                text += (
+                    f" on rank {self._rank} ({socket.gethostname()}); was the folder removed, or is run_dir on a file "
+                    f"system that not all ranks share?"
+                )
+            return [], _Failure(text)
+
+    def _commit(self, request: _Request, plan: SavePlan, partial: Path, files: list[Written]) -> _Failure | None:
+        """Write what describes the tensors, the manifest last, and give the folder its name."""
+        final = step_folder(self.checkpoints, request.step)
+        try:
+            chunks: dict[str, list[Chunk]] = {name: [] for name in plan.tensors}
+            for file in files:
+                for name, chunk in file.chunks:
+                    chunks[name].append(chunk)
+            saved = {n: SavedTensor(shape, dtype, tuple(chunks[n])) for n, (shape, dtype) in plan.tensors.items()}
+            with atomic_write(partial / METADATA, "wb") as out:
+                out.write(metadata_bytes(saved))
+            with atomic_write(partial / STATE) as out:
+                json.dump({"step": request.step, **request.values}, out, indent=1)
+            small = [partial / METADATA, partial / STATE]
+            for extra in request.extra_files:
+                with atomic_write(partial / extra.name, "wb") as out:
+                    out.write(extra.read_bytes())
+                small.append(partial / extra.name)
+            entries = file_entries(small, partial) | {file.name: file.entry.to_dict() for file in files}
+            write_manifest(partial, entries)
+            if problem := self._may_commit():
+                return _Failure(problem, fatal=True)
+            if final.exists():  # a resumed or rewound run came to this step again; the newer one takes its place
+                remove_folder(final)
+            partial.rename(final)
+            fsync_directory(self.checkpoints)
+        except Exception as error:
+            return _Failure(_explain(error, partial))
+        return None
+
+    def _remove_old(self) -> list[str]:
+        try:
+            return [folder.name for folder in remove_old(self.checkpoints, self.config)]
+        except OSError:
+            return []  # the next save, or the next start, tries again
+
+
+def save_checkpoint(
+    checkpoints: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], extra_files: Sequence[Path] = ()
+) -> Path:
+    """Write one checkpoint from a single process and return its folder.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    saver = Saver(checkpoints, CheckpointConfig(keep_last=0, async_=False))
+    saver.save(step, tensors, values, extra_files, wait=True)
+    (result,) = saver.poll()
+    if result.error:
+        raise OSError(result.error)
+    return result.folder
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how much the user may still write there."""
+    return shutil.disk_usage(folder).free
+
+
+def _explain(error: Exception, place: Path) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or place}: {error.strerror or error}"
+    return f"{place}: {type(error).__name__}: {error}"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
