@@ -70,6 +70,11 @@ class Cell(NamedTuple):
         layout = f"dp{self.dp}-cp{self.cp}-tp{self.tp}"
         return f"{self.engine}-{layout}-{self.checkpointing}-acc{self.accumulation}{extra}"
 
+    @property
+    def reference(self) -> Cell:
+        """The single process that computes the same model."""
+        return REFERENCE._replace(extra=tuple(e for e in self.extra if e.startswith("model.")))
+
     def overrides(self) -> list[str]:
         """Settings that make the cell of the common configuration."""
         return [
@@ -86,6 +91,13 @@ REFERENCE = Cell("ddp", 1, 1, 1)
 NOISE = Cell("ddp", 1, 1, 1, accumulation=4)
 """The reference with another accumulation: what rounding alone does."""
 
+OTHER_MODEL = (
+    "model.tie_word_embeddings=true",
+    "model.mlp_activation=swiglu",
+    "model.use_alignment=false",
+    "model.attention_type=pyramidal",
+    "model.srte_encoding=sincos",
+)
 LAYOUTS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 4)]
 FAST = [Cell("fsdp2", 1, 2, 2, "selective"), Cell("fsdp2", 1, 4, 1), Cell("fsdp2", 1, 1, 4)]
 ALL = [
@@ -98,5 +110,6 @@ ALL = [
     Cell("ddp", 2, 1, 2),
     Cell("ddp", 1, 2, 2, "full"),
     Cell("fsdp2", 2, 1, 2, extra=("parallel.shard_size=2",)),
+    Cell("fsdp2", 1, 2, 2, extra=OTHER_MODEL),
     Cell("fsdp2", 2, 2, 2),
 ]

@@ -30,7 +30,7 @@ class Table:
 
     def run(self, cells: list[Cell], mutations: list[str] | None = None) -> None:
         """Train the cells, which are of one number of ranks, each under its mutation; finished cells are not run."""
-        names = mutations or [None] * len(cells)
+        names: list[str | None] = list(mutations) if mutations else [None] * len(cells)
         jobs = [(str(self.run_dir(c, m)), c.overrides(), m) for c, m in zip(cells, names, strict=True)]
         jobs = [job for job in jobs if not Path(job[0]).exists()]
         if not jobs:
@@ -44,11 +44,11 @@ class Table:
         """Where a cell's run is."""
         return self.folder / "runs" / (f"{mutation.replace(' ', '-')}-{cell.name}" if mutation else cell.name)
 
-    def error(self, cell: Cell, mutation: str | None = None, against: Cell = REFERENCE) -> float:
+    def error(self, cell: Cell, mutation: str | None = None) -> float:
         """Greatest relative difference of loss or gradient norm from the reference over all steps."""
         worst = 0.0
         for key in ("loss", "lm_loss", "grad_norm", "load_balance_loss", "entropy_loss", "validation_loss"):
-            mine, theirs = metrics(self.run_dir(cell, mutation), key), metrics(self.run_dir(against), key)
+            mine, theirs = metrics(self.run_dir(cell, mutation), key), metrics(self.run_dir(cell.reference), key)
             assert len(mine) == len(theirs)
             worst = max(worst, *(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(mine, theirs, strict=True)))
         return worst
@@ -62,15 +62,15 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
 
 
 def check(table: Table, cells: list[Cell]) -> None:
-    reference = dict(load_model(table.run_dir(REFERENCE))[0].named_parameters())
+    table.run(sorted({cell.reference for cell in cells}))
     noise = table.error(NOISE)
     lines = [f"{'noise floor (other accumulation)':60s} {noise:.1e}"]
     wrong = []
     for cell in cells:
         error = table.error(cell)
         lines.append(f"{cell.name:60s} {error:.1e}")
-        final = dict(load_model(table.run_dir(cell))[0].named_parameters())
-        far = max(float((final[name] - p).abs().max()) for name, p in reference.items())
+        final, reference = (load_model(table.run_dir(c))[0].state_dict() for c in (cell, cell.reference))
+        far = max(float((final[name] - values).abs().max()) for name, values in reference.items())
         if error > TOLERANCE or far > 1e-4:
             wrong.append(f"{cell.name}: error {error:.2e}, parameters {far:.2e} apart")
     print("\n" + "\n".join(lines))
