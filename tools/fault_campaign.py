@@ -52,7 +52,8 @@ def plan_fault(random: Random, kind: str) -> Fault:
     if kind == "nan":
         return Fault(kind, rank, random.randint(1, 8), section="forward")
     if random.random() < 0.3:  # saving and starting are short and the most delicate
-        return Fault(kind, rank, random.randint(1, 3), section=random.choice(("save", "resume")), delay_s=delay)
+        section, entry = random.choice((("resume", 1), ("save", random.randint(1, 3))))
+        return Fault(kind, rank, entry, section=section, delay_s=delay)
     return Fault(kind, rank, random.randint(4, 60), delay_s=delay)
 
 

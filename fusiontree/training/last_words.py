@@ -78,7 +78,10 @@ def explain(reports: list[dict[str, Any]]) -> str:
         verb = "hung in" if reports[0].get("kind") != "crash" else "failed in"
         what = f": {reports[0]['error']}" if "error" in reports[0] else ""
         return f"{_name(reports[0])} {verb} '{reports[0]['section']}'{_at_step(reports[0])}{what}"
-    return f"all {len(reports)} ranks waited in '{reports[0]['section']}'{_at_step(reports[0])}: network or device"
+    said = next((f" ({report['error']})" for report in reports if "error" in report), "")
+    return (
+        f"all {len(reports)} ranks waited in '{reports[0]['section']}'{_at_step(reports[0])}: network or device{said}"
+    )
 
 
 def _lost_a_peer(error: str) -> bool:
