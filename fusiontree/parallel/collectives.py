@@ -14,6 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Their names in torch 2.13, which warns of the older ones.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
 
 def gather_tokens(x_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Put the ranks' tokens together, ``[B, S, …]`` to ``[B, R*S, …]``; the backward reduce-scatters the gradient."""
@@ -58,14 +62,14 @@ def gather_stack(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return ``[R, …]``."""
     stacked = x.new_empty(dist.get_world_size(group), *x.shape)
-    dist.all_gather_into_tensor(stacked.view(-1), x.contiguous().view(-1), group=group)
+    getattr(dist, ALL_GATHER)(stacked.view(-1), x.contiguous().view(-1), group=group)
     return stacked
 
 
 def _reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum ``[R, …]`` over the ranks and return this rank's entry."""
     mine = stacked.new_empty(stacked.shape[1:])
-    dist.reduce_scatter_tensor(mine.view(-1), stacked.contiguous().view(-1), group=group)
+    getattr(dist, REDUCE_SCATTER)(mine.view(-1), stacked.contiguous().view(-1), group=group)
     return mine
 
 

@@ -35,7 +35,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_block_gathers_once_and_scatters_once(measured: Any) -> None:
     for rank in measured(2, 2, checkpointing="selective"):
         tp = {kind: n for kind, n in rank["block_forward"].items() if kind.startswith("tp")}
-        assert tp == {"tp all_gather_into_tensor": 1, "tp reduce_scatter_tensor": 1}
+        assert tp == {"tp all_gather": 1, "tp reduce_scatter": 1}
 
 
 def test_no_gradient_is_reduced_over_tp_in_a_micro_batch(measured: Any) -> None:

@@ -25,6 +25,7 @@ from fusiontree.engines.build import build_engine
 from fusiontree.models.mamba import SSMValues
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel import context_parallel
+from fusiontree.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 from fusiontree.parallel.layout import Layout
 from fusiontree.utils.environment import process_place
 from tests.parallel.table import MODEL, TRAINING
@@ -52,8 +53,8 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         """Watch torch.distributed."""
         with ExitStack() as stack:
-            for kind in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
-                stack.enter_context(patch.object(dist, kind, self._watched(kind, getattr(dist, kind))))
+            for name, kind in ((ALL_GATHER, "all_gather"), (REDUCE_SCATTER, "reduce_scatter"), ("all_reduce",) * 2):
+                stack.enter_context(patch.object(dist, name, self._watched(kind, getattr(dist, name))))
             exchange = dist.batch_isend_irecv
 
             def watched_exchange(operations: list[dist.P2POp]) -> Any:
@@ -67,8 +68,10 @@ class Recorder:
     def _watched(self, kind: str, call: Any) -> Any:
         def watched(*args: Any, **kwargs: Any) -> Any:
             group = kwargs.get("group")
+            if not args:  # the engine's own, named by keywords
+                return call(**kwargs)
             size = dist.get_world_size(group)
-            tensor = args[1] if kind == "reduce_scatter_tensor" else args[0]
+            tensor = args[1] if kind == "reduce_scatter" else args[0]
             self.note(kind, group, _size(tensor) * (size - 1) // size)
             return call(*args, **kwargs)
 
