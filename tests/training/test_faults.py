@@ -13,7 +13,7 @@ from fusiontree.training.records import read_records
 from tools.fault_injection import Fault
 from tools.fault_runs import CONFIG, STEPS, build_corpus, start, write_config
 
-pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(600)]
 TRAINING = {"spike_window": 8, "spike_threshold": 12.0}
 
 
@@ -39,8 +39,8 @@ def losses(folder: Path) -> dict[int, tuple[float, str]]:
 
 def test_a_stopped_rank_ends_the_job_in_time_and_is_named(tmp_path: Path, corpus: Path) -> None:
     began = time.monotonic()
-    codes = go(tmp_path, corpus, Fault("hang", rank=1, entry=6, section="backward"), hang_timeout_s=3.0)
-    assert time.monotonic() - began < 60
+    codes = go(tmp_path, corpus, Fault("hang", rank=1, entry=6, section="backward"), hang_timeout_s=6.0)
+    assert time.monotonic() - began < 120
     assert codes[0] == 70
     said = (tmp_path / "log.txt").read_text()
     assert "rank 0 hung: 'backward" in said
