@@ -59,6 +59,8 @@ class ShardInfo:
     tokens: int
     bytes: int
     index_sha256: str
+    sha256: str = ""
+    """Of the tar, for those who check it whole; empty where nobody recorded it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class DatasetInfo:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides which tokens a row holds."""
-        content = [asdict(self.tokenizer), self.dtype, [vars(s) for s in self.shards]]
+        shards = [{key: value for key, value in vars(s).items() if key != "sha256"} for s in self.shards]
+        content = [asdict(self.tokenizer), self.dtype, shards]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

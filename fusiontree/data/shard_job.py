@@ -140,7 +140,7 @@ def write_shard(job: ShardJob) -> dict[str, Any]:
     shard = asdict(writer.close())
     record = {"digest": job.digest, "shard": shard, "statistics": statistics.result()}
     with atomic_write(record_path(job.folder, job.number)) as file:
-        json.dump(record, file)
+        file.write(json.dumps(record))  # json.dump is several times slower
     return record
 
 

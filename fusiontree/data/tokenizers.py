@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -119,7 +120,8 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the tokens of each text."""
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.asarray(e.ids, dtype=np.uint32) for e in encodings]
+        # array takes a list of numbers four times as fast as numpy does.
+        return [np.frombuffer(array("I", e.ids), dtype=np.uint32) for e in encodings]
 
     def encode_utf8(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return the tokens of each text, given as valid UTF-8."""

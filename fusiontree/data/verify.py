@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fusiontree.data.format import DatasetInfo, ShardDamage, ShardInfo, read_dataset
 from fusiontree.data.index import Shard
+from fusiontree.utils.hashing import sha256_file
 
 
 def open_shard(folder: Path, info: ShardInfo) -> Shard:
@@ -32,6 +33,9 @@ def verify_shard(folder: Path, info: ShardInfo) -> list[ShardDamage]:
             found.append(damage)
     found += _verify_tar(shard)
     shard.close()
+    if not found and info.sha256 and sha256_file(shard.tar) != info.sha256:
+        reason = "has other bytes than were written, outside of tokens and names: in a KEY.json or between members"
+        found.append(ShardDamage(shard.tar, None, reason))
     return found
 
 

@@ -29,6 +29,22 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
+_EMPTY_HEADER = tarfile.TarInfo("").tobuf(format=tarfile.USTAR_FORMAT)
+_EMPTY_SUM = int(_EMPTY_HEADER[148:154], 8)
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """Return the header of a member, as tarfile makes it, in a tenth of the time."""
+    name_bytes, size_bytes = name.encode("ascii"), b"%011o" % size
+    assert len(name_bytes) < 100 and len(size_bytes) == 11
+    total = _EMPTY_SUM + sum(name_bytes) + sum(size_bytes) - 11 * ord("0")
+    header = bytearray(_EMPTY_HEADER)
+    header[: len(name_bytes)] = name_bytes
+    header[124:135] = size_bytes
+    header[148:154] = b"%06o" % total
+    return bytes(header)
+
+
 class ShardWriter:
     """Writes one shard. The same documents give the same bytes on every machine."""
 
@@ -41,6 +57,7 @@ class ShardWriter:
         self._offsets: list[int] = []
         self._ends: list[int] = []
         self._hashes: list[bytes] = []
+        self._digest = hashlib.sha256()
         self._npy_headers: dict[int, bytes] = {}
 
     @property
@@ -69,15 +86,15 @@ class ShardWriter:
         return self._npy_headers[count]
 
     def _member(self, name: str, content: bytes) -> None:
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        self._file.write(info.tobuf(format=tarfile.USTAR_FORMAT))
-        self._file.write(content)
-        self._file.write(bytes(-len(content) % _BLOCK))
+        self._write(b"".join((_tar_header(name, len(content)), content, bytes(-len(content) % _BLOCK))))
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
 
     def close(self) -> ShardInfo:
         """Finish tar and index, make both durable under their final names, and describe the shard."""
-        self._file.write(bytes(2 * _BLOCK))
+        self._write(bytes(2 * _BLOCK))
         self._file.flush()
         os.fsync(self._file.fileno())
         size = self._file.tell()
@@ -93,4 +110,4 @@ class ShardWriter:
         index_hash = write_index(self.path.with_suffix(".index"), content)
         os.replace(self._partial, self.path)
         fsync_directory(self.path.parent)
-        return ShardInfo(self.path.name, len(self._offsets), self.tokens, size, index_hash)
+        return ShardInfo(self.path.name, len(self._offsets), self.tokens, size, index_hash, self._digest.hexdigest())

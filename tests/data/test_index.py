@@ -172,6 +172,8 @@ def campaign(tmp_path: Path, count: int, seed: int) -> dict[str, int]:
                 else:
                     assert np.array_equal(tokens, doc), (case, kind)
             shard.close()
+        changed = any(not path.exists() or path.read_bytes() != content for path, content in originals.items())
+        assert bool(problems) == changed, (case, kind)
         outcomes["reported" if problems else "harmless"] += 1
         for path, content in originals.items():
             path.write_bytes(content)
