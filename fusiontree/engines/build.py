@@ -7,7 +7,7 @@ from typing import Any
 from fusiontree.engines.base import Engine, OptimizerSettings
 from fusiontree.engines.fsdp2 import FSDP2Engine
 from fusiontree.parallel.layout import Layout
-from fusiontree.parallel.recomputation import checkpoint_activations
+from fusiontree.parallel.recomputation import checkpoint_activations, join_products
 from fusiontree.parallel.units import build_model, materializer, no_weight_decay
 
 
@@ -22,6 +22,7 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
     """
     model = build_model(model_config, layout)
     checkpoint_activations(model.module, training.activation_checkpointing, training.checkpointed_layers)
+    join_products(model.module)
     return FSDP2Engine(
         model,
         layout,

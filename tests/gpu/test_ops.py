@@ -11,11 +11,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from fusiontree.models.gate import gate_sums
 from fusiontree.ops.attention import attention
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.cross_entropy import linear_cross_entropy
 from fusiontree.ops.documents import Documents
+from fusiontree.ops.gate import gate_mix
 from fusiontree.ops.norm import gated_rms_norm, rms_norm
 from fusiontree.ops.rotary import apply_rotary, rotary_tables
 from fusiontree.ops.ssd import ssd_scan
@@ -161,17 +161,18 @@ def test_linear_cross_entropy() -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_gate_sums(padded: bool) -> None:
+@pytest.mark.parametrize("kind", ["F", "M", "A"])
+def test_gate_mix(kind: str, padded: bool) -> None:
     counted = (torch.arange(100, device="cuda") < 60).expand(2, -1) if padded else None
 
-    def run(device: str) -> Callable:
-        def sums(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            here = None if counted is None else counted.to(device)
-            return tuple(total.to("cuda") for total in gate_sums(logits.to(device), here))
+    def run(backend: str) -> Callable:
+        def mixed(logits: torch.Tensor, branches: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            result, sums = gate_mix(logits, branches, counted, kind=kind, backend=backend)
+            return result, *sums
 
-        return sums
+        return mixed
 
-    check(run("cuda"), run("cpu"), [3 * draw(2, 100, 64)])
+    check(run("compiled"), run("reference"), [3 * draw(2, 100, 64), draw(2, 100, 128 if kind == "F" else 64, seed=1)])
 
 
 def test_selective_checkpointing_keeps_the_gradients() -> None:
