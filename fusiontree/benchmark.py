@@ -34,7 +34,7 @@ COMPONENTS = (
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas")),
     ("optimizer", ("adam", "FusedOptimizer", "multi_tensor")),
     ("copies", ("Memcpy", "Memset", "copy_kernel", "split_with_sizes_copy", "CatArray")),
-    ("fused elementwise", ("triton_",)),
+    ("fused elementwise", ("triton_", "_gated_norm")),
     ("elementwise", ("at::native",)),
 )
 

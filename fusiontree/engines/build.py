@@ -6,6 +6,7 @@ from typing import Any
 
 from fusiontree.engines.base import Engine, OptimizerSettings
 from fusiontree.engines.fsdp2 import FSDP2Engine
+from fusiontree.engines.one_rank import OneRankEngine
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.recomputation import checkpoint_activations, join_products
 from fusiontree.parallel.units import build_model, materializer, no_weight_decay
@@ -23,7 +24,8 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
     model = build_model(model_config, layout)
     checkpoint_activations(model.module, training.activation_checkpointing, training.checkpointed_layers)
     join_products(model.module)
-    return FSDP2Engine(
+    engine = OneRankEngine if layout.place.world_size == 1 else FSDP2Engine
+    return engine(
         model,
         layout,
         materialize=materializer(model_config, training.seed, layout.device, model.specs),

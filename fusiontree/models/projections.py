@@ -27,7 +27,7 @@ def project(
         cuts: for each module None, or how its number of outputs may be cut; a joint product then returns the parts
             in the whole's place.
     """
-    weights = [module.weight for module in modules if type(module) is nn.Linear and module.bias is None]
+    weights: list[Tensor] = [m.weight for m in modules if type(m) is nn.Linear and m.bias is None]  # type: ignore[misc]
     # A weight that is sharded at this moment is not a plain parameter.
     plain = len(weights) == len(modules) and all(type(weight) is nn.Parameter for weight in weights)
     if not joint or not plain or torch.is_autocast_enabled(x_BSC.device.type):
