@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from fusiontree.engines.base import Engine, OptimizerSettings
-from fusiontree.engines.fsdp2 import FSDP2Engine
-from fusiontree.engines.one_rank import OneRankEngine
+from fusiontree.engines.casting import compute_in
+from fusiontree.engines.fsdp2 import PRECISION, FSDP2Engine
 from fusiontree.parallel.layout import Layout
-from fusiontree.parallel.recomputation import checkpoint_activations, join_products
-from fusiontree.parallel.units import build_model, materializer, no_weight_decay
+from fusiontree.parallel.recomputation import checkpoint_activations
+from fusiontree.parallel.units import build_model, materializer, no_weight_decay, units_inside_out
+
+ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout) -> Engine:
@@ -22,21 +26,42 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
         layout: this process's place.
     """
     model = build_model(model_config, layout)
+    materialize = materializer(model_config, training.seed, layout.device, model.specs)
+    optimizer = OptimizerSettings(
+        beta1=training.adam_beta1,
+        beta2=training.adam_beta2,
+        eps=training.adam_eps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+    )
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return not no_weight_decay(name, parameter)
+
+    stage = ZERO_STAGES.get(parallel.engine)
+    if stage in (1, 2):
+        compute_in(PRECISION[training.precision], units_inside_out(model))
     checkpoint_activations(model.module, training.activation_checkpointing, training.checkpointed_layers)
-    join_products(model.module)
-    engine = OneRankEngine if layout.place.world_size == 1 else FSDP2Engine
-    return engine(
+    if stage:
+        from fusiontree.engines.zero import ZeroEngine
+
+        return ZeroEngine(
+            model,
+            layout,
+            stage=stage,
+            materialize=materialize,
+            decays=decays,
+            compute_dtype=PRECISION[training.precision],
+            optimizer=optimizer,
+            offload=parallel.offload,
+            keep_below=parallel.keep_below,
+        )
+    return FSDP2Engine(
         model,
         layout,
-        materialize=materializer(model_config, training.seed, layout.device, model.specs),
-        decays=lambda name, parameter: not no_weight_decay(name, parameter),
+        materialize=materialize,
+        decays=decays,
         precision=training.precision,
-        optimizer=OptimizerSettings(
-            beta1=training.adam_beta1,
-            beta2=training.adam_beta2,
-            eps=training.adam_eps,
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-        ),
+        optimizer=optimizer,
         shard=parallel.engine == "fsdp2",
     )

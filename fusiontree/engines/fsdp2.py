@@ -14,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from fusiontree.engines.base import OptimizerSettings, StepInputs, StepOutputs, StepResult
 from fusiontree.engines.finite import GradientWatch
 from fusiontree.engines.loss_scale import LossScale
+from fusiontree.engines.on_layout import OnLayout
 from fusiontree.engines.step import run_model
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shards import GlobalTensor
@@ -22,7 +23,7 @@ from fusiontree.parallel.units import DistributedModel, Unit, units_inside_out
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class FSDP2Engine:
+class FSDP2Engine(OnLayout):
     """Trains a model with ``fully_shard``, block by block.
 
     ``ddp`` is the same machinery on a mesh whose sharding axis has one rank: parameters stay whole, gradients are
@@ -51,22 +52,12 @@ class FSDP2Engine:
             optimizer: AdamW's settings.
             shard: True shards over all data parallel ranks, False keeps whole parameters (ddp).
         """
-        self.layout = layout
-        self.device = layout.device
+        super().__init__(layout)
         self.module: Any = model.module
         self.specs = model.specs
         self._shard = shard
         self._settings = optimizer
-        self.parameters = self._distribute(model, materialize, PRECISION[precision])
-        self.optimizer = self._build_optimizer(decays)
-        self.loss_scale = LossScale() if precision == "fp16" else None
-        self._watch = GradientWatch(self.module.embed)
-
-    def _distribute(
-        self, model: DistributedModel, materialize: Callable[[Unit], None], compute_dtype: torch.dtype
-    ) -> dict[str, nn.Parameter]:
-        """Materialise and shard the model block by block; return the parameters that the optimizer works on."""
-        layout, shard = self.layout, self._shard
+        compute_dtype = PRECISION[precision]
         for units in units_inside_out(model):
             materialize(units[-1])
             for unit in units:
@@ -83,7 +74,10 @@ class FSDP2Engine:
                 module.set_gradient_divide_factor(1.0)  # the loss is already divided by the global token count
                 if layout.backend == "gloo":
                     module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-        return dict(self.module.named_parameters())
+        self.parameters: dict[str, nn.Parameter] = dict(self.module.named_parameters())
+        self.optimizer = self._build_optimizer(decays)
+        self.loss_scale = LossScale() if precision == "fp16" else None
+        self._watch = GradientWatch(self.module.embed)
 
     def _build_optimizer(self, decays: Callable[[str, nn.Parameter], bool]) -> torch.optim.AdamW:
         decayed = [p for n, p in self.parameters.items() if decays(n, p)]
@@ -107,39 +101,6 @@ class FSDP2Engine:
             }
         return optimizer
 
-    @property
-    def dp_rank(self) -> int:
-        """Which part of every global batch this rank reads."""
-        return self.layout.dp_rank
-
-    @property
-    def dp_size(self) -> int:
-        """Number of parts of a global batch."""
-        return self.layout.dp_size
-
-    @property
-    def rank(self) -> int:
-        """This process among all."""
-        return self.layout.place.rank
-
-    def gather_text(self, text: str) -> list[str]:
-        """Return every rank's text, in order of rank."""
-        return self.layout.gather_text(text)
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.layout.place.world_size
-
-    @property
-    def is_main(self) -> bool:
-        """True on the one process that writes files and prints."""
-        return self.layout.is_main
-
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        self.layout.barrier()
-
     def forward(self, inputs: StepInputs) -> StepOutputs:
         """Run the model on one micro batch."""
         return run_model(self.module, inputs, self.layout)
@@ -151,18 +112,6 @@ class FSDP2Engine:
         loss_sum = run_model(self.module, inputs, self.layout).loss_sum
         self.module.train()
         return loss_sum
-
-    def sum_over_rows(self, values: Tensor) -> Tensor:
-        """Sum ``values`` over the ranks that read different rows."""
-        return self.layout.sum_over_rows(values)
-
-    def sum_over_tokens(self, values: Tensor) -> Tensor:
-        """Sum ``values`` over the ranks that hold different tokens."""
-        return self.layout.sum_over_tokens(values)
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Sum ``values`` over all ranks."""
-        return self.layout.sum_over_ranks(values)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss``; gradients are reduced in fp32 over the ranks."""
@@ -268,6 +217,5 @@ def _local(grad: Tensor) -> Tensor:
 
 def _offset(tensor: Tensor) -> tuple[int, ...]:
     """Where this rank's part of a sharded tensor begins in it."""
-    if not isinstance(tensor, DTensor):
-        return (0,) * tensor.dim()
+    assert isinstance(tensor, DTensor)
     return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])

@@ -10,8 +10,21 @@ from fusiontree.utils.section import Section, setting
 class ParallelConfig(Section):
     """The layout. Data parallel size is what is left of the world size after the other axes."""
 
-    engine: Literal["fsdp2", "ddp"] = setting(
-        "fsdp2", "fsdp2 shards parameters, gradients and optimizer; ddp keeps whole parameters on every rank."
+    engine: Literal["fsdp2", "zero3", "zero2", "zero1", "ddp"] = setting(
+        "fsdp2",
+        "fsdp2 shards parameters, gradients and optimizer; ddp keeps whole parameters on every rank. Of DeepSpeed: "
+        "zero3 shards like fsdp2, zero2 keeps whole parameters, zero1 whole gradients too.",
+    )
+    offload: Literal["none", "optimizer", "all"] = setting(
+        "none",
+        "zero engines only: what waits in CPU memory. optimizer: master weights and moments, and the step is computed "
+        "there; all: parameters too (zero3).",
+    )
+    keep_below: int = setting(
+        0,
+        "zero3 only: parameters of at most so many elements stay gathered on every rank, which saves small messages.",
+        unit="elements",
+        ge=0,
     )
     tp: int = setting(
         1,

@@ -128,6 +128,11 @@ class Layout:
         return self._dp_cp_mesh.get_group()
 
     @property
+    def dp_cp_rank(self) -> int:
+        """This process's place in :attr:`dp_cp_group`."""
+        return self._dp_cp_mesh.get_local_rank()
+
+    @property
     def row_group(self) -> dist.ProcessGroup:
         """Ranks that share the same rows (cp x tp): sums over a row's tokens go over them."""
         return self._row_mesh.get_group()

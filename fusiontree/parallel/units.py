@@ -46,6 +46,11 @@ class Unit:
         """True for what is left of the model when its blocks are taken out."""
         return self.prefixes == ("",)
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield its parameters by their names in the model, those of inner units too."""
+        for prefix, module in zip(self.prefixes, self.modules, strict=True):
+            yield from module.named_parameters(prefix=prefix)
+
 
 @dataclass(frozen=True)
 class DistributedModel:

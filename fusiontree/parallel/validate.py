@@ -47,6 +47,7 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, training: Any, wo
         )
     _check_lengths(training, cp, tp)
     _check_shard_size(parallel, world_size)
+    _check_engine_settings(parallel)
 
 
 def tp_problems(model: ModelConfig, tp: int) -> Iterator[str]:
@@ -108,6 +109,23 @@ def _check_shard_size(parallel: ParallelConfig, world_size: int) -> None:
         raise UserError(
             f"parallel.shard_size {size} must divide the {world_size} processes and be a multiple of parallel.tp "
             f"{parallel.tp}; use one of {fitting}"
+        )
+
+
+def _check_engine_settings(parallel: ParallelConfig) -> None:
+    engine, offload = parallel.engine, parallel.offload
+    allowed = {"zero3": ["none", "optimizer", "all"]}.get(engine, ["none"])
+    if engine in ("zero1", "zero2") and parallel.tp == 1:
+        allowed = ["none", "optimizer"]
+    if offload not in allowed:
+        why = " with parallel.tp above 1" if engine in ("zero1", "zero2") and offload == "optimizer" else ""
+        raise UserError(
+            f"parallel.offload {offload} is not possible with parallel.engine {engine}{why}; use one of {allowed}, or "
+            f"parallel.engine=zero3"
+        )
+    if parallel.keep_below and engine != "zero3":
+        raise UserError(
+            f"parallel.keep_below is for engine zero3, and parallel.engine is {engine}; remove it or use zero3"
         )
 
 

@@ -79,3 +79,9 @@ def limit_tokenizer_threads(threads: int) -> None:
 def wandb_server() -> str:
     """Return the address of the wandb server that this process would talk to."""
     return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def tell_deepspeed(local_rank: int, device_type: str) -> None:
+    """Tell DeepSpeed, which reads it from the environment alone, this process's device; call before importing it."""
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    os.environ["DS_ACCELERATOR"] = device_type

@@ -99,17 +99,31 @@ OTHER_MODEL = (
     "model.srte_encoding=sincos",
 )
 LAYOUTS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 4)]
-FAST = [Cell("fsdp2", 1, 2, 2, "selective"), Cell("fsdp2", 1, 4, 1), Cell("fsdp2", 1, 1, 4)]
+FAST = [
+    Cell("fsdp2", 1, 2, 2, "selective"),
+    Cell("fsdp2", 1, 4, 1),
+    Cell("fsdp2", 1, 1, 4),
+    Cell("zero3", 1, 2, 2, "selective"),
+]
 ALL = [
     *(
         Cell(engine, *layout, checkpointing)
-        for engine in ("fsdp2",)
+        for engine in ("fsdp2", "zero3")
         for layout in LAYOUTS
         for checkpointing in ("none", "selective", "full")
     ),
     Cell("ddp", 2, 1, 2),
     Cell("ddp", 1, 2, 2, "full"),
+    Cell("zero1", 2, 1, 2),
+    Cell("zero2", 1, 2, 2, "selective"),
+    Cell("zero2", 2, 1, 2, "full"),
     Cell("fsdp2", 2, 1, 2, extra=("parallel.shard_size=2",)),
     Cell("fsdp2", 1, 2, 2, extra=OTHER_MODEL),
+    Cell("zero3", 2, 1, 2, extra=("parallel.keep_below=200",)),
+    Cell("zero3", 1, 2, 2, "full", extra=("parallel.offload=all",)),
+    Cell("zero3", 1, 2, 2, extra=OTHER_MODEL),
+    Cell("zero1", 2, 1, 2, extra=OTHER_MODEL),
     Cell("fsdp2", 2, 2, 2),
+    Cell("zero3", 2, 2, 2),
+    Cell("zero1", 2, 2, 2),
 ]

@@ -33,6 +33,8 @@ GOOD = [
     ({}, {"cp": 4}, {}, 4),
     ({}, {"engine": "ddp", "tp": 2}, {}, 2),
     ({}, {"shard_size": 2}, {}, 4),
+    ({}, {"engine": "zero3", "tp": 2, "offload": "all", "keep_below": 1000}, {}, 2),
+    ({}, {"engine": "zero2", "cp": 2, "offload": "optimizer"}, {}, 2),
 ]
 BAD = [
     ({}, {"tp": 2}, {}, 3, ["3 processes", "tp 2", "[1, 3]"]),
@@ -45,6 +47,11 @@ BAD = [
     ({"kernels": {"cross_entropy": "reference"}}, {"tp": 2}, {}, 2, ["cross_entropy=reference", "chunked"]),
     ({}, {"engine": "ddp", "shard_size": 2}, {}, 4, ["shard_size", "ddp"]),
     ({}, {"shard_size": 3}, {}, 4, ["shard_size 3", "[1, 2, 4]"]),
+    ({}, {"engine": "zero3", "shard_size": 2}, {}, 4, ["shard_size", "zero3"]),
+    ({}, {"offload": "optimizer"}, {}, 1, ["offload optimizer", "engine fsdp2", "zero3"]),
+    ({}, {"engine": "zero2", "offload": "all"}, {}, 1, ["offload all", "engine zero2", "['none', 'optimizer']"]),
+    ({}, {"engine": "zero1", "offload": "optimizer", "tp": 2}, {}, 2, ["parallel.tp above 1", "['none']", "zero3"]),
+    ({}, {"engine": "zero2", "keep_below": 5}, {}, 1, ["keep_below", "zero2"]),
 ]
 
 
