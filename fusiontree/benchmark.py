@@ -34,7 +34,7 @@ COMPONENTS = (
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas")),
     ("optimizer", ("adam", "FusedOptimizer", "multi_tensor")),
     ("copies", ("Memcpy", "Memset", "copy_kernel", "split_with_sizes_copy", "CatArray")),
-    ("fused elementwise", ("triton_",)),
+    ("fused elementwise", ("triton_", "_gated_norm")),
     ("elementwise", ("at::native",)),
 )
 
@@ -122,22 +122,23 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         counts = GlobalCounts(tokens=float(tokens), rows=float(training.global_batch_size))
         lengths: list[int] = []
 
-        def batches() -> Iterator[list[Any]]:
+        def batches() -> Iterator[tuple[list[Any], list[int]]]:
             for batch, _ in data.steps():
                 micro_batches = batch.micro_batches
                 if args.one_document:
                     whole = torch.arange(training.seq_len).expand_as(micro_batches[0].positions_BS).contiguous()
                     micro_batches = [replace(micro, positions_BS=whole) for micro in micro_batches]
-                yield micro_batches
+                starts = torch.cat([micro.positions_BS.flatten() == 0 for micro in micro_batches]).nonzero().flatten()
+                end = torch.tensor([sum(micro.positions_BS.numel() for micro in micro_batches)])
+                yield micro_batches, torch.cat([starts, end]).diff().tolist()
 
         stream = batches()
+        ready = [next(stream)]
 
         def step() -> float:
-            micro_batches = next(stream)
+            micro_batches, document_lengths = ready.pop()
+            lengths.extend(document_lengths)
             for index, micro in enumerate(micro_batches):
-                starts = (micro.positions_BS.flatten() == 0).nonzero().flatten()
-                ends = torch.cat([starts[1:], torch.tensor([micro.positions_BS.numel()])])
-                lengths.extend((ends - starts).tolist())
                 inputs = StepInputs(micro.input_ids_BS, micro.labels_BS, micro.positions_BS, micro.row_weight_B, None)
                 out = engine.forward(inputs)
                 terms = loss_terms(
@@ -151,6 +152,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                     counts,
                 )
                 engine.backward(terms.total, last=index == len(micro_batches) - 1)
+            ready.append(next(stream))  # while the device works
             return engine.step(training.learning_rate).grad_norm
 
         def synchronize() -> None:
@@ -182,10 +184,12 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             "torch": torch.__version__,
             "world_size": layout.place.world_size,
             "engine": parallel.engine,
+            "engine_class": type(engine).__name__,
             "layout": {"dp": layout.dp_size, "cp": layout.cp_size, "tp": layout.tp_size},
             "parameters": sum(p.numel() for p in engine.state_tensors().values()) // 3,
             "seq_len": training.seq_len,
             "documents_per_row": len(lengths) / (args.steps * training.global_batch_size / layout.dp_size),
+            "document_tokens": _spread(lengths),
             "step_time_s": seconds,
             "step_time_min_s": min(times),
             "step_time_max_s": max(times),
@@ -205,7 +209,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         if args.peers or args.decode:
             if not on_gpu or layout.place.world_size > 1:
                 raise UserError("--peers and --decode compare on one GPU; start one process on a machine with one")
-            micro = next(stream)[0]
+            micro = ready.pop()[0][0]
             mesh = layout.parameter_mesh(True)
             print_table(result)  # what follows may not fit this device
             del engine  # its memory is the peer's
@@ -213,6 +217,13 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.empty_cache()
             result["others"] = others(config, args, micro, mesh, layout.device, result)
         return result
+
+
+def _spread(values: Sequence[int]) -> dict[str, int]:
+    """Return the least, some quantiles and the greatest of ``values``."""
+    ordered = sorted(values)
+    shares = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
+    return {name: ordered[round(share * (len(ordered) - 1))] for name, share in shares.items()}
 
 
 def _local_bytes(tensor: Any) -> int:
@@ -223,13 +234,12 @@ def _local_bytes(tensor: Any) -> int:
 
 
 def memory_by_kind(state: dict[str, Any], peak_gib: float) -> dict[str, float]:
-    """Split the peak into what the optimizer's state, master weights and gradients take, and all the rest."""
+    """Split the peak into what the optimizer's state and master weights take, and all the rest."""
     gib = {"master weights": 0.0, "optimizer": 0.0}
     for name, tensor in state.items():
         kind = "master weights" if name.startswith("model.") else "optimizer"
         gib[kind] += _local_bytes(tensor) / 2**30
-    gib["gradients"] = gib["master weights"]  # fp32 too
-    gib["activations, 16-bit weights, workspace"] = peak_gib - sum(gib.values())
+    gib["activations, gradients, 16-bit weights, workspace"] = peak_gib - sum(gib.values())
     return {name: round(value, 2) for name, value in gib.items()}
 
 
@@ -321,7 +331,7 @@ def print_table(result: dict[str, Any]) -> None:
     for name, spent in result.get("breakdown_ms", {}).items():
         print(f"    {name:<32}{spent:>10.2f} ms")
     for name, size in result.get("memory_gib", {}).items():
-        print(f"    {name:<40}{size:>8.2f} GiB")
+        print(f"    {name:<52}{size:>8.2f} GiB")
     for name, figures in result.get("others", {}).items():
         print(
             f"  {name}: "

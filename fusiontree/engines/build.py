@@ -9,8 +9,9 @@ from torch import nn
 from fusiontree.engines.base import Engine, OptimizerSettings
 from fusiontree.engines.casting import compute_in
 from fusiontree.engines.fsdp2 import PRECISION, FSDP2Engine
+from fusiontree.engines.one_rank import OneRankEngine
 from fusiontree.parallel.layout import Layout
-from fusiontree.parallel.recomputation import checkpoint_activations
+from fusiontree.parallel.recomputation import checkpoint_activations, join_products
 from fusiontree.parallel.units import build_model, materializer, no_weight_decay, units_inside_out
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -41,7 +42,12 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
     stage = ZERO_STAGES.get(parallel.engine)
     if stage in (1, 2):
         compute_in(PRECISION[training.precision], units_inside_out(model))
-    checkpoint_activations(model.module, training.activation_checkpointing, training.checkpointed_layers)
+    checkpoint_activations(
+        model.module,
+        training.activation_checkpointing,
+        training.checkpointed_layers,
+        parameters_stay=stage != 3,  # ZeRO-3 gathers them module by module
+    )
     if stage:
         from fusiontree.engines.zero import ZeroEngine
 
@@ -56,7 +62,9 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
             offload=parallel.offload,
             keep_below=parallel.keep_below,
         )
-    return FSDP2Engine(
+    join_products(model.module)
+    engine = OneRankEngine if layout.place.world_size == 1 else FSDP2Engine
+    return engine(
         model,
         layout,
         materialize=materialize,

@@ -57,7 +57,16 @@ class FSDP2Engine(OnLayout):
         self.specs = model.specs
         self._shard = shard
         self._settings = optimizer
-        compute_dtype = PRECISION[precision]
+        self.parameters = self._distribute(model, materialize, PRECISION[precision])
+        self.optimizer = self._build_optimizer(decays)
+        self.loss_scale = LossScale() if precision == "fp16" else None
+        self._watch = GradientWatch(self.module.embed)
+
+    def _distribute(
+        self, model: DistributedModel, materialize: Callable[[Unit], None], compute_dtype: torch.dtype
+    ) -> dict[str, nn.Parameter]:
+        """Materialise and shard the model block by block; return the parameters that the optimizer works on."""
+        layout, shard = self.layout, self._shard
         for units in units_inside_out(model):
             materialize(units[-1])
             for unit in units:
@@ -74,10 +83,7 @@ class FSDP2Engine(OnLayout):
                 module.set_gradient_divide_factor(1.0)  # the loss is already divided by the global token count
                 if layout.backend == "gloo":
                     module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-        self.parameters: dict[str, nn.Parameter] = dict(self.module.named_parameters())
-        self.optimizer = self._build_optimizer(decays)
-        self.loss_scale = LossScale() if precision == "fp16" else None
-        self._watch = GradientWatch(self.module.embed)
+        return dict(self.module.named_parameters())
 
     def _build_optimizer(self, decays: Callable[[str, nn.Parameter], bool]) -> torch.optim.AdamW:
         decayed = [p for n, p in self.parameters.items() if decays(n, p)]
@@ -217,5 +223,6 @@ def _local(grad: Tensor) -> Tensor:
 
 def _offset(tensor: Tensor) -> tuple[int, ...]:
     """Where this rank's part of a sharded tensor begins in it."""
-    assert isinstance(tensor, DTensor)
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim()
     return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])

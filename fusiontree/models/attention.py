@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from fusiontree.models.cache import AttentionCache, GrowingCache, NewTokens, RingCache
 from fusiontree.models.config import ModelConfig
+from fusiontree.models.projections import project
 from fusiontree.ops.attention import attention, cached_attention
 from fusiontree.ops.documents import Documents
-from fusiontree.ops.rotary import apply_rotary
+from fusiontree.ops.recompute import cheap
+from fusiontree.ops.rotary import rotate_and_cut
 
 
 class AttentionCore(nn.Module):
@@ -48,6 +50,8 @@ class LocalGlobalAttention(nn.Module):
     Numbers of heads are read from what the projections return, so the same code runs on an equal share of the local
     and of the global heads.
     """
+
+    joint_products = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -85,21 +89,19 @@ class LocalGlobalAttention(nn.Module):
         Returns:
             ``[B, S, hidden_size]``.
         """
-        q_BSHD = apply_rotary(
-            self.q_proj(u_BSC).unflatten(-1, (-1, self.head_dim)), cos_BSD, sin_BSD, backend=self.backend
+        q, k, v = (
+            x_BSC.unflatten(-1, (-1, self.head_dim))
+            for x_BSC in project(u_BSC, (self.q_proj, self.k_proj, self.v_proj), joint=self.joint_products)
         )
-        k_BSKD = apply_rotary(
-            self.k_proj(u_BSC).unflatten(-1, (-1, self.head_dim)), cos_BSD, sin_BSD, backend=self.backend
-        )
-        v_BSKD = self.v_proj(u_BSC).unflatten(-1, (-1, self.head_dim))
-        local, local_kv = self.local_part(q_BSHD.shape[2], k_BSKD.shape[2])
-        parts: tuple[tuple[AttentionCore, RingCache | GrowingCache | None, slice, slice], ...] = (
-            (self.local_core, cache.local if cache else None, slice(None, local), slice(None, local_kv)),
-            (self.global_core, cache.everything if cache else None, slice(local, None), slice(local_kv, None)),
-        )
+        local, local_kv = self.local_part(q.shape[2], k.shape[2])
+        # Local and global heads part here: each kind is attended to by itself.
+        queries = rotate_and_cut(q, cos_BSD, sin_BSD, local, backend=self.backend)
+        keys = rotate_and_cut(k, cos_BSD, sin_BSD, local_kv, backend=self.backend)
+        values = v.split([local_kv, v.shape[2] - local_kv], dim=2)
+        cores = (self.local_core, self.global_core)
+        caches = (cache.local, cache.everything) if cache else (None, None)
         outputs = []
-        for core, kept, heads, kv in parts:
-            q, k, v = q_BSHD[:, :, heads], k_BSKD[:, :, kv], v_BSKD[:, :, kv]
+        for core, kept, q, k, v in zip(cores, caches, queries, keys, values, strict=True):
             if q.shape[2] == 0:
                 continue
             if kept is None:
@@ -111,7 +113,8 @@ class LocalGlobalAttention(nn.Module):
             else:
                 kept.store(k, v, new)
                 outputs.append(core(q, k, v, documents))
-        return self.o_proj(torch.cat(outputs, dim=2).flatten(2))
+        both = cheap(_side_by_side, *outputs) if len(outputs) > 1 else outputs[0]
+        return self.o_proj(both.flatten(2))
 
     def local_part(self, heads: int, kv_heads: int) -> tuple[int, int]:
         """Return how many of these query heads and of these key/value heads are local.
@@ -125,6 +128,10 @@ class LocalGlobalAttention(nn.Module):
         local_kv, global_kv = _share(self.local_kv_heads, shares), _share(self.global_kv_heads, shares)
         assert local_kv + global_kv == kv_heads, f"{kv_heads} key/value heads beside {heads} of {self.num_heads} heads"
         return local, local_kv
+
+
+def _side_by_side(*outputs: Tensor) -> Tensor:
+    return torch.cat(outputs, dim=2)
 
 
 def _share(heads: int, shares: int) -> int:

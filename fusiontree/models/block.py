@@ -17,6 +17,7 @@ from fusiontree.models.mlp import MLP
 from fusiontree.models.norm import RMSNorm
 from fusiontree.models.positions import TokenPlaces
 from fusiontree.ops.gate import gate_mix
+from fusiontree.ops.recompute import cheap
 
 
 class FusionBlock(nn.Module):
@@ -32,6 +33,7 @@ class FusionBlock(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         letter = config.pattern[layer]
+        self.kind = letter
         self.has_mamba, self.has_attention = letter in "FM", letter in "FA"
         hidden = config.hidden_size
         self.norm = RMSNorm(hidden, config.norm_eps, config.kernels.elementwise)
@@ -69,7 +71,7 @@ class FusionBlock(nn.Module):
         """Return the outputs of the branches that exist side by side: ``[B, S, C]``, or ``[B, S, 2C]`` for both."""
         outputs = []
         if self.has_mamba:
-            timed_BSC = u_BSC if places.srte_BSC is None else u_BSC + places.srte_BSC
+            timed_BSC = u_BSC if places.srte_BSC is None else cheap(torch.add, u_BSC, places.srte_BSC)
             outputs.append(self.mamba(timed_BSC, places.documents, cache and cache.mamba, places.padding_mask_BS))
         if self.has_attention:
             outputs.append(
@@ -96,15 +98,11 @@ class FusionBlock(nn.Module):
             first, last = 0 if self.has_mamba else 1, 2 if self.has_attention else 1
             scale_BSn = branch_scale_B2[:, None, first:last].to(ma_BSC.dtype)
             ma_BSC = (ma_BSC.unflatten(-1, (last - first, -1)) * scale_BSn.unsqueeze(-1)).flatten(2)
-        both = self.has_mamba and self.has_attention
-        m_BSC, a_BSC = ma_BSC.chunk(2, dim=-1) if both else (ma_BSC, ma_BSC)
         if self.align is not None:
             z_BSC = self.align(ma_BSC)
+        elif self.has_mamba and self.has_attention:
+            z_BSC = torch.add(*ma_BSC.chunk(2, dim=-1)) / 2
         else:
-            z_BSC = (m_BSC + a_BSC) / 2 if both else ma_BSC / 2
-        g_BSC, sums = self.gate(z_BSC, padding_mask_BS)
-        if both:
-            mixed_BSC = gate_mix(g_BSC, m_BSC, a_BSC, backend=self.backend)
-        else:
-            mixed_BSC = g_BSC * m_BSC if self.has_mamba else (1 - g_BSC) * a_BSC
-        return x_BSC + self.out_proj(mixed_BSC) + self.mlp(z_BSC), sums
+            z_BSC = ma_BSC / 2
+        mixed_BSC, sums = gate_mix(self.gate(z_BSC), ma_BSC, padding_mask_BS, kind=self.kind, backend=self.backend)
+        return x_BSC + self.out_proj(mixed_BSC) + self.mlp(z_BSC), RowGateSums(*sums)

@@ -7,6 +7,7 @@ C channels (of the model, or H*P of the mixer), K width of the convolution.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Self
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from fusiontree.models.cache import MambaCache
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.norm import GatedRMSNorm
-from fusiontree.models.packing import bc_proj_rows, in_proj_rows, split_bc_proj, split_in_proj
+from fusiontree.models.packing import bc_proj_rows, in_proj_rows, in_proj_sizes, split_bc_proj, split_in_proj
+from fusiontree.models.projections import project
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.documents import Documents
+from fusiontree.ops.recompute import cheap
 from fusiontree.ops.ssd import ssd_scan
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -91,9 +94,8 @@ class CausalConv(nn.Module):
         if self.inputs_before is not None:
             assert initial_BKC is None, "a piece of a row takes its inputs from its neighbour, not from a cache"
             initial_BKC = self.inputs_before(x_BSC, weight_CK.shape[1] - 1)
-        return causal_conv1d(
-            x_BSC, weight_CK, bias_C, documents=documents, initial_BKC=initial_BKC, backend=self.backend
-        )
+        convolve = partial(causal_conv1d, documents=documents, initial_BKC=initial_BKC, backend=self.backend)
+        return cheap(convolve, x_BSC, weight_CK, bias_C)
 
     def taps(self) -> tuple[Tensor, Tensor]:
         """Return weight and bias of the channels it is given."""
@@ -140,6 +142,8 @@ class Mamba2Mixer(nn.Module):
     heads.
     """
 
+    joint_products = False
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         sizes, kernels = config.mamba, config.kernels
@@ -173,8 +177,9 @@ class Mamba2Mixer(nn.Module):
         Returns:
             ``[B, S, hidden_size]``.
         """
-        z_BSC, x_BSC, dt_BSH = split_in_proj(self.in_proj(u_BSC), self.head_dim)
-        bc_BSC = self.bc_proj(u_BSC)
+        cut = partial(in_proj_sizes, head_dim=self.head_dim)
+        *zxdt, bc_BSC = project(u_BSC, (self.in_proj, self.bc_proj), joint=self.joint_products, cuts=(cut, None))
+        z_BSC, x_BSC, dt_BSH = zxdt if len(zxdt) == 3 else split_in_proj(zxdt[0], self.head_dim)
         ssm: SSMValues = self.ssm(dt_BSH)
         initial_x_BKC = initial_bc_BKC = initial_state_BHPN = None
         if cache is not None:

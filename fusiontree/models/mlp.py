@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
+from fusiontree.ops.elementwise import fused
+from fusiontree.ops.recompute import cheap
 
 
 class MLP(nn.Module):
@@ -15,6 +17,7 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
         self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.backend = config.kernels.elementwise
         self.gate: nn.Linear | None = None
         if config.mlp_activation == "swiglu":
             self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
@@ -22,5 +25,10 @@ class MLP(nn.Module):
     def forward(self, z_BSC: Tensor) -> Tensor:
         """Return ``[B, S, C]``."""
         if self.gate is None:
-            return self.down(F.gelu(self.up(z_BSC)))
-        return self.down(F.silu(self.gate(z_BSC)) * self.up(z_BSC))
+            return self.down(cheap(F.gelu, self.up(z_BSC)))
+        swiglu = fused(_swiglu, self.backend, z_BSC.device.type)
+        return self.down(cheap(swiglu, self.gate(z_BSC), self.up(z_BSC)))
+
+
+def _swiglu(gate_BSC: Tensor, up_BSC: Tensor) -> Tensor:
+    return F.silu(gate_BSC) * up_BSC

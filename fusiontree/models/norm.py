@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from fusiontree.ops.norm import gated_rms_norm, rms_norm
+from fusiontree.ops.recompute import cheap
 
 
 class RMSNorm(nn.Module):
@@ -19,7 +22,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BSC: Tensor) -> Tensor:
         """Return ``[B, S, C]``."""
-        return rms_norm(x_BSC, self.weight, self.eps, backend=self.backend)
+        return cheap(partial(rms_norm, eps=self.eps, backend=self.backend), x_BSC, self.weight)
 
 
 class GatedRMSNorm(nn.Module):
@@ -35,4 +38,5 @@ class GatedRMSNorm(nn.Module):
     def forward(self, y_BSC: Tensor, z_BSC: Tensor) -> Tensor:
         """Return ``[B, S, C]``; a part of the channels made of whole groups may be given."""
         groups = y_BSC.shape[-1] // self.group_size
-        return gated_rms_norm(y_BSC, z_BSC, self.weight, groups=groups, eps=self.eps, backend=self.backend)
+        norm = partial(gated_rms_norm, groups=groups, eps=self.eps, backend=self.backend)
+        return cheap(norm, y_BSC, z_BSC, self.weight)

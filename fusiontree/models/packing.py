@@ -48,11 +48,15 @@ def kv_proj_rows(config: ModelConfig) -> list[Block]:
     return [Block("local", config.local_kv_heads * width), Block("global", config.global_kv_heads * width)]
 
 
+def in_proj_sizes(rows: int, head_dim: int) -> list[int]:
+    """Return how many of ``rows`` outputs of ``in_proj`` (of however many heads) are z, x and dt."""
+    heads = rows // (2 * head_dim + 1)
+    return [heads * head_dim, heads * head_dim, heads]
+
+
 def split_in_proj(zxdt: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split the output of ``in_proj`` (however many heads it holds) into ``z_BSC``, ``x_BSC`` and ``dt_BSH``."""
-    heads = zxdt.shape[-1] // (2 * head_dim + 1)
-    channels = heads * head_dim
-    z_BSC, x_BSC, dt_BSH = zxdt.split([channels, channels, heads], dim=-1)
+    z_BSC, x_BSC, dt_BSH = zxdt.split(in_proj_sizes(zxdt.shape[-1], head_dim), dim=-1)
     return z_BSC, x_BSC, dt_BSH
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
+from fusiontree.ops.elementwise import fused
 
 _BLOCK = 4096  # tokens whose float64 angles exist at one time
 
@@ -23,6 +24,7 @@ class SharedTimeEncoding(nn.Module):
         super().__init__()
         self.kind = config.srte_encoding
         self.channels = config.hidden_size
+        self.backend = config.kernels.elementwise
         if self.kind == "learnable":
             self.weight = nn.Parameter(torch.empty(config.max_position_embeddings, config.hidden_size))
 
@@ -32,10 +34,14 @@ class SharedTimeEncoding(nn.Module):
             return None
         if self.kind == "learnable":
             return F.embedding(positions_BS, self.weight).to(dtype)
-        return torch.cat([self._sincos(block, dtype) for block in positions_BS.split(_BLOCK, dim=1)], dim=1)
+        blocks = positions_BS.split(_BLOCK, dim=1)
+        if len(blocks) > 1 and positions_BS.is_cuda and self.backend != "reference":
+            return fused(_sincos, self.backend, "cuda")(positions_BS, self.channels, dtype)  # holds no angles
+        return torch.cat([_sincos(block, self.channels, dtype) for block in blocks], dim=1)
 
-    def _sincos(self, positions_BS: Tensor, dtype: torch.dtype) -> Tensor:
-        """Sines in the even channels, cosines in the odd ones; angles in float64, as those of RoPE."""
-        even = torch.arange(0, self.channels, 2, dtype=torch.float64, device=positions_BS.device)
-        angle = positions_BS.unsqueeze(-1).double() * torch.exp(even * (-math.log(10000.0) / self.channels))
-        return torch.stack([angle.sin().to(dtype), angle.cos().to(dtype)], dim=-1).flatten(2)
+
+def _sincos(positions_BS: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Sines in the even channels, cosines in the odd ones; angles in float64, as those of RoPE."""
+    even = torch.arange(0, channels, 2, dtype=torch.float64, device=positions_BS.device)
+    angle = positions_BS.unsqueeze(-1).double() * torch.exp(even * (-math.log(10000.0) / channels))
+    return torch.stack([angle.sin().to(dtype), angle.cos().to(dtype)], dim=-1).flatten(2)

@@ -17,39 +17,52 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fusiontree.models.model import FusionTreeModel
+from fusiontree.ops.recompute import Recomputed
 
 _ATEN = torch.ops.aten
 KEPT = {
-    _ATEN.mm.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
-"""Operations whose results selective recomputation keeps: the dear ones."""
+"""Operations whose results are kept by full recomputation too: dear, and small beside the other activations."""
 
 
-def checkpoint_activations(model: FusionTreeModel, mode: str, layers: int | None = None) -> None:
+def checkpoint_activations(
+    model: FusionTreeModel, mode: str, layers: int | None = None, *, parameters_stay: bool = True
+) -> None:
     """Recompute blocks in the backward pass.
 
     Args:
         model: its blocks' ``forward`` is wrapped.
-        mode: none; full keeps a block's input alone; selective also keeps the results of matrix products and of global
-            attention and computes what lies between; offload is full with the inputs in CPU memory.
+        mode: none; full keeps a block's input and the result of global attention; selective keeps all that is dear to
+            compute (matrix products, attention, scan) and computes norms, convolutions, activations and mixes again,
+            each where it is needed (:mod:`fusiontree.ops.recompute`); offload is full with the inputs in CPU memory.
         layers: only the first so many (None: all).
+        parameters_stay: whether all of a block's parameters are at hand throughout its backward pass.
     """
-    wrap: dict[str, Callable[..., Any]] = {"full": _full, "selective": _selective, "offload": _offload}
+    selective = partial(_selective, parameters_stay)
+    wrap: dict[str, Callable[..., Any]] = {"full": _full, "selective": selective, "offload": _offload}
     if mode == "none":
         return
     for block in model.layers[:layers]:
         block.forward = partial(wrap[mode], block.forward)
 
 
+def join_products(model: FusionTreeModel) -> None:
+    """Let every block read its matrices' weights itself: for engines that gather a block's parameters together."""
+    for module in model.modules():
+        if hasattr(module, "joint_products"):
+            setattr(module, "joint_products", True)  # noqa: B010
+
+
 def _full(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_keeping, **kwargs)
 
 
-def _selective(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return _full(forward, *args, context_fn=_keeping, **kwargs)
+def _selective(parameters_stay: bool, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with Recomputed(parameters_stay=parameters_stay):
+        return forward(*args, **kwargs)
 
 
 def _offload(forward: Callable[..., Any], x_BSC: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -11,15 +11,15 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from fusiontree.models.gate import gate_sums
 from fusiontree.ops.attention import attention
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.cross_entropy import linear_cross_entropy
 from fusiontree.ops.documents import Documents
+from fusiontree.ops.gate import gate_mix
 from fusiontree.ops.norm import gated_rms_norm, rms_norm
 from fusiontree.ops.rotary import apply_rotary, rotary_tables
 from fusiontree.ops.ssd import ssd_scan
-from fusiontree.parallel.units import checkpoint_activations
+from fusiontree.parallel.recomputation import checkpoint_activations
 from tests.helpers import tiny_model
 from tests.ops.test_ssd import positions
 
@@ -83,6 +83,104 @@ def test_ssd(packed: bool, decay: tuple[float, float], length: int) -> None:
 
 
 @needs_mamba
+@pytest.mark.parametrize("starts", [[[0]], [[0, 300], [0, 100, 700]], [[0, 256, 511], [0, 512]]])
+def test_ssd_pieces_that_exchange_states(starts: list[list[int]]) -> None:
+    """Three pieces of a row, the state folded from left to right, equal the whole row: outputs and gradients."""
+    length, piece, heads = 768, 256, 8
+    p = positions(2, length, starts)
+    leaves = [draw(2, length, heads, 64), torch.rand(2, length, heads, device="cuda") * 0.1]
+    leaves += [-0.01 - 0.02 * torch.rand(heads, device="cuda"), draw(2, length, 2, 128, seed=1)]
+    leaves += [draw(2, length, 2, 128, seed=2), draw(heads, seed=4)]
+    weight = draw(2, length, heads, 64, seed=5)
+
+    def in_pieces(*values: torch.Tensor) -> torch.Tensor:
+        state, outputs = torch.zeros(2, heads, 64, 128, device="cuda"), []
+        for begin in range(0, length, piece):
+            part = slice(begin, begin + piece)
+            x, dt, A, B, C, D = (v if v.dim() == 1 else v[:, part] for v in values)
+            kept: list[torch.Tensor] = []
+
+            def exchange(reached: torch.Tensor, decay: torch.Tensor, before=state, kept=kept) -> torch.Tensor:
+                kept.extend((reached, decay))
+                return before + 0 * reached  # on one rank the state before does not depend on this piece
+
+            docs = Documents.from_positions(p[:, part].contiguous()).to("cuda")
+            y, state = ssd_scan(
+                x, dt, A, B, C, D, chunk_size=64, documents=docs, state_exchange=exchange, backend="mamba_ssm"
+            )
+            outputs.append(y)
+            state = state.detach()
+        return torch.cat(outputs, 1)
+
+    def whole(*values: torch.Tensor) -> torch.Tensor:
+        return ssd_scan(*values, chunk_size=64, documents=Documents.from_positions(p).to("cuda"), backend="reference")[
+            0
+        ]
+
+    inputs = [v.detach().bfloat16().float().requires_grad_() for v in leaves]
+    with torch.no_grad():
+        got = in_pieces(*(v.bfloat16() if v.dim() == 4 else v for v in inputs))
+    want = whole(*inputs)
+    assert error(got, want) < 1e-2
+    # The last piece's gradients do not pass through a state: they must be the whole row's.
+    last = slice(length - piece, length)
+    (want[:, last] * weight[:, last]).sum().backward()
+    found = [v.detach().clone().requires_grad_() for v in inputs]
+    low = [v.bfloat16() if v.dim() == 4 else v for v in found]
+    (in_pieces(*low)[:, last].float() * weight[:, last]).sum().backward()
+    for index in (0, 1, 3, 4):
+        assert error(found[index].grad[:, last], inputs[index].grad[:, last]) < 2e-2, f"gradient {index}"
+
+
+@needs_mamba
+def test_ssd_gradient_through_an_exchange() -> None:
+    """The state to begin with is a function of what the piece reaches and of its decay, as under cp."""
+    heads, length = 4, 256
+    leaves = [draw(1, length, heads, 64), torch.rand(1, length, heads, device="cuda") * 0.05]
+    leaves += [-0.01 - 0.02 * torch.rand(heads, device="cuda"), draw(1, length, 1, 128, seed=1)]
+    leaves += [draw(1, length, 1, 128, seed=2), draw(heads, seed=4)]
+    other, weight = draw(1, heads, 64, 128, seed=6), draw(1, length, heads, 64, seed=5)
+
+    def exchange(reached: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+        return other.to(reached.dtype) * decay[..., None, None] + 0.3 * reached.flip(1)
+
+    grads = []
+    for backend, dtype in (("reference", torch.float64), ("mamba_ssm", torch.bfloat16)):
+        inputs = [v.bfloat16().double().requires_grad_() for v in leaves]
+        low = [v.to(dtype) if v.dim() == 4 else v.to(torch.promote_types(dtype, torch.float32)) for v in inputs]
+        y, state = ssd_scan(*low, chunk_size=64, state_exchange=exchange, backend=backend)
+        ((y.double() * weight).sum() + (state.double() * other).sum()).backward()
+        grads.append([y, *(v.grad for v in inputs)])
+    for index, (mine, theirs) in enumerate(zip(grads[1], grads[0], strict=True)):
+        assert error(mine, theirs) < 2e-2, f"result {index}"
+
+
+@needs_mamba
+def test_ssd_of_a_row_of_128k_equals_its_halves() -> None:
+    """The benchmark's sizes: offsets of every kernel stay within 32 bits, or a half would differ from the whole."""
+    length, half = 1 << 17, 1 << 16
+    x = draw(1, length, 64, 64).bfloat16()
+    B, C = draw(1, length, 8, 128, seed=1).bfloat16(), draw(1, length, 8, 128, seed=2).bfloat16()
+    dt = torch.rand(1, length, 64, device="cuda") * 0.1
+    A, D = -0.01 - torch.rand(64, device="cuda"), draw(64, seed=4)
+    inputs = [v.requires_grad_() for v in (x, dt, B, C)]
+
+    def run(part: slice, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        x, dt, B, C = (v[:, part] for v in inputs)
+        return ssd_scan(x, dt, A, B, C, D, chunk_size=256, initial_state_BHPN=state, backend="mamba_ssm")
+
+    whole, _ = run(slice(None), None)
+    first, state = run(slice(0, half), None)
+    second, _ = run(slice(half, length), state)
+    assert error(second, whole[:, half:]) < 1e-3
+    g = draw(1, length, 64, 64, seed=3).bfloat16()
+    want = torch.autograd.grad(whole, inputs, g)
+    got = torch.autograd.grad(torch.cat([first, second], 1), inputs, g)
+    for mine, theirs in zip(got, want, strict=True):
+        assert error(mine, theirs) < 1e-2
+
+
+@needs_mamba
 def test_ssd_refuses_rows_beyond_its_offsets() -> None:
     big = torch.empty(1, 1, 1, 1, device="cuda", dtype=torch.bfloat16)
     x, bc = big.expand(1, 1 << 20, 64, 64), big.expand(1, 1 << 20, 8, 128)
@@ -127,7 +225,8 @@ def test_norms_and_rotary() -> None:
     def gated(backend: str) -> Callable:
         return lambda y, z, w: gated_rms_norm(y, z, w, groups=4, eps=1e-5, backend=backend)
 
-    check(gated("compiled"), gated("reference"), [x, z, weight])
+    for name in ("triton", "compiled"):
+        check(gated(name), gated("reference"), [x, z, weight])
     cos, sin = rotary_tables(torch.arange(500, device="cuda").unsqueeze(0), 64, 10000.0)
 
     def rotated(backend: str) -> Callable:
@@ -161,17 +260,18 @@ def test_linear_cross_entropy() -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_gate_sums(padded: bool) -> None:
+@pytest.mark.parametrize("kind", ["F", "M", "A"])
+def test_gate_mix(kind: str, padded: bool) -> None:
     counted = (torch.arange(100, device="cuda") < 60).expand(2, -1) if padded else None
 
-    def run(device: str) -> Callable:
-        def sums(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            here = None if counted is None else counted.to(device)
-            return tuple(total.to("cuda") for total in gate_sums(logits.to(device), here))
+    def run(backend: str) -> Callable:
+        def mixed(logits: torch.Tensor, branches: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            result, sums = gate_mix(logits, branches, counted, kind=kind, backend=backend)
+            return result, *sums
 
-        return sums
+        return mixed
 
-    check(run("cuda"), run("cpu"), [3 * draw(2, 100, 64)])
+    check(run("compiled"), run("reference"), [3 * draw(2, 100, 64), draw(2, 100, 128 if kind == "F" else 64, seed=1)])
 
 
 def test_selective_checkpointing_keeps_the_gradients() -> None:

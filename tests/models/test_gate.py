@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusiontree.models.gate import gate_sums
 from fusiontree.models.initialization import initialize_model
 from fusiontree.models.model import FusionTreeModel
 from tests.helpers import tiny_config, tiny_model
@@ -16,26 +15,6 @@ def definition(logits_BSC, counted_BS):
     entropy = -(gate * gate.log() + (1 - gate) * (1 - gate).log())
     weight = counted_BS[..., None].to(gate.dtype)
     return [(value * weight).sum((1, 2)) for value in (gate, entropy, gate.square())]
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_sums_and_their_gradients_follow_the_definition(masked):
-    generator = torch.Generator().manual_seed(0)
-    logits_BSC = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    counted_BS = torch.rand(2, 5, generator=generator) > 0.4 if masked else torch.ones(2, 5, dtype=torch.bool)
-    sums = gate_sums(logits_BSC, counted_BS if masked else None)
-    for value, expected in zip(sums, definition(logits_BSC, counted_BS), strict=True):
-        torch.testing.assert_close(value, expected, atol=1e-12, rtol=1e-12)
-    assert torch.autograd.gradcheck(lambda x: tuple(gate_sums(x, counted_BS if masked else None)), logits_BSC)
-
-
-def test_sums_are_fp32_and_finite_for_decided_gates_in_half_precision():
-    logits_BSC = torch.tensor([[[80.0, -80.0, 0.0]]], dtype=torch.bfloat16, requires_grad=True)
-    sums = gate_sums(logits_BSC)
-    assert {value.dtype for value in sums} == {torch.float32}
-    torch.testing.assert_close(torch.stack(list(sums))[:, 0], torch.tensor([1.5, 0.693147, 1.25]), atol=1e-5, rtol=0)
-    sums.entropy_sum_B.sum().backward()
-    assert torch.isfinite(logits_BSC.grad).all()
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.ssd import ssd_scan
+from fusiontree.ops.ssd.exchange import Exchange
 from fusiontree.ops.ssd.reference import ssd_sequential
 
 NAMES = ("x", "dt", "A", "B", "C", "D")
@@ -127,3 +128,51 @@ def test_low_precision_keeps_its_type_and_an_fp32_state() -> None:
     y, state = ssd_scan(*values.values(), chunk_size=4)
     assert y.dtype == torch.bfloat16
     assert state.dtype == torch.float32
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_gradients_through_an_exchange_need_one_pass(passes: bool) -> None:
+    """What the GPU backend does between its kernels: one recursion backward, and a correction of the decays."""
+    g = torch.Generator().manual_seed(2)
+    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    chunks, state = 5, (2, 3, 4, 2)
+    log_kept = [(-rand(2, 3).abs()).requires_grad_() for _ in range(chunks)]
+    mask = torch.ones(chunks, dtype=torch.float64)
+    if not passes:
+        mask[2] = 0  # a document starts in chunk 2
+    added = [rand(*state).requires_grad_() for _ in range(chunks)]
+    elsewhere, weights, end = rand(*state), [rand(*state) for _ in range(chunks)], rand(*state)
+
+    def exchange(z: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(elsewhere * decay[..., None, None] + 0.3 * z.flip(0))
+
+    kept = [m * log.exp() for m, log in zip(mask, log_kept, strict=True)]
+    total = torch.stack(kept).prod(0)
+
+    def passed_on(initial: torch.Tensor) -> list[torch.Tensor]:
+        states = [initial]
+        for k, s in zip(kept, added, strict=True):
+            states.append(k[..., None, None] * states[-1] + s)
+        return states
+
+    states = passed_on(exchange(passed_on(torch.zeros(state, dtype=torch.float64))[-1], total))
+    loss = sum((w * h).sum() for w, h in zip(weights, states[:-1], strict=True)) + (end * states[-1]).sum()
+    want = torch.autograd.grad(loss, [*added, *log_kept])
+
+    with torch.no_grad():
+        z = passed_on(torch.zeros(state, dtype=torch.float64))[-1]
+        made = Exchange(exchange, z, total)
+        before = passed_on(made.initial_BHPN)[:-1]
+
+        def passed_back(last: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+            into, decays = [], []
+            for k, h, w in zip(reversed(kept), reversed(before), reversed(weights), strict=True):
+                into.append(last)
+                decays.append(k * (last * h).sum((-2, -1)))
+                last = w + k[..., None, None] * last
+            return into[::-1], decays[::-1], last
+
+        dz, more = made.backward(passed_back(end)[2])
+        into, decays, _ = passed_back(end + dz)
+    for a, b in zip([*into, *(d + more for d in decays)], want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

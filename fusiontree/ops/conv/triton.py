@@ -1,7 +1,8 @@
-"""The convolution as one Triton kernel a direction (GPU): every input is read from memory once.
+"""The convolution of four taps as one Triton kernel a direction (GPU): every value is read from memory once.
 
-The backward pass computes the activation's input again from x, so nothing but x is kept. Offsets are 64-bit: rows of
-any length. Shape legend: B rows, S tokens, C channels, K taps.
+A program walks along a few tokens of its channels and carries the last three inputs (forward) and the unfinished
+gradients (backward) in registers. The backward pass computes the activation's input again from x, so nothing but x is
+kept. Offsets are 64-bit: rows of any length. Shape legend: B rows, S tokens, C channels, K taps.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor
 from fusiontree.ops.conv.compiled import causal_conv1d_compiled
 from fusiontree.ops.documents import Documents
 
-_TOKENS, _CHANNELS, _BLOCKS = 32, 64, 8  # tile of a program; tiles of tokens that one backward program adds up
+_TAPS = 4
+_FORWARD = {"TOKENS": 64, "BC": 128, "num_warps": 1}  # tokens and channels of a program: the fastest of twelve tried
+_BACKWARD = {"TOKENS": 64, "BC": 128, "num_warps": 1}
 
 
 def causal_conv1d_triton(
@@ -28,148 +31,248 @@ def causal_conv1d_triton(
     initial_BKC: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
-    """Compute :func:`fusiontree.ops.conv.causal_conv1d`.
-
-    A piece with inputs on its left (decoding, context parallelism) goes through the compiled formula.
-    """
-    if initial_BKC is not None or x_BSC.dtype == torch.float64:
+    """Compute :func:`fusiontree.ops.conv.causal_conv1d`; other widths and float64 go through the compiled formula."""
+    if weight_CK.shape[1] != _TAPS or x_BSC.dtype == torch.float64:
         return causal_conv1d_compiled(
             x_BSC, weight_CK, bias_C, documents=documents, initial_BKC=initial_BKC, activation=activation
         )
-    masked = documents is not None and not documents.whole_rows
+    masked = documents is not None and (not documents.whole_rows or initial_BKC is not None)
     positions_BS = documents.positions_BS if masked and documents is not None else None
-    return _CausalConv.apply(x_BSC, weight_CK, bias_C, positions_BS, activation == "silu")
+    return _CausalConv.apply(x_BSC, weight_CK, bias_C, positions_BS, initial_BKC, activation == "silu")
 
 
 @triton.jit
-def _input(x_ptr, stride_token, position, t, c, length, channels, k: tl.constexpr, packed: tl.constexpr):
-    """x[t - k] as fp32 where token t may look k back, else 0; ``position`` is t's position in its document."""
-    reach = (t >= k) & (t < length)
+def _load(x_ptr, initial_ptr, stride_token, t, c, length, channels, has_initial: tl.constexpr):
+    """x[t] as fp32; before the first token ``initial``, or 0."""
+    inside = (t >= 0) & (t < length)
+    x = tl.load(x_ptr + t * stride_token + c, mask=inside & (c < channels), other=0.0).to(tl.float32)
+    if has_initial:
+        x += tl.load(initial_ptr + (t + 3) * channels + c, mask=(t < 0) & (c < channels), other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _position(position_ptr, t, length, packed: tl.constexpr):
+    """How far token t may look back, if that is less than the taps."""
+    reach = t * 0 + 3
     if packed:
-        reach = reach & (position >= k)
-    mask = reach[:, None] & (c < channels)[None, :]
-    return tl.load(x_ptr + (t - k)[:, None] * stride_token + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        reach = tl.load(position_ptr + t, mask=t < length, other=0)
+    return reach
 
 
 @triton.jit
-def _before_activation(
-    x_ptr, w_ptr, stride_token, position, bias, t, c, length, channels, K: tl.constexpr, packed: tl.constexpr
+def _preactivation(x0, x1, x2, x3, reach, w0, w1, w2, w3, bias, packed: tl.constexpr):
+    if packed:
+        x1 = tl.where(reach >= 1, x1, 0.0)
+        x2 = tl.where(reach >= 2, x2, 0.0)
+        x3 = tl.where(reach >= 3, x3, 0.0)
+    return bias + w3 * x0 + w2 * x1 + w1 * x2 + w0 * x3, x1, x2, x3
+
+
+@triton.jit
+def _weights(w_ptr, bias_ptr, c, channels, has_bias: tl.constexpr):
+    inside = c < channels
+    w0 = tl.load(w_ptr + c * 4, mask=inside, other=0.0).to(tl.float32)
+    w1 = tl.load(w_ptr + c * 4 + 1, mask=inside, other=0.0).to(tl.float32)
+    w2 = tl.load(w_ptr + c * 4 + 2, mask=inside, other=0.0).to(tl.float32)
+    w3 = tl.load(w_ptr + c * 4 + 3, mask=inside, other=0.0).to(tl.float32)
+    bias = w0 * 0.0
+    if has_bias:
+        bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    return w0, w1, w2, w3, bias
+
+
+@triton.jit
+def _forward_token(
+    y_ptr, x0, x1, x2, x3, reach, t, c, length, channels, w0, w1, w2, w3, bias, packed: tl.constexpr, silu: tl.constexpr
 ):
-    total = tl.zeros([t.shape[0], c.shape[0]], dtype=tl.float32) + bias[None, :]
-    for k in tl.static_range(K):
-        weight = tl.load(w_ptr + c * K + (K - 1 - k), mask=c < channels, other=0.0).to(tl.float32)
-        total += weight[None, :] * _input(x_ptr, stride_token, position, t, c, length, channels, k, packed)
-    return total
+    y, _, _, _ = _preactivation(x0, x1, x2, x3, reach, w0, w1, w2, w3, bias, packed)
+    if silu:
+        y = y * tl.sigmoid(y)
+    tl.store(y_ptr + t * channels + c, y.to(y_ptr.dtype.element_ty), mask=(t < length) & (c < channels))
 
 
 @triton.jit
 def _causal_conv_forward(
-    x_ptr, w_ptr, bias_ptr, position_ptr, y_ptr, stride_row, stride_token, length, channels,
-    K: tl.constexpr, packed: tl.constexpr, has_bias: tl.constexpr, silu: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, position_ptr, initial_ptr, y_ptr, stride_row, stride_token, length, channels,
+    packed: tl.constexpr, has_bias: tl.constexpr, has_initial: tl.constexpr, silu: tl.constexpr,
+    TOKENS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    first = tl.program_id(1).to(tl.int64) * TOKENS
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    position = t
-    if packed:
-        position = tl.load(position_ptr + row * length + t, mask=t < length, other=0)
-    bias = tl.zeros([BC], dtype=tl.float32)
-    if has_bias:
-        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
-    y = _before_activation(
-        x_ptr + row * stride_row, w_ptr, stride_token, position, bias, t, c, length, channels, K, packed
-    )
+    x_ptr += row * stride_row
+    y_ptr += row * length * channels
+    position_ptr += row * length
+    initial_ptr += row * 3 * channels
+    w0, w1, w2, w3, bias = _weights(w_ptr, bias_ptr, c, channels, has_bias)
+    b1 = _load(x_ptr, initial_ptr, stride_token, first - 1, c, length, channels, has_initial)
+    b2 = _load(x_ptr, initial_ptr, stride_token, first - 2, c, length, channels, has_initial)
+    b3 = _load(x_ptr, initial_ptr, stride_token, first - 3, c, length, channels, has_initial)
+    for i in range(0, TOKENS, 4):
+        t = first + i
+        # Four tokens' loads together, so that they are under way at the same time.
+        xa = _load(x_ptr, initial_ptr, stride_token, t, c, length, channels, False)
+        xb = _load(x_ptr, initial_ptr, stride_token, t + 1, c, length, channels, False)
+        xc = _load(x_ptr, initial_ptr, stride_token, t + 2, c, length, channels, False)
+        xd = _load(x_ptr, initial_ptr, stride_token, t + 3, c, length, channels, False)
+        pa = _position(position_ptr, t, length, packed)
+        pb = _position(position_ptr, t + 1, length, packed)
+        pc = _position(position_ptr, t + 2, length, packed)
+        pd = _position(position_ptr, t + 3, length, packed)
+        _forward_token(y_ptr, xa, b1, b2, b3, pa, t, c, length, channels, w0, w1, w2, w3, bias, packed, silu)
+        _forward_token(y_ptr, xb, xa, b1, b2, pb, t + 1, c, length, channels, w0, w1, w2, w3, bias, packed, silu)
+        _forward_token(y_ptr, xc, xb, xa, b1, pc, t + 2, c, length, channels, w0, w1, w2, w3, bias, packed, silu)
+        _forward_token(y_ptr, xd, xc, xb, xa, pd, t + 3, c, length, channels, w0, w1, w2, w3, bias, packed, silu)
+        b1, b2, b3 = xd, xc, xb
+
+
+@triton.jit
+def _backward_token(
+    dx_ptr, dinitial_ptr, x0, x1, x2, x3, dy, reach, t, first, last, c, length, channels, w0, w1, w2, w3, bias,
+    a1, a2, a3, d0, d1, d2, d3, dbias,
+    packed: tl.constexpr, has_initial: tl.constexpr, silu: tl.constexpr,
+):  # fmt: skip
+    """Add token t's part to the gradients; that of token t - 3 is complete then and stored."""
+    value, x1, x2, x3 = _preactivation(x0, x1, x2, x3, reach, w0, w1, w2, w3, bias, packed)
     if silu:
-        y = y * tl.sigmoid(y)
-    mask = (t < length)[:, None] & (c < channels)[None, :]
-    target = y_ptr + (row * length + t)[:, None] * channels + c[None, :]
-    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=mask)
+        sigmoid = tl.sigmoid(value)
+        dy = dy * sigmoid * (1.0 + value * (1.0 - sigmoid))
+    own = tl.where((t < last) & (t < length), dy, 0.0)  # tokens after the last are the next program's
+    d3 += own * x0
+    d2 += own * x1
+    d1 += own * x2
+    d0 += own * x3
+    dbias += own
+    g1, g2, g3 = dy, dy, dy
+    if packed:
+        g1 = tl.where(reach >= 1, dy, 0.0)
+        g2 = tl.where(reach >= 2, dy, 0.0)
+        g3 = tl.where(reach >= 3, dy, 0.0)
+    done = a3 + w0 * g3
+    s = t - 3
+    inside = (s >= first) & (s < last) & (s < length)
+    tl.store(dx_ptr + s * channels + c, done.to(dx_ptr.dtype.element_ty), mask=inside & (c < channels))
+    if has_initial:
+        before = (s < 0) & (first == 0)
+        target = dinitial_ptr + (s + 3) * channels + c
+        tl.store(target, done.to(dinitial_ptr.dtype.element_ty), mask=before & (c < channels))
+    return w3 * dy, a1 + w2 * g1, a2 + w1 * g2, d0, d1, d2, d3, dbias
+
+
+@triton.jit
+def _gradient_of(dy_ptr, dy_token, t, c, length, channels):
+    return tl.load(dy_ptr + t * dy_token + c, mask=(t < length) & (c < channels), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _causal_conv_backward(
-    x_ptr, w_ptr, bias_ptr, position_ptr, dy_ptr, dx_ptr, partial_ptr, stride_row, stride_token, dy_row, dy_token,
-    length, channels, K: tl.constexpr, packed: tl.constexpr, has_bias: tl.constexpr, silu: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, BLOCKS: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, position_ptr, initial_ptr, dy_ptr, dx_ptr, dinitial_ptr, partial_ptr,
+    stride_row, stride_token, dy_row, dy_token, length, channels,
+    packed: tl.constexpr, has_bias: tl.constexpr, has_initial: tl.constexpr, silu: tl.constexpr,
+    TOKENS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * TOKENS
+    last = first + TOKENS
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     x_ptr += row * stride_row
     dy_ptr += row * dy_row
-    bias = tl.zeros([BC], dtype=tl.float32)
-    if has_bias:
-        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
-    # Tap k of the weight's gradient gathers in row k of this program's partial sums, the bias's in row K.
-    partial = partial_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * (K + 1) * channels
-    for block in range(BLOCKS):
-        first = (tl.program_id(1).to(tl.int64) * BLOCKS + block) * BT + tl.arange(0, BT)
-        dx = tl.zeros([BT, BC], dtype=tl.float32)
-        for ahead in tl.static_range(K):
-            t = first + ahead
-            position = t
-            if packed:
-                position = tl.load(position_ptr + row * length + t, mask=t < length, other=0)
-            mask = (t < length)[:, None] & (c < channels)[None, :]
-            grad = tl.load(dy_ptr + t[:, None] * dy_token + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            if silu:
-                value = _before_activation(
-                    x_ptr, w_ptr, stride_token, position, bias, t, c, length, channels, K, packed
-                )
-                sigmoid = tl.sigmoid(value)
-                grad = grad * sigmoid * (1.0 + value * (1.0 - sigmoid))
-            if ahead == 0:
-                for k in tl.static_range(K):
-                    seen = _input(x_ptr, stride_token, position, t, c, length, channels, k, packed)
-                    slot = partial + (K - 1 - k) * channels + c
-                    before = tl.load(slot, mask=c < channels, other=0.0)
-                    tl.store(slot, before + tl.sum(grad * seen, axis=0), mask=c < channels)
-                slot = partial + K * channels + c
-                before = tl.load(slot, mask=c < channels, other=0.0)
-                tl.store(slot, before + tl.sum(grad, axis=0), mask=c < channels)
-            if packed:
-                grad = tl.where((position >= ahead)[:, None], grad, 0.0)
-            weight = tl.load(w_ptr + c * K + (K - 1 - ahead), mask=c < channels, other=0.0).to(tl.float32)
-            dx += weight[None, :] * grad
-        target = dx_ptr + (row * length + first)[:, None] * channels + c[None, :]
-        mask = (first < length)[:, None] & (c < channels)[None, :]
-        tl.store(target, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    dx_ptr += row * length * channels
+    position_ptr += row * length
+    initial_ptr += row * 3 * channels
+    dinitial_ptr += row * 3 * channels
+    w0, w1, w2, w3, bias = _weights(w_ptr, bias_ptr, c, channels, has_bias)
+    b1 = _load(x_ptr, initial_ptr, stride_token, first - 1, c, length, channels, has_initial)
+    b2 = _load(x_ptr, initial_ptr, stride_token, first - 2, c, length, channels, has_initial)
+    b3 = _load(x_ptr, initial_ptr, stride_token, first - 3, c, length, channels, has_initial)
+    zero = tl.zeros([BC], dtype=tl.float32)
+    a1, a2, a3 = zero, zero, zero
+    d0, d1, d2, d3, dbias = zero, zero, zero, zero, zero
+    for i in range(0, TOKENS + 4, 4):  # the gradient of the last token needs the three after it
+        t = first + i
+        xa = _load(x_ptr, initial_ptr, stride_token, t, c, length, channels, False)
+        xb = _load(x_ptr, initial_ptr, stride_token, t + 1, c, length, channels, False)
+        xc = _load(x_ptr, initial_ptr, stride_token, t + 2, c, length, channels, False)
+        xd = _load(x_ptr, initial_ptr, stride_token, t + 3, c, length, channels, False)
+        ga = _gradient_of(dy_ptr, dy_token, t, c, length, channels)
+        gb = _gradient_of(dy_ptr, dy_token, t + 1, c, length, channels)
+        gc = _gradient_of(dy_ptr, dy_token, t + 2, c, length, channels)
+        gd = _gradient_of(dy_ptr, dy_token, t + 3, c, length, channels)
+        pa = _position(position_ptr, t, length, packed)
+        pb = _position(position_ptr, t + 1, length, packed)
+        pc = _position(position_ptr, t + 2, length, packed)
+        pd = _position(position_ptr, t + 3, length, packed)
+        a1, a2, a3, d0, d1, d2, d3, dbias = _backward_token(
+            dx_ptr, dinitial_ptr, xa, b1, b2, b3, ga, pa, t, first, last, c, length, channels, w0, w1, w2, w3, bias,
+            a1, a2, a3, d0, d1, d2, d3, dbias, packed, has_initial, silu,
+        )  # fmt: skip
+        a1, a2, a3, d0, d1, d2, d3, dbias = _backward_token(
+            dx_ptr, dinitial_ptr, xb, xa, b1, b2, gb, pb, t + 1, first, last, c, length, channels, w0, w1, w2, w3, bias,
+            a1, a2, a3, d0, d1, d2, d3, dbias, packed, has_initial, silu,
+        )  # fmt: skip
+        a1, a2, a3, d0, d1, d2, d3, dbias = _backward_token(
+            dx_ptr, dinitial_ptr, xc, xb, xa, b1, gc, pc, t + 2, first, last, c, length, channels, w0, w1, w2, w3, bias,
+            a1, a2, a3, d0, d1, d2, d3, dbias, packed, has_initial, silu,
+        )  # fmt: skip
+        a1, a2, a3, d0, d1, d2, d3, dbias = _backward_token(
+            dx_ptr, dinitial_ptr, xd, xc, xb, xa, gd, pd, t + 3, first, last, c, length, channels, w0, w1, w2, w3, bias,
+            a1, a2, a3, d0, d1, d2, d3, dbias, packed, has_initial, silu,
+        )  # fmt: skip
+        b1, b2, b3 = xd, xc, xb
+    # This program's share of the weight's gradient, tap by tap, and of the bias's.
+    partial = partial_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * 5 * channels + c
+    tl.store(partial, d0, mask=c < channels)
+    tl.store(partial + channels, d1, mask=c < channels)
+    tl.store(partial + 2 * channels, d2, mask=c < channels)
+    tl.store(partial + 3 * channels, d3, mask=c < channels)
+    tl.store(partial + 4 * channels, dbias, mask=c < channels)
 
 
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, positions_BS: Tensor | None, silu: bool
+        ctx: Any,
+        x_BSC: Tensor,
+        weight_CK: Tensor,
+        bias_C: Tensor | None,
+        positions_BS: Tensor | None,
+        initial_BKC: Tensor | None,
+        silu: bool,
     ) -> Tensor:
         x_BSC = x_BSC if x_BSC.stride(-1) == 1 else x_BSC.contiguous()
         weight_CK = weight_CK.contiguous()
+        initial_BKC = None if initial_BKC is None else initial_BKC.to(x_BSC.dtype).contiguous()
         rows, length, channels = x_BSC.shape
         y_BSC = torch.empty(rows, length, channels, dtype=x_BSC.dtype, device=x_BSC.device)
-        grid = (triton.cdiv(channels, _CHANNELS), triton.cdiv(length, _TOKENS), rows)
+        grid = (triton.cdiv(channels, _FORWARD["BC"]), triton.cdiv(length, _FORWARD["TOKENS"]), rows)
         _causal_conv_forward[grid](
-            x_BSC, weight_CK, bias_C, positions_BS, y_BSC, x_BSC.stride(0), x_BSC.stride(1), length, channels,
-            K=weight_CK.shape[1], packed=positions_BS is not None, has_bias=bias_C is not None, silu=silu,
-            BT=_TOKENS, BC=_CHANNELS,
+            x_BSC, weight_CK, weight_CK if bias_C is None else bias_C, x_BSC if positions_BS is None else positions_BS,
+            x_BSC if initial_BKC is None else initial_BKC, y_BSC, x_BSC.stride(0), x_BSC.stride(1), length, channels,
+            packed=positions_BS is not None, has_bias=bias_C is not None, has_initial=initial_BKC is not None,
+            silu=silu, **_FORWARD,
         )  # fmt: skip
-        ctx.save_for_backward(x_BSC, weight_CK, bias_C, positions_BS)
+        ctx.save_for_backward(x_BSC, weight_CK, bias_C, positions_BS, initial_BKC)
         ctx.silu = silu
         return y_BSC
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_BSC, weight_CK, bias_C, positions_BS = ctx.saved_tensors
+        x_BSC, weight_CK, bias_C, positions_BS, initial_BKC = ctx.saved_tensors
         dy_BSC = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
         rows, length, channels = x_BSC.shape
-        taps = weight_CK.shape[1]
-        programs = triton.cdiv(length, _TOKENS * _BLOCKS)
+        programs = triton.cdiv(length, _BACKWARD["TOKENS"])
         dx_BSC = torch.empty(rows, length, channels, dtype=x_BSC.dtype, device=x_BSC.device)
-        partial = torch.zeros(rows * programs, taps + 1, channels, dtype=torch.float32, device=x_BSC.device)
-        _causal_conv_backward[(triton.cdiv(channels, _CHANNELS), programs, rows)](
-            x_BSC, weight_CK, bias_C, positions_BS, dy_BSC, dx_BSC, partial, x_BSC.stride(0), x_BSC.stride(1),
-            dy_BSC.stride(0), dy_BSC.stride(1), length, channels,
-            K=taps, packed=positions_BS is not None, has_bias=bias_C is not None, silu=ctx.silu,
-            BT=_TOKENS, BC=_CHANNELS, BLOCKS=_BLOCKS,
+        dinitial_BKC = None if initial_BKC is None else torch.empty_like(initial_BKC)
+        partial = torch.empty(rows * programs, _TAPS + 1, channels, dtype=torch.float32, device=x_BSC.device)
+        _causal_conv_backward[(triton.cdiv(channels, _BACKWARD["BC"]), programs, rows)](
+            x_BSC, weight_CK, weight_CK if bias_C is None else bias_C, x_BSC if positions_BS is None else positions_BS,
+            x_BSC if initial_BKC is None else initial_BKC, dy_BSC, dx_BSC,
+            x_BSC if dinitial_BKC is None else dinitial_BKC, partial,
+            x_BSC.stride(0), x_BSC.stride(1), dy_BSC.stride(0), dy_BSC.stride(1), length, channels,
+            packed=positions_BS is not None, has_bias=bias_C is not None, has_initial=initial_BKC is not None,
+            silu=ctx.silu, **_BACKWARD,
         )  # fmt: skip
         sums = partial.sum(0)
-        dbias_C = None if bias_C is None else sums[taps].to(bias_C.dtype)
-        return dx_BSC, sums[:taps].t().to(weight_CK.dtype), dbias_C, None, None
+        dbias_C = None if bias_C is None else sums[_TAPS].to(bias_C.dtype)
+        return dx_BSC, sums[:_TAPS].t().to(weight_CK.dtype), dbias_C, None, dinitial_BKC, None

@@ -1,13 +1,62 @@
-"""Mixing two branches by a gate."""
+"""Mixing two branches by a gate, and the gate's sums. Shape legend: B rows, S tokens, C channels."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fusiontree.ops.elementwise import fused
 from fusiontree.ops.gate import reference
+from fusiontree.ops.recompute import mark
 
 
-def gate_mix(g: Tensor, m: Tensor, a: Tensor, *, backend: str = "auto") -> Tensor:
-    """Return g m + (1 - g) a elementwise."""
-    return fused(reference.gate_mix, backend, g.device.type)(g, m, a)
+def gate_mix(
+    logits_BSC: Tensor,
+    branches_BSC: Tensor,
+    counted_BS: Tensor | None = None,
+    *,
+    kind: str = "F",
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Mix the branches by ``g = sigmoid(logits)`` and sum the gates up.
+
+    Only logits and branches are kept for the backward pass, which is one pass over memory.
+
+    Args:
+        logits_BSC: the gate's logits; g is the share of the Mamba branch.
+        branches_BSC: the branches' outputs side by side: ``[B, S, 2C]`` for both, ``[B, S, C]`` for one.
+        counted_BS: True on the tokens that the sums are over; None means all.
+        kind: F both branches, Mamba first; M or A one of them, the other counting as zeros.
+        backend: a name of :data:`fusiontree.ops.elementwise.ELEMENTWISE` or "auto".
+
+    Returns:
+        ``g m + (1 - g) a`` in the branches' dtype, and the sums of g, of its binary entropy (nats) and of g² over
+        each row's counted tokens and all channels, [B] in fp32 or better.
+    """
+    mixed_BSC, *sums = _GateMix.apply(logits_BSC, branches_BSC, counted_BS, kind, backend)
+    mark(mixed_BSC, partial(_mixed, kind=kind, backend=backend), logits_BSC, branches_BSC)
+    return mixed_BSC, (sums[0], sums[1], sums[2])
+
+
+def _mixed(logits_BSC: Tensor, branches_BSC: Tensor, kind: str, backend: str) -> Tensor:
+    return fused(reference.mix, backend, logits_BSC.device.type)(logits_BSC, branches_BSC, kind)
+
+
+class _GateMix(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_BSC: Tensor, branches_BSC: Tensor, counted_BS: Tensor | None, kind: str, backend: str
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(logits_BSC, branches_BSC, counted_BS)
+        ctx.kind, ctx.backend = kind, backend
+        sums = fused(reference.sums, backend, logits_BSC.device.type)(logits_BSC, counted_BS)
+        return _mixed(logits_BSC, branches_BSC, kind, backend), *sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits_BSC, branches_BSC, counted_BS = ctx.saved_tensors
+        compute = fused(reference.gradients, ctx.backend, logits_BSC.device.type)
+        return *compute(logits_BSC, branches_BSC, counted_BS, *grads, ctx.kind), None, None, None

@@ -1,11 +1,64 @@
-"""The gate mix in plain PyTorch."""
+"""The gate mix and the gates' sums in plain PyTorch. Shape legend: B rows, S tokens, C channels."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def gate_mix(g: Tensor, m: Tensor, a: Tensor) -> Tensor:
-    """Return g m + (1 - g) a elementwise, computed as a + g (m - a)."""
-    return torch.lerp(a, m, g)
+def mix(logits_BSC: Tensor, branches_BSC: Tensor, kind: str) -> Tensor:
+    """Return g m + (1 - g) a with g = sigmoid(logits); a branch that ``kind`` (F, M or A) lacks counts as zeros."""
+    gate = torch.sigmoid(logits_BSC)
+    if kind == "F":
+        m_BSC, a_BSC = branches_BSC.chunk(2, dim=-1)
+        return torch.lerp(a_BSC, m_BSC, gate)
+    return branches_BSC * (gate if kind == "M" else 1 - gate)
+
+
+def sums(logits_BSC: Tensor, counted_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums of g, of its binary entropy and of g² over each row's counted tokens and all channels.
+
+    The entropy is ``softplus(l) - l g``, which is exact where g rounds to 0 or 1.
+    """
+    logits, gate = _logits_and_gate(logits_BSC)
+    weight = 1.0 if counted_BS is None else counted_BS.unsqueeze(-1).to(gate.dtype)
+    return (
+        (gate * weight).sum((1, 2)),
+        ((F.softplus(logits) - logits * gate) * weight).sum((1, 2)),
+        (gate.square() * weight).sum((1, 2)),
+    )
+
+
+def gradients(
+    logits_BSC: Tensor,
+    branches_BSC: Tensor,
+    counted_BS: Tensor | None,
+    mixed_grad_BSC: Tensor,
+    gate_grad_B: Tensor,
+    entropy_grad_B: Tensor,
+    square_grad_B: Tensor,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the logits and of the branches, of :func:`mix` and :func:`sums` together."""
+    gate_grad, entropy_grad, square_grad = (g[:, None, None] for g in (gate_grad_B, entropy_grad_B, square_grad_B))
+    logits, gate = _logits_and_gate(logits_BSC)
+    d_mixed = mixed_grad_BSC.to(gate.dtype)
+    # d softplus(l) - l g = -l dg, and dg = g (1 - g) dl.
+    dgate = gate_grad + 2 * gate * square_grad - logits * entropy_grad
+    if counted_BS is not None:
+        dgate = dgate * counted_BS.unsqueeze(-1)
+    if kind == "F":
+        m_BSC, a_BSC = branches_BSC.chunk(2, dim=-1)
+        dgate = dgate + d_mixed * (m_BSC.to(gate.dtype) - a_BSC.to(gate.dtype))
+        branches_grad = torch.cat([(d_mixed * gate).to(branches_BSC.dtype), (d_mixed * (1 - gate)).to(m_BSC.dtype)], -1)
+    else:
+        sign, share = (1.0, gate) if kind == "M" else (-1.0, 1 - gate)
+        dgate = dgate + sign * d_mixed * branches_BSC.to(gate.dtype)
+        branches_grad = (d_mixed * share).to(branches_BSC.dtype)
+    return (gate * (1 - gate) * dgate).to(logits_BSC.dtype), branches_grad
+
+
+def _logits_and_gate(logits_BSC: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits_BSC.to(torch.promote_types(logits_BSC.dtype, torch.float32))
+    return logits, torch.sigmoid(logits)

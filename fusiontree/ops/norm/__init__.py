@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
 from torch import Tensor
 
-from fusiontree.ops.elementwise import fused
+from fusiontree.ops.dispatch import Backend, Operation, anywhere
+from fusiontree.ops.elementwise import compiled, fused, needs_gpu
 from fusiontree.ops.norm import reference
+
+
+def _triton() -> Callable:
+    from fusiontree.ops.norm.triton import gated_rms_norm_triton
+
+    return gated_rms_norm_triton
+
+
+def _triton_unavailable(device: torch.device) -> str | None:
+    return needs_gpu(device) or (None if find_spec("triton") else "triton is not installed")
+
+
+GATED_NORM = Operation(
+    "elementwise",
+    [
+        Backend("triton", _triton, _triton_unavailable),
+        Backend("compiled", lambda: compiled(reference.gated_rms_norm), needs_gpu),
+        Backend("reference", lambda: reference.gated_rms_norm, anywhere),
+    ],
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
@@ -20,4 +45,5 @@ def gated_rms_norm(
 
     Source: Mamba-2's output norm (Dao and Gu 2024, section 7).
     """
-    return fused(reference.gated_rms_norm, backend, y_BSC.device.type)(y_BSC, z_BSC, weight_C, groups=groups, eps=eps)
+    compute = GATED_NORM.choose(backend, y_BSC.device.type)
+    return compute(y_BSC, z_BSC, weight_C, groups=groups, eps=eps)

@@ -22,3 +22,9 @@ def apply_rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
     first, second = x_BSHD.to(compute).chunk(2, dim=-1)
     cos, sin = cos_BSD.unsqueeze(2).to(compute), sin_BSD.unsqueeze(2).to(compute)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x_BSHD.dtype)
+
+
+def rotate_and_cut(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, first_heads: int) -> tuple[Tensor, Tensor]:
+    """Rotate the first so many heads and the rest, each into memory of its own."""
+    first, rest = x_BSHD.split([first_heads, x_BSHD.shape[2] - first_heads], dim=2)
+    return apply_rotary(first, cos_BSD, sin_BSD), apply_rotary(rest, cos_BSD, sin_BSD)

@@ -1,14 +1,22 @@
-"""The scan by mamba_ssm's Triton kernels (CUDA). The first call tunes them for one to two minutes."""
+"""The scan by mamba_ssm's Triton kernels (CUDA). The first call tunes them for one to two minutes.
+
+The kernels are called one by one: a state may come from other ranks between them, and what the forward pass already
+knows (the states before every chunk, the decays) is kept for the backward pass in place of being computed again.
+
+Shape legend: B rows, S tokens, c chunks, Q tokens of a chunk, H heads, G groups, P channels of a head, N state size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusiontree.ops.documents import Documents
+from fusiontree.ops.ssd.exchange import Exchange
 
 _INT32 = 2**31
 
@@ -37,15 +45,8 @@ def ssd_mamba_ssm(
     """Compute :func:`fusiontree.ops.ssd.ssd_scan`.
 
     Raises:
-        ValueError: a row so long that the kernels' 32-bit offsets would overflow (they do so silently), or
-            ``state_exchange``, for which the kernels have no place.
+        ValueError: a row so long that the kernels' 32-bit offsets would overflow (they do so silently).
     """
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-    if state_exchange is not None:
-        raise ValueError(
-            "kernels.ssd=mamba_ssm cannot pass states between ranks; use kernels.ssd=reference under cp > 1"
-        )
     rows, length, heads, width = x_BSHP.shape
     size = B_BSGN.shape[-1]
     states = rows * -(-length // chunk_size) * heads * width * size
@@ -58,21 +59,167 @@ def ssd_mamba_ssm(
     # Segment 0 continues the initial state, which is what the kernels take a first seq_idx of 0 to mean.
     seq_idx = None if documents is None or documents.whole_rows else documents.segments_BS
     initial = initial_state_BHPN
-    if initial is not None and documents is not None and documents.whole_rows:
+    if documents is not None and documents.whole_rows:
         initial = None  # every row begins with a document of its own
-    y_BSHP, final_BHPN = mamba_chunk_scan_combined(
+    return _Scan.apply(
         x_BSHP,
         dt_BSH.float(),
         A_H.float(),
         B_BSGN,
         C_BSGN,
-        chunk_size=_power_of_two(chunk_size),
-        D=D_H.float(),
-        initial_states=initial,
-        seq_idx=seq_idx,
-        return_final_states=True,
+        D_H.float(),
+        None if initial is None else initial.float(),
+        seq_idx,
+        documents is not None and documents.whole_rows,
+        _power_of_two(chunk_size),
+        state_exchange,
     )
-    return y_BSHP, final_BHPN.float()
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BSHP: Tensor,
+        dt_BSH: Tensor,
+        A_H: Tensor,
+        B_BSGN: Tensor,
+        C_BSGN: Tensor,
+        D_H: Tensor,
+        initial_BHPN: Tensor | None,
+        seq_idx_BS: Tensor | None,
+        whole_rows: bool,
+        chunk_size: int,
+        state_exchange: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_fwd
+        from mamba_ssm.ops.triton.ssd_chunk_scan import _chunk_scan_fwd
+        from mamba_ssm.ops.triton.ssd_chunk_state import _chunk_cumsum_fwd, _chunk_state_fwd
+
+        x_BSHP, B_BSGN, C_BSGN = (t if t.stride(-1) == 1 else t.contiguous() for t in (x_BSHP, B_BSGN, C_BSGN))
+        decay_BHcQ, dt_BHcQ = _chunk_cumsum_fwd(dt_BSH, A_H, chunk_size)
+        added_BcHPN = _chunk_state_fwd(B_BSGN, x_BSHP, dt_BHcQ, decay_BHcQ, seq_idx=seq_idx_BS, states_in_fp32=True)
+        exchange = None
+        if state_exchange is not None:
+            from_zero_BHPN = _pass_on(added_BcHPN, decay_BHcQ, None, seq_idx_BS, chunk_size, x_BSHP.dtype)[1]
+            total_BH = decay_BHcQ[..., -1].sum(-1).exp()
+            if whole_rows:
+                total_BH = torch.zeros_like(total_BH)
+            elif seq_idx_BS is not None:
+                total_BH = total_BH * (seq_idx_BS[:, -1:] == 0)
+            exchange = Exchange(state_exchange, from_zero_BHPN, total_BH)
+            # A whole row begins with a document, which must not see what came before.
+            initial_BHPN = None if whole_rows else exchange.initial_BHPN.float()
+        before_BcHPN, final_BHPN = _pass_on(added_BcHPN, decay_BHcQ, initial_BHPN, seq_idx_BS, chunk_size, x_BSHP.dtype)
+        scores_BcGQQ = _bmm_chunk_fwd(C_BSGN, B_BSGN, chunk_size, seq_idx=seq_idx_BS, output_dtype=torch.float32)
+        y_BSHP, _ = _chunk_scan_fwd(
+            scores_BcGQQ, x_BSHP, dt_BHcQ, decay_BHcQ, C_BSGN, before_BcHPN, D=D_H, seq_idx=seq_idx_BS
+        )
+        ctx.save_for_backward(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, seq_idx_BS, decay_BHcQ, dt_BHcQ, before_BcHPN)
+        ctx.chunk_size, ctx.has_initial, ctx.exchange = chunk_size, initial_BHPN is not None, exchange
+        ctx.set_materialize_grads(False)
+        return y_BSHP, final_BHPN
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_bwd, _bmm_chunk_fwd
+        from mamba_ssm.ops.triton.ssd_chunk_scan import (
+            _chunk_scan_bwd_dC,
+            _chunk_scan_bwd_dcb,
+            _chunk_scan_bwd_ddAcs_stable,
+            _chunk_scan_bwd_dstates,
+        )
+        from mamba_ssm.ops.triton.ssd_chunk_state import _chunk_cumsum_bwd, _chunk_state_bwd_db
+        from mamba_ssm.ops.triton.ssd_combined import _chunk_scan_chunk_state_bwd_dx
+
+        x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, seq_idx, decay_BHcQ, dt_BHcQ, before_BcHPN = ctx.saved_tensors
+        chunk_size, exchange, groups = ctx.chunk_size, ctx.exchange, B_BSGN.shape[2]
+        dy_BSHP, dfinal_BHPN = grads
+        dy_BSHP = torch.zeros_like(x_BSHP) if dy_BSHP is None else dy_BSHP
+        dy_BSHP = dy_BSHP if dy_BSHP.stride(-1) == 1 else dy_BSHP.contiguous()
+
+        # The states' gradients, from the last chunk to the first.
+        from_outputs_BcHPN = _chunk_scan_bwd_dstates(C_BSGN, decay_BHcQ, dy_BSHP, seq_idx=seq_idx, dtype=x_BSHP.dtype)
+        passed = (before_BcHPN, decay_BHcQ, from_outputs_BcHPN, seq_idx, chunk_size, ctx.has_initial)
+        dadded_BcHPN, dchunk_decay_BHc, dinitial_BHPN = _pass_back(*passed, dfinal_BHPN)
+        if exchange is not None:
+            if dinitial_BHPN is None:
+                dinitial_BHPN = torch.zeros_like(exchange.initial_BHPN)
+            # All ranks are here, also those whose own initial state counts for nothing.
+            dz_BHPN, more_BH = exchange.backward(dinitial_BHPN)
+            dend_BHPN = dz_BHPN.float() if dfinal_BHPN is None else dfinal_BHPN + dz_BHPN
+            dadded_BcHPN, dchunk_decay_BHc, _ = _pass_back(*passed, dend_BHPN)
+            dchunk_decay_BHc = dchunk_decay_BHc + more_BH.unsqueeze(-1)
+            dinitial_BHPN = None
+
+        scores_BcGQQ = _bmm_chunk_fwd(C_BSGN, B_BSGN, chunk_size, seq_idx=seq_idx, output_dtype=torch.float32)
+        dx_BSHP, ddt_BHcQ, dD_H = _chunk_scan_chunk_state_bwd_dx(
+            x_BSHP, dt_BHcQ, decay_BHcQ, B_BSGN, scores_BcGQQ, dy_BSHP, dadded_BcHPN, D=D_H, seq_idx=seq_idx
+        )
+        dB_states, ddecay_next_BHcQ = _chunk_state_bwd_db(
+            x_BSHP, dt_BHcQ, decay_BHcQ, dadded_BcHPN, seq_idx=seq_idx, B=B_BSGN, ngroups=groups
+        )
+        dC_states, ddecay_before_BHcQ = _chunk_scan_bwd_dC(
+            before_BcHPN, decay_BHcQ, dy_BSHP, seq_idx=seq_idx, C=C_BSGN, ngroups=groups
+        )
+        dscores = _chunk_scan_bwd_dcb(x_BSHP, dt_BHcQ, decay_BHcQ, dy_BSHP, seq_idx=seq_idx, ngroups=groups)
+        dB_BSGN, dC_BSGN = torch.empty_like(B_BSGN), torch.empty_like(C_BSGN)
+        _bmm_chunk_bwd(C_BSGN, dscores, residual=dB_states, out=dB_BSGN)
+        _bmm_chunk_bwd(B_BSGN, dscores.transpose(-1, -2), residual=dC_states, out=dC_BSGN)
+
+        # Each log decay is part of all sums after it in its chunk.
+        ddecay_before_BHcQ[..., -1] += dchunk_decay_BHc
+        ddecay_BHcQ = _chunk_scan_bwd_ddAcs_stable(x_BSHP, dt_BHcQ, decay_BHcQ, dy_BSHP, scores_BcGQQ)
+        ddecay_BHcQ += ddecay_next_BHcQ + ddecay_before_BHcQ.flip([-1]).cumsum(dim=-1).flip([-1])
+        ddt_BSH, dA_H, _ = _chunk_cumsum_bwd(ddecay_BHcQ, ddt_BHcQ, dt_BSH, A_H, ddt=torch.empty_like(dt_BSH))
+        return dx_BSHP, ddt_BSH, dA_H, dB_BSGN, dC_BSGN, dD_H, dinitial_BHPN, None, None, None, None
+
+
+def _pass_on(
+    added_BcHPN: Tensor,
+    decay_BHcQ: Tensor,
+    initial_BHPN: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return the states before every chunk in ``dtype`` and after the last in fp32."""
+    from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_fwd
+
+    before, final = _state_passing_fwd(
+        added_BcHPN.flatten(-2),
+        decay_BHcQ[..., -1],
+        initial_states=None if initial_BHPN is None else initial_BHPN.flatten(-2),
+        seq_idx=seq_idx,
+        chunk_size=chunk_size,
+        out_dtype=dtype,
+    )
+    return before.view(added_BcHPN.shape), final.view(added_BcHPN[:, 0].shape)
+
+
+def _pass_back(
+    before_BcHPN: Tensor,
+    decay_BHcQ: Tensor,
+    from_outputs_BcHPN: Tensor,
+    seq_idx: Tensor | None,
+    chunk_size: int,
+    has_initial: bool,
+    dfinal_BHPN: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of what each chunk adds, of its log decay ``[B, H, c]``, and of the initial state."""
+    from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_bwd
+
+    dadded, dchunk_decay, dinitial = _state_passing_bwd(
+        before_BcHPN.flatten(-2),
+        decay_BHcQ[..., -1],
+        from_outputs_BcHPN.flatten(-2),
+        dfinal_states=None if dfinal_BHPN is None else dfinal_BHPN.flatten(-2).contiguous(),
+        seq_idx=seq_idx,
+        has_initial_states=has_initial,
+        chunk_size=chunk_size,
+    )
+    shape = before_BcHPN.shape
+    return dadded.view(shape), dchunk_decay, None if dinitial is None else dinitial.view(shape[:1] + shape[2:]).float()
 
 
 def _power_of_two(chunk_size: int) -> int:

@@ -1,0 +1,68 @@
+"""Several linear maps of one input, whose gradients meet inside the matrix products.
+
+Shape legend: B rows, S tokens, C input channels, D output channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def linears(x_BSC: Tensor, weights_DC: Sequence[Tensor], splits: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """Return the products of ``x`` with every weight, each cut into the given numbers of output channels.
+
+    The values are those of :func:`fusiontree.ops.linear.reference.linears`. Backward, the products add their
+    gradients of ``x`` up themselves, so the sum costs no pass over memory, and a weight whose output is cut gets its
+    gradient without the parts' being put together.
+
+    Args:
+        x_BSC: input.
+        weights_DC: one matrix for each product.
+        splits: for each weight, the sizes its output channels are cut into.
+    """
+    rows = tuple(tuple(sizes) for sizes in splits)
+    for weight, sizes in zip(weights_DC, rows, strict=True):
+        assert sum(sizes) == weight.shape[0], f"{weight.shape[0]} output channels cut into {sizes}"
+    return _Linears.apply(x_BSC, rows, *weights_DC)
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSC: Tensor, splits: tuple[tuple[int, ...], ...], *weights: Tensor) -> tuple[Tensor, ...]:
+        x_NC = x_BSC.flatten(0, -2)
+        outputs = [
+            (x_NC @ part.t()).view(*x_BSC.shape[:-1], part.shape[0])
+            for weight, sizes in zip(weights, splits, strict=True)
+            for part in weight.split(sizes)
+        ]
+        ctx.save_for_backward(x_BSC, *weights)
+        ctx.splits = splits
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_BSC, *weights = ctx.saved_tensors
+        x_NC = x_BSC.flatten(0, -2)
+        pending = list(grads)
+        dx_NC = None
+        dweights: list[Tensor | None] = []
+        for weight, sizes in zip(weights, ctx.splits, strict=True):
+            parts, pending = pending[: len(sizes)], pending[len(sizes) :]
+            if all(part is None for part in parts):
+                dweights.append(None)
+                continue
+            dweight = torch.empty_like(weight)
+            for part, rows, drows in zip(parts, weight.split(sizes), dweight.split(sizes), strict=True):
+                if part is None:
+                    drows.zero_()
+                    continue
+                g_ND = part.flatten(0, -2)
+                torch.mm(g_ND.t(), x_NC, out=drows)
+                dx_NC = g_ND @ rows if dx_NC is None else dx_NC.addmm_(g_ND, rows)
+            dweights.append(dweight)
+        return None if dx_NC is None else dx_NC.view(x_BSC.shape), None, *dweights

@@ -1,0 +1,116 @@
+"""The gated norm as one Triton kernel a direction (GPU): nothing is read twice, nothing but the inputs is kept.
+
+Shape legend: B rows, S tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusiontree.ops.elementwise import compiled
+from fusiontree.ops.norm import reference
+
+_WIDEST = 8192  # channels of a group that fit into registers
+_FORWARD_TOKENS, _BACKWARD_TOKENS = 16, 64  # tokens of a program
+
+
+def gated_rms_norm_triton(y_BSC: Tensor, z_BSC: Tensor, weight_C: Tensor, *, groups: int, eps: float) -> Tensor:
+    """Compute :func:`fusiontree.ops.norm.gated_rms_norm`; very wide groups and float64 take the compiled formula."""
+    if y_BSC.shape[-1] // groups > _WIDEST or y_BSC.dtype == torch.float64:
+        return compiled(reference.gated_rms_norm)(y_BSC, z_BSC, weight_C, groups=groups, eps=eps)
+    return _GatedNorm.apply(y_BSC, z_BSC, weight_C, groups, eps)
+
+
+@triton.jit
+def _gated_norm_forward(
+    y_ptr, z_ptr, w_ptr, out_ptr, y_stride, z_stride, tokens, channels, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    within = tl.arange(0, BLOCK)
+    c = tl.program_id(0) * WIDTH + within
+    weight = tl.load(w_ptr + c, mask=within < WIDTH, other=0.0).to(tl.float32)
+    first = tl.program_id(1).to(tl.int64) * TOKENS
+    for i in range(TOKENS):
+        t = first + i
+        mask = (within < WIDTH) & (t < tokens)
+        y = tl.load(y_ptr + t * y_stride + c, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + t * z_stride + c, mask=mask, other=0.0).to(tl.float32)
+        gated = y * z * tl.sigmoid(z)
+        scale = tl.rsqrt(tl.sum(gated * gated, axis=0) / WIDTH + eps)
+        tl.store(out_ptr + t * channels + c, (gated * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gated_norm_backward(
+    y_ptr, z_ptr, w_ptr, dout_ptr, dy_ptr, dz_ptr, dw_ptr, y_stride, z_stride, dout_stride, tokens, channels, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    within = tl.arange(0, BLOCK)
+    c = tl.program_id(0) * WIDTH + within
+    weight = tl.load(w_ptr + c, mask=within < WIDTH, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], dtype=tl.float32)
+    first = tl.program_id(1).to(tl.int64) * TOKENS
+    for i in range(TOKENS):
+        t = first + i
+        mask = (within < WIDTH) & (t < tokens)
+        y = tl.load(y_ptr + t * y_stride + c, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + t * z_stride + c, mask=mask, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + t * dout_stride + c, mask=mask, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(z)
+        silu = z * sigmoid
+        gated = y * silu
+        scale = tl.rsqrt(tl.sum(gated * gated, axis=0) / WIDTH + eps)
+        normed = gated * scale
+        dweight += dout * normed
+        dnormed = dout * weight
+        dgated = scale * (dnormed - normed * (tl.sum(dnormed * normed, axis=0) / WIDTH))
+        dz = dgated * y * sigmoid * (1.0 + z * (1.0 - sigmoid))
+        tl.store(dy_ptr + t * channels + c, (dgated * silu).to(dy_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz_ptr + t * channels + c, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(dw_ptr + tl.program_id(1).to(tl.int64) * channels + c, dweight, mask=within < WIDTH)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return ``[tokens, C]`` with adjacent channels; a slice of a wider projection stays where it is."""
+    tensor = tensor.flatten(0, -2)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_BSC: Tensor, z_BSC: Tensor, weight_C: Tensor, groups: int, eps: float) -> Tensor:
+        y, z = _rows(y_BSC), _rows(z_BSC)
+        tokens, channels = y.shape
+        out_BSC = torch.empty(y_BSC.shape, dtype=y_BSC.dtype, device=y_BSC.device)
+        _gated_norm_forward[(groups, triton.cdiv(tokens, _FORWARD_TOKENS))](
+            y, z, weight_C, out_BSC, y.stride(0), z.stride(0), tokens, channels, eps,
+            TOKENS=_FORWARD_TOKENS, **_shape(channels // groups),
+        )  # fmt: skip
+        ctx.save_for_backward(y_BSC, z_BSC, weight_C)
+        ctx.groups, ctx.eps = groups, eps
+        return out_BSC
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y_BSC, z_BSC, weight_C = ctx.saved_tensors
+        y, z, dout = _rows(y_BSC), _rows(z_BSC), _rows(grads[0])
+        tokens, channels = y.shape
+        dy_BSC = torch.empty(y_BSC.shape, dtype=y_BSC.dtype, device=y_BSC.device)
+        dz_BSC = torch.empty(z_BSC.shape, dtype=z_BSC.dtype, device=z_BSC.device)
+        programs = triton.cdiv(tokens, _BACKWARD_TOKENS)
+        partial = torch.empty(programs, channels, dtype=torch.float32, device=y_BSC.device)
+        _gated_norm_backward[(ctx.groups, programs)](
+            y, z, weight_C, dout, dy_BSC, dz_BSC, partial, y.stride(0), z.stride(0), dout.stride(0), tokens, channels,
+            ctx.eps, TOKENS=_BACKWARD_TOKENS, **_shape(channels // ctx.groups),
+        )  # fmt: skip
+        return dy_BSC, dz_BSC, partial.sum(0).to(weight_C.dtype), None, None
+
+
+def _shape(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return {"WIDTH": width, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}

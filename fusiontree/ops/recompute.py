@@ -1,0 +1,134 @@
+"""Results that are dropped after the forward pass and computed again when the backward pass asks for them.
+
+A norm, an activation or a mix costs one pass over memory, so keeping what it returned is worth less than the memory.
+:func:`cheap` marks such a result; inside :class:`Recomputed` whoever would save it for the backward pass (a matrix
+product its input, say) saves the recipe instead. Everything else is kept as always: nothing but the marked formulas
+runs twice, and no operation is traced.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+_active: list[Recomputed] = []
+
+
+def cheap(formula: Callable[..., Any], *inputs: Any) -> Any:
+    """Return ``formula(*inputs)`` (a tensor or a tuple of them), to be computed again rather than kept.
+
+    ``formula`` must give the same values from the same inputs. Outside :class:`Recomputed` this is a plain call.
+    """
+    outputs = formula(*inputs)
+    mark(outputs, formula, *inputs)
+    return outputs
+
+
+def mark(outputs: Any, formula: Callable[..., Any], *inputs: Any) -> None:
+    """Say that ``outputs``, however they were computed, are what ``formula(*inputs)`` would return."""
+    if _active and torch.is_grad_enabled():
+        _active[-1].register(formula, inputs, outputs)
+
+
+class Recomputed(saved_tensors_hooks):
+    """Context of a forward pass in which results of :func:`cheap` are not kept for the backward pass."""
+
+    def __init__(self, *, parameters_stay: bool = True) -> None:
+        """Start with nothing marked.
+
+        Args:
+            parameters_stay: whether a module's parameters are at hand while other modules of its block run backward.
+                Where they are not (ZeRO-3 gathers them module by module), results that depend on one are kept.
+        """
+        super().__init__(self._pack, self._unpack)
+        self._parameters_stay = parameters_stay
+        self._recipes: dict[int, tuple[weakref.ref[Tensor], _Recipe, int]] = {}
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        _active.append(self)
+
+    def __exit__(self, *error: Any) -> None:
+        _active.pop()
+        super().__exit__(*error)
+        self._recipes.clear()
+
+    def register(self, formula: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any) -> None:
+        """Remember how ``outputs`` came about."""
+        if not self._parameters_stay and any(isinstance(value, torch.nn.Parameter) for value in inputs):
+            return
+        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+        places = [_place(tensor) for tensor in tensors]
+        taken = {_place(value) for value in inputs if isinstance(value, Tensor)}
+        if len(set(places)) < len(places) or taken & set(places):
+            return  # a view of an input or of another output has no memory of its own to give back
+        recipe = _Recipe(formula, tuple(self._pack(v) if isinstance(v, Tensor) else v for v in inputs), tensors)
+        for index, (place, tensor) in enumerate(zip(places, tensors, strict=True)):
+            self._recipes[place] = (weakref.ref(tensor), recipe, index)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        found = self._recipes.get(_place(tensor))
+        if found is not None:
+            marked, recipe, index = found
+            result = marked()
+            # Memory of a result that is gone may belong to another tensor by now.
+            if result is not None and result.dtype == tensor.dtype and _place(result) == _place(tensor):
+                return _Use(recipe, index, tensor)
+        return tensor if isinstance(tensor, torch.nn.Parameter) or not tensor.requires_grad else tensor.detach()
+
+    @staticmethod
+    def _unpack(saved: Any) -> Tensor:
+        return saved.value() if isinstance(saved, _Use) else saved
+
+
+class _Recipe:
+    """One call of a formula; its values exist from their first use to their last."""
+
+    def __init__(self, formula: Callable[..., Any], inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        self._formula = formula
+        self._inputs = inputs
+        self._layouts = [(t.size(), t.stride(), t.storage_offset()) for t in outputs]
+        self._values: tuple[Tensor, ...] | None = None
+        self.uses = 0
+
+    def values(self) -> tuple[Tensor, ...]:
+        """Return the results; called once for each use."""
+        values = self._values
+        if values is None:
+            with torch.no_grad():
+                found = self._formula(*(v.value() if isinstance(v, _Use) else v for v in self._inputs))
+            found = found if isinstance(found, tuple) else (found,)
+            values = tuple(_laid_out(t, *layout) for t, layout in zip(found, self._layouts, strict=True))
+        self.uses -= 1
+        self._values = values if self.uses > 0 else None
+        return values
+
+
+class _Use:
+    """What is saved in the place of a result, or of a view of it."""
+
+    def __init__(self, recipe: _Recipe, index: int, tensor: Tensor) -> None:
+        self._recipe, self._index = recipe, index
+        self._layout = (tensor.size(), tensor.stride(), tensor.storage_offset())
+        recipe.uses += 1
+
+    def value(self) -> Tensor:
+        return self._recipe.values()[self._index].as_strided(*self._layout)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _laid_out(tensor: Tensor, size: torch.Size, stride: tuple[int, ...], offset: Any) -> Tensor:
+    """Return ``tensor`` as the forward pass had it in memory, so that views of it can be found again."""
+    assert tensor.size() == size, f"computed again, {tuple(tensor.size())} instead of {tuple(size)}"
+    if tensor.stride() == stride and tensor.storage_offset() == offset:
+        return tensor
+    assert offset == 0, "a marked result begins where its memory begins"
+    return torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -1,0 +1,61 @@
+"""One process without ``fully_shard`` trains as one process with it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fusiontree.engines import build
+from fusiontree.engines.base import StepInputs
+from fusiontree.engines.fsdp2 import FSDP2Engine
+from fusiontree.engines.one_rank import OneRankEngine
+from fusiontree.parallel.layout import Layout
+from fusiontree.training.config import TrainingConfig
+from tests.helpers import tiny_config
+
+
+def train(kind: type, precision: str, tied: bool, poison: bool) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Two micro batches a step, clipped; return norms, losses and the state after three steps."""
+    values = {"seq_len": 16, "max_steps": 3, "global_batch_size": 2, "micro_batch_size": 1, "precision": precision}
+    training = TrainingConfig.model_validate(values | {"max_grad_norm": 0.5, "activation_checkpointing": "selective"})
+    model = tiny_config(tie_word_embeddings=tied)
+    with Layout("cpu") as layout, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "OneRankEngine", kind)
+        engine = build.build_engine(model, SimpleNamespace(engine="fsdp2"), training, layout)
+        assert type(engine) is kind
+        seen: list[Any] = []
+        for step in range(3):
+            for micro in range(2):
+                g = torch.Generator().manual_seed(2 * step + micro)
+                ids = torch.randint(0, 64, (1, 16), generator=g)
+                inputs = StepInputs(ids, ids.roll(-1, 1), torch.arange(16)[None] % 11, torch.ones(1), None)
+                loss = engine.forward(inputs).loss_sum / 32
+                seen.append(float(loss.detach()))
+                engine.backward(loss * (float("nan") if poison and step == 1 else 1.0), last=micro == 1)
+            result = engine.step(1e-2)
+            seen.append(0.0 if result.skipped else result.grad_norm)
+            assert (result.skipped is not None) == (poison and step == 1)
+        seen.append(float(engine.evaluate(inputs)))
+        seen.append(engine.state_values()["optimizer_step"])
+        state = {
+            n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in engine.state_tensors().items()
+        }
+    return seen, state
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("precision", "rtol"), [("fp32", 2e-6), ("bf16", 2e-3)])
+@pytest.mark.parametrize("poison", [False, True])
+def test_equals_fully_shard_over_one_rank(precision: str, rtol: float, tied: bool, poison: bool) -> None:
+    seen, state = train(OneRankEngine, precision, tied, poison)
+    want, wanted_state = train(FSDP2Engine, precision, tied, poison)
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor(want), rtol=rtol, atol=0)
+    assert state.keys() == wanted_state.keys()
+    for name, tensor in state.items():
+        assert tensor.dtype == torch.float32
+        # AdamW turns the rounding of a gradient near zero into a step of either sign; few elements are.
+        distance = (tensor - wanted_state[name]).norm() / wanted_state[name].norm().clamp(min=1e-6)
+        assert distance < (2e-2 if precision == "bf16" else 1e-4), f"{name}: {distance:.1e}"

@@ -1,0 +1,69 @@
+"""Results marked as cheap are not kept, are computed once for all who need them, and change no gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusiontree.ops.recompute import Recomputed, cheap
+
+
+class Formula:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x: Tensor, w: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(x) * w
+
+
+def chain(x: Tensor, w: Tensor, first: Formula, second: Formula) -> Tensor:
+    y = cheap(first, x, w)
+    z = cheap(second, y, w)  # computed from a result that is itself computed again
+    return (y.flatten(0, 1) @ w[:, None]).square().sum() + (z[:, 1:] * z[:, 1:]).sum() + (y @ w).sin().sum()
+
+
+@pytest.mark.parametrize("parameters_stay", [True, False])
+def test_gradients_and_number_of_calls(parameters_stay: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    w = torch.nn.Parameter(torch.randn(4, generator=g, dtype=torch.float64))
+    want = torch.autograd.grad(chain(x, w, Formula(), Formula()), (x, w))
+    first, second = Formula(), Formula()
+    with Recomputed(parameters_stay=parameters_stay):
+        out = chain(x, w, first, second)
+    got = torch.autograd.grad(out, (x, w))
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine, theirs)
+    again = 2 if parameters_stay else 1  # a result that needs a parameter is kept where parameters leave
+    assert (first.calls, second.calls) == (again, again)
+
+
+def test_a_marked_result_is_not_kept() -> None:
+    x, w = torch.randn(8, 64), torch.nn.Parameter(torch.randn(64))
+    with Recomputed():
+        y = cheap(lambda x, w: x * w, x, w)
+        out = y @ w
+    place = y.untyped_storage().data_ptr()
+    saved = out.grad_fn._saved_self  # unpacked: computed again, into memory of its own
+    assert torch.equal(saved, y)
+    assert saved.untyped_storage().data_ptr() != place
+
+
+def test_memory_that_was_given_to_another_tensor_is_not_mistaken() -> None:
+    w = torch.nn.Parameter(torch.ones(64))
+    with Recomputed():
+        for k in range(50):  # results die at once; the allocator hands their memory out again
+            cheap(lambda x, w: x * w, torch.full((64,), float(k)), w)
+        fresh = torch.arange(64.0)
+        out = (fresh * w).sum()
+    assert torch.equal(torch.autograd.grad(out, w)[0], fresh)
+
+
+def test_views_of_inputs_are_left_alone() -> None:
+    x = torch.randn(4, 4, requires_grad=True)
+    with Recomputed():
+        y = cheap(lambda x: x.t(), x)
+        out = (y * y).sum()
+    assert torch.equal(torch.autograd.grad(out, x)[0], 2 * x)
