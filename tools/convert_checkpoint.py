@@ -42,7 +42,15 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--max-shard-size", default="5GB", metavar="SIZE", help="hf: size of a weight file, such as 500MB (default 5GB)"
     )
-    add("--config", type=Path, metavar="FILE", help="dcp: configuration of the run that the checkpoint is made for")
+    add("--tp", type=int, default=1, metavar="N", help="megatron, zero: tensor parallel size (default 1)")
+    add("--dp", type=int, default=1, metavar="N", help="zero: data parallel size, dp x cp (default 1)")
+    add("--stage", type=int, default=3, choices=[1, 2, 3], help="zero: its stage (default 3)")
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="configuration of the run that a dcp is made for, or that a megatron or zero folder is of",
+    )
     add("--map", type=Path, metavar="FILE", help="start a run from another model's weights; see configs/maps")
     add("--dry-run", action="store_true", help="open and check SRC, say what would be written, write nothing")
     add("--list", action="store_true", help="list the formats and exit")
@@ -95,10 +103,20 @@ def run(args: argparse.Namespace) -> None:
     )
 
     form = format_named(args.to, "--to")
-    options = Options(dtype=args.dtype, max_shard_bytes=parse_size(args.max_shard_size), **read_config(args))
+    for name in ("tp", "dp"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    options = Options(
+        dtype=args.dtype,
+        max_shard_bytes=parse_size(args.max_shard_size),
+        tp=args.tp,
+        dp=args.dp,
+        stage=args.stage,
+        **read_config(args),
+    )
     dtype = target_dtype(form, options)
     check_target(args.target, form)
-    what, source = mapped(args, options) if args.map else open_named(args)
+    what, source = mapped(args, options) if args.map else open_named(args, options)
     parameters = [entry for name, entry in source.entries.items() if name.startswith("model.")]
     stream = Stream(source, dtype, lambda done, total: None)
     print(
@@ -119,11 +137,13 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def open_named(args: argparse.Namespace) -> tuple[str, Source]:
+def open_named(args: argparse.Namespace, options: Options) -> tuple[str, Source]:
     """Return the source as a checkpoint of one of the formats, and the format's name."""
     from fusiontree.checkpoint.convert.formats import open_source
 
-    form, source = open_source(args.source, args.source_format)
+    form, source = open_source(args.source, args.source_format, options)
+    if args.config and args.to != "dcp" and form.name not in ("megatron", "zero"):
+        raise UserError(f"--config has no meaning from {form.name} to {args.to}; leave it out")
     return form.name, source
 
 
@@ -148,8 +168,6 @@ def read_config(args: argparse.Namespace) -> dict:
     """Return the options that ``--config`` stands for."""
     if args.config is None:
         return {}
-    if args.to != "dcp":
-        raise UserError(f"--config describes the run of a training checkpoint; it has no meaning with --to {args.to}")
     from fusiontree.config.load import config_values, dump_config, load_config
 
     config = load_config(args.config, [f"run_dir={args.target}"])

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint.filesystem as filesystem
 import torch.distributed.checkpoint.metadata as dcp
+import torch.distributed.checkpoint.planner as planner
 
 from fusiontree.checkpoint.manifest import CheckpointDamage
 
@@ -40,6 +41,11 @@ _CLASSES |= {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): lambda name: torch.strided,  # nothing else is ever saved
     ("collections", "OrderedDict"): collections.OrderedDict,
+}
+# What megatron-core writes along: the plan of its saving; data classes, too.
+_CLASSES |= {
+    (planner.__name__, name): getattr(planner, name)
+    for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 }
 _CLASSES |= {
     (module, name): pathlib.PurePosixPath  # where a checkpoint was written once; a name, never opened

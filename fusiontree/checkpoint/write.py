@@ -39,7 +39,7 @@ def write_files(folder: Path, rank: int, pieces: dict[Rectangle, Tensor]) -> lis
     bins = _share_out(pieces)
     jobs = [(f"__{rank}_{number}.distcp", part) for number, part in enumerate(bins)]
     with ThreadPoolExecutor(max(1, len(jobs)), thread_name_prefix="checkpoint-file") as pool:
-        return list(pool.map(lambda job: _write_file(folder, *job), jobs))
+        return list(pool.map(lambda job: write_file(folder, *job), jobs))
 
 
 def _share_out(pieces: dict[Rectangle, Tensor]) -> list[list[tuple[Rectangle, Tensor]]]:
@@ -53,7 +53,12 @@ def _share_out(pieces: dict[Rectangle, Tensor]) -> list[list[tuple[Rectangle, Te
     return [part for part in bins if part]
 
 
-def _write_file(folder: Path, name: str, pieces: Iterable[tuple[Rectangle, Tensor]]) -> Written:
+def write_file(folder: Path, name: str, pieces: Iterable[tuple[Rectangle, Tensor]]) -> Written:
+    """Write one new file, a piece at a time as they come, and make it durable.
+
+    Raises:
+        OSError: the disk is full, the folder is gone …
+    """
     chunks: list[tuple[str, Chunk]] = []
     parts: list[tuple[int, str]] = []
     start = 0

@@ -6,32 +6,23 @@ import base64
 import json
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from fusiontree.checkpoint.convert.source import (
-    MODEL,
-    MOMENTS,
-    TOKENIZER_FILES,
-    Entry,
-    Source,
-    Stream,
-    checked,
-)
-from fusiontree.checkpoint.folders import MANIFEST, folder_step, step_folder
+from fusiontree.checkpoint.convert.source import MODEL, MOMENTS, TOKENIZER_FILES, Entry, Source, Stream, checked
+from fusiontree.checkpoint.folders import STATE, folder_step, step_folder
 from fusiontree.checkpoint.load import find_checkpoint, load_tensors, read_state, saved_tensors
 from fusiontree.checkpoint.manifest import file_entries, verify, write_manifest
-from fusiontree.checkpoint.save import STATE
-from fusiontree.parallel.shards import GlobalTensor
+from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, metadata_bytes
+from fusiontree.checkpoint.plan import Rectangle
+from fusiontree.checkpoint.write import Written, write_file
 from fusiontree.utils.files import atomic_write
 
+_FILE_BYTES = 4 << 30
 _STEP_NAME = re.compile(r"step-\d{8}")
 
 
@@ -73,44 +64,45 @@ class TrainingCheckpoint(Source):
         return self._ahead.pop(name)
 
 
-class LazyTensor(GlobalTensor):
-    """A tensor whose pieces are made when DCP writes them, so that no more than one exists at a time."""
+class Lazy(NamedTuple):
+    """A tensor to be written, whose rectangles are made one at a time."""
 
+    entry: Entry
+    chunks: dict[tuple[int, ...], tuple[int, ...]]
+    """Offset and shape of each rectangle."""
     make: Callable[[tuple[int, ...]], Tensor]
-    shapes: dict[tuple[int, ...], tuple[int, ...]]
-
-    @classmethod
-    def of(
-        cls, entry: Entry, make: Callable[[tuple[int, ...]], Tensor], shapes: dict[tuple[int, ...], tuple[int, ...]]
-    ) -> LazyTensor:
-        """Return a tensor of rectangles: ``shapes`` says where and how large, ``make(offset)`` returns one."""
-        tensor = cls(entry.shape, [], entry.dtype)
-        assert isinstance(tensor, LazyTensor)
-        tensor.make, tensor.shapes = make, shapes
-        return tensor
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(offset), torch.Size(shape)) for offset, shape in self.shapes.items()]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.make(tuple(index.offset or ()))
+    """Returns the rectangle at an offset."""
 
 
-def write_dcp(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write ``tensors`` (lazy ones, too) as a DCP folder.
-
-    One file a tensor: DCP keeps all tensors of a file in memory until the file is complete.
-    """
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False, sync_files=True, per_thread_copy_ahead=0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-        dcp.save(tensors, storage_writer=writer, no_dist=True)
+def whole(entry: Entry, make: Callable[[], Tensor]) -> Lazy:
+    """Return a tensor of one rectangle."""
+    return Lazy(entry, {(0,) * len(entry.shape): entry.shape}, lambda offset: make())
 
 
-def whole(entry: Entry, make: Callable[[], Tensor]) -> LazyTensor:
-    """Return a lazy tensor of one piece."""
-    origin = (0,) * len(entry.shape)
-    return LazyTensor.of(entry, lambda offset: make(), {origin: entry.shape})
+def write_dcp(folder: Path, tensors: dict[str, Lazy]) -> list[Written]:
+    """Write tensors as a DCP folder, a rectangle at a time, and return its files."""
+    files: list[list[Rectangle]] = [[]]
+    size = 0
+    for name, lazy in tensors.items():
+        if size > _FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1] += [(name, offset, shape) for offset, shape in lazy.chunks.items()]
+        size += lazy.entry.nbytes
+    written = []
+    for number, rectangles in enumerate(files):
+        pieces = ((rectangle, tensors[rectangle[0]].make(rectangle[1])) for rectangle in rectangles)
+        written.append(write_file(folder, f"__0_{number}.distcp", pieces))
+    chunks: dict[str, list[Chunk]] = {name: [] for name in tensors}
+    for file in written:
+        for name, chunk in file.chunks:
+            chunks[name].append(chunk)
+    saved = {
+        name: SavedTensor(lazy.entry.shape, lazy.entry.dtype, tuple(chunks[name])) for name, lazy in tensors.items()
+    }
+    with atomic_write(folder / METADATA, "wb") as file:
+        file.write(metadata_bytes(saved))
+    return written
 
 
 def write(folder: Path, stream: Stream, *, config_yaml: str | None, name: str) -> None:
@@ -137,13 +129,12 @@ def write(folder: Path, stream: Stream, *, config_yaml: str | None, name: str) -
         if config_yaml is not None:
             with atomic_write(folder / "config.yaml") as out:
                 out.write(config_yaml)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Lazy] = {}
     for tensor in source.entries:
         tensors[tensor] = whole(stream.entry(tensor), lambda tensor=tensor: stream.read(tensor))  # type: ignore[misc]
     if not source.has_optimizer:
         tensors.update(_zero_moments(source.entries))
-    write_dcp(target, tensors)
-    _finish(target, values | {"config": source.config}, source.files)
+    _finish(target, values | {"config": source.config}, source.files, write_dcp(target, tensors))
 
 
 def fresh_state() -> dict[str, Any]:
@@ -159,8 +150,8 @@ def fresh_state() -> dict[str, Any]:
     }
 
 
-def _zero_moments(entries: dict[str, Entry]) -> dict[str, Tensor]:
-    zeros: dict[str, Tensor] = {}
+def _zero_moments(entries: dict[str, Entry]) -> dict[str, Lazy]:
+    zeros: dict[str, Lazy] = {}
     for name, (shape, _) in entries.items():
         for prefix in MOMENTS:
             entry = Entry(shape, torch.float32)
@@ -168,10 +159,11 @@ def _zero_moments(entries: dict[str, Entry]) -> dict[str, Tensor]:
     return zeros
 
 
-def _finish(target: Path, values: dict[str, Any], files: Iterable[Path]) -> None:
+def _finish(target: Path, values: dict[str, Any], files: Sequence[Path], written: Sequence[Written]) -> None:
     for file in files:
         shutil.copyfile(file, target / file.name)
     with atomic_write(target / STATE) as out:
         json.dump(values, out, indent=1)
-    written = [file for file in target.rglob("*") if file.is_file() and file.name != MANIFEST]
-    write_manifest(target, file_entries(written, target))
+    large = {file.name: file.entry.to_dict() for file in written}
+    small = [file for file in target.rglob("*") if file.is_file() and file.name not in large]
+    write_manifest(target, large | file_entries(small, target))

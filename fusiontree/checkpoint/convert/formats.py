@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusiontree.checkpoint.convert import dcp, hf, single
+from fusiontree.checkpoint.convert import dcp, hf, megatron, single, zero, zero_write
 from fusiontree.checkpoint.convert.source import MODEL, Source, Stream, checked, tensor_hash
 from fusiontree.checkpoint.folders import MANIFEST, complete_checkpoints
 from fusiontree.models.config import ModelConfig
@@ -32,6 +32,12 @@ class Options:
     """Whole configuration of the run that a training checkpoint is made for; None keeps the source's."""
     config_yaml: str | None = None
     """The same as the text of a config.yaml."""
+    tp: int = 1
+    """megatron, zero: tensor parallel size that the parts are cut for."""
+    dp: int = 1
+    """zero: data parallel size."""
+    stage: int = 3
+    """zero: 1 | 2 | 3."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Format:
     """One line for ``--list``."""
     looks_like: Callable[[Path], bool]
     """Whether a path holds it, told by file names."""
-    open: Callable[[Path], Source]
+    open: Callable[[Path, Options], Source]
     write: Callable[[Path, Stream, Options, str], None] | None
     """Writes to a temporary place, given the target's name; None where there is no such target."""
     is_file: bool = False
@@ -65,6 +71,14 @@ def _write_single(path: Path, stream: Stream, options: Options, name: str) -> No
     single.write(path, stream)
 
 
+def _write_megatron(folder: Path, stream: Stream, options: Options, name: str) -> None:
+    megatron.write(folder, stream, tp=options.tp)
+
+
+def _write_zero(folder: Path, stream: Stream, options: Options, name: str) -> None:
+    zero_write.write(folder, stream, stage=options.stage, dp=options.dp, tp=options.tp)
+
+
 FORMATS = {
     form.name: form
     for form in (
@@ -72,23 +86,37 @@ FORMATS = {
             "dcp",
             "our training checkpoint: a run folder (its newest checkpoint) or RUN/checkpoints/step-XXXXXXXX",
             _is_dcp,
-            dcp.TrainingCheckpoint,
+            lambda path, options: dcp.TrainingCheckpoint(path),
             _write_dcp,
         ),
         Format(
             "hf",
             "Hugging Face folder: sharded safetensors, tokenizer, code for trust_remote_code=True",
             lambda path: (path / hf.CONFIG).is_file() and any(path.glob("*.safetensors")),
-            hf.HuggingFaceFolder,
+            lambda path, options: hf.HuggingFaceFolder(path),
             _write_hf,
         ),
         Format(
             "safetensors",
             "one file of weights under our names, in fp32 or bf16",
             lambda path: path.is_file() and path.suffix == ".safetensors",
-            single.WeightFile,
+            lambda path, options: single.WeightFile(path),
             _write_single,
             is_file=True,
+        ),
+        Format(
+            "megatron",
+            "distributed checkpoint of Megatron-core (torch_dist), cut for --tp, with moments",
+            megatron.is_megatron,
+            lambda path, options: megatron.MegatronFolder(path, options.config),
+            _write_megatron,
+        ),
+        Format(
+            "zero",
+            "folder of DeepSpeed's save_checkpoint, ZeRO-1, 2 or 3 (--stage), for --dp and --tp, with moments",
+            zero.is_zero,
+            lambda path, options: zero.ZeroFolder(path, options.config),
+            _write_zero,
         ),
     )
 }
@@ -124,20 +152,21 @@ def recognise(path: Path) -> str:
     )
 
 
-def open_source(path: Path, name: str | None) -> tuple[Format, Source]:
+def open_source(path: Path, name: str | None, options: Options) -> tuple[Format, Source]:
     """Open a checkpoint, of the named format or of the one that its files show.
 
     Raises:
         UserError: it does not exist, or is of another format than named.
+        CheckpointDamage: a file of it is damaged.
     """
     if name is not None:
         wanted = format_named(name, "--from")
         seen = recognise(path)
         if seen != name and not wanted.looks_like(path):
             raise UserError(f"source '{path}' looks like {seen}, not like --from {name}; leave --from out")
-        return wanted, wanted.open(path)
+        return wanted, wanted.open(path, options)
     form = FORMATS[recognise(path)]
-    return form, form.open(path)
+    return form, form.open(path, options)
 
 
 def check_target(target: Path, form: Format) -> None:
@@ -177,7 +206,7 @@ def convert(
     """
     check_target(target, form)
     assert form.write is not None
-    if options.config is not None:
+    if options.config is not None and form.name == "dcp":
         wanted = ModelConfig.model_validate(options.config["model"])
         source.entries = checked(source.entries, wanted, "the source's weights and the --config given")
         source.config = options.config
@@ -193,7 +222,7 @@ def convert(
         if not form.is_file:
             partial.mkdir()
         form.write(partial, stream, options, target.name)
-        _compare(stream, form.open(partial))
+        _compare(stream, form.open(partial, replace(options, config=source.config)))
         for folder in [partial, *partial.rglob("*")] if partial.is_dir() else []:
             if folder.is_dir():
                 fsync_directory(folder)
@@ -207,9 +236,9 @@ def convert(
 
 def target_dtype(form: Format, options: Options) -> torch.dtype | None:
     """Return what type parameters take; None keeps the source's."""
-    if form.name == "dcp":
+    if form.name in ("dcp", "zero"):
         if options.dtype == "bf16":
-            raise UserError("a training checkpoint holds fp32 weights; leave --dtype out, or convert to hf")
+            raise UserError(f"--to {form.name} holds fp32 weights; leave --dtype out, or convert to hf")
         return torch.float32
     return None if options.dtype is None else DTYPES[options.dtype]
 
@@ -219,7 +248,9 @@ def written_bytes(stream: Stream, form: Format) -> int:
     weights = sum(stream.entry(name).nbytes for name in stream.source.entries if name.startswith(MODEL))
     if form.name in ("hf", "safetensors"):
         return weights
-    return stream.total if stream.source.has_optimizer else 3 * weights
+    if form.name == "zero":  # once more in the files that it is put together in
+        return 7 * weights
+    return 3 * weights if form.name == "dcp" and not stream.source.has_optimizer else stream.total
 
 
 def _compare(stream: Stream, written: Source) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,9 +16,13 @@ from torch import Tensor
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import atomic_write
 
 MODEL, MOMENTS = "model.", ("optimizer.exp_avg.", "optimizer.exp_avg_sq.")
 """Prefixes of the names in a training checkpoint: parameters, AdamW's first and second moments."""
+
+OURS = "fusiontree.json"
+"""Configuration and small values beside the files of another library, which do not read it."""
 
 TOKENIZER_FILES = ("tokenizer_info.json", "tokenizer.json")
 """What a training checkpoint carries of its tokenizer."""
@@ -140,3 +145,27 @@ def checked(entries: dict[str, Entry], config: ModelConfig, place: str) -> dict[
         )
     rest = {name: entry for name, entry in entries.items() if name not in wanted}
     return {name: entries[name] for name in wanted} | rest
+
+
+def known(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the configuration and small values of a folder of another library's format.
+
+    Args:
+        path: of the folder, where :func:`write_ours` may have left them.
+        config: given by the user, which goes before.
+
+    Raises:
+        UserError: there is neither.
+    """
+    ours: dict[str, Any] = {"config": None, "state": None}
+    if (path / OURS).is_file():
+        ours = json.loads((path / OURS).read_text(encoding="utf-8"))
+    if config is None and ours["config"] is None:
+        raise UserError(f"{path} does not say which model it holds; give --config FILE with the run's configuration")
+    return config or ours["config"], ours["state"]
+
+
+def write_ours(folder: Path, source: Source) -> None:
+    """Leave configuration and small values beside files that have no place for them."""
+    with atomic_write(folder / OURS) as file:
+        json.dump({"config": source.config, "state": source.state}, file, indent=1)

@@ -70,7 +70,7 @@ def test_errors_name_the_way_out(run: Path, tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "taken").mkdir()
     assert "name a new one" in refused(capsys, run, tmp_path / "taken", "--to", "hf")
     config = ROOT / "configs" / "quickstart.yaml"
-    assert "no meaning with --to hf" in refused(capsys, run, target, "--to", "hf", "--config", config)
+    assert "no meaning from dcp to hf" in refused(capsys, run, target, "--to", "hf", "--config", config)
     assert not target.exists()
 
 
