@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     setting("batch_size", "N", type=int)
     setting("seed", "N", type=int)
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON object to this file")
+    parser.add_argument("--check", action="store_true", help="check options, checkpoint and data, then exit")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument(
         "--dtype",
@@ -89,12 +90,16 @@ def run(args: argparse.Namespace) -> None:
     from fusiontree.evaluation.tasks import Evaluation, table
     from fusiontree.utils.device import choose_device
 
-    device, dtype = choose_device(args.device, args.dtype)
     if args.output and not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: the folder '{args.output.parent}' does not exist")
     given = {name: getattr(args, name) for name in EvaluationConfig.model_fields if getattr(args, name) is not None}
     evaluation_settings(given)  # errors in the options need no checkpoint
     folder = find_checkpoint(args.checkpoint)
+    if args.check:
+        check_inputs(given)
+        print(f"ok: {folder}")
+        return
+    device, dtype = choose_device(args.device, args.dtype)
     model, resolved = load_model(folder, device, dtype)
     settings = evaluation_settings({**resolved.get("evaluation", {}), **given})
     data = resolved.get("data", {})
@@ -118,6 +123,18 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(values))
     if args.output:
         args.output.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def check_inputs(given: dict[str, Any]) -> None:
+    """Look for the data that the command line names.
+
+    Raises:
+        UserError: some is not there.
+    """
+    for option, paths in (("--data", [given.get("data")]), ("--text", given.get("text") or [])):
+        for path in paths:
+            if path is not None and "://" not in str(path) and not Path(path).exists():
+                raise UserError(f"{option} {path}: there is no such file or folder")
 
 
 def evaluation_settings(values: dict[str, Any]) -> EvaluationConfig:

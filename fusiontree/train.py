@@ -15,6 +15,7 @@ from fusiontree.config.load import config_values, dump_config, load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
 from fusiontree.training.run_folder import check_run_folder
+from fusiontree.training.stop import STOP_SIGNALS, leave_when_warned
 from fusiontree.utils.environment import keep_flight_record, process_place
 from fusiontree.utils.errors import UserError
 
@@ -44,6 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check", action="store_true", help="check configuration, run folder and data as training would, then exit"
     )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="for a check: the processes that the run will have (default: there are)",
+    )
+    parser.add_argument("--print-run-dir", action="store_true", help="check all but the data, print run_dir and exit")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser
@@ -65,12 +73,16 @@ def main(argv: list[str] | None = None) -> int:
         if args.print_config:
             print(dump_config(config), end="")
             return 0
-        check_layout(config.model, config.parallel, config.training, place.world_size)
+        check_layout(config.model, config.parallel, config.training, args.world_size or place.world_size)
         check_run_folder(Path(config.run_dir), config_values(config))
+        if args.print_run_dir:
+            print(config.run_dir)
+            return 0
         if args.check:
             check_data(config)
             print(f"ok: {args.config}, run_dir {config.run_dir}")
             return 0
+        leave_when_warned(75)
         return train(config)
     except UserError as error:
         # Every rank meets the same error; one message is enough, unless it is this rank's own.
@@ -185,8 +197,10 @@ def train(config: Config) -> int:
         if layout.is_main:
             lease.release()
         if outcome is Outcome.INTERRUPTED:
-            # The first rank to leave makes srun end the others with SIGTERM; they too are to leave with their own code.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            # The first rank to leave makes srun end the others with SIGTERM, and launchers repeat the signal that they
+            # pass on; all ranks are to leave with their own code.
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
             layout.barrier()
     return 75 if outcome is Outcome.INTERRUPTED else 0
 

@@ -1,30 +1,43 @@
 #!/usr/bin/env bash
-# One process a GPU (or a task) under Slurm's srun, without ssh: srun starts the processes, rank 0's node is where they
-# meet. Run inside an allocation:
+# All ranks of a Slurm allocation, without ssh: srun starts them, and rank 0's node is where they meet. Run inside an
+# allocation (slurm/pretrain.sh does):
 #
-#   salloc -N2 --ntasks-per-node=8 --gpus-per-node=8
+#   salloc -N2 --gpus-per-node=8
 #   launchers/srun.sh --config configs/pretrain_v1.yaml training.max_steps=100
 #
-# FUSIONTREE_PYTHON  the python to run (default: .venv/bin/python beside the project, else python3)
+# LAUNCHER           srun (default): Slurm's own daemon on each node starts that node's ranks, and the exit code is theirs
+#                    torchrun, deepspeed: srun starts one launchers/torchrun.sh or launchers/deepspeed.sh on each node
+# PROCESSES          ranks on each node (default: --ntasks-per-node of the allocation, else its GPUs per node, else 1)
+# LOG_DIR            folder for one log file a rank; without it all ranks write to the terminal
 # SRUN_ARGS          more arguments for srun: --container-image=…, --container-mounts=…, --cpu-bind=…
+# FUSIONTREE_PYTHON  the python to run (default: .venv/bin/python beside the project, else python3)
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launchers/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [ -z "${SLURM_JOB_ID:-}" ]; then
-    echo "error: launchers/srun.sh runs inside a Slurm allocation; use sbatch slurm/pretrain.sh or salloc first" >&2
+    echo "error: launchers/srun.sh runs inside a Slurm allocation; use slurm/pretrain.sh or salloc first" >&2
     exit 2
 fi
-python=${FUSIONTREE_PYTHON:-$root/.venv/bin/python}
-[ -x "$python" ] || python=python3
-
-# The processes learn their ranks from SLURM_PROCID; where they meet is set here. The port follows from the job id, so
-# two jobs on one node do not meet each other.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# A node's name need not be an address; what Slurm itself reaches it by is.
-MASTER_ADDR=${MASTER_ADDR:-$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)}
-MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-export MASTER_ADDR MASTER_PORT
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+place_in_slurm
+PROCESSES=${PROCESSES:-1}
+output=()
+case ${LAUNCHER:-srun} in
+srun)
+    tasks=$PROCESSES command=("$python" -m "${MODULE:-fusiontree.train}")
+    [ -z "${LOG_DIR:-}" ] || output=(--output="$LOG_DIR/job-$SLURM_JOB_ID.rank-%t.log" --open-mode=append)
+    ;;
+torchrun | deepspeed)
+    tasks=1 command=("$root/launchers/$LAUNCHER.sh")
+    unset NODE_RANK # each node's launcher has its own
+    [ -z "${LOG_DIR:-}" ] || output=(--output="$LOG_DIR/job-$SLURM_JOB_ID.node-%n.log" --open-mode=append)
+    ;;
+*)
+    echo "error: LAUNCHER=$LAUNCHER; it is srun, torchrun or deepspeed" >&2
+    exit 2
+    ;;
+esac
 
 # A rank that fails ends the step: its peers would wait for it in a collective.
 # shellcheck disable=SC2086
-exec srun --kill-on-bad-exit=1 --export=ALL ${SRUN_ARGS:-} "$python" -m fusiontree.train "$@"
+exec srun --kill-on-bad-exit=1 --export=ALL --nodes="$NNODES" --ntasks="$((NNODES * tasks))" --ntasks-per-node="$tasks" \
+    ${output[@]+"${output[@]}"} ${SRUN_ARGS:-} "${command[@]}" "$@"

@@ -1,40 +1,49 @@
 #!/usr/bin/env bash
-# One workstation, or several nodes that meet at an address, under torchrun; a failed worker restarts all from the last
-# checkpoint.
+# One workstation, or several nodes that meet at an address, under torchrun; a failed rank restarts all of them from the
+# last checkpoint.
 #
 #   launchers/torchrun.sh --config configs/mine.yaml training.max_steps=1000
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launchers/torchrun.sh --config configs/mine.yaml     (on each node)
+#   LAUNCHER=torchrun slurm/pretrain.sh …                                                           (under Slurm)
 #
-# PROCESSES     workers on this node (default: its GPUs, else 2)
-# MAX_RESTARTS  how often a failure may restart the workers (default 3)
-# FUSIONTREE_PYTHON  the python to run (default: .venv/bin/python beside the project, else python3)
-set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${FUSIONTREE_PYTHON:-$root/.venv/bin/python}
-[ -x "$python" ] || python=python3
-if [ -z "${PROCESSES:-}" ]; then
-    PROCESSES=$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')
-fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# PROCESSES         ranks on this node (default: its GPUs, else 2)
+# MAX_RESTARTS      how often a failure may restart the ranks (default 3)
+# SHUTDOWN_TIMEOUT  seconds that ranks have to save after a signal before they are killed (default 600)
+# JOIN_TIMEOUT      seconds that nodes wait for each other at a start or restart (default 1800)
+# LOG_DIR           folder for the ranks' logs (default: logs in the run folder)
+# FUSIONTREE_PYTHON the python to run (default: .venv/bin/python beside the project, else python3)
+#
+# Exit codes: 0 the run is at its end; 75 it was saved after a signal, start it again to go on; 2 something given is
+# wrong; anything else it failed.
+set -uo pipefail
+# shellcheck source=launchers/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+place_in_slurm
+count_processes
+find_run_dir "$((${NNODES:-1} * PROCESSES))" "$@"
 
 if [ "${NNODES:-1}" = 1 ]; then
     where=(--standalone)
 else
     : "${MASTER_ADDR:?NNODES is $NNODES: set MASTER_ADDR to the address of the first node}"
     : "${NODE_RANK:?NNODES is $NNODES: set NODE_RANK to the number of this node, from 0}"
-    where=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+    MASTER_PORT=${MASTER_PORT:-29500}
+    # The first node keeps the rendezvous. Nodes that lose each other for a while meet there again.
+    first=$([ "$NODE_RANK" = 0 ] && echo true || echo false)
+    where=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT"
+        --rdzv-id "fusiontree-${SLURM_JOB_ID:-0}"
+        --rdzv-conf "is_host=$first,join_timeout=${JOIN_TIMEOUT:-1800},read_timeout=${JOIN_TIMEOUT:-1800}")
+    # Any node may become the ranks' meeting point, and the name of a host need not be an address that its peers know.
+    where+=(--local-addr "$(address_towards "$MASTER_ADDR")")
+    unset MASTER_ADDR MASTER_PORT # torchrun tells its ranks where they meet
 fi
-# A wrong configuration is found here, once, rather than by every worker and every restart.
-WORLD_SIZE=1 RANK=0 "$python" -c '
-import sys
-from fusiontree.config.load import load_config
-from fusiontree.train import build_parser
-from fusiontree.utils.errors import UserError
-try:
-    args = build_parser().parse_args(sys.argv[1:])
-    load_config(args.config, args.overrides)
-except UserError as error:
-    sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
-' "$@"
-exec "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$PROCESSES" \
-    --max-restarts "${MAX_RESTARTS:-3}" -m fusiontree.train "$@"
+
+# Without this, restarted ranks meet in the store of the attempt that failed and find its dead addresses (torch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# torchrun by itself dies of SIGUSR1 and leaves the ranks behind; handled, it passes the signal on and waits.
+run_with_signals "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$PROCESSES" \
+    --max-restarts "${MAX_RESTARTS:-3}" --shutdown-timeout "${SHUTDOWN_TIMEOUT:-600}" \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+    --log-dir "${LOG_DIR:-$run_dir/logs}" --tee 3 -m fusiontree.train "$@"
+if [ "$code" -ne 0 ] && saved_after_signal; then code=75; fi
+exit "$code"

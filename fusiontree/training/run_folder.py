@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,18 @@ def check_run_folder(run_dir: Path, values: dict[str, Any]) -> None:
     """Check that ``run_dir`` is new, empty, or the folder of this very run; writes nothing.
 
     Raises:
-        UserError: it holds another run (the differing fields are named) or files that are no run's.
+        UserError: it holds another run (the differing fields are named), files that are no run's, or cannot be
+            written.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir '{run_dir}' is a file; name a folder")
+    existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir '{run_dir}': nothing can be written to '{existing}'; name another run_dir")
     saved_file = run_dir / CONFIG
     if not saved_file.is_file():
-        others = (
-            sorted(p.name for p in run_dir.iterdir() if p.name not in ("data", LEASE, GUARD))
-            if run_dir.is_dir()
-            else []
-        )
+        known = ("data", "logs", LEASE, GUARD)
+        others = sorted(p.name for p in run_dir.iterdir() if p.name not in known) if run_dir.is_dir() else []
         if others:
             shown = ", ".join(others[:4]) + (" …" if len(others) > 4 else "")
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
@@ -28,3 +29,14 @@ class StopRequest:
         if self.signal_name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
+
+
+def leave_when_warned(code: int) -> None:
+    """Until :class:`StopRequest` listens, end the process at once on SIGUSR1: there is nothing to save yet.
+
+    Schedulers warn with SIGUSR1. SIGTERM keeps its meaning: launchers end the peers of a failed process with it.
+
+    Args:
+        code: exit code that tells a scheduler to start the run again.
+    """
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(code))

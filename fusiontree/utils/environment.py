@@ -36,20 +36,29 @@ def process_place() -> ProcessPlace:
             rank=int(env["RANK"]),
             world_size=int(env["WORLD_SIZE"]),
             local_rank=int(env.get("LOCAL_RANK", "0")),
-            local_world_size=int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1"))),
+            local_world_size=int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"]),
         )
     elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "MASTER_ADDR" in env:
         place = ProcessPlace(
             rank=int(env["SLURM_PROCID"]),
             world_size=int(env["SLURM_NTASKS"]),
             local_rank=int(env["SLURM_LOCALID"]),
-            local_world_size=int(env.get("SLURM_NTASKS_PER_NODE", "1")),
+            local_world_size=_tasks_of_node(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"])),
         )
     else:
         place = ProcessPlace(rank=0, world_size=1, local_rank=0, local_world_size=1)
     if not 0 <= place.rank < place.world_size:
         raise ValueError(f"RANK={place.rank} is outside WORLD_SIZE={place.world_size}; check the launcher's variables")
     return place
+
+
+def _tasks_of_node(counts: str, node: int) -> int:
+    """Return a node's number of tasks from Slurm's list of them, such as ``4(x2),3``."""
+    tasks = []
+    for part in counts.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        tasks += [int(count)] * int(times or "1")
+    return tasks[node]
 
 
 def rendezvous_given() -> bool:
@@ -60,6 +69,16 @@ def rendezvous_given() -> bool:
 def slurm_job() -> tuple[str, int]:
     """Return the Slurm job's id and how often it was requeued; ``("", 0)`` outside Slurm."""
     return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def meeting_point() -> tuple[str, int] | None:
+    """Return address and port where the job's processes meet, or None where no launcher gave one."""
+    return (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if rendezvous_given() else None
+
+
+def fail_on_nccl_timeout() -> None:
+    """Make a time-out of NCCL an error of the waiting call rather than the end of the process."""
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
 
 
 def keep_flight_record() -> None:

@@ -1,0 +1,75 @@
+# Sourced by every launcher and by slurm/*.sh: the project, its python, where this node stands among the nodes, and how
+# signals reach the ranks. This is the one translation of Slurm's variables for launchers; what a single process makes
+# of its own is in fusiontree/utils/environment.py. Whatever is set already stays.
+# shellcheck shell=bash
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${FUSIONTREE_PYTHON:-$root/.venv/bin/python}
+[ -x "$python" ] || python=$(command -v "$python" || command -v python3)
+# A clone is used as it is; it need not be installed in the environment.
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
+
+# Sets NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and, where it is known, PROCESSES (ranks on each node).
+place_in_slurm() {
+    [ -n "${SLURM_JOB_ID:-}" ] || return 0
+    NNODES=${NNODES:-${SLURM_JOB_NUM_NODES:-1}}
+    NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
+    if [ -z "${MASTER_ADDR:-}" ]; then
+        # Ranks meet on the first node. A node's name need not be an address; what Slurm reaches it by is.
+        local first
+        first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        MASTER_ADDR=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+    fi
+    # The port follows from the job, so that two jobs on one node do not meet each other.
+    MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+    PROCESSES=${PROCESSES:-${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}}
+    export NNODES NODE_RANK MASTER_ADDR MASTER_PORT PROCESSES
+}
+
+# Sets PROCESSES to this machine's GPUs, or 2 where it has none.
+count_processes() {
+    [ -n "${PROCESSES:-}" ] || PROCESSES=$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')
+    export PROCESSES
+}
+
+# Prints this node's address on the network that leads to another one.
+address_towards() {
+    "$python" -c 'import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    probe.connect((sys.argv[1], 9))  # sends nothing; chooses the route
+    print(probe.getsockname()[0])' "$1"
+}
+
+# find_run_dir WORLD_SIZE ARGUMENTS… sets run_dir; a wrong configuration or layout ends the script here, once, rather
+# than in every rank and every restart.
+find_run_dir() {
+    run_dir=$("$python" -m fusiontree.train --print-run-dir --world-size "${1:-1}" "${@:2}") || exit 2
+}
+
+# Reaches the ranks behind a launcher's process: replaced by launchers that do not pass signals on themselves.
+pass_signal() { kill "-$1" "$2" 2>/dev/null; }
+
+# Runs a launcher and passes signals on to it; sets code (its exit code) and signalled (the last signal, or nothing).
+run_with_signals() {
+    local child signal
+    signalled="" code=0
+    "$@" &
+    child=$!
+    for signal in USR1 TERM INT HUP; do
+        # shellcheck disable=SC2064
+        trap "signalled=$signal; pass_signal $signal $child" "$signal"
+    done
+    # A trapped signal ends wait early, with a code over 128, while the child still runs.
+    while :; do
+        wait "$child"
+        code=$?
+        kill -0 "$child" 2>/dev/null || break
+    done
+    trap - USR1 TERM INT HUP
+}
+
+# A launcher that was signalled ends with a code of its own; whether the run was saved is in its events.
+saved_after_signal() {
+    [ -n "$signalled" ] && tail -n 1 "$run_dir/events.jsonl" 2>/dev/null | grep -q '"event": "interrupted"'
+}

@@ -1,0 +1,96 @@
+# Sourced by slurm/pretrain.sh and slurm/evaluate.sh: the site's settings, arguments, checks, queueing.
+# shellcheck shell=bash
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+SBATCH_OPTIONS=${SBATCH_OPTIONS:-}
+# shellcheck disable=SC1091
+[ ! -f "$here/site.sh" ] || source "$here/site.sh"
+# shellcheck source=launchers/environment.sh
+source "$here/../launchers/environment.sh"
+
+# Sets options (for sbatch), chain (jobs to queue) and arguments (the rest).
+split_arguments() {
+    options=() arguments=() chain=1
+    local word end=""
+    for word in "$@"; do if [ "$word" = -- ]; then end=yes; fi; done
+    while [ $# -gt 0 ]; do
+        case $1 in
+        --) shift; break ;;
+        --chain=*) chain=${1#--chain=} ;;
+        -*) options+=("$1") ;;
+        *) if [ -n "$end" ]; then options+=("$1"); else break; fi ;;
+        esac
+        shift
+    done
+    arguments=("$@")
+    case $chain in '' | *[!0-9]* | 0*)
+        echo "error: --chain=$chain; give the number of jobs, such as --chain=5" >&2
+        exit 2
+        ;;
+    esac
+}
+
+# Prints the numbers of processes that the job may have: inside it the one there is, before it one for each number of
+# nodes that the options allow.
+world_sizes() {
+    if [ -n "${SLURM_JOB_ID:-}" ]; then
+        (place_in_slurm && echo $((NNODES * ${PROCESSES:-1})))
+        return
+    fi
+    local word previous="" nodes=1 gpus="" tasks="" count
+    # shellcheck disable=SC2086
+    for word in ${SBATCH_OPTIONS} ${options[@]+"${options[@]}"}; do
+        case $previous in -N | --nodes | --gpus-per-node | --ntasks-per-node | --gres) word=$previous=$word ;; esac
+        case $word in
+        -N=* | --nodes=*) nodes=${word#*=} ;;
+        -N?*) nodes=${word#-N} ;;
+        --gpus-per-node=* | --gres=gpu*) gpus=${word##*[=:]} ;;
+        --ntasks-per-node=*) tasks=${word#*=} ;;
+        esac
+        previous=$word
+    done
+    for ((count = ${nodes%-*}; count <= ${nodes#*-}; count++)); do
+        echo $((count * ${PROCESSES:-${tasks:-${gpus:-1}}}))
+    done
+}
+
+# Runs one of our programs once, where its packages are: here, else in a container on a node of the job.
+ask() {
+    if "$python" -c 'import yaml, pydantic' 2>/dev/null; then
+        "$python" -m "$@"
+    elif [ -n "${SLURM_JOB_ID:-}" ]; then
+        # shellcheck disable=SC2086
+        srun --nodes=1 --ntasks=1 ${SRUN_ARGS:-} "$python" -m "$@"
+    else
+        echo "note: $python here lacks the project's packages (are they in a container?); the job itself will check" >&2
+    fi
+}
+
+# Queues this script with the options and arguments, as often as the chain is long, and ends the script.
+queue() {
+    local link job previous=""
+    local -a after=()
+    [ "$chain" = 1 ] || export FUSIONTREE_CHAIN=$chain
+    for ((link = 1; link <= chain; link++)); do
+        # The next job starts unless this one succeeded; then Slurm removes the rest.
+        [ -z "$previous" ] || after=("--dependency=afternotok:$previous" --kill-on-invalid-dep=yes)
+        # shellcheck disable=SC2086
+        job=$(sbatch --parsable ${SBATCH_OPTIONS} ${options[@]+"${options[@]}"} ${after[@]+"${after[@]}"} "$1" "${arguments[@]}") ||
+            exit 2
+        previous=${job%%;*}
+        echo "queued job $previous"
+    done
+    exit 0
+}
+
+# True when another job, already queued, continues this one.
+continued_elsewhere() { [ -n "${FUSIONTREE_CHAIN:-}" ] || [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; }
+
+# Prints what the ranks' logs of this job end with, where they speak of an error.
+show_errors() {
+    local file
+    for file in "$1"/job-"$SLURM_JOB_ID".*.log; do
+        [ -f "$file" ] || continue
+        tail -n 60 "$file" | grep -iE '^error|Error:|Killed|out of memory' | tail -n 3 | sed "s|^|${file##*/}: |" >&2
+    done
+}
