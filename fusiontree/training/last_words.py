@@ -59,6 +59,12 @@ def explain(reports: list[dict[str, Any]]) -> str:
     if own:
         first = min(own, key=lambda report: report["unix_time"])
         return f"{_name(first)} failed in '{first['section']}': {first['error']}"
+    cut = next((r for r in reports if r.get("silent_hosts")), None)
+    if cut is not None:
+        hosts = ", ".join(cut["silent_hosts"][:4])
+        return (
+            f"{_name(cut)} waited in '{cut['section']}'{_at_step(cut)} and no longer reaches {hosts}: link or host down"
+        )
     present = {report["rank"] for report in reports}
     missing = sorted(set(range(reports[0].get("world_size", 0))) - present)
     waiting = f"{_name(reports[0])} waited in '{reports[0]['section']}'" + _at_step(reports[0])

@@ -41,6 +41,7 @@ from fusiontree.training.stop import StopRequest
 from fusiontree.training.watchdog import Watchdog, in_short
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.flight_record import flight_record
+from fusiontree.utils.reach import Peers, own_place
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +165,7 @@ class Trainer:
         with watch.section("health check", config.slow_timeout_s):
             self.records.open_mirror(self.settings.logging.wandb, run_dir, values, self.position.step)
             self.checks.at_start(run_dir, values)
+            watch.silent_hosts = Peers(self.engine.gather_text(own_place())).silent
         progress = Progress(config.max_steps)
         progress.mark(self.position.step)
         last_step = min(config.max_steps, config.exit_at_step or config.max_steps)

@@ -54,6 +54,8 @@ class Watchdog:
         self.rank, self.world_size = rank, world_size
         self.step = 0
         """The optimizer step the process is in, for the report."""
+        self.silent_hosts: Callable[[], list[str]] = list
+        """Returns the job's hosts that no longer answer this one, for the report."""
         self._leave = leave
         self._flight_record = flight_record
         self._entered = 0
@@ -115,6 +117,7 @@ class Watchdog:
         message = f"rank {self.rank} hung: '{name}' lasted {lasted:.0f} s, more than its limit of {limit:.0f} s"
         _complain(f"{message}; stacks are in {self.run_dir / FOLDER}")
         values = {**self._state("hang", name), "seconds": round(lasted, 1), "limit": limit}
+        values["silent_hosts"] = self.silent_hosts()
         try:
             write_report(self.run_dir, self.rank, values)
             with (self.run_dir / FOLDER / f"rank-{self.rank}.stacks.txt").open("w") as file:
