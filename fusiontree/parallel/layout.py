@@ -8,6 +8,8 @@ ranks are neighbours. rank = (dp_rank * cp + cp_rank) * tp + tp_rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -228,3 +230,22 @@ class Layout:
         # After an error the peers may wait in a collective; destroying NCCL groups would wait for them too.
         if kind is None:
             self.close()
+
+
+@contextmanager
+def temporary_group(device: torch.device, store: dist.Store, rank: int, size: int, timeout_s: float) -> Iterator[None]:
+    """Be in a process group that meets at ``store`` while there is no other; leaving ends it.
+
+    Args:
+        device: nccl on GPUs, gloo on CPUs.
+        store: holds nothing of another group.
+        rank: this process's in the group.
+        size: of the group.
+        timeout_s: how long a collective may wait for its peers.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
