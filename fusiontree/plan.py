@@ -1,0 +1,117 @@
+"""Does a configuration fit, how fast would it be, and which layout is best? ``python -m fusiontree.plan --config FILE
+--gpus N``: arithmetic alone, on any machine.
+
+Prints the assumptions and a table of layouts, the configured one first; the last line of standard output is one JSON
+object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fusiontree.config.load import load_config
+from fusiontree.config.root import Config
+from fusiontree.parallel.validate import check_layout, valid_tp
+from fusiontree.utils.errors import UserError
+
+_ASSUMPTIONS = (
+    "bf16 rates of one profiled step of hybrid_1b_32k on one H100 SXM (configs/bench/NOTES.md); other devices differ",
+    "one document a row; the longest stage of a curriculum; 92% of the memory is usable; half of the communication "
+    "that could hide behind computation does; links {node:g} GB/s in a node, {network:g} between nodes, for one GPU",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusiontree.plan", description="Estimate memory and speed of a configuration; nothing is run."
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the run's configuration")
+    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="of the whole job")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
+    parser.add_argument("--memory-gib", type=float, default=80, metavar="G", help="of one GPU (default 80)")
+    parser.add_argument("--node-gb-per-s", type=float, default=300, metavar="R", help="link of a GPU in its node")
+    parser.add_argument("--network-gb-per-s", type=float, default=40, metavar="R", help="of a GPU, between nodes")
+    parser.add_argument("--rows", type=int, default=8, metavar="N", help="other layouts to show (default 8)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    return parser
+
+
+def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
+    """Yield the configuration in every layout that it allows: tp inside a node, cp, kinds of recomputation."""
+    for tp in valid_tp(config.model, limit=gpus_per_node):
+        for cp in (2**power for power in range(gpus.bit_length())):
+            for mode in ("none", "selective", "full"):
+                parallel = config.parallel.model_copy(update={"tp": tp, "cp": cp})
+                update = {"activation_checkpointing": mode, "checkpointed_layers": None}
+                candidate = config.model_copy(
+                    update={"parallel": parallel, "training": config.training.model_copy(update=update)}
+                )
+                try:
+                    check_layout(candidate.model, parallel, candidate.training, gpus)
+                except UserError:
+                    continue
+                # A step has no more rows than its batch: ranks beyond would idle.
+                if gpus // (tp * cp) * config.training.micro_batch_size <= config.training.global_batch_size:
+                    yield candidate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the entry; return the exit code: 0 the configuration fits, 1 it does not, 2 something given is wrong."""
+    args = build_parser().parse_args(argv)
+    try:
+        return run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Estimate and print; return the exit code of :func:`main`.
+
+    Raises:
+        UserError: configuration or layout are wrong.
+    """
+    from fusiontree.parallel.estimate import Hardware, estimate
+
+    if args.gpus < 1:
+        raise UserError(f"--gpus {args.gpus}: give at least 1")
+    config = load_config(args.config, args.overrides)
+    check_layout(config.model, config.parallel, config.training, args.gpus)
+    hardware = Hardware(args.memory_gib, args.gpus_per_node, args.node_gb_per_s, args.network_gb_per_s)
+
+    def estimated(one: Config) -> dict[str, Any]:
+        return estimate(one.model, one.parallel, one.training, args.gpus, hardware).values()
+
+    own = estimated(config)
+    others = [estimated(one) for one in layouts(config, args.gpus, args.gpus_per_node)]
+    others.sort(key=lambda one: (not one["fits"], -one["tokens_per_s"]))
+    fitting = [one for one in others if one["fits"]]
+    assumptions = [text.format(node=args.node_gb_per_s, network=args.network_gb_per_s) for text in _ASSUMPTIONS]
+    for text in assumptions:
+        print(f"assumed: {text}")
+    head = ("layout", "recompute", "passes", "states", "gathered", "activations", "total GiB", "step s", "tokens/s/GPU")
+    print(("{:24}{:>11}{:>8}" + "{:>13}" * 6).format(*head))
+    for name, one in [("configured", own), *[("", one) for one in others[: args.rows]]]:
+        layout = f"{name or one['engine']} dp{one['dp']} cp{one['cp']} tp{one['tp']}"
+        memory = [f"{one[key]:.1f}" for key in ("states_gib", "gathered_gib", "activations_gib", "total_gib")]
+        memory[-1] += "" if one["fits"] else " !"
+        speed = [f"{one['step_s']:.2f}", f"{one['tokens_per_s_per_gpu']:,.0f}"]
+        cells = (layout, one["activation_checkpointing"], one["accumulation"], *memory, *speed)
+        print(("{:24}{:>11}{:>8}" + "{:>13}" * 6).format(*cells))
+    if own["fits"]:
+        print(f"the configured layout fits {args.memory_gib:g} GiB")
+    else:
+        best = f"the fastest that does is {fitting[0]}" if fitting else "no layout of this model on so many GPUs does"
+        print(f"the configured layout does not fit {args.memory_gib:g} GiB (marked !); {best}")
+    values = {"gpus": args.gpus, "assumptions": assumptions, "configured": own, "others": others[: args.rows]}
+    print(json.dumps(values))
+    return 0 if own["fits"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
