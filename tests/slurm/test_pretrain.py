@@ -63,9 +63,9 @@ def test_the_time_limit_itself_warns(cluster: SlurmCluster, data: Path, tmp_path
     """Slurm's own clock sends the signal, up to a minute early; the job is saved and back in the queue in time."""
     config, log, run = write_config(tmp_path, data), tmp_path / "job.log", tmp_path / "run"
     endless = ("training.max_steps=100000", "training.eval_interval=0")
-    job = submit(cluster, log, config, "--nodes=1", "--time=2", "--signal=B:USR1@45", overrides=endless)
+    job = submit(cluster, log, config, "--nodes=1", "--time=4", "--signal=B:USR1@60", overrides=endless)
     try:
-        cluster.wait_for(lambda: "saved; requeueing" in read(log), "the requeue", 170)
+        cluster.wait_for(lambda: "saved; requeueing" in read(log), "the requeue", 290)
         assert "time limit near" in read(log)
         assert events(run)[-1] == "interrupted"
         cluster.wait_for(lambda: cluster.state(job) == "PENDING", "the job to be in the queue", 60)

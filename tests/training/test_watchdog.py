@@ -10,6 +10,7 @@ import pytest
 
 from fusiontree.training.last_words import collect_reports, explain, write_report
 from fusiontree.training.watchdog import EXIT_CODE, Watchdog
+from fusiontree.utils.reach import Peers, answers, own_place
 
 
 def test_a_long_section_ends_the_process_and_names_itself(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -105,3 +106,26 @@ def test_no_report_and_a_broken_one(tmp_path: Path) -> None:
     (tmp_path / "hangs").mkdir()
     (tmp_path / "hangs" / "rank-0.json").write_text(json.dumps({"rank": 0})[:-3])
     assert "cannot be read" in explain(collect_reports(tmp_path))
+
+
+def test_a_host_that_no_longer_answers_is_named(tmp_path: Path) -> None:
+    left: list[int] = []
+    with Watchdog(tmp_path, rank=0, world_size=2, leave=left.append) as watchdog:
+        watchdog.silent_hosts = lambda: ["host-1 10.77.0.2"]
+        with watchdog.section("backward", 0.3):
+            time.sleep(1.0)
+    reports = collect_reports(tmp_path)
+    assert "no longer reaches host-1 10.77.0.2: link or host down" in explain(reports)
+    # A rank that failed by itself comes first: its host may be silent because it is gone.
+    crash = {"rank": 1, "kind": "crash", "section": "save", "error": "OSError: disk full", "unix_time": 0.0}
+    assert "disk full" in explain([*reports, crash])
+
+
+def test_a_host_answers_by_refusing() -> None:
+    assert answers("127.0.0.1")
+    assert not answers("999.0.0.1")  # no such address
+    asked = Peers([own_place(), "other 127.0.0.1", "hidden 999.0.0.1"])
+    assert asked.hosts == ["other 127.0.0.1"]  # what was hidden from the start is not missed later
+    assert asked.silent() == []
+    asked.hosts.append("hidden 999.0.0.1")
+    assert asked.silent() == ["hidden 999.0.0.1"]
