@@ -41,6 +41,7 @@ def test_the_comparison_sees_a_loss_that_differs(tmp_path: Path) -> None:
     spiked = FaultyRun(tmp_path / "run-0", corpus, references, "fsdp2", Random(0))
     result = spiked.go([Fault("spike", 0, 5, section="forward", amount=1.001)])
     spiked.remove()
+    assert not spiked.folder.exists()
     assert not result["ok"]
     assert "loss" in result["problem"]
     assert "the reference has" in result["problem"]

@@ -44,7 +44,7 @@ def plan_fault(random: Random, kind: str) -> Fault:
     rank = random.randrange(2)
     delay = random.choice((0.0, random.uniform(0.0, 0.05)))
     if kind in ("slow", "wandb"):
-        return Fault(kind, rank, 1, section="wait for data", amount=0.4)
+        return Fault(kind, rank, 1, section="wait for data", amount=0.8)
     if kind == "clock":
         return Fault(kind, 0, random.randint(1, 40), amount=random.choice((-1, 1)) * random.uniform(60, 1e6))
     if kind == "full_disk":
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="decides kinds, ranks and moments")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for runs and results; new")
     parser.add_argument("--kinds", nargs="+", default=[*ENDING, *PASSING], choices=[*ENDING, *PASSING])
+    parser.add_argument("--runs", type=int, nargs="+", metavar="N", help="do these runs of the seed alone")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
     parser.add_argument("--engine", default="fsdp2", help="parallel.engine of the runs")
     parser.add_argument("--keep", action="store_true", help="keep the folders of runs that passed, too")
@@ -107,7 +108,7 @@ def campaign(args: argparse.Namespace) -> dict[str, Any]:
 
     with ThreadPoolExecutor(args.parallel) as pool:
         # Far more than are needed: a fault whose moment lies behind the run's end does not happen.
-        list(pool.map(one, range(args.faults)))
+        list(pool.map(one, args.runs or range(args.faults)))
     good = [r for r in results if r["ok"]]
     summary = {
         "seed": args.seed,

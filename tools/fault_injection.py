@@ -51,7 +51,7 @@ class Injector:
     """Counts sections and lets the fault happen."""
 
     def __init__(self, fault: Fault, folder: Path) -> None:
-        """Arm ``fault``; ``folder`` takes the note that it happened, and is on the disk that may become full."""
+        """Arm ``fault``; ``folder`` takes the note that it happened, its ``disk`` is what may become full."""
         self.fault, self.folder = fault, folder
         self._entered = 0
         self._step = 0
@@ -61,13 +61,13 @@ class Injector:
 
     def inside(self, name: str, watchdog: Watchdog) -> None:
         """Note that the process is in section ``name``."""
-        if self._slow and name == "wait for data":
-            time.sleep(self.fault.amount)
         if name.startswith(self.fault.section):
             self._entered += 1
             if self._entered == self.fault.entry:
                 self._step = watchdog.step
                 self._fire(name)
+        if self._slow and name == "wait for data":
+            time.sleep(self.fault.amount)
 
     def forward(self, original: Any, inputs: Any) -> Any:
         """Run an engine's forward; its loss is not what it was once the fault says so."""
@@ -108,7 +108,7 @@ class Injector:
         elif kind == "flip":
             next(self.engine.parameter_pieces())[2].view(-1)[3] += 0.25
         elif kind == "full_disk":
-            fill_disk(self.folder, int(self.fault.amount))
+            fill_disk(self.folder / "disk", int(self.fault.amount))
         elif kind != "wandb":  # the campaign gave it a server that does not answer
             if self.fault.delay_s:
                 threading.Timer(self.fault.delay_s, self._send, (name,)).start()

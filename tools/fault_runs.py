@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -59,7 +60,7 @@ CONFIG: dict[str, Any] = {
         "hang_timeout_s": 12.0,  # a crowded machine makes a step of milliseconds last seconds
         "slow_timeout_s": 45.0,
         "straggler_interval": 4,
-        "straggler_factor": 3.0,
+        "straggler_factor": 2.0,
         "replica_check_interval": 8,
         "restart_backoff_s": 0.1,
     },
@@ -77,6 +78,8 @@ NAMED = {
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tools.fault_injection", "fusiontree.engines.build", "fusiontree.data.loader"])
 _STARTING = threading.Lock()
+# Below the ports that the kernel gives away; where in there differs from campaign to campaign.
+_PORTS = itertools.cycle(range(10000 + os.getpid() * 37 % 20000, 32000))
 
 
 def build_corpus(folder: Path) -> Path:
@@ -115,15 +118,19 @@ def unmount(folder: Path) -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a TCP port that nobody listens on, another one every time; outgoing connections do not take it either."""
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
-def write_config(folder: Path, data: Path, engine: str, **sections: dict[str, Any]) -> Path:
-    """Write the configuration of a run in ``folder / run``."""
-    values = {**CONFIG, **sections, "run_dir": str(folder / "run"), "parallel": {"engine": engine}}
+def write_config(
+    folder: Path, data: Path, engine: str, run_dir: Path | None = None, **sections: dict[str, Any]
+) -> Path:
+    """Write the configuration of a run in ``run_dir``, by default ``folder / run``."""
+    values = {**CONFIG, **sections, "run_dir": str(run_dir or folder / "run"), "parallel": {"engine": engine}}
     values["data"] = {"train": str(data / "train"), "validation": str(data / "validation")}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -188,11 +195,12 @@ class FaultyRun:
     def __init__(self, folder: Path, data: Path, references: References, engine: str, random: Random) -> None:
         """Prepare its folder, on a small file system of its own where that is possible, with its own shards."""
         self.folder, self.references, self.engine, self.random = folder, references, engine, random
-        folder.mkdir()
-        self.mounted = mount_small(folder, 24)
-        self.data = folder / "data"
+        self.disk = folder / "disk"
+        self.disk.mkdir(parents=True)
+        self.mounted = mount_small(self.disk, 24)
+        self.data = self.disk / "data"
         shutil.copytree(data, self.data)
-        self.run = folder / "run"
+        self.run = self.disk / "run"
         self.log = folder / "log.txt"
         self.hidden: tuple[Path, Path] | None = None
         self.stops: list[str] = []
@@ -200,12 +208,13 @@ class FaultyRun:
 
     def go(self, faults: list[Fault]) -> dict[str, Any]:
         """Start until it finishes; return what happened, with ``ok`` and ``problem``."""
-        problem, starts = None, 0
+        problem, starts, left = None, 0, list(faults)
         while problem is None:
             if starts >= STARTS:
                 problem = f"not finished after {STARTS} starts"
                 break
-            fault = faults[starts] if starts < len(faults) else None
+            # A start that is to be refused would use its fault up.
+            fault = left.pop(0) if left and not self.hidden else None
             world = 2 if fault or self.random.random() < 0.7 else 1
             seen = len(self.fired())
             mark = self.log.stat().st_size if self.log.exists() else 0
@@ -237,7 +246,7 @@ class FaultyRun:
     def remove(self) -> None:
         """Delete the run's folder."""
         if self.mounted:
-            unmount(self.folder)
+            unmount(self.disk)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, world: int, fault: Fault | None) -> list[int]:
@@ -247,14 +256,14 @@ class FaultyRun:
         if fault and fault.kind == "wandb":
             sections["logging"] = {"log_interval": 1, "wandb": {"mode": "online"}}
             environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": "0" * 40}
-        config = write_config(self.folder, self.data, self.engine, **sections)
+        config = write_config(self.folder, self.data, self.engine, self.run, **sections)
         return start(self.folder, config, world, faults, environment)
 
     def _after_stop(self, codes: list[int], fault: Fault | None, mark: int) -> str | None:
         """Mend or break what is due between two starts; return what was wrong with how the last one ended."""
         kind = fault.kind if fault else ""
         said = self.log.read_bytes()[mark:].decode(errors="replace")
-        (self.folder / "filler").unlink(missing_ok=True)
+        (self.disk / "filler").unlink(missing_ok=True)
         if kind == "corrupt":
             self._corrupt_newest()
         elif kind == "lost_shard":
