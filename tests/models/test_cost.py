@@ -1,0 +1,86 @@
+"""No accidental quadratic: what a token costs in the Mamba branch and in local heads does not grow with the row.
+
+Shape legend: B rows, S tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusiontree.models.attention import LocalGlobalAttention
+from fusiontree.models.mamba import Mamba2Mixer
+from fusiontree.ops.rotary import rotary_tables
+from tests.helpers import tiny_config, tiny_model
+
+CONFIG = {
+    "hidden_size": 64,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "global_heads": 0,
+    "window_size": 128,
+    "mamba": {"head_dim": 16, "d_state": 16, "chunk_size": 64},
+}
+
+
+def mamba() -> Callable[[Tensor], Tensor]:
+    mixer = tiny_model(num_layers=1, layer_pattern="M", **CONFIG).layers[0].mamba
+    assert isinstance(mixer, Mamba2Mixer)
+    return lambda u_BSC: mixer(u_BSC, None)
+
+
+def local_heads() -> Callable[[Tensor], Tensor]:
+    heads = tiny_model(num_layers=1, layer_pattern="A", **CONFIG).layers[0].attention
+    assert isinstance(heads, LocalGlobalAttention)
+    head_dim = tiny_config(**CONFIG).attention_head_dim
+
+    def run(u_BSC: Tensor) -> Tensor:
+        cos_BSD, sin_BSD = rotary_tables(torch.arange(u_BSC.shape[1])[None], head_dim, 10000.0)
+        return heads(u_BSC, cos_BSD, sin_BSD, None)
+
+    return run
+
+
+def _sdpa_flops(q_shape: torch.Size, k_shape: torch.Size, *args: object, **kwargs: object) -> int:
+    rows, heads, queries, channels = q_shape
+    return 4 * rows * heads * queries * k_shape[2] * channels
+
+
+# torch does not count attention on CPUs.
+SDPA = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops}
+
+
+def train(part: Callable[[Tensor], Tensor], length: int) -> None:
+    u_BSC = torch.randn(1, length, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    part(u_BSC).square().sum().backward()
+
+
+@pytest.mark.parametrize("make", [mamba, local_heads])
+def test_operations_a_token(make: Callable[[], Callable[[Tensor], Tensor]]) -> None:
+    part, counted = make(), []
+    for length in (4096, 16384):
+        with FlopCounterMode(display=False, custom_mapping=SDPA) as counter:
+            train(part, length)
+        counted.append(counter.get_total_flops() / length)
+    assert counted[0] > 0
+    assert counted[1] <= 1.01 * counted[0], f"{counted} operations a token at 4,096 and 16,384 tokens"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [mamba, local_heads])
+def test_processor_time_a_token(make: Callable[[], Callable[[Tensor], Tensor]]) -> None:
+    """The time of this process alone, so that others on the machine do not count."""
+    part, best = make(), []
+    for length in (4096, 16384):
+        times = []
+        for _ in range(5):
+            began = time.process_time()
+            train(part, length)
+            times.append(time.process_time() - began)
+        best.append(min(times) / length)
+    assert best[1] <= 1.3 * best[0], f"{best} s a token at 4,096 and 16,384 tokens"
