@@ -38,6 +38,8 @@ COMPONENTS = (
     ("elementwise", ("at::native",)),
 )
 
+_OPERATION_COLUMNS = ("forward_ms", "least_forward_ms", "backward_ms", "least_backward_ms")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
@@ -56,6 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--decode", type=int, metavar="N", help="also decode N tokens after a row of context (with --peers: both)"
+    )
+    parser.add_argument(
+        "--ops", action="store_true", help="also time every operation alone, by each backend, beside its least time"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser
@@ -206,6 +211,13 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             result["reserved_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
             result["breakdown_ms"] = breakdown(step, synchronize, args.profile)
             result["memory_gib"] = memory_by_kind(engine.state_tensors(), result["peak_memory_gib"])
+        if args.ops:
+            from fusiontree.benchmarking.operations import time_operations
+            from fusiontree.engines.fsdp2 import PRECISION
+
+            result["operations"] = time_operations(
+                model, training.seq_len, PRECISION[training.precision], layout.device
+            )
         if args.peers or args.decode:
             if not on_gpu or layout.place.world_size > 1:
                 raise UserError("--peers and --decode compare on one GPU; start one process on a machine with one")
@@ -332,6 +344,11 @@ def print_table(result: dict[str, Any]) -> None:
         print(f"    {name:<32}{spent:>10.2f} ms")
     for name, size in result.get("memory_gib", {}).items():
         print(f"    {name:<52}{size:>8.2f} GiB")
+    if "operations" in result:
+        print(f"    {'':<36}{'forward':>9}{'least':>9}{'backward':>9}{'least':>9}")
+    for row in result.get("operations", []):
+        times = "".join(f"{'' if row[k] is None else f'{row[k]:.2f}':>9}" for k in _OPERATION_COLUMNS)
+        print(f"    {row['operation']:<24}{row['backend']:<12}{times} ms")
     for name, figures in result.get("others", {}).items():
         print(
             f"  {name}: "

@@ -1,0 +1,172 @@
+"""Every operation of a block alone, by each backend that runs here, beside the least time it could take.
+
+The least time is the larger of operations over the rate of matrix products and bytes over memory bandwidth: inputs
+read once, outputs written once, and the same for the gradients. Shape legend: B rows, S tokens, C channels, H heads,
+K key/value heads, D channels of a head, G groups, P channels and N state size of a state space head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusiontree.models.config import ModelConfig
+from fusiontree.models.flops import visible_keys
+from fusiontree.ops.attention import ATTENTION, attention
+from fusiontree.ops.conv import CONV, causal_conv1d
+from fusiontree.ops.cross_entropy import CROSS_ENTROPY, linear_cross_entropy
+from fusiontree.ops.dispatch import Operation
+from fusiontree.ops.elementwise import ELEMENTWISE
+from fusiontree.ops.gate import gate_mix
+from fusiontree.ops.norm import GATED_NORM, gated_rms_norm, rms_norm
+from fusiontree.ops.ssd import SSD, ssd_scan
+
+# What an H100 reaches: 8192^3 bf16 products, and a large copy with bytes read and written.
+_RATES = {"H100": (700e12, 3.0e12), "H200": (700e12, 4.2e12)}
+
+
+class Case(NamedTuple):
+    """One operation at one size."""
+
+    name: str
+    operation: Operation
+    run: Callable[..., Any]
+    """Called with ``backend`` and the inputs; returns a tensor or a tuple that begins with one."""
+    inputs: list[Tensor]
+    flops: float
+    """Forward; the backward pass needs twice as many."""
+
+
+def cases(config: ModelConfig, length: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Yield the operations of a block of ``config`` on one row of ``length`` tokens."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=kind).requires_grad_()
+
+    mamba, hidden, heads = config.mamba, config.hidden_size, config.mamba_heads
+    groups, size, width = mamba.n_groups, mamba.d_state, mamba.head_dim
+    dt = (torch.rand(1, length, heads, device=device) * 0.1).requires_grad_()
+    decay = (-1 - 15 * torch.rand(heads, device=device)).requires_grad_()
+    scan = [draw(1, length, heads, width), dt, decay, draw(1, length, groups, size), draw(1, length, groups, size)]
+    yield Case(
+        "scan",
+        SSD,
+        lambda backend, *x: ssd_scan(*x, chunk_size=mamba.chunk_size, backend=backend),
+        [*scan, draw(heads, kind=torch.float32)],
+        7.0 * length * config.d_inner * size,
+    )
+    channels = config.d_inner + 2 * groups * size
+    yield Case(
+        "convolution",
+        CONV,
+        lambda backend, *x: causal_conv1d(*x, backend=backend),
+        [draw(1, length, channels), draw(channels, mamba.d_conv), draw(channels)],
+        2.0 * length * mamba.d_conv * channels,
+    )
+    for kind, query_heads, kv_heads, window in (
+        ("local", config.local_heads, config.local_kv_heads, config.window_size),
+        ("global", config.global_heads, config.global_kv_heads, None),
+    ):
+        if query_heads:
+            keys = [draw(1, length, kv_heads, config.attention_head_dim) for _ in range(2)]
+            yield Case(
+                f"attention, {kind} heads",
+                ATTENTION,
+                lambda backend, *x, window=window: attention(*x, window=window, backend=backend),
+                [draw(1, length, query_heads, config.attention_head_dim), *keys],
+                4.0 * config.attention_head_dim * query_heads * visible_keys(length, window),
+            )
+    yield Case(
+        "norm",
+        ELEMENTWISE,
+        lambda backend, x, w: rms_norm(x, w, config.norm_eps, backend=backend),
+        [draw(1, length, hidden), draw(hidden)],
+        0.0,
+    )
+    yield Case(
+        "gated norm",
+        GATED_NORM,
+        lambda backend, *x: gated_rms_norm(*x, groups=mamba.norm_groups, eps=config.norm_eps, backend=backend),
+        [draw(1, length, config.d_inner), draw(1, length, config.d_inner), draw(config.d_inner)],
+        0.0,
+    )
+    yield Case(
+        "gate mix",
+        ELEMENTWISE,
+        lambda backend, *x: gate_mix(*x, backend=backend),
+        [draw(1, length, hidden), draw(1, length, 2 * hidden)],
+        0.0,
+    )
+    labels_N = torch.randint(config.vocab_size, (length,), device=device)
+    yield Case(
+        "head and loss",
+        CROSS_ENTROPY,
+        lambda backend, *x: linear_cross_entropy(*x, labels_N, backend=backend),
+        [draw(length, hidden), draw(config.vocab_size, hidden)],
+        2.0 * length * hidden * config.vocab_size,
+    )
+
+
+def time_operations(
+    config: ModelConfig, length: int, dtype: torch.dtype, device: torch.device, repeats: int = 10
+) -> list[dict[str, Any]]:
+    """Return name, backend, milliseconds forward and backward, and the least milliseconds (None: rates not known).
+
+    On GPUs the references are left out: at these sizes some need more memory than there is.
+    """
+    found = []
+    for case in cases(config, length, dtype, device):
+        for name, backend in case.operation.backends.items():
+            if backend.unavailable(device) is not None or (device.type == "cuda" and name == "reference"):
+                continue
+            forward, backward = _time(case, name, device, repeats)
+            least = _least_ms(case, device)
+            found.append(
+                {"operation": case.name, "backend": name, "forward_ms": forward, "backward_ms": backward, **least}
+            )
+    return found
+
+
+def _time(case: Case, backend: str, device: torch.device, repeats: int) -> tuple[float, float]:
+    forward, backward = [], []
+    grad = None
+    for turn in range(repeats + 3):  # kernels compile and tune in the first turns
+        times = [_now(device)]
+        out = case.run(backend, *case.inputs)
+        out = out[0] if isinstance(out, tuple) else out
+        times.append(_now(device))
+        grad = torch.randn_like(out) if grad is None else grad
+        times.append(_now(device))
+        torch.autograd.grad(out, case.inputs, grad)
+        times.append(_now(device))
+        if turn >= 3:
+            forward.append(times[1] - times[0])
+            backward.append(times[3] - times[2])
+    middle = repeats // 2
+    return sorted(forward)[middle] * 1e3, sorted(backward)[middle] * 1e3
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _least_ms(case: Case, device: torch.device) -> dict[str, float | None]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    rates = next((rates for key, rates in _RATES.items() if key in name), None)
+    if rates is None:
+        return {"least_forward_ms": None, "least_backward_ms": None}
+    with torch.no_grad():
+        auto = case.run("auto", *case.inputs)
+    output = (auto[0] if isinstance(auto, tuple) else auto).nbytes
+    read = sum(t.nbytes for t in case.inputs)
+    flops_a_second, bytes_a_second = rates
+    forward = max(case.flops / flops_a_second, (read + output) / bytes_a_second)
+    backward = max(2 * case.flops / flops_a_second, (2 * read + output) / bytes_a_second)
+    return {"least_forward_ms": forward * 1e3, "least_backward_ms": backward * 1e3}
