@@ -106,7 +106,7 @@ def cases(config: ModelConfig, length: int, dtype: torch.dtype, device: torch.de
     yield Case(
         "head and loss",
         CROSS_ENTROPY,
-        lambda backend, *x: linear_cross_entropy(*x, labels_N, backend=backend),
+        lambda backend, h, w: linear_cross_entropy(h, w, labels_N, backend=backend),
         [draw(length, hidden), draw(config.vocab_size, hidden)],
         2.0 * length * hidden * config.vocab_size,
     )
