@@ -36,7 +36,13 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "fsdp2-cp2": ("parallel.engine=fsdp2", "parallel.cp=2"),
     "zero3-dp2": ("parallel.engine=zero3", "training.global_batch_size=2"),
 }
-LONG = ("parallel.cp=2", "training.seq_len=131072", "model.max_position_embeddings=131072")
+LONG = (
+    "parallel.cp=2",
+    "training.seq_len=131072",
+    "model.max_position_embeddings=131072",
+    "training.activation_checkpointing=full",
+    "training.checkpointed_layers=16",
+)
 
 
 def speed(out: Path, name: str, overrides: tuple[str, ...], steps: int = 5) -> None:
