@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import mmap
 import os
 import zipfile
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from fusiontree.checkpoint.pieces import pieces_of
 from fusiontree.utils.errors import UserError, nearest
 
 _READ = 4 << 20
-_IN_FLIGHT = 64 << 20
+_IN_FLIGHT = 16 << 20
 
 
 @dataclass
@@ -173,8 +174,8 @@ class CheckpointReader:
         chunk = job.chunk
         path = self.folder / chunk.file
         with budget.of(chunk.length):
-            # Not a bytearray: it would be zeroed first, and its address might not suit wide types.
-            buffer = torch.empty(chunk.length, dtype=torch.uint8)
+            # Pages of its own: memory from the heap would stay with the process in pieces, several times the budget.
+            buffer = torch.frombuffer(mmap.mmap(-1, chunk.length), dtype=torch.uint8)
             digest = self._part(chunk)
             found = _read(path, chunk.start, buffer.numpy().data, count.add, hashed=digest is not None)
             if digest is not None and found != digest:
@@ -239,6 +240,7 @@ def _read(path: Path, start: int, buffer: memoryview, progress: Callable[[int], 
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(start)
+            os.posix_fadvise(file.fileno(), start, len(buffer), os.POSIX_FADV_SEQUENTIAL)  # reads further ahead
             while done < len(buffer):
                 size = file.readinto(buffer[done : done + _READ])
                 if not size:

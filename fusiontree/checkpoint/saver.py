@@ -225,8 +225,8 @@ class Saver:
             free = free_bytes(self.checkpoints)
             if free < needed:
                 return _Failure(
-                    f"{self.checkpoints} has {_gb(free)} free, and the checkpoint of step {partial.name[-8:]} needs "
-                    f"{_gb(needed)}: free some space, or lower checkpoint.keep_last"
+                    f"{self.checkpoints} has {_size(free)} free, and the checkpoint of step {partial.name[-8:]} needs "
+                    f"{_size(needed)}: free some space, or lower checkpoint.keep_last"
                 )
             partial.mkdir()
         except OSError as error:
@@ -309,5 +309,5 @@ def _explain(error: Exception, place: Path) -> str:
     return f"{place}: {type(error).__name__}: {error}"
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size > 1e9 else f"{size / 1e6:.1f} MB"

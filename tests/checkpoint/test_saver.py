@@ -198,7 +198,7 @@ def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch:
         lambda: monkeypatch.setattr(saver_module, "free_bytes", lambda folder: 1000),
         lambda: monkeypatch.setattr(saver_module, "free_bytes", real),
     )
-    assert "0.00 GB free" in text and "keep_last" in text and "00000002" in text
+    assert "0.0 MB free" in text and "keep_last" in text and "00000002" in text
 
 
 @pytest.mark.parametrize("place", ["write", "manifest"])

@@ -1,0 +1,17 @@
+"""Several ranks save and load together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fusiontree.checkpoint.manifest import verify
+from tests.parallel.launch import run_ranks
+
+
+@pytest.mark.parametrize("test", ["kinds", "one_rank_fails", "damage_on_one_rank"])
+def test_three_ranks(tmp_path: Path, test: str) -> None:
+    folder = tmp_path / "checkpoints"
+    run_ranks(["-m", "tests.checkpoint.ranks_worker", str(folder), test], 3, tmp_path, timeout=200)
+    verify(folder / "step-00000001")
