@@ -45,8 +45,9 @@ class TrainingConfig(Section):
     eval_rows: int = setting(64, "Rows of seq_len a validation reads; 0 reads the whole split.", ge=0)
     activation_checkpointing: Literal["none", "selective", "full", "offload"] = setting(
         "none",
-        "full keeps a block's input and recomputes the block in the backward pass; selective also keeps the results "
-        "of matrix products and recomputes what lies between; offload is full with the inputs in CPU memory.",
+        "full keeps a block's input and its global attention and recomputes the block in the backward pass; selective "
+        "keeps matrix products, attention and scan and recomputes norms, convolutions and activations; offload is full "
+        "with the inputs in CPU memory.",
     )
     checkpointed_layers: int | None = setting(
         None, "Only the first so many layers are checkpointed, where memory is left for the others; absent: all.", ge=0

@@ -1,11 +1,10 @@
 """Layouts on several GPUs: throughput of each beside one GPU's, loss curves of each beside one GPU's.
 
-    python -m tests.gpu.layouts single OUT       # the reference, on one GPU
-    torchrun --nproc-per-node=2 -m tests.gpu.layouts double OUT
-    torchrun --nproc-per-node=2 -m tests.gpu.layouts zero OUT
-    python -m tests.gpu.layouts table OUT
+    python -m tests.gpu.layouts OUT one-gpu       # the reference
+    torchrun --nproc-per-node=2 -m tests.gpu.layouts OUT fsdp2-cp2 fsdp2-tp2 …
+    python -m tests.gpu.layouts OUT               # the table of what was measured
 
-``OUT`` is a folder; datasets are those of configs/bench. One start measures several layouts, so kernels tune once.
+``OUT`` is a folder; datasets are those of configs/bench.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +29,20 @@ SPEED = "configs/bench/hybrid_1b_32k.yaml"
 CURVE = "tests/gpu/curve.yaml"
 STEPS = 200
 
-LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "single": {"one-gpu": ("parallel.engine=ddp",)},
-    "double": {
-        "fsdp2-dp2": ("parallel.engine=fsdp2", "training.global_batch_size=2"),
-        "fsdp2-tp2": ("parallel.engine=fsdp2", "parallel.tp=2"),
-        "fsdp2-cp2": ("parallel.engine=fsdp2", "parallel.cp=2"),
-    },
-    "zero": {"zero3-dp2": ("parallel.engine=zero3", "training.global_batch_size=2")},
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "one-gpu": ("parallel.engine=ddp",),
+    "fsdp2-dp2": ("parallel.engine=fsdp2", "training.global_batch_size=2"),
+    "fsdp2-tp2": ("parallel.engine=fsdp2", "parallel.tp=2"),
+    "fsdp2-cp2": ("parallel.engine=fsdp2", "parallel.cp=2"),
+    "zero3-dp2": ("parallel.engine=zero3", "training.global_batch_size=2"),
 }
-LONG = ("parallel.cp=2", "training.seq_len=131072", "model.max_position_embeddings=131072")
+LONG = (
+    "parallel.cp=2",
+    "training.seq_len=131072",
+    "model.max_position_embeddings=131072",
+    "training.activation_checkpointing=full",
+    "training.checkpointed_layers=16",
+)
 
 
 def speed(out: Path, name: str, overrides: tuple[str, ...], steps: int = 5) -> None:
@@ -64,28 +66,22 @@ def curve(out: Path, name: str, overrides: tuple[str, ...]) -> None:
     assert train(config) == 0
 
 
-def measure(part: str, out: Path) -> None:
-    """Run every layout of a part, going on where one fails."""
+def measure(out: Path, names: list[str]) -> None:
+    """Run speed and curve of each layout; with ``fsdp2-cp2`` rows of 128K too."""
     out.mkdir(parents=True, exist_ok=True)
     port = int(os.environ.get("MASTER_PORT", "29500"))
     jobs: list[tuple[Any, str, tuple[str, ...]]] = []
-    for name, overrides in LAYOUTS[part].items():
-        jobs += [(speed, name, overrides), (curve, name, overrides)]
-    if part == "double":
-        jobs.append((speed, "fsdp2-cp2-128k", LONG))
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # each layout's processes meet anew, at a port of their own
+    for name in names:
+        jobs += [(speed, name, LAYOUTS[name]), (curve, name, LAYOUTS[name])]
+        if name == "fsdp2-cp2":
+            jobs.append((speed, "fsdp2-cp2-128k", LONG))
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # each job's processes meet anew, at a port of their own
     for index, (job, name, overrides) in enumerate(jobs):
         os.environ["MASTER_PORT"] = str(port + 1 + index)
         began = time.perf_counter()
-        try:
-            job(out, name, overrides)
-        except Exception:
-            traceback.print_exc()
-            (out / f"failed-{job.__name__}-{name}-{process_place().rank}.txt").write_text(traceback.format_exc())
-            raise SystemExit(1) from None  # the peers may wait in a collective
-        finally:
-            gc.collect()
-            torch.cuda.empty_cache()
+        job(out, name, overrides)
+        gc.collect()
+        torch.cuda.empty_cache()
         if process_place().is_main:
             print(f"{job.__name__} {name}: {time.perf_counter() - began:.0f} s", flush=True)
 
@@ -113,8 +109,8 @@ def _losses(run_dir: Path) -> list[float]:
 
 
 if __name__ == "__main__":
-    part, folder = sys.argv[1], Path(sys.argv[2])
-    if part == "table":
-        table(folder)
+    folder, *layouts = sys.argv[1:]
+    if layouts:
+        measure(Path(folder), layouts)
     else:
-        measure(part, folder)
+        table(Path(folder))

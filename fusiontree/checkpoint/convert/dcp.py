@@ -100,8 +100,8 @@ def write_dcp(folder: Path, tensors: dict[str, Lazy]) -> list[Written]:
     saved = {
         name: SavedTensor(lazy.entry.shape, lazy.entry.dtype, tuple(chunks[name])) for name, lazy in tensors.items()
     }
-    with atomic_write(folder / METADATA, "wb") as file:
-        file.write(metadata_bytes(saved))
+    with atomic_write(folder / METADATA, "wb") as out:
+        out.write(metadata_bytes(saved))
     return written
 
 

@@ -25,6 +25,10 @@ class Inert:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = args
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
+        """Stand for what calling a foreign object would have given."""
+        return Inert(*args)
+
     def __setstate__(self, state: Any) -> None:
         self.args = (state,)
 

@@ -122,8 +122,15 @@ class ZeroLayout:
         groups = [group for group in by_decay if group]
         if self.stage < 3:
             return groups
-        found: list[list[str]] = []
+        # A flat tensor holds parameters that are cut over the same ranks, in the order in which they first come.
+        same_ranks: list[list[str]] = []
         for group in groups:
+            kinds: dict[bool, list[str]] = {}
+            for name in group:
+                kinds.setdefault(self._over_all(name), []).append(name)
+            same_ranks += kinds.values()
+        found: list[list[str]] = []
+        for group in same_ranks:
             size = 0
             found.append([])
             for name in group:
