@@ -123,10 +123,11 @@ def train(config: Config) -> int:
     from fusiontree.models.flops import training_flops_per_token
     from fusiontree.parallel.layout import Layout
     from fusiontree.training.lease import Lease
-    from fusiontree.training.loop import Outcome, RunSettings, Trainer
+    from fusiontree.training.loop import Outcome, Trainer
     from fusiontree.training.losses import LossWeights
     from fusiontree.training.restarts import wait_or_refuse
     from fusiontree.training.run_folder import write_config
+    from fusiontree.training.settings import RunSettings
     from fusiontree.utils.hardware import peak_flops
 
     model, training = config.model, config.training

@@ -1,7 +1,7 @@
 """The training loop, top to bottom.
 
 The loop knows an engine by its protocol, batches by their fields, and files by their functions; it does not know how
-the model is laid out. Shape legend: L layers, B rows of a micro batch, S tokens of a row.
+the model is laid out. What happens in a step is in step.py.
 """
 
 from __future__ import annotations
@@ -10,33 +10,27 @@ import base64
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.checkpoint.folders import remove_partial
 from fusiontree.checkpoint.load import check_model, load_newest
 from fusiontree.checkpoint.saver import Saver
-from fusiontree.data.batch import MicroBatch, StepBatch
-from fusiontree.engines.base import Engine, StepInputs, StepResult
-from fusiontree.training.branch_dropout import branch_scale
+from fusiontree.data.batch import StepBatch
+from fusiontree.engines.base import Engine
 from fusiontree.training.checks import RunChecks
-from fusiontree.training.config import LoggingConfig, TrainingConfig
 from fusiontree.training.last_words import collect_reports, explain
-from fusiontree.training.losses import GlobalCounts, LossWeights, loss_terms
-from fusiontree.training.measurements import document_lengths, gate_statistics, peak_memory_gib
 from fusiontree.training.progress import Progress, spoken
 from fusiontree.training.records import Records, read_records
 from fusiontree.training.restarts import count_starts
-from fusiontree.training.schedule import learning_rate
+from fusiontree.training.settings import RunSettings
 from fusiontree.training.skips import check_skips, name_broken
 from fusiontree.training.spikes import Rewinds, SpikeFilter
+from fusiontree.training.step import StepDone, TrainStep, step_inputs
 from fusiontree.training.stop import StopRequest
 from fusiontree.training.watchdog import Watchdog, in_short
 from fusiontree.utils.errors import UserError
@@ -56,26 +50,6 @@ class Outcome(Enum):
     """Saved and left because a signal asked for it; a scheduler should start the run again."""
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """The parts of the configuration the loop reads, and the whole of it as plain values for the checkpoint."""
-
-    run_dir: Path
-    training: TrainingConfig
-    checkpoint: CheckpointConfig
-    logging: LoggingConfig
-    values: dict[str, Any]
-    loss_weights: LossWeights
-    num_layers: int
-    drop_branch_prob: float
-    flops_per_token: Callable[[list[int]], float]
-    """Model FLOPs of training on one token, forward and backward, averaged over documents of these lengths."""
-    peak_flops: float | None
-    """Peak dense FLOP/s of one device at the run's precision, or None where it is not known."""
-    extra_files: list[Path]
-    """Small files that every checkpoint carries: the tokenizer."""
-
-
 @dataclass
 class Position:
     """Where the run stands; together with the engine's tensors, all that a resume needs."""
@@ -85,24 +59,6 @@ class Position:
     """Tokens that were trained on: the labels of every step that was not skipped."""
     data: dict[str, Any] | None = None
     skipped_in_a_row: int = 0
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """What became of one step on this rank."""
-
-    values: dict[str, Any]
-    """Its metrics."""
-    skipped: str | None
-    """Why its gradient was not applied, or None."""
-    spike: str | None
-    """The same where the reason was the loss's height alone."""
-    losses: list[Tensor]
-    """This rank's own, one a micro batch; after the reduction every rank's is broken if one is."""
-    stop: bool
-    """All ranks agreed to stop after it."""
-    arrived: float
-    """When this rank came to the first collective, as ``time.perf_counter`` counts."""
 
 
 class Trainer:
@@ -134,6 +90,7 @@ class Trainer:
         self.watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)
         self.checks = RunChecks(engine, settings.training, self.records)
         self.spikes = SpikeFilter(settings.training)
+        self.step = TrainStep(settings, engine, train_data, self.watchdog, self.spikes)
         self.rewinds = Rewinds(settings.run_dir, settings.training.max_spikes)
 
     def run(self) -> Outcome:
@@ -177,7 +134,8 @@ class Trainer:
             with watch.section("wait for data", limit):
                 batch, data_state = next(batches)
             with watch.section("step", limit):
-                done = self._train_step(step, batch, stop.signal_name is not None, limit)
+                stop_wanted, tokens = stop.signal_name is not None, self.position.tokens
+                done = self.step.run(step, batch, tokens_before=tokens, stop_wanted=stop_wanted, limit=limit)
             if done.spike and config.spike_policy == "rewind" and self._rewind(step, data_state, done.spike):
                 batches.close()
                 batches, limit = self.train_data.steps(self.position.data), config.slow_timeout_s
@@ -187,9 +145,9 @@ class Trainer:
             interrupted, limit = done.stop, config.hang_timeout_s
             seconds = time.perf_counter() - began
             self._train_seconds += seconds
-            self.position.step, self.position.data = step, data_state
+            self.position.step, self.position.tokens, self.position.data = step, done.tokens, data_state
             progress.mark(step)
-            values = done.values | self._speed(batch, seconds)
+            values = done.values | self.step.speed(batch, seconds)
             if self._due(self.settings.logging.log_interval) or step == last_step:
                 with watch.section("log", config.slow_timeout_s):
                     self.records.metrics(values)
@@ -225,106 +183,6 @@ class Trainer:
         self.records.close(patience_s=60 if outcome is Outcome.FINISHED else 10)
         self._say(f"{why} at step {self.position.step}/{config.max_steps}; everything is in {self.settings.run_dir}")
         return outcome
-
-    def _train_step(self, step: int, batch: StepBatch, stop_wanted: bool, limit: float) -> StepDone:
-        """Do one optimizer step, or leave it out where its loss or gradient forbids it."""
-        config, engine = self.settings.training, self.engine
-        # Valid tokens of the whole window are counted before its first backward: every share has one denominator.
-        tokens = sum(int((micro.labels_BS >= 0).sum()) for micro in batch.micro_batches)
-        rows = sum(float(micro.row_weight_B.sum()) for micro in batch.micro_batches)
-        # fp64 holds the sum of 32-bit hashes exactly. Ranks that share rows count them alike, each once; the wish to
-        # stop may be any rank's own, and all must hear of it.
-        values_of_rank = [float(stop_wanted), tokens, rows, batch.skipped_rows, batch.tokens_hash]
-        local = torch.tensor(values_of_rank, dtype=torch.float64).to(engine.device)
-        arrived = time.perf_counter()
-        stop, *sums = engine.sum_over_ranks(local).tolist()
-        sharing = engine.world_size // engine.dp_size
-        all_tokens, all_rows, all_skipped, tokens_hash = (value / sharing for value in sums)
-        counts = GlobalCounts(tokens=all_tokens, rows=all_rows)
-        skipped_rows = int(all_skipped)
-        self.train_data.count_skipped(skipped_rows)
-
-        layers = self.settings.num_layers
-        token_terms = torch.zeros(2, device=engine.device)  # lm, z
-        row_terms = torch.zeros(2, device=engine.device)  # load balance, entropy
-        losses: list[Tensor] = []
-        gate_sums_3L = torch.zeros(3, layers, device=engine.device)  # of row means: gate, its square, its entropy
-        for index, micro in enumerate(batch.micro_batches):
-            with self.watchdog.section(f"forward of micro batch {index}", limit):
-                out = engine.forward(self._inputs(micro, step))
-            terms = loss_terms(
-                out.loss_sum,
-                out.z_sum,
-                out.gate_sum_LB,
-                out.entropy_sum_LB,
-                out.count_B,
-                out.row_weight_B,
-                self.settings.loss_weights,
-                counts,
-            )
-            with self.watchdog.section(f"backward of micro batch {index}", limit):
-                engine.backward(terms.total, last=index == len(batch.micro_batches) - 1)
-            losses.append(terms.lm.detach())
-            token_terms += torch.stack([terms.lm.detach(), terms.z.detach()])
-            row_terms += torch.stack([terms.load_balance.detach(), terms.entropy.detach()])
-            share_B = out.row_weight_B / out.count_B.clamp(min=1)
-            sums_3LB = torch.stack([out.gate_sum_LB, out.square_sum_LB, out.entropy_sum_LB]).detach()
-            gate_sums_3L += (sums_3LB * share_B).sum(-1)
-        rate = learning_rate(step, config)
-        # Before the optimizer step: a spike must not get into the weights.
-        lm, z = engine.sum_over_tokens(token_terms).tolist()
-        spike = self._agree_on_spike(lm, batch.seq_len)
-        with self.watchdog.section("optimizer step", limit):
-            if spike:
-                engine.discard()
-                result = StepResult(math.nan, skipped=spike)
-            else:
-                result = engine.step(rate)
-        if result.skipped is None:
-            self.position.tokens += int(counts.tokens)
-            self.spikes.accept(lm, batch.seq_len)
-
-        reduced = engine.sum_over_rows(torch.cat([row_terms, gate_sums_3L.flatten()])).cpu()
-        load_balance, entropy = reduced[:2].tolist()
-        weights = self.settings.loss_weights
-        total = lm + weights.z_loss * z + weights.load_balance * load_balance + weights.entropy * entropy
-        values = {
-            "step": step,
-            "tokens": self.position.tokens,
-            "loss": total,
-            "lm_loss": lm,
-            "load_balance_loss": load_balance,
-            "entropy_loss": entropy,
-            "z_loss": z,
-            "grad_norm": result.grad_norm,
-            "lr": rate,
-            "seq_len": batch.seq_len,
-            "skipped_rows": skipped_rows,
-            "tokens_hash": f"{int(tokens_hash) & 0xFFFF_FFFF:08x}",
-            "epochs": list(batch.epochs),
-            "gates": gate_statistics(reduced[2:].view(3, layers) / max(counts.rows, 1.0)),
-        }
-        return StepDone(values, result.skipped, spike, losses, stop > 0, arrived)
-
-    def _agree_on_spike(self, loss: float, seq_len: int) -> str | None:
-        """Return what all ranks think of the loss; sums may differ in their last digit between ranks."""
-        if self.settings.training.spike_policy == "off":
-            return None
-        mine = self.spikes.judge(loss, seq_len)
-        anyone = self.engine.sum_over_ranks(torch.tensor([float(mine is not None)], device=self.engine.device))
-        return (mine or "loss spike on another rank") if float(anyone) else None
-
-    def _inputs(self, micro: MicroBatch, step: int | None) -> StepInputs:
-        scale = None
-        if step is not None:
-            scale = branch_scale(
-                micro.rows_B.tolist(),
-                layers=self.settings.num_layers,
-                probability=self.settings.drop_branch_prob,
-                seed=self.settings.training.seed,
-                step=step,
-            )
-        return StepInputs(micro.input_ids_BS, micro.labels_BS, micro.positions_BS, micro.row_weight_B, scale)
 
     def _note_skip(self, step: int, done: StepDone, batch: StepBatch) -> None:
         if done.skipped is None:
@@ -362,28 +220,12 @@ class Trainer:
         self._say(f"step {step}: {reason}; back to step {back}, and on with the data behind it")
         return True
 
-    def _speed(self, batch: StepBatch, seconds: float) -> dict[str, Any]:
-        """Throughput of the step: all tokens of its rows count, as every one is computed."""
-        config = self.settings.training
-        tokens = config.global_batch_size * config.seq_len
-        per_s = tokens / seconds
-        per_gpu = per_s / self.engine.world_size
-        peak = self.settings.peak_flops
-        return {
-            "tokens_per_s": per_s,
-            "tokens_per_s_per_gpu": per_gpu,
-            "mfu": per_gpu * self.settings.flops_per_token(document_lengths(batch)) / peak if peak else None,
-            "step_time_s": seconds,
-            "data_wait_s": batch.wait_s,
-            "peak_memory_gib": peak_memory_gib(self.engine.device),
-        }
-
     def _validate(self) -> None:
         if self.validation_data is None:
             return
         sums = torch.zeros(2, dtype=torch.float64)
         for micro in self.validation_data.micro_batches():
-            sums[0] += self.engine.evaluate(self._inputs(micro, step=None)).double().cpu()
+            sums[0] += self.engine.evaluate(step_inputs(micro, self.settings, step=None)).double().cpu()
             sums[1] += (micro.labels_BS >= 0).sum()
         on_device = sums.to(self.engine.device)
         loss_sum = float(self.engine.sum_over_tokens(on_device[:1].clone()))
