@@ -274,3 +274,5 @@ class ZeroEngine(OnLayout):
             for parameter in persistent:
                 parameter.partition()
             persistent[0].all_gather(persistent)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the next gather reads the partitions on a stream of its own

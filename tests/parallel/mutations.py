@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from fusiontree.engines.fsdp2 import FSDP2Engine
+from fusiontree.engines.zero import ZeroEngine
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel import context_parallel
 from fusiontree.parallel.context_parallel import PassingScan
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shards import ShardSpec
+from fusiontree.parallel.units import Unit
 from tests.parallel.table import Cell
 
 
@@ -89,6 +91,19 @@ def _mean_gradient(right: Callable) -> Callable:
     return lambda self, factor: right(self, 2.0 * factor)
 
 
+def _without_tags(right: Callable) -> Callable:
+    def partition(self: ZeroEngine, unit: Unit, config: dict[str, Any]) -> None:
+        for _, parameter in unit.named_parameters():
+            parameter.__dict__.pop("tensor_model_parallel", None)
+        right(self, unit, config)
+
+    return partition
+
+
+def _left_out(right: Callable) -> Callable:
+    return lambda self: None
+
+
 CP2, CP4, TP2 = Cell("fsdp2", 1, 2, 1), Cell("fsdp2", 1, 4, 1), Cell("fsdp2", 1, 1, 2)
 MUTATIONS: dict[str, Mutation] = {
     "tp tag removed": Mutation(Cell("ddp", 1, 1, 2), FSDP2Engine, "_global_norm", _untagged),
@@ -98,4 +113,7 @@ MUTATIONS: dict[str, Mutation] = {
     "state not passed": Mutation(CP2, PassingScan, "state_before", _state_not_passed),
     "one halo token lost": Mutation(CP2, context_parallel, "left_halo", _halo_token_lost),
     "gradient averaged": Mutation(CP2, FSDPModule, "set_gradient_divide_factor", _mean_gradient),
+    "tp tag removed (zero3)": Mutation(Cell("zero3", 1, 1, 2), ZeroEngine, "_partition", _without_tags),
+    "gradient averaged (zero3)": Mutation(Cell("zero3", 1, 2, 1), ZeroEngine, "_sum_gradients", _left_out),
+    "no gradient sum over tp (zero1)": Mutation(Cell("zero1", 1, 1, 2), ZeroEngine, "_sum_over_tp", _left_out),
 }

@@ -12,6 +12,7 @@ from tests.parallel.launch import run_ranks
 from tests.parallel.table import MODEL
 
 pytestmark = [pytest.mark.xdist_group("traffic")]
+ENGINES = pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +21,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("traffic")
     kept: dict[str, list[dict[str, Any]]] = {}
 
-    def measure(cp: int, tp: int, seq_len: int = 64, checkpointing: str = "none") -> list[dict[str, Any]]:
-        name = f"cp{cp}-tp{tp}-{seq_len}-{checkpointing}"
+    def measure(
+        cp: int, tp: int, seq_len: int = 64, checkpointing: str = "none", engine: str = "fsdp2"
+    ) -> list[dict[str, Any]]:
+        name = f"{engine}-cp{cp}-tp{tp}-{seq_len}-{checkpointing}"
         if name not in kept:
             output, layout = str(folder / name), [str(n) for n in (1, cp, tp, seq_len)]
-            arguments = ["-m", "tests.parallel.traffic", output, "fsdp2", *layout, checkpointing]
+            arguments = ["-m", "tests.parallel.traffic", output, engine, *layout, checkpointing]
             run_ranks(arguments, cp * tp, folder, timeout=200)
             kept[name] = [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(cp * tp)]
         return kept[name]
@@ -32,29 +35,33 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return measure
 
 
-def test_a_block_gathers_once_and_scatters_once(measured: Any) -> None:
-    for rank in measured(2, 2, checkpointing="selective"):
+@ENGINES
+def test_a_block_gathers_once_and_scatters_once(measured: Any, engine: str) -> None:
+    for rank in measured(2, 2, checkpointing="selective", engine=engine):
         tp = {kind: n for kind, n in rank["block_forward"].items() if kind.startswith("tp")}
         assert tp == {"tp all_gather": 1, "tp reduce_scatter": 1}
 
 
-def test_no_gradient_is_reduced_over_tp_in_a_micro_batch(measured: Any) -> None:
+@ENGINES
+def test_no_gradient_is_reduced_over_tp_in_a_micro_batch(measured: Any, engine: str) -> None:
     """The one all-reduce over tp belongs to nothing of the model's weights: there is none in the backward pass."""
-    for rank in measured(2, 2, checkpointing="selective"):
+    for rank in measured(2, 2, checkpointing="selective", engine=engine):
         assert rank["calls"].get("tp all_reduce", 0) == rank["forward_calls"].get("tp all_reduce", 0)
 
 
-def test_parameters_are_shared_out_over_all_ranks(measured: Any) -> None:
-    whole = measured(1, 1)[0]["local_parameters"]
-    ranks = measured(2, 2, checkpointing="selective")
+@ENGINES
+def test_parameters_are_shared_out_over_all_ranks(measured: Any, engine: str) -> None:
+    whole = measured(1, 1, engine=engine)[0]["local_parameters"]
+    ranks = measured(2, 2, checkpointing="selective", engine=engine)
     assert sum(rank["local_parameters"] for rank in ranks) == whole
     for rank in ranks:
         assert rank["local_parameters"] == pytest.approx(whole / 4, rel=0.02)
 
 
-def test_selective_recomputation_repeats_no_matrix_product(measured: Any) -> None:
-    forward, total = measured(1, 1)[0]["products"]
-    assert measured(2, 2, checkpointing="selective")[0]["products"] == [forward, total]
+@ENGINES
+def test_selective_recomputation_repeats_no_matrix_product(measured: Any, engine: str) -> None:
+    forward, total = measured(1, 1, engine=engine)[0]["products"]
+    assert measured(2, 2, checkpointing="selective", engine=engine)[0]["products"] == [forward, total]
 
 
 @pytest.mark.slow

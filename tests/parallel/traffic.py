@@ -161,6 +161,8 @@ def measure(engine_name: str, dp: int, cp: int, tp: int, seq_len: int, checkpoin
                 forward_bytes = dict(recorder.bytes)
                 engine.backward(out.loss_sum / seq_len, last=True)
         local = sum(values.numel() for _, _, values in engine.parameter_pieces())
+        if engine_name == "zero3":
+            local += sum(p.numel() for p in engine.module.parameters())  # type: ignore[attr-defined]  # still gathered
         with FlopCounterMode(display=False) as flops:
             _scan(blocks[0].mamba, seq_len // cp, layout)
         first_block = {k: v - entered[0].get(k, 0) for k, v in entered[1].items()}
