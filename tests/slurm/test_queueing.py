@@ -15,6 +15,7 @@ from tests.slurm.jobs import (
     needs_slurm,
     read,
     script,
+    submit,
     wait_for_end,
     wait_for_steps,
     warn,
@@ -76,6 +77,18 @@ def test_an_array_is_a_chain_too(cluster: SlurmCluster, reference: Path, data: P
     cluster.wait_for(lambda: not cluster.run("squeue", "-h").strip(), f"the array to end: {read(log)}", 900)
     assert read(log).count("finished the run") == 1
     assert_same_run(run, reference)
+
+
+def test_the_network_is_measured_first_where_asked(cluster: SlurmCluster, data: Path, tmp_path: Path) -> None:
+    config, log = write_config(tmp_path, data), tmp_path / "job.log"
+    short = ("training.max_steps=4", "training.eval_interval=0")
+    job = submit(cluster, log, config, "--nodes=2", "--ntasks-per-node=1", overrides=short, PREFLIGHT="1")
+    assert wait_for_end(cluster, job, log) == "COMPLETED", read(log)
+    measured = json.loads((tmp_path / "run" / "logs" / "preflight.json").read_text())
+    assert measured["problems"] == []
+    assert [link["pair"] for link in measured["links"]] == [[0, 1]]
+    assert measured["links"][0]["all_reduce_gb_per_s"] > 0
+    assert read(log).index("all-reduce GB/s") < read(log).index("finished the run")
 
 
 def test_an_evaluation_job(cluster: SlurmCluster, data: Path, tmp_path: Path) -> None:
