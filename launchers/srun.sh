@@ -2,7 +2,7 @@
 # All ranks of a Slurm allocation, without ssh: srun starts them, and rank 0's node is where they meet. Run inside an
 # allocation (slurm/pretrain.sh does):
 #
-#   salloc -N2 --gpus-per-node=8
+#   salloc -N2 --gpus-per-node=8 --exclusive
 #   launchers/srun.sh --config configs/pretrain_v1.yaml training.max_steps=100
 #
 # LAUNCHER           srun (default): Slurm's own daemon on each node starts that node's ranks, and the exit code is theirs
@@ -37,6 +37,13 @@ torchrun | deepspeed)
     ;;
 esac
 
+if [ "${SLURM_CPUS_ON_NODE:-$PROCESSES}" -lt "$PROCESSES" ]; then
+    echo "error: $PROCESSES ranks on a node where the job has $SLURM_CPUS_ON_NODE CPUs; queue it with --exclusive, or with" \
+        "--ntasks-per-node=$PROCESSES and --cpus-per-task" >&2
+    exit 2
+fi
+# srun no longer takes this over from the job by itself; a launcher needs the CPUs of all its ranks.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$((SLURM_CPUS_PER_TASK * PROCESSES / tasks))
 # A rank that fails ends the step: its peers would wait for it in a collective.
 # shellcheck disable=SC2086
 exec srun --kill-on-bad-exit=1 --export=ALL --nodes="$NNODES" --ntasks="$((NNODES * tasks))" --ntasks-per-node="$tasks" \

@@ -6,10 +6,10 @@
 #
 # Pretrain on a Slurm cluster; survives its time limit, preemption and lost nodes by saving, requeueing and resuming.
 #
-#   slurm/pretrain.sh [--nodes=2 --gpus-per-node=8 --time=24:00:00 …] CONFIG [section.key=value …]
+#   slurm/pretrain.sh [--nodes=2 --gpus-per-node=8 --exclusive --time=24:00:00 …] CONFIG [section.key=value …]
 #       checks configuration, layout, data and run folder, then queues the job; options of sbatch are written --a=b, or
 #       end with a --; slurm/site.sh holds those that every job of yours needs (see slurm/site.example.sh)
-#   sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 slurm/pretrain.sh CONFIG [section.key=value …]
+#   sbatch --nodes=2 --gpus-per-node=8 --exclusive --time=24:00:00 slurm/pretrain.sh CONFIG [section.key=value …]
 #       the same, checked when the job starts
 #
 # Runs longer than one job: by default a job requeues itself as often as needed. Where a cluster forbids that,

@@ -18,6 +18,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from fusiontree.parallel.collectives import ALL_GATHER
 from fusiontree.parallel.layout import temporary_group
 from fusiontree.utils.environment import ProcessPlace
 from fusiontree.utils.errors import UserError
@@ -175,7 +176,7 @@ class Preflight:
             whole = torch.zeros(self.size_bytes // 4 // n * n, device=self.device)
             part = whole[: whole.numel() // n].clone()
             reduce_s = self._fastest(lambda: dist.all_reduce(whole))
-            gather_s = self._fastest(lambda: dist.all_gather_into_tensor(whole, part))
+            gather_s = self._fastest(lambda: getattr(dist, ALL_GATHER)(whole, part))
         moved = whole.numel() * 4 * (n - 1) / n / 1e9
         return Measured(pair, round(2 * moved / reduce_s, 4), round(moved / gather_s, 4))
 
