@@ -93,12 +93,8 @@ def test_a_killed_rank_costs_a_restart_and_a_signal_saves(
     overrides = (*LONG, "checkpoint.save_interval=5", "training.hang_timeout_s=30")
     process = launch(launcher, config, log, *overrides)
     wait(lambda: at_step(run, 7), "7 steps", log)
-    ranks = [
-        int(pid)
-        for pid in subprocess.run(
-            ["pgrep", "-f", f"-u -m fusiontree.train.*{config}"], capture_output=True
-        ).stdout.split()
-    ]
+    found = subprocess.run(["pgrep", "-f", "--", f"-u -m fusiontree.train .*{config}"], capture_output=True)
+    ranks = [int(pid) for pid in found.stdout.split()]
     assert ranks
     os.kill(max(ranks), signal.SIGKILL)
     wait(lambda: events(run).count("resume") == 1 and at_step(run, 12), "the restart", log)
