@@ -30,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget", type=float, default=120, metavar="S", help="no new round begins after (default 120)"
     )
-    parser.add_argument("--pair-timeout", type=float, default=20, metavar="S", help="a pair is dead after (default 20)")
+    parser.add_argument(
+        "--pair-timeout", type=float, default=8, metavar="S", help="of a connection and a collective (default 8)"
+    )
     parser.add_argument("--join-timeout", type=float, default=60, metavar="S", help="a node is lost after (default 60)")
     parser.add_argument(
         "--slow-below",

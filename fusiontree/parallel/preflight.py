@@ -75,7 +75,7 @@ class Preflight:
             store: reached by all processes.
             name: this host's, for the report.
             size_bytes: of the reduced tensor, and of the gathered one.
-            pair_timeout_s: after which a pair counts as dead.
+            pair_timeout_s: of one attempt to connect and of one collective.
             join_timeout_s: after which a rank that has not come counts as dead.
             budget_s: after which no new round begins.
         """
@@ -98,7 +98,7 @@ class Preflight:
             return self._lead()
         number = 0
         while True:
-            told = self._wait(f"round/{number}", self.join_timeout_s + self.budget_s + 4 * self.pair_timeout_s)
+            told = self._wait(f"round/{number}", self.join_timeout_s + self.budget_s + 6 * self.pair_timeout_s)
             if told is None:
                 raise UserError(f"node {self.node} ({self.name}): rank 0 no longer answers")
             if told == _END:
@@ -129,7 +129,7 @@ class Preflight:
                 left_out += 1
                 continue
             self.store.set(f"round/{number}", json.dumps(pairs))
-            until = time.monotonic() + 2 * self.pair_timeout_s + 5
+            until = time.monotonic() + 5 * self.pair_timeout_s + 5  # gloo tries four times to connect
             self._take_part(number, pairs)
             for pair in pairs:
                 found, silent = self._collect(number, pair, until)

@@ -102,7 +102,8 @@ def test_a_killed_rank_costs_a_restart_and_a_signal_saves(
     assert process.wait(timeout=300) == 75, read(log)
     assert events(run)[-1] == "interrupted"
     process = launch(launcher, config, log, *overrides)
-    wait(lambda: events(run).count("resume") == 2 and at_step(run, len(metrics(run)) + 2), "steps after it", log)
+    before = len(metrics(run))
+    wait(lambda: events(run).count("resume") == 2 and at_step(run, before + 2), "steps after it", log)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=300) == 75, read(log)
     process = launch(launcher, config, log, *overrides)
