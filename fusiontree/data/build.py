@@ -308,7 +308,8 @@ def _build_shards(
 def _describe(folder: Path, records: dict[int, dict[str, Any]], tokenizer: TokenizerInfo) -> DatasetInfo:
     if not records:
         raise UserError(
-            f"{folder}: no document fell into this split; give more text or another --validation-fraction"
+            f"{folder}: no document fell into this split; give more text, or another --validation-fraction with "
+            "another --output"
             if folder.name in ("train", "validation")
             else f"the inputs hold no text; nothing was built in {folder}"
         )
