@@ -87,7 +87,8 @@ class Corpus:
     def __init__(self, files: Sequence[Path], options: CorpusOptions) -> None:
         """Prepare; nothing is read yet."""
         self.files, self.options = files, options
-        self.bytes = sum(file.stat().st_size for file in files)
+        self._sizes = {file: file.stat().st_size for file in files}
+        self.bytes = sum(self._sizes.values())
         """Of all files."""
         self.bytes_read = 0
         """Of the files, by the latest iteration."""
@@ -107,7 +108,7 @@ class Corpus:
 
     def restart(self, files: int = 0) -> None:
         """Begin a new count of what is read, with the first ``files`` files counted as read."""
-        self.bytes_read = sum(file.stat().st_size for file in self.files[:files])
+        self.bytes_read = sum(self._sizes[file] for file in self.files[:files])
         self.left_out = []
 
     def documents_of(self, file: Path) -> Iterator[Document]:
@@ -130,7 +131,7 @@ class Corpus:
             else:
                 self.bytes_read = begin + len(content)
                 yield Document(_valid(content), name)
-        self.bytes_read = begin + file.stat().st_size
+        self.bytes_read = begin + self._sizes[file]
 
 
 def _valid(content: bytes) -> bytes:
