@@ -20,7 +20,13 @@ from tests.helpers import TINY
 
 @pytest.mark.parametrize(
     ("stage", "dp", "tp", "tied"),
-    [(1, 2, 1, True), (2, 3, 1, False), (2, 1, 2, True), (3, 2, 1, True), (3, 3, 2, False)],
+    [
+        (1, 2, 1, True),
+        pytest.param(2, 3, 1, False, marks=pytest.mark.slow),
+        pytest.param(2, 1, 2, True, marks=pytest.mark.slow),
+        pytest.param(3, 2, 1, True, marks=pytest.mark.slow),
+        (3, 3, 2, False),
+    ],
 )
 def test_there_and_back(stage: int, dp: int, tp: int, tied: bool, tmp_path: Path):
     model = training_run(tmp_path / "run", layer_pattern="FMA", tie_word_embeddings=tied)
