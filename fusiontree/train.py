@@ -194,9 +194,11 @@ def train(config: Config) -> int:
             extra_files=tokenizer_files,
         )
         saver = Saver(run_dir / "checkpoints", config.checkpoint, layout.checkpoint_group, lease.refusal)
-        outcome = Trainer(settings, engine, train_data, validation_data, saver).run()
-        if layout.is_main:
-            lease.release()
+        try:
+            outcome = Trainer(settings, engine, train_data, validation_data, saver).run()
+        finally:
+            if layout.is_main:
+                lease.release()
         if outcome is Outcome.INTERRUPTED:
             # The first rank to leave makes srun end the others with SIGTERM, and launchers repeat the signal that they
             # pass on; all ranks are to leave with their own code.

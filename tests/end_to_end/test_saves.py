@@ -98,6 +98,7 @@ def test_a_checkpoint_of_another_model_is_named_by_its_fields(data: Path, tmp_pa
     assert done.returncode == 2
     assert "model.gate_rank: 8 in the checkpoint, 4 now" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "other" / "lease.json").exists()
 
 
 @pytest.mark.slow
