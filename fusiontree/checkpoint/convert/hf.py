@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CODE = ("configuration_fusiontree.py", "modeling_fusiontree.py")
 _HEAD = ("model.head.weight", "lm_head.weight")
-_UNTIED_SETTINGS = ("kernels",)  # of this machine, not of the model
+_OF_THIS_MACHINE = ("kernels",)  # not of the model
 
 
 def their_name(name: str) -> str:
@@ -146,7 +146,7 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
             },
             "model_type": "fusiontree",
             "dtype": dtype,
-            **{name: value for name, value in model.items() if name not in _UNTIED_SETTINGS},
+            **{name: value for name, value in model.items() if name not in _OF_THIS_MACHINE},
             **tokenizer,
         },
     )
