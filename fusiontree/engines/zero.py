@@ -212,6 +212,7 @@ class ZeroEngine(OnLayout):
             zero.averaged_gradients[group] = None
         if self.stage < 3:
             zero.all_grad_tensors = {}
+            zero.micro_step_id = -1  # as its step() sets it: the next gradient is the first, and adds to nothing
         if self.offloads_optimizer:
             zero.reset_cpu_buffers()
         self._watch.end_step()
