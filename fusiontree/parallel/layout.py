@@ -244,7 +244,13 @@ def temporary_group(device: torch.device, store: dist.Store, rank: int, size: in
         timeout_s: how long a collective may wait for its peers.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except BaseException:
+        # A start that failed leaves its number behind, and the next group would wait for its peers under another name.
+        dist.distributed_c10d._world.group_count = 0
+        raise
     try:
         yield
     finally:
