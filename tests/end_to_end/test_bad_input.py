@@ -32,7 +32,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ("model.vocab_size=200", ["257 tokens", "vocab_size is 200"]),
         ("data.train=nowhere", ["'nowhere' does not exist", "build_shards"]),
         ("training.seq_len=100000 model.max_position_embeddings=100000", ["no row of training.seq_len 100000"]),
-        ("parallel.tp=2", ["parallel.tp 2", "set both to 1"]),
+        ("parallel.tp=2", ["1 processes do not divide by parallel.tp 2", "start a multiple of 2"]),
         ("parallel.shard_size=3", ["parallel.shard_size 3", "use one of [1]"]),
         ("parallel.shard_size=1 parallel.engine=ddp", ["parallel.shard_size is for engine fsdp2"]),
         ("training.device=cuda", ["training.device is cuda", "training.device=cpu"]),
