@@ -6,9 +6,9 @@ configuration needs no torch, so these modules import none.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -22,6 +22,19 @@ class Section(BaseModel):
         populate_by_name=True,
         use_attribute_docstrings=False,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _off_is_a_word(cls, values: Any) -> Any:
+        """YAML reads a bare ``off`` as false; where a setting has the choice "off", that is what was meant."""
+        if not isinstance(values, dict):
+            return values
+        meant = dict(values)
+        for name, field in cls.model_fields.items():
+            key = field.alias or name
+            if meant.get(key) is False and "off" in get_args(field.annotation):
+                meant[key] = "off"
+        return meant
 
     @classmethod
     def known_keys(cls) -> list[str]:

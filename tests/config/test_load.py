@@ -40,6 +40,15 @@ def test_overrides_win_and_scientific_numbers_are_numbers(file: Path) -> None:
     assert config.training.max_steps == 7
 
 
+def test_a_bare_off_is_a_choice_and_no_boolean(file: Path, tmp_path: Path) -> None:
+    config = load_config(file, ["training.health_check=off", "training.spike_policy=off"])
+    assert (config.training.health_check, config.training.spike_policy) == ("off", "off")
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+    assert "training.max_steps" in error_of(file, "training.max_steps=off")
+
+
 def test_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> None:
     config = load_config(file, ["training.curriculum=[[32, 5]]"])
     again = tmp_path / "again.yaml"
