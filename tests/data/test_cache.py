@@ -39,13 +39,22 @@ def filler(size: int, slow_s: float = 0.0):  # type: ignore[no-untyped-def]
 
 
 def held(folder: Path) -> int:
-    """Bytes of everything in the cache."""
-    total = 0
-    for root, _, files in os.walk(folder):
-        for name in files:
+    """Bytes of everything in the cache, at one moment.
+
+    A file that goes while others are counted would be counted beside the one that took its room; such a count is dropped.
+    """
+    while True:
+        before = _names(folder)
+        total = 0
+        for name in before:
             with contextlib.suppress(FileNotFoundError):
-                total += os.stat(os.path.join(root, name)).st_size
-    return total
+                total += os.stat(name).st_size
+        if _names(folder) == before:
+            return total
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(os.path.join(root, name) for root, _, files in os.walk(folder) for name in files)
 
 
 def keys(cache: ShardCache) -> set[int]:
