@@ -41,7 +41,7 @@ def filler(size: int, slow_s: float = 0.0):  # type: ignore[no-untyped-def]
 def held(folder: Path) -> int:
     """Bytes of everything in the cache, at one moment.
 
-    A file that goes while others are counted would be counted beside the one that took its room; such a count is dropped.
+    A file that goes while others are counted would be counted beside what took its room; such a count is dropped.
     """
     while True:
         before = _names(folder)
