@@ -22,7 +22,7 @@ from fusiontree.models.projections import project
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.recompute import cheap
-from fusiontree.ops.ssd import ssd_scan
+from fusiontree.ops.ssd import StateExchange, ssd_scan
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -103,7 +103,12 @@ class CausalConv(nn.Module):
 
 
 class SSDScan(nn.Module):
-    """The scan as a module without parameters, so that a parallel plan can put another in its place."""
+    """The scan as a module without parameters, so that a parallel plan can put another in its place.
+
+    ``state_exchange``, where a plan sets it, says with which state a piece of a row begins.
+    """
+
+    state_exchange: StateExchange | None = None
 
     def __init__(self, chunk_size: int, backend: str) -> None:
         super().__init__()
@@ -131,6 +136,7 @@ class SSDScan(nn.Module):
             chunk_size=min(self.chunk_size, x_BSHP.shape[1]),
             documents=documents,
             initial_state_BHPN=initial_state_BHPN,
+            state_exchange=self.state_exchange,
             backend=self.backend,
         )
 

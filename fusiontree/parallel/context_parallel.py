@@ -20,11 +20,10 @@ from torch import Tensor
 
 from fusiontree.models.attention import AttentionCore
 from fusiontree.models.block import FusionBlock
-from fusiontree.models.mamba import SSDScan, SSMValues
+from fusiontree.models.mamba import SSDScan
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.attention import attention
 from fusiontree.ops.documents import Documents
-from fusiontree.ops.ssd import ssd_scan
 from fusiontree.parallel.collectives import gather_stack, gather_tokens, left_halo, swap_with_mirror
 from fusiontree.parallel.layout import Layout
 
@@ -82,31 +81,7 @@ class PassingScan(SSDScan):
     def __init__(self, scan: SSDScan, group: dist.ProcessGroup) -> None:
         super().__init__(scan.chunk_size, scan.backend)
         self.group = group
-
-    def forward(
-        self,
-        x_BSHP: Tensor,
-        dt_BSH: Tensor,
-        ssm: SSMValues,
-        B_BSGN: Tensor,
-        C_BSGN: Tensor,
-        documents: Documents | None,
-        initial_state_BHPN: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``y [B, S, H, P]`` and the state after the piece; see :func:`fusiontree.ops.ssd.ssd_scan`."""
-        assert initial_state_BHPN is None
-        return ssd_scan(
-            x_BSHP,
-            dt_BSH,
-            ssm.A_H,
-            B_BSGN,
-            C_BSGN,
-            ssm.D_H,
-            chunk_size=min(self.chunk_size, x_BSHP.shape[1]),
-            documents=documents,
-            state_exchange=self.state_before,
-            backend=self.backend,
-        )
+        self.state_exchange = self.state_before
 
     def state_before(self, reached_BHPN: Tensor, decay_BH: Tensor) -> Tensor:
         """Fold the states of the pieces before this rank's: ``H_{r+1} = P_r H_r + S_r``.
