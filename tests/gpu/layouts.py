@@ -1,10 +1,10 @@
 """Layouts on several GPUs: throughput of each beside one GPU's, loss curves of each beside one GPU's.
 
-    python -m tests.gpu.layouts OUT one-gpu       # the reference
-    torchrun --nproc-per-node=2 -m tests.gpu.layouts OUT fsdp2-cp2 fsdp2-tp2 …
-    python -m tests.gpu.layouts OUT               # the table of what was measured
+    python -m tests.gpu.layouts OUT speed:one-gpu curve:one-gpu       # the reference
+    torchrun --nproc-per-node=2 -m tests.gpu.layouts OUT speed:fsdp2-cp2 curve:fsdp2-cp2 …
+    python -m tests.gpu.layouts OUT                                   # the table of what was measured
 
-``OUT`` is a folder; datasets are those of configs/bench.
+``OUT`` is a folder; datasets are those of configs/bench. Each layout keeps as many activations as fit its memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,26 +28,34 @@ SPEED = "configs/bench/hybrid_1b_32k.yaml"
 CURVE = "tests/gpu/curve.yaml"
 STEPS = 200
 
-LAYOUTS: dict[str, tuple[str, ...]] = {
+PARALLEL: dict[str, tuple[str, ...]] = {
     "one-gpu": ("parallel.engine=ddp",),
-    "fsdp2-dp2": ("parallel.engine=fsdp2", "training.global_batch_size=2"),
+    "fsdp2-dp2": ("parallel.engine=fsdp2",),
     "fsdp2-tp2": ("parallel.engine=fsdp2", "parallel.tp=2"),
     "fsdp2-cp2": ("parallel.engine=fsdp2", "parallel.cp=2"),
-    "zero3-dp2": ("parallel.engine=zero3", "training.global_batch_size=2"),
+    "zero3-dp2": ("parallel.engine=zero3",),
+    "fsdp2-cp2-128k": ("parallel.engine=fsdp2", "parallel.cp=2"),
 }
-LONG = (
-    "parallel.cp=2",
-    "training.seq_len=131072",
-    "model.max_position_embeddings=131072",
-    "training.activation_checkpointing=full",
-    "training.checkpointed_layers=16",
-)
+BATCHES: dict[str, tuple[str, ...]] = {  # of the speed figures; the curves' global batch is the same for all
+    "one-gpu": (),
+    "fsdp2-dp2": ("training.global_batch_size=2", "training.checkpointed_layers=8"),
+    "fsdp2-tp2": ("training.activation_checkpointing=none",),
+    "fsdp2-cp2": ("training.activation_checkpointing=none",),
+    "zero3-dp2": ("training.global_batch_size=2",),
+    "fsdp2-cp2-128k": (
+        "training.seq_len=131072",
+        "model.max_position_embeddings=131072",
+        "training.activation_checkpointing=full",
+        "training.checkpointed_layers=16",
+    ),
+}
 
 
-def speed(out: Path, name: str, overrides: tuple[str, ...], steps: int = 5) -> None:
+def speed(out: Path, name: str) -> None:
     """Time a layout at 32K tokens a row; rank 0 writes ``OUT/speed-NAME.json``."""
+    overrides = PARALLEL[name] + BATCHES[name]
     args = benchmark.build_parser().parse_args(
-        ["--config", SPEED, "--steps", str(steps), "--warmup", "2", "--one-document", *overrides]
+        ["--config", SPEED, "--steps", "6", "--warmup", "3", "--one-document", *overrides]
     )
     config = load_config(args.config, args.overrides)
     check_layout(config.model, config.parallel, config.training, process_place().world_size)
@@ -58,32 +65,27 @@ def speed(out: Path, name: str, overrides: tuple[str, ...], steps: int = 5) -> N
         print(name, json.dumps(result), flush=True)
 
 
-def curve(out: Path, name: str, overrides: tuple[str, ...]) -> None:
+def curve(out: Path, name: str) -> None:
     """Train the small model on real text; the run is ``OUT/curve-NAME``. The global batch is the same for all."""
-    kept = [o for o in overrides if "global_batch_size" not in o]
     run_dir = out / f"curve-{name}"
-    config = load_config(CURVE, [*kept, f"run_dir={run_dir}", f"training.max_steps={STEPS}"])
+    config = load_config(CURVE, [*PARALLEL[name], f"run_dir={run_dir}", f"training.max_steps={STEPS}"])
     assert train(config) == 0
 
 
-def measure(out: Path, names: list[str]) -> None:
-    """Run speed and curve of each layout; with ``fsdp2-cp2`` rows of 128K too."""
+def measure(out: Path, jobs: list[str]) -> None:
+    """Run jobs named ``speed:LAYOUT`` and ``curve:LAYOUT``."""
     out.mkdir(parents=True, exist_ok=True)
     port = int(os.environ.get("MASTER_PORT", "29500"))
-    jobs: list[tuple[Any, str, tuple[str, ...]]] = []
-    for name in names:
-        jobs += [(speed, name, LAYOUTS[name]), (curve, name, LAYOUTS[name])]
-        if name == "fsdp2-cp2":
-            jobs.append((speed, "fsdp2-cp2-128k", LONG))
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # each job's processes meet anew, at a port of their own
-    for index, (job, name, overrides) in enumerate(jobs):
+    for index, job in enumerate(jobs):
+        kind, _, name = job.partition(":")
         os.environ["MASTER_PORT"] = str(port + 1 + index)
         began = time.perf_counter()
-        job(out, name, overrides)
+        {"speed": speed, "curve": curve}[kind](out, name)
         gc.collect()
         torch.cuda.empty_cache()
         if process_place().is_main:
-            print(f"{job.__name__} {name}: {time.perf_counter() - began:.0f} s", flush=True)
+            print(f"{job}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def table(out: Path) -> None:
@@ -109,8 +111,8 @@ def _losses(run_dir: Path) -> list[float]:
 
 
 if __name__ == "__main__":
-    folder, *layouts = sys.argv[1:]
-    if layouts:
-        measure(Path(folder), layouts)
+    folder, *named = sys.argv[1:]
+    if named:
+        measure(Path(folder), named)
     else:
         table(Path(folder))
