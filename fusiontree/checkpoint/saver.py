@@ -114,6 +114,11 @@ class Saver:
             device = next((t.device for t in tensors.values()), torch.device("cpu"))
             self._snapshot = Snapshot(self._plan, device)
 
+    @property
+    def page_locked(self) -> bool:
+        """True when the copy of the state is in memory that a GPU copies to at the link's full speed."""
+        return self._snapshot is not None and self._snapshot.locked
+
     def save(
         self,
         step: int,

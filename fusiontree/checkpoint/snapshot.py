@@ -6,6 +6,8 @@ than the copy), and page-locked where the state lives on a GPU, so that the copy
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ class Snapshot:
             starts.append(end)
             end += -(-plan.nbytes(rectangle) // _ALIGN) * _ALIGN
         self._memory = torch.zeros(max(end, 1), dtype=torch.uint8)
-        self._locked = device.type == "cuda" and _page_lock(self._memory)
+        self.locked = device.type == "cuda" and _page_lock(self._memory)
         self.buffers: dict[Rectangle, Tensor] = {}
         flat = self._memory.numpy()
         for rectangle, start in zip(plan.mine, starts, strict=True):
@@ -43,15 +45,15 @@ class Snapshot:
     def take(self, tensors: dict[str, Tensor]) -> None:
         """Copy the live values; when this returns, training may change them."""
         for rectangle, view in live_pieces(self.plan, tensors).items():
-            self.buffers[rectangle].copy_(view, non_blocking=self._locked)
-        if self._locked:
+            self.buffers[rectangle].copy_(view, non_blocking=self.locked)
+        if self.locked:
             torch.cuda.synchronize()
 
     def close(self) -> None:
         """Unlock the memory."""
-        if self._locked:
+        if self.locked:
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
-            self._locked = False
+            self.locked = False
 
 
 def live_pieces(plan: SavePlan, tensors: dict[str, Tensor]) -> dict[Rectangle, Tensor]:
@@ -68,4 +70,8 @@ def live_pieces(plan: SavePlan, tensors: dict[str, Tensor]) -> dict[Rectangle, T
 
 def _page_lock(memory: Tensor) -> bool:
     """Lock exactly this memory: torch's own pinned allocator rounds up to a power of two. False where it is refused."""
-    return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0
+    if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0:
+        return True
+    with contextlib.suppress(RuntimeError):  # CUDA would report the refusal once more, at the next kernel
+        torch.zeros(1, device="cuda")
+    return False
