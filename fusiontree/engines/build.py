@@ -42,12 +42,9 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
     stage = ZERO_STAGES.get(parallel.engine)
     if stage in (1, 2):
         compute_in(PRECISION[training.precision], units_inside_out(model))
-    checkpoint_activations(
-        model.module,
-        training.activation_checkpointing,
-        training.checkpointed_layers,
-        parameters_stay=stage != 3,  # ZeRO-3 gathers them module by module
-    )
+    checkpoint_activations(model.module, training.activation_checkpointing, training.checkpointed_layers)
+    if stage not in (1, 2):  # whose forwards read cast copies of the parameters
+        join_products(model.module)
     if stage:
         from fusiontree.engines.zero import ZeroEngine
 
@@ -62,7 +59,6 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
             offload=parallel.offload,
             keep_below=parallel.keep_below,
         )
-    join_products(model.module)
     engine = OneRankEngine if layout.place.world_size == 1 else FSDP2Engine
     return engine(
         model,

@@ -17,7 +17,14 @@ from fusiontree.engines.on_layout import OnLayout
 from fusiontree.engines.step import run_model
 from fusiontree.engines.zero_gather import gather_in
 from fusiontree.engines.zero_parts import Part, stage3_parts, stage12_parts
-from fusiontree.engines.zero_setup import ParallelGroups, check_report, deepspeed_config, start_deepspeed
+from fusiontree.engines.zero_reduce import GradientReduction
+from fusiontree.engines.zero_setup import (
+    ParallelGroups,
+    check_report,
+    deepspeed_config,
+    reduces_itself,
+    start_deepspeed,
+)
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shards import GlobalTensor
 from fusiontree.parallel.units import DistributedModel, Unit, units_inside_out
@@ -58,7 +65,7 @@ class ZeroEngine(OnLayout):
         super().__init__(layout)
         self.module: Any = model.module
         self.specs = specs = model.specs
-        self.stage = stage
+        self.stage, self._offload = stage, offload
         self._deepspeed = start_deepspeed(layout)
         config = deepspeed_config(
             stage,
@@ -66,6 +73,7 @@ class ZeroEngine(OnLayout):
             offload=offload,
             keep_below=keep_below,
             largest=max(math.prod(spec.local_shape) for spec in specs.values()),
+            block=max(sum(p.numel() for p in block.parameters()) for block in self.module.layers),
             pin_memory=layout.device.type == "cuda",
         )
         dtypes: dict[str, torch.dtype] = {}
@@ -81,6 +89,8 @@ class ZeroEngine(OnLayout):
         if stage == 3:
             status = self._deepspeed.runtime.zero.partition_parameters.ZeroParamStatus
             gather_in({parameter: dtypes[name] for name, parameter in self.parameters.items()}, status)
+            for block in self.module.layers:  # gathered whole, forward and backward, by one pair of hooks
+                self._deepspeed.utils.set_z3_leaf_module(block, True)
         self._engine, *_ = self._deepspeed.initialize(
             model=self.module,
             optimizer=self._build_optimizer(optimizer, decays),
@@ -132,7 +142,9 @@ class ZeroEngine(OnLayout):
 
     def _sum_gradients(self) -> None:
         """Let gradients be summed over the ranks: the loss is already divided by the global token count."""
-        if self.stage == 3:
+        if reduces_itself(self.stage, self._offload):
+            GradientReduction(self._zero)
+        elif self.stage == 3:
             # DeepSpeed averages over the ranks that share a parameter, and those differ between parameters that are
             # split over tp and others; it has no setting for a sum here.
             assert callable(self._zero._gradient_averaging_world_size)

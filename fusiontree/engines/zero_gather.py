@@ -31,14 +31,17 @@ class _Gathering:
         if self.work is not None:
             self.work.wait()
         ranks = self.parameters[0].ds_zero_partition_world_size
-        of_rank = self.flat.view(ranks, -1)
-        at = 0
-        for parameter in self.parameters:
-            size = parameter.ds_tensor.ds_numel
-            whole = of_rank[:, at : at + size].reshape(-1)[: parameter.ds_numel]
-            parameter.data = whole.view(parameter.ds_shape)
+        sizes = [parameter.ds_tensor.ds_numel for parameter in self.parameters]
+        if len(sizes) == 1 or ranks == 1:
+            wholes = list(self.flat.split([ranks * size for size in sizes]))
+        else:  # each rank's parts lie side by side: one pass puts the ranks' parts of a parameter together
+            wholes = [self.flat.new_empty(ranks * size) for size in sizes]
+            rows = [whole.view(ranks, -1) for whole in wholes]
+            torch.split_with_sizes_copy(self.flat.view(ranks, -1), sizes, dim=1, out=rows)
+        for parameter, whole in zip(self.parameters, wholes, strict=True):
+            parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
             parameter.ds_status = self.available
-            at += size
+        del self.flat
         self.done = True
 
 
@@ -73,8 +76,9 @@ def gather_in(dtypes: dict[nn.Parameter, torch.dtype], status: Any) -> None:
     def _start_bucket(bucket: list[Any], dtype: torch.dtype) -> _Gathering:
         group, ranks = bucket[0].ds_process_group, bucket[0].ds_zero_partition_world_size
         device = bucket[0].device
-        parts = [p.ds_tensor.to(device=device, dtype=dtype, non_blocking=True) for p in bucket]
-        mine = torch.cat(parts) if len(parts) > 1 else parts[0]
+        parts = [p.ds_tensor.to(device, non_blocking=True) for p in bucket]  # they may wait in CPU memory
+        mine = torch.empty(sum(part.numel() for part in parts), dtype=dtype, device=device)
+        torch._foreach_copy_(list(mine.split([part.numel() for part in parts])), parts)
         if ranks == 1:
             return _Gathering(bucket, mine, None, status.AVAILABLE)
         flat = torch.empty(ranks * mine.numel(), dtype=dtype, device=device)

@@ -75,8 +75,13 @@ def start_deepspeed(layout: Layout) -> Any:
     return deepspeed
 
 
+def reduces_itself(stage: int, offload: str) -> bool:
+    """Tell whether gradients are reduced by :mod:`fusiontree.engines.zero_reduce` instead of DeepSpeed."""
+    return stage == 3 and offload == "none"
+
+
 def deepspeed_config(
-    stage: int, *, max_grad_norm: float, offload: str, keep_below: int, largest: int, pin_memory: bool
+    stage: int, *, max_grad_norm: float, offload: str, keep_below: int, largest: int, block: int, pin_memory: bool
 ) -> dict[str, Any]:
     """Return DeepSpeed's configuration.
 
@@ -87,23 +92,28 @@ def deepspeed_config(
         keep_below: stage 3 keeps parameters of at most so many elements gathered.
         largest: elements of the largest parameter. A gradient that does not fit the bucket would be reduced in the
             precision of the forward pass.
+        block: elements of the largest block, which stage 3 gathers together, and ahead of its turn.
         pin_memory: page-lock what waits in CPU memory.
     """
+    # Stage 3 on the device's memory alone is reduced by zero_reduce, which needs neither buffer nor streams of
+    # DeepSpeed's: its collectives run beside the computation anyway, and memory that belongs to the computation's own
+    # stream is free again as soon as the host says so.
+    ours = reduces_itself(stage, offload)
     zero: dict[str, Any] = {
         "stage": stage,
-        "contiguous_gradients": True,
+        "contiguous_gradients": not ours,
         "reduce_scatter": True,
-        "overlap_comm": pin_memory,  # on a GPU
-        "reduce_bucket_size": max(50_000_000, largest),
+        "overlap_comm": pin_memory and not ours,  # on a GPU
+        "reduce_bucket_size": block if ours else max(50_000_000, largest),
         "allgather_bucket_size": 200_000_000,
     }
     if offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
     if stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_prefetch_bucket_size": block,
             "stage3_param_persistence_threshold": keep_below,
-            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_live_parameters": max(1_000_000_000, 2 * (block + largest)),
             "stage3_max_reuse_distance": 0,  # a parameter is released when its module is done
         }
         if offload == "all":
