@@ -15,7 +15,7 @@ from fusiontree.engines.finite import GradientWatch
 from fusiontree.engines.loss_scale import LossScale
 from fusiontree.engines.on_layout import OnLayout
 from fusiontree.engines.step import run_model
-from fusiontree.engines.zero_gather import gather_in
+from fusiontree.engines.zero_gather import gather_ahead, gather_in
 from fusiontree.engines.zero_parts import Part, stage3_parts, stage12_parts
 from fusiontree.engines.zero_reduce import GradientReduction
 from fusiontree.engines.zero_setup import (
@@ -101,6 +101,9 @@ class ZeroEngine(OnLayout):
         self._zero: Any = self._engine.optimizer
         check_report(self._engine, stage, offload)
         self._sum_gradients()
+        if stage == 3:
+            modules = [self.module.embed, *self.module.layers, self.module.head]
+            gather_ahead(self._zero.parameter_offload.param_coordinator, modules, status)
         self._names = names = {parameter: name for name, parameter in self.parameters.items()}
         if stage == 3:
             self._flats: list[Tensor] = self._zero.fp32_partitioned_groups_flat

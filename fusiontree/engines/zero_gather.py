@@ -3,11 +3,15 @@
 DeepSpeed keeps fp32 partitions, which are the master weights. It would gather them in fp32, or with autocast in bf16
 and cast back. Here each parameter's own gather functions, which DeepSpeed looks up on the parameter, are replaced: the
 partition is cast, gathered, and the forward sees the lower precision, as under FSDP2.
+
+DeepSpeed looks ahead by a number of elements at every hook, of which a block has several, so it would gather pieces of
+many blocks. Here the next module in order is gathered whole while one computes, and no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -97,3 +101,27 @@ def gather_in(dtypes: dict[nn.Parameter, torch.dtype], status: Any) -> None:
         one: Any = parameter
         one.all_gather_coalesced = all_gather_coalesced
         one.all_gather = lambda param_list=None, one=one, **_: now([one] if param_list is None else param_list)
+
+
+def gather_ahead(coordinator: Any, modules: Sequence[nn.Module], status: Any) -> None:
+    """Start gathering the next module's parameters when a module has its own.
+
+    Args:
+        coordinator: DeepSpeed's, which fetches a module's parameters before its forward and its backward pass.
+        modules: in the order of the forward pass; the backward pass comes in the opposite one.
+        status: DeepSpeed's ``ZeroParamStatus``.
+    """
+    following = {(one, True): other for one, other in pairwise(modules)}
+    following |= {(one, False): other for one, other in pairwise(reversed(modules))}
+    fetch, start = coordinator.fetch_sub_module, coordinator._PartitionedParameterCoordinator__all_gather_params
+
+    @torch.no_grad()
+    def fetch_two(module: nn.Module, forward: bool) -> None:
+        fetch(module, forward=forward)
+        coming = following.get((module, forward))
+        if coming is not None:
+            missing = {p for p in coming.parameters() if p.ds_status == status.NOT_AVAILABLE}  # type: ignore[attr-defined]
+            if missing:
+                start(missing, forward)
+
+    coordinator.fetch_sub_module = fetch_two

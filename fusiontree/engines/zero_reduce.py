@@ -28,8 +28,9 @@ class GradientReduction:
         """Replace the methods of ``zero``, DeepSpeed's optimizer, that its hooks and its ``step`` call."""
         self._zero = zero
         self._bucket_size = zero.reduce_bucket_size
+        self._ends = {parameters[-1] for parameters in zero.leaf_parameters.values()}  # of blocks, which come whole
         self._ready: dict[tuple[int, torch.dtype], list[Any]] = {}
-        self._flying: tuple[list[Any], Tensor, dist.Work | None] | None = None
+        self._flying: tuple[list[Any], Tensor, Tensor, dist.Work | None] | None = None
         flat, offset = zero.grad_partitions_flat_buffer, 0
         self._targets: dict[int, Tensor] = {}  # this rank's part of each parameter's gradient, by the parameter's id
         self._of_group: list[Tensor] = []
@@ -49,19 +50,24 @@ class GradientReduction:
             assert callable(getattr(zero, name)), f"this DeepSpeed's stage 3 optimizer has no {name}"
             setattr(zero, name, method)
         # Each of a block's parameters leaves an event, and with more than two the host would wait for the device.
-        coordinator, limit = (
-            zero.parameter_offload.param_coordinator,
-            "_PartitionedParameterCoordinator__max_ongoing_fetch_events",
-        )
-        assert getattr(coordinator, limit) == 2
-        setattr(coordinator, limit, 1 << 30)
+        limit = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
+        assert getattr(zero.parameter_offload.param_coordinator, limit) == 2
+        setattr(zero.parameter_offload.param_coordinator, limit, 1 << 30)
 
     def add(self, parameter: Any) -> None:
         """Take a parameter's finished gradient."""
         bucket = self._ready.setdefault((id(parameter.ds_process_group), parameter.grad.dtype), [])
         bucket.append(parameter)
-        if sum(p.ds_numel for p in bucket) >= self._bucket_size:
-            self._start(bucket)
+        if parameter in self._ends:  # buckets end with a block; what is small waits for the next one
+            self._start_from(self._bucket_size // 2)
+        elif not hasattr(parameter, "ds_z3_leaf_module"):
+            self._start_from(self._bucket_size)
+
+    def _start_from(self, elements: int) -> None:
+        """Start the buckets that hold at least so many elements."""
+        for bucket in self._ready.values():
+            if bucket and sum(p.ds_numel for p in bucket) >= elements:
+                self._start(bucket)
 
     @torch.no_grad()
     def _start(self, bucket: list[Any]) -> None:
@@ -78,18 +84,18 @@ class GradientReduction:
         # Row r is what rank r keeps of each; parts that a parameter does not fill are padded with zeros.
         torch._chunk_cat(gradients, dim=0, num_chunks=ranks, out=send.view(ranks, size))
         if ranks == 1:
-            self._flying = parameters, send, None
+            self._flying = parameters, send, send, None
             return
         received = send.new_empty(size)
         work = getattr(dist, REDUCE_SCATTER)(received, send, group=group, async_op=True)
-        self._flying = parameters, received, work
+        self._flying = parameters, received, send, work  # what is sent lives until it has arrived
 
     @torch.no_grad()
     def _land(self) -> None:
         """Add the sum in flight to this rank's parts."""
         if self._flying is None:
             return
-        parameters, received, work = self._flying
+        parameters, received, _, work = self._flying
         self._flying = None
         if work is not None:
             work.wait()
@@ -102,9 +108,7 @@ class GradientReduction:
 
     def finish(self) -> None:
         """End a backward pass."""
-        for bucket in self._ready.values():
-            if bucket:
-                self._start(bucket)
+        self._start_from(0)
         self._land()
         for index, parameters in enumerate(self._zero.fp16_groups):
             self._zero.averaged_gradients[index] = [self._targets[p.ds_id] for p in parameters]

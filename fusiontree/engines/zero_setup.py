@@ -92,7 +92,7 @@ def deepspeed_config(
         keep_below: stage 3 keeps parameters of at most so many elements gathered.
         largest: elements of the largest parameter. A gradient that does not fit the bucket would be reduced in the
             precision of the forward pass.
-        block: elements of the largest block, which stage 3 gathers together, and ahead of its turn.
+        block: elements of the largest block, whose gradients stage 3 reduces together.
         pin_memory: page-lock what waits in CPU memory.
     """
     # Stage 3 on the device's memory alone is reduced by zero_reduce, which needs neither buffer nor streams of
@@ -111,9 +111,9 @@ def deepspeed_config(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
     if stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": block,
+            "stage3_prefetch_bucket_size": 0,  # zero_gather looks ahead
             "stage3_param_persistence_threshold": keep_below,
-            "stage3_max_live_parameters": max(1_000_000_000, 2 * (block + largest)),
+            "stage3_max_live_parameters": 1_000_000_000,  # bounds DeepSpeed's looking ahead alone
             "stage3_max_reuse_distance": 0,  # a parameter is released when its module is done
         }
         if offload == "all":
@@ -128,6 +128,7 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device before each forward pass
     }
 
 

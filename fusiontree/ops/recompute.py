@@ -38,15 +38,9 @@ def mark(outputs: Any, formula: Callable[..., Any], *inputs: Any) -> None:
 class Recomputed(saved_tensors_hooks):
     """Context of a forward pass in which results of :func:`cheap` are not kept for the backward pass."""
 
-    def __init__(self, *, parameters_stay: bool = True) -> None:
-        """Start with nothing marked.
-
-        Args:
-            parameters_stay: whether a module's parameters are at hand while other modules of its block run backward.
-                Where they are not (ZeRO-3 gathers them module by module), results that depend on one are kept.
-        """
+    def __init__(self) -> None:
+        """Start with nothing marked."""
         super().__init__(self._pack, self._unpack)
-        self._parameters_stay = parameters_stay
         self._recipes: dict[int, tuple[weakref.ref[Tensor], _Recipe, int]] = {}
 
     def __enter__(self) -> None:
@@ -60,8 +54,6 @@ class Recomputed(saved_tensors_hooks):
 
     def register(self, formula: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any) -> None:
         """Remember how ``outputs`` came about."""
-        if not self._parameters_stay and any(isinstance(value, torch.nn.Parameter) for value in inputs):
-            return
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
         places = [_place(tensor) for tensor in tensors]
         taken = {_place(value) for value in inputs if isinstance(value, Tensor)}

@@ -28,10 +28,8 @@ KEPT = {
 """Operations whose results are kept by full recomputation too: dear, and small beside the other activations."""
 
 
-def checkpoint_activations(
-    model: FusionTreeModel, mode: str, layers: int | None = None, *, parameters_stay: bool = True
-) -> None:
-    """Recompute blocks in the backward pass.
+def checkpoint_activations(model: FusionTreeModel, mode: str, layers: int | None = None) -> None:
+    """Recompute blocks in the backward pass, throughout which all parameters of a block must be at hand.
 
     Args:
         model: its blocks' ``forward`` is wrapped.
@@ -39,10 +37,8 @@ def checkpoint_activations(
             compute (matrix products, attention, scan) and computes norms, convolutions, activations and mixes again,
             each where it is needed (:mod:`fusiontree.ops.recompute`); offload is full with the inputs in CPU memory.
         layers: only the first so many (None: all).
-        parameters_stay: whether all of a block's parameters are at hand throughout its backward pass.
     """
-    selective = partial(_selective, parameters_stay)
-    wrap: dict[str, Callable[..., Any]] = {"full": _full, "selective": selective, "offload": _offload}
+    wrap: dict[str, Callable[..., Any]] = {"full": _full, "selective": _selective, "offload": _offload}
     if mode == "none":
         return
     for block in model.layers[:layers]:
@@ -60,8 +56,8 @@ def _full(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_keeping, **kwargs)
 
 
-def _selective(parameters_stay: bool, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with Recomputed(parameters_stay=parameters_stay):
+def _selective(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with Recomputed():
         return forward(*args, **kwargs)
 
 
