@@ -33,7 +33,9 @@ from fusiontree.parallel.units import DistributedModel, Unit, units_inside_out
 class ZeroEngine(OnLayout):
     """Trains a model under DeepSpeed ZeRO.
 
-    DeepSpeed reduces, clips and steps; which precision the forward sees is ours (see :mod:`zero_setup`).
+    DeepSpeed reduces, clips and steps; which precision the forward sees is ours (see :mod:`zero_setup`). Under stage 3
+    a block's parameters come and go together, and unless CPU memory takes part the reduction is ours too
+    (:mod:`zero_gather`, :mod:`zero_reduce`).
     """
 
     def __init__(
