@@ -36,6 +36,7 @@ from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.checkpoint.saver import Saver, SaveResult
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.hardware import available_memory
 
 
 class Unverified(CheckpointReader):
@@ -102,14 +103,6 @@ def check_room(folder: Path, size: float, device: str) -> None:
             raise UserError(
                 f"{what}: {there / 1e9:.1f} GB free, {needed / 1e9:.1f} needed; lower --gb or give --folder"
             )
-
-
-def available_memory() -> int | None:
-    """Return the bytes of CPU memory that can be had, or None where the system does not say."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def save(saver: Saver, state: dict[str, Tensor], step: int, wait: bool) -> SaveResult:

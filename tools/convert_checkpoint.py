@@ -42,6 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--max-shard-size", default="5GB", metavar="SIZE", help="hf: size of a weight file, such as 500MB (default 5GB)"
     )
+    add(
+        "--check-logits",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="hf: compare the exported model's logits with ours, which takes the model's memory (default: up to 4 GB)",
+    )
     add("--tp", type=int, default=1, metavar="N", help="megatron, zero: tensor parallel size (default 1)")
     add("--dp", type=int, default=1, metavar="N", help="zero: data parallel size, dp x cp (default 1)")
     add("--stage", type=int, default=3, choices=[1, 2, 3], help="zero: its stage (default 3)")
@@ -112,6 +118,7 @@ def run(args: argparse.Namespace) -> None:
         tp=args.tp,
         dp=args.dp,
         stage=args.stage,
+        check_logits=args.check_logits,
         **read_config(args),
     )
     dtype = target_dtype(form, options)
@@ -130,11 +137,11 @@ def run(args: argparse.Namespace) -> None:
         print("dry run: nothing was written")
         return
     began = time.monotonic()
-    hashes = convert(source, args.target, form, options, Progress().report)
-    print(
-        f"verified: {len(hashes)} tensors read back from {args.target} equal those written (SHA-256); "
-        f"{time.monotonic() - began:.1f} s"
-    )
+    verdict = convert(source, args.target, form, options, Progress().report, lambda text: print(text, flush=True))
+    print(f"verified: {len(verdict.hashes)} tensors read back from {args.target} equal those written (SHA-256)")
+    if verdict.logits:
+        print(verdict.logits)
+    print(f"{args.target} is complete; {time.monotonic() - began:.1f} s")
 
 
 def open_named(args: argparse.Namespace, options: Options) -> tuple[str, Source]:

@@ -32,6 +32,7 @@ from fusiontree.checkpoint.manifest import (
     read_manifest,
 )
 from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, read_metadata
+from fusiontree.checkpoint.open_files import OpenFiles
 from fusiontree.checkpoint.pieces import pieces_of
 from fusiontree.utils.errors import UserError, nearest
 
@@ -67,6 +68,8 @@ class CheckpointReader:
         self.check(METADATA)
         self.tensors: dict[str, SavedTensor] = read_metadata(folder)
         self._parts: dict[str, dict[int, tuple[int, str]]] = {}
+        self._open = OpenFiles(folder)
+        self._sized: set[str] = set()
 
     def check(self, name: str) -> None:
         """Compare one whole file with its recorded hash.
@@ -122,8 +125,9 @@ class CheckpointReader:
         sizes = [job.chunk.length for job in jobs]
         count = ByteCount(sum(sizes) + sum(self._entry(name).size for name in whole), report)
         budget = _Budget(max([_IN_FLIGHT, *sizes]))
-        for name in {job.chunk.file for job in jobs}:
+        for name in {job.chunk.file for job in jobs} - self._sized:
             check_size(self.folder / name, self._entry(name))
+            self._sized.add(name)
         with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
             # Files that were not written by us are hashed as a whole, so before anything of them is used.
             list(pool.map(lambda name: check_file(self.folder / name, self.files[name], count.add), whole))
@@ -181,7 +185,7 @@ class CheckpointReader:
             buffer = torch.frombuffer(mmap.mmap(-1, chunk.length), dtype=torch.uint8)
             digest = self._part(chunk)
             hashed = self.hashes and digest is not None
-            found = _read(path, chunk.start, buffer.numpy().data, count.add, hashed=hashed)
+            found = self._read(chunk, buffer.numpy().data, count.add, hashed=hashed)
             if hashed and found != digest:
                 raise CheckpointDamage(
                     f"{path} differs from the SHA-256 in its manifest at '{job.name}' "
@@ -190,6 +194,25 @@ class CheckpointReader:
             values = _tensor_in(buffer, job, path, ours=digest is not None)
             for view, part in job.targets:
                 view.copy_(values[part])
+
+    def _read(self, chunk: Chunk, buffer: memoryview, progress: Callable[[int], None], *, hashed: bool) -> str:
+        """Fill ``buffer`` with a piece's bytes and return the SHA-256 of what was read."""
+        path = self.folder / chunk.file
+        digest = hashlib.sha256()
+        done = 0
+        try:
+            with self._open.lend(chunk.file) as file:
+                while done < len(buffer):
+                    size = os.preadv(file, [buffer[done : done + _READ]], chunk.start + done)
+                    if not size:
+                        raise CheckpointDamage(f"{path} ends at byte {chunk.start + done}, its manifest says otherwise")
+                    if hashed:
+                        digest.update(buffer[done : done + size])
+                    done += size
+                    progress(size)
+        except OSError as error:
+            raise CheckpointDamage(f"{path} cannot be read: {error.strerror}") from error
+        return digest.hexdigest()
 
 
 class _Budget:
@@ -235,27 +258,6 @@ def _overlap(
         held.append(slice(begin - at, end - at))
         saved.append(slice(begin - chunk_at, end - chunk_at))
     return tuple(held), tuple(saved)
-
-
-def _read(path: Path, start: int, buffer: memoryview, progress: Callable[[int], None], *, hashed: bool) -> str:
-    """Fill ``buffer`` from a file and return the SHA-256 of what was read."""
-    digest = hashlib.sha256()
-    done = 0
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            os.posix_fadvise(file.fileno(), start, len(buffer), os.POSIX_FADV_SEQUENTIAL)  # reads further ahead
-            while done < len(buffer):
-                size = file.readinto(buffer[done : done + _READ])
-                if not size:
-                    raise CheckpointDamage(f"{path} ends at byte {start + done}, its manifest says otherwise")
-                if hashed:
-                    digest.update(buffer[done : done + size])
-                done += size
-                progress(size)
-    except OSError as error:
-        raise CheckpointDamage(f"{path} cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _tensor_in(buffer: Tensor, job: _Job, path: Path, *, ours: bool) -> Tensor:

@@ -61,6 +61,11 @@ def _tasks_of_node(counts: str, node: int) -> int:
     return tasks[node]
 
 
+def child_environment(**changes: str) -> dict[str, str]:
+    """Return this process's environment with some variables set, for a process that it starts."""
+    return {**os.environ, **changes}
+
+
 def rendezvous_given() -> bool:
     """True when a launcher told this process where its peers meet (``MASTER_ADDR`` and ``MASTER_PORT``)."""
     return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ

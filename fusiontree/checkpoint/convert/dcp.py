@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fusiontree.checkpoint.convert.source import MODEL, MOMENTS, TOKENIZER_FILES, Entry, Source, Stream, checked
 from fusiontree.checkpoint.folders import STATE, folder_step, step_folder
-from fusiontree.checkpoint.load import find_checkpoint, load_tensors, read_state, saved_tensors
+from fusiontree.checkpoint.load import find_checkpoint, read_state
 from fusiontree.checkpoint.manifest import file_entries, verify, write_manifest
 from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, metadata_bytes
 from fusiontree.checkpoint.plan import Rectangle
+from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.checkpoint.write import Written, write_file
 from fusiontree.utils.files import atomic_write
 
@@ -42,24 +43,26 @@ class TrainingCheckpoint(Source):
         self.config = values.pop("config")
         self.state = values
         self.files = [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
-        self.entries = {name: Entry(*entry) for name, entry in saved_tensors(self.folder).items()}
+        self._reader = CheckpointReader(self.folder)
+        self.entries = {name: Entry(saved.shape, saved.dtype) for name, saved in self._reader.tensors.items()}
         self.entries = checked(self.entries, self.model_config, str(self.folder))
         self._ahead: dict[str, Tensor] = {}
         self._order = list(self.entries)
+        self._places = {name: place for place, name in enumerate(self._order)}
+        self._limit = max(entry.nbytes for entry in self.entries.values())
 
     def read(self, name: str) -> Tensor:
         """Return one tensor; small ones that follow it are read along, up to the size of the largest."""
         if name not in self._ahead:
             self._ahead.clear()
-            limit = max(entry.nbytes for entry in self.entries.values())
             wanted: dict[str, Tensor] = {}
             size = 0
-            for near in self._order[self._order.index(name) :]:
+            for near in self._order[self._places[name] :]:
                 size += self.entries[near].nbytes
-                if wanted and size > limit:
+                if wanted and size > self._limit:
                     break
                 wanted[near] = torch.empty(self.entries[near].shape, dtype=self.entries[near].dtype)
-            load_tensors(self.folder, wanted)
+            self._reader.fill(wanted)
             self._ahead = wanted
         return self._ahead.pop(name)
 

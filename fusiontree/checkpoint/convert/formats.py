@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusiontree.checkpoint.convert import dcp, hf, megatron, single, zero, zero_write
+from fusiontree.checkpoint.convert import dcp, hf, logits, megatron, single, zero, zero_write
 from fusiontree.checkpoint.convert.source import MODEL, Source, Stream, checked, tensor_hash
 from fusiontree.checkpoint.folders import MANIFEST, complete_checkpoints
 from fusiontree.models.config import ModelConfig
@@ -38,6 +39,18 @@ class Options:
     """zero: data parallel size."""
     stage: int = 3
     """zero: 1 | 2 | 3."""
+    check_logits: str = "auto"
+    """hf: on | off | auto, which compares the logits of models that are small enough."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a conversion was verified."""
+
+    hashes: dict[str, str]
+    """SHA-256 of every tensor that the target holds, all of them read back from it and compared."""
+    logits: str | None
+    """What was found of the logits, or why they were not compared; None for formats that have none."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +200,13 @@ def check_target(target: Path, form: Format) -> None:
 
 
 def convert(
-    source: Source, target: Path, form: Format, options: Options, report: Callable[[int, int], None]
-) -> dict[str, str]:
+    source: Source,
+    target: Path,
+    form: Format,
+    options: Options,
+    report: Callable[[int, int], None],
+    say: Callable[[str], None] = lambda text: None,
+) -> Verdict:
     """Write ``source`` as ``form`` to ``target``, which appears complete and verified, or not at all.
 
     Args:
@@ -197,12 +215,11 @@ def convert(
         form: of the target.
         options: how the target is to be.
         report: called with the bytes done and the bytes in all.
-
-    Returns:
-        SHA-256 of every tensor that the target holds, all of them read back from it and compared.
+        say: called with what is about to take a while.
 
     Raises:
-        UserError: the target is taken, the disk has too little room, or what was written reads back different.
+        UserError: the target is taken, the disk has too little room, what was written reads back different, or its
+            logits are not those of our model.
     """
     check_target(target, form)
     assert form.write is not None
@@ -211,6 +228,7 @@ def convert(
         source.entries = checked(source.entries, wanted, "the source's weights and the --config given")
         source.config = options.config
     stream = Stream(source, target_dtype(form, options), report)
+    reason = logits.why_not(fp32_bytes(source), options.check_logits) if form.name == "hf" else None
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     needed, free = written_bytes(stream, form), shutil.disk_usage(parent).free
@@ -222,7 +240,12 @@ def convert(
         if not form.is_file:
             partial.mkdir()
         form.write(partial, stream, options, target.name)
+        say("reading it back")
         _compare(stream, form.open(partial, replace(options, config=source.config)))
+        verdict = None if reason is None else f"logits were not compared: {reason}"
+        if form.name == "hf" and reason is None:
+            say("comparing logits")
+            verdict = logits.compare_logits(stream, partial)
         for folder in [partial, *partial.rglob("*")] if partial.is_dir() else []:
             if folder.is_dir():
                 fsync_directory(folder)
@@ -231,7 +254,12 @@ def convert(
     except BaseException:
         _remove(partial)
         raise
-    return stream.hashes
+    return Verdict(stream.hashes, verdict)
+
+
+def fp32_bytes(source: Source) -> int:
+    """Return the size of a source's parameters in fp32."""
+    return 4 * sum(math.prod(entry.shape) for name, entry in source.entries.items() if name.startswith(MODEL))
 
 
 def target_dtype(form: Format, options: Options) -> torch.dtype | None:

@@ -33,6 +33,7 @@ from fusiontree.checkpoint.convert.source import (
     write_ours,
 )
 from fusiontree.checkpoint.metadata import SavedTensor, read_metadata
+from fusiontree.checkpoint.open_files import OpenFiles
 from fusiontree.models.config import ModelConfig
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import atomic_write
@@ -107,10 +108,10 @@ class MegatronFolder(Source):
             UserError: no configuration is known, or the keys are not those of its model.
             CheckpointDamage: its metadata cannot be read.
         """
-        self._folder = path
         self.config, self.state = known(path, config)
         self.files = tokenizer_files(path)
         self._saved = read_metadata(path)
+        self._open = OpenFiles(path)
         self._blocks: dict[str, list[tuple[str, BlockPlace]]] = {}
         entries: dict[str, Entry] = {}
         model = ModelConfig.model_validate(self.config["model"])
@@ -140,22 +141,21 @@ class MegatronFolder(Source):
     def read(self, name: str) -> Tensor:
         """Return one tensor, put together from its blocks."""
         blocks = self._blocks[name]
-        parts = [read_saved(self._folder, self._saved[key]) for key, _ in blocks]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=blocks[0][1].axis)
+        values = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
+        for key, block in blocks:
+            self._fill(block.of(values), self._saved[key])
+        return values
 
-
-def read_saved(folder: Path, saved: SavedTensor) -> Tensor:
-    """Return a tensor of a DCP folder, put together from its chunks."""
-    values = torch.empty(saved.shape, dtype=saved.dtype)
-    for chunk in saved.chunks:
-        with (folder / chunk.file).open("rb") as file:
-            file.seek(chunk.start)
-            part = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
-        target = values
-        for axis, (offset, length) in enumerate(zip(chunk.offset, chunk.shape, strict=True)):
-            target = target.narrow(axis, offset, length)
-        target.copy_(part.view(chunk.shape))
-    return values
+    def _fill(self, values: Tensor, saved: SavedTensor) -> None:
+        """Put a tensor's chunks to their places."""
+        for chunk in saved.chunks:
+            content = self._open.read(chunk.file, chunk.start, chunk.length)
+            part = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            del content
+            target = values
+            for axis, (offset, length) in enumerate(zip(chunk.offset, chunk.shape, strict=True)):
+                target = target.narrow(axis, offset, length)
+            target.copy_(part.view(chunk.shape))
 
 
 def _key(name: str, block: BlockPlace) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.checkpoint.convert.source import Entry
+from fusiontree.checkpoint.open_files import OpenFiles
 from fusiontree.utils.errors import UserError
 
 _NAMES = {
@@ -73,6 +74,7 @@ class SafetensorsFile:
             UserError: the file is cut short or no safetensors file.
         """
         self.path = path
+        self._open = OpenFiles(path.parent)
         size = path.stat().st_size
         with path.open("rb") as file:
             first = file.read(8)
@@ -97,10 +99,8 @@ class SafetensorsFile:
         entry = self.entries[name]
         if not math.prod(entry.shape):
             return torch.empty(entry.shape, dtype=entry.dtype)
-        values = torch.empty(entry.nbytes, dtype=torch.uint8)
-        with self.path.open("rb") as file:
-            file.seek(self._ranges[name][0])
-            read = file.readinto(values.numpy().data)
-        if read != entry.nbytes:
+        content = self._open.read(self.path.name, self._ranges[name][0], entry.nbytes)
+        if len(content) != entry.nbytes:
             raise UserError(f"{self.path} ends inside '{name}'; copy it again")
+        values = torch.frombuffer(content, dtype=torch.uint8)
         return values.view(entry.dtype).reshape(entry.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fusiontree.checkpoint import open_files, reader
 from fusiontree.checkpoint.convert import formats
+from fusiontree.checkpoint.convert.dcp import TrainingCheckpoint
+from fusiontree.checkpoint.metadata import read_metadata
 from fusiontree.config.load import load_config
 from tests.checkpoint.convert.checkpoints import all_tensors, convert, training_run
 from tests.end_to_end.runs import ROOT, build_data, environment, events, train, write_config
@@ -120,6 +124,30 @@ def test_a_step_folder_can_be_the_target(run: Path, tmp_path: Path):
     convert(run, tmp_path / "checkpoints" / "step-00000007", "--to", "dcp")
     before, after = all_tensors(run), all_tensors(tmp_path)
     assert all(torch.equal(before[name], after[name]) for name in before) and before.keys() == after.keys()
+
+
+def test_a_source_is_opened_once(run: Path, monkeypatch: pytest.MonkeyPatch):
+    opened: list[Path] = []
+    described: list[Path] = []
+
+    class Counting(open_files._File):
+        def __init__(self, path: Path) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+    def counting(folder: Path) -> dict:
+        described.append(folder)
+        return read_metadata(folder)
+
+    monkeypatch.setattr(open_files, "_File", Counting)
+    monkeypatch.setattr(reader, "read_metadata", counting)
+    source = TrainingCheckpoint(run)
+    expected = all_tensors(run)
+    opened.clear()
+    described.clear()
+    assert all(torch.equal(source.read(name), expected[name]) for name in source.entries)
+    assert len(source.entries) > 100 and not described
+    assert len(opened) <= min(8, os.cpu_count() or 1)  # one a thread
 
 
 def test_sizes():
