@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -128,27 +129,32 @@ class FSDP2Engine(OnLayout):
             loss = loss * self.loss_scale.scale
         loss.backward()
 
+    @torch.no_grad()
     def step(self, learning_rate: float) -> StepResult:
-        """Clip by the global norm, apply AdamW, clear the gradient."""
-        grads = {name: _local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+        """Clip by the global norm, apply AdamW, clear the gradient; the device decides by itself whether to skip."""
+        return self._apply(self._global_norm(), learning_rate)
+
+    def _apply(self, norm: Tensor, learning_rate: float) -> StepResult:
+        """Queue the whole step before anybody waits for the device; ``norm`` is that of the scaled gradient."""
+        divisor = torch.ones_like(norm)
         if self.loss_scale:
-            torch._foreach_mul_(list(grads.values()), 1.0 / self.loss_scale.scale)
-        norm = self._global_norm(grads)
-        result = StepResult(norm)
-        if not torch.isfinite(torch.tensor(norm)):
-            why = (
-                "overflow at loss scale " + str(self.loss_scale.scale)
-                if self.loss_scale
-                else "non-finite gradient norm"
-            )
-            result = StepResult(norm, skipped=why)
-        else:
-            limit = self._settings.max_grad_norm
-            if limit and norm > limit:
-                torch._foreach_mul_(list(grads.values()), limit / norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
+            norm = norm / self.loss_scale.scale
+            divisor = divisor * self.loss_scale.scale
+        limit = self._settings.max_grad_norm
+        if limit:
+            divisor = divisor * (norm / limit).clamp(min=1.0)
+        optimizer: Any = self.optimizer
+        # AdamW's kernel divides the gradient on its way, and leaves all as it was when told of an infinity.
+        optimizer.grad_scale = divisor.float()
+        optimizer.found_inf = (~norm.isfinite()).float()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        result = StepResult(float(norm))
+        if not math.isfinite(result.grad_norm):
+            scale = self.loss_scale
+            why = f"overflow at loss scale {scale.scale}" if scale else "non-finite gradient norm"
+            result = StepResult(result.grad_norm, skipped=why)
         if self.loss_scale:
             self.loss_scale.update(overflow=result.skipped is not None)
         self.discard()
@@ -172,13 +178,17 @@ class FSDP2Engine(OnLayout):
             else:
                 yield name, _offset(placed), _local(placed)
 
-    def _global_norm(self, grads: dict[str, Tensor]) -> float:
+    def _global_norm(self) -> Tensor:
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)  # of parameters cut over tp, of whole ones
         for index, split in enumerate((True, False)):
-            kind = [grad for name, grad in grads.items() if self.specs[name].is_split == split]
+            kind = [
+                _local(p.grad)
+                for name, p in self.parameters.items()
+                if p.grad is not None and self.specs[name].is_split == split
+            ]
             if kind:
                 squares[index] = torch.stack(torch._foreach_norm(kind)).double().square().sum()
-        return float(self.layout.sum_over_copies(squares[0], squares[1], self._shard).sqrt())
+        return self.layout.sum_over_copies(squares[0], squares[1], self._shard).sqrt()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Live tensors: ``model.NAME``, ``optimizer.exp_avg.NAME``, ``optimizer.exp_avg_sq.NAME``."""

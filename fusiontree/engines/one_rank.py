@@ -8,9 +8,7 @@ fp32, as ``fully_shard`` does it. The step is queued whole before anybody waits 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,36 +89,14 @@ class OneRankEngine(FSDP2Engine):
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepResult:
-        """Clip by the norm, apply AdamW, clear the gradient; the device decides by itself whether to skip."""
+        """Clip by the norm, apply AdamW, clear the gradient."""
         gradients = list(self._gradients.values())
         norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).double()
-        norm = norms.square().sum().sqrt()
-        divisor = torch.ones_like(norm)
-        if self.loss_scale:
-            norm = norm / self.loss_scale.scale
-            divisor = divisor * self.loss_scale.scale
-        limit = self._settings.max_grad_norm
-        if limit:
-            divisor = divisor * (norm / limit).clamp(min=1.0)
         for name, gradient in self._gradients.items():
             self.parameters[name].grad = gradient.float()
         del gradients
         self._gradients.clear()
-        optimizer: Any = self.optimizer
-        optimizer.grad_scale = divisor.float()
-        optimizer.found_inf = (~norm.isfinite()).float()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-        result = StepResult(float(norm))
-        if not math.isfinite(result.grad_norm):
-            scale = self.loss_scale
-            why = f"overflow at loss scale {scale.scale}" if scale else "non-finite gradient norm"
-            result = StepResult(result.grad_norm, skipped=why)
-        if self.loss_scale:
-            self.loss_scale.update(overflow=result.skipped is not None)
-        self.discard()
-        return result
+        return self._apply(norms.square().sum().sqrt(), learning_rate)
 
     def discard(self) -> None:
         """Clear the gradient."""

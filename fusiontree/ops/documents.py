@@ -28,8 +28,14 @@ class Documents:
     """Starts of documents and of rows among the B*S flattened tokens, and B*S last; int32, [documents + 1]."""
     max_seqlen: int
     """Longest run between two entries of ``cu_seqlens``, in tokens."""
-    whole_rows: bool
-    """True when each row is one document from its start, so boundaries need no masking."""
+    tokens_before: int | None
+    """Where no document starts after a row's first token: how many of its document's tokens lie before it, the same for
+    all rows. Boundaries then need no masking. None otherwise."""
+
+    @property
+    def whole_rows(self) -> bool:
+        """True when each row is one document from its start."""
+        return self.tokens_before == 0
 
     @classmethod
     def from_positions(cls, positions_BS: Tensor) -> Documents:
@@ -39,12 +45,14 @@ class Documents:
         breaks_BS = starts_BS.clone()
         breaks_BS[:, 0] = True
         bounds = torch.cat([breaks_BS.flatten().nonzero().flatten(), torch.tensor([rows * length])])
+        first = int(positions_BS[0, 0])
+        unbroken = not bool(starts_BS[:, 1:].any()) and bool((positions_BS[:, 0] == first).all())
         return cls(
             positions_BS=positions_BS,
             segments_BS=starts_BS.cumsum(dim=1, dtype=torch.int32),
             cu_seqlens=bounds.to(torch.int32),
             max_seqlen=int(bounds.diff().max()),
-            whole_rows=bool(starts_BS[:, 0].all()) and bounds.numel() == rows + 1,
+            tokens_before=first if unbroken else None,
         )
 
     @classmethod
@@ -59,5 +67,5 @@ class Documents:
             self.segments_BS.to(device, non_blocking=non_blocking),
             self.cu_seqlens.to(device, non_blocking=non_blocking),
             self.max_seqlen,
-            self.whole_rows,
+            self.tokens_before,
         )

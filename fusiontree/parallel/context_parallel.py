@@ -51,7 +51,7 @@ class PieceDocuments(Documents):
             piece.segments_BS,
             piece.cu_seqlens,
             piece.max_seqlen,
-            piece.whole_rows,
+            piece.tokens_before,
             own_half=Documents.from_positions(positions_BT[:, begin : begin + half].contiguous()),
             mirror_half=Documents.from_positions(positions_BT[:, mirror + half : mirror + length].contiguous()),
         )
@@ -64,7 +64,7 @@ class PieceDocuments(Documents):
             piece.segments_BS,
             piece.cu_seqlens,
             piece.max_seqlen,
-            piece.whole_rows,
+            piece.tokens_before,
             own_half=self.own_half.to(device, non_blocking),
             mirror_half=self.mirror_half.to(device, non_blocking),
         )

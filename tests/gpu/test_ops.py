@@ -202,6 +202,20 @@ def test_attention(packed: bool, window: int | None) -> None:
     check(run("flex"), run("reference"), [q, k, v])
 
 
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("before", [256, 3072])
+def test_attention_of_a_rows_last_tokens(before: int, window: int | None) -> None:
+    queries = 1024
+    pieces = Documents.from_positions(torch.arange(before, before + queries).expand(2, -1).contiguous()).to("cuda")
+    q = draw(2, queries, 4, 128)
+    k, v = (draw(2, before + queries, 2, 128, seed=seed) for seed in (1, 2))
+
+    def run(backend: str) -> Callable:
+        return lambda q, k, v: attention(q, k, v, window=window, documents=pieces, backend=backend)
+
+    check(run("flex"), run("reference"), [q, k, v])
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["triton", "compiled"])
 def test_conv(name: str, packed: bool) -> None:

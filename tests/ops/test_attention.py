@@ -10,6 +10,7 @@ import torch
 from fusiontree.ops.attention import attention, cached_attention
 from fusiontree.ops.attention.reference import attention_reference
 from fusiontree.ops.attention.sdpa import attention_sdpa
+from fusiontree.ops.attention.tail import causal_tail
 from fusiontree.ops.documents import Documents
 from tests.ops.test_ssd import positions
 
@@ -97,3 +98,26 @@ def test_window_costs_the_same_a_token_at_any_length() -> None:
         return min(times) / length
 
     assert seconds_a_token(16384) <= 1.3 * seconds_a_token(4096)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(8, 24), (16, 17), (1, 30)])
+def test_last_tokens_in_two_parts_agree_with_the_definition(queries: int, keys: int) -> None:
+    q, k, v = (torch.randn(2, n, 3, 16, requires_grad=True) for n in (queries, keys, keys))
+    want = attention_reference(q, k, v, scale=0.3)
+    got = causal_tail(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.3).transpose(1, 2)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn_like(want)
+    wanted = torch.autograd.grad(want, (q, k, v), upstream)
+    for mine, other in zip(torch.autograd.grad(got, (q, k, v), upstream), wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_documents_tell_how_much_lies_before_an_unbroken_piece() -> None:
+    def before(*rows: list[int]) -> int | None:
+        return Documents.from_positions(torch.tensor(rows)).tokens_before
+
+    assert before([0, 1, 2], [0, 1, 2]) == 0
+    assert before([5, 6, 7], [5, 6, 7]) == 5
+    assert before([5, 6, 7], [4, 5, 6]) is None
+    assert before([5, 6, 0], [5, 6, 7]) is None
+    assert before([0, 0, 1]) is None

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fusiontree.ops.attention.sdpa import causal_sdpa
+from fusiontree.ops.attention.tail import can_attend_in_parts, causal_tail
 from fusiontree.ops.documents import Documents
 
 
@@ -71,14 +72,18 @@ def attention_flex(
         # One causal triangle a row: cuDNN's kernel is the fastest that torch brings.
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
             return causal_sdpa(q_BSHD, k_BTKD, v_BTKD, scale)
+    q_BHSD, k_BKTD, v_BKTD = q_BSHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
+    before = keys - queries
+    if window is None and (documents is None or documents.tokens_before == before) and can_attend_in_parts(q_BHSD):
+        return causal_tail(q_BHSD, k_BKTD, v_BKTD, scale).transpose(1, 2)
     if documents is None:
         positions_BS = torch.arange(keys - queries, keys, device=q_BSHD.device).expand(q_BSHD.shape[0], -1)
     else:
         positions_BS = documents.positions_BS
     out_BHSD = _compiled()(
-        q_BSHD.transpose(1, 2),
-        k_BTKD.transpose(1, 2),
-        v_BTKD.transpose(1, 2),
+        q_BHSD,
+        k_BKTD,
+        v_BKTD,
         block_mask=_block_mask(positions_BS, keys, window),
         scale=scale,
         enable_gqa=q_BSHD.shape[2] != k_BTKD.shape[2],
