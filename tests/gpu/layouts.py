@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import sys
 import time
@@ -90,23 +91,24 @@ def measure(out: Path, jobs: list[str]) -> None:
 
 def table(out: Path) -> None:
     """Print both tables from what was written."""
-    one = json.loads((out / "speed-one-gpu.json").read_text())
-    for file in sorted(out.glob("speed-*.json")):
-        figures = json.loads(file.read_text())
+    speeds = {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("speed-*.json"))}
+    one_gpu = speeds.get("speed-one-gpu")
+    for name, figures in speeds.items():
         rate = figures["tokens_per_s_per_gpu"]
+        of_one = f", {rate / one_gpu['tokens_per_s_per_gpu']:.1%} of one GPU" if one_gpu else ""
         print(
-            f"{file.stem:24s} {rate:10,.0f} tokens/s/GPU {figures['peak_memory_gib']:7.1f} GiB "
-            f"{rate / one['tokens_per_s_per_gpu']:7.1%} of one GPU, MFU {figures['mfu']:.1%}"
+            f"{name:24s} {rate:10,.0f} tokens/s/GPU {figures['peak_memory_gib']:7.1f} GiB, MFU {figures['mfu']:.1%}{of_one}"
         )
-    losses = {folder.name: _losses(folder) for folder in sorted(out.glob("curve-*"))}
-    reference = losses["curve-one-gpu"]
-    for name, mine in losses.items():
-        far = max(abs(a - b) / b for a, b in zip(mine, reference, strict=False))
-        print(f"{name:24s} {len(mine)} steps, loss {mine[0]:.3f} to {mine[-1]:.3f}, at most {far:.2%} from one GPU's")
+    curves = {folder.name: _losses(folder) for folder in sorted(out.glob("curve-*"))}
+    reference = curves.get("curve-one-gpu", [])
+    for name, mine in curves.items():
+        far = max((abs(a - b) / b for a, b in zip(mine, reference, strict=False)), default=math.nan)
+        print(f"{name:24s} {len(mine)} steps, loss {mine[:1]} to {mine[-1:]}, at most {far:.2%} from one GPU's")
 
 
 def _losses(run_dir: Path) -> list[float]:
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    file = run_dir / "metrics.jsonl"
+    records = map(json.loads, file.read_text().splitlines() if file.exists() else [])
     return [record["lm_loss"] for record in records if "lm_loss" in record]
 
 
