@@ -283,7 +283,7 @@ class DecodeCache:
         """Return the boundaries of ``length`` tokens that continue every row's text."""
         positions_BS = self.positions_B[:, None] + torch.arange(length, device=self.positions_B.device)
         starts = torch.arange(self.rows + 1, dtype=torch.int32, device=self.positions_B.device) * length
-        return Documents(positions_BS, torch.zeros_like(positions_BS, dtype=torch.int32), starts, length, False)
+        return Documents(positions_BS, torch.zeros_like(positions_BS, dtype=torch.int32), starts, length, None)
 
     def advance(self, counts: Sequence[int]) -> None:
         """Note that every row's text became ``counts`` tokens longer."""
