@@ -20,6 +20,7 @@ from typing import Any
 from fusiontree.config.load import load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
+from fusiontree.utils import garbage
 from fusiontree.utils.environment import process_place
 from fusiontree.utils.errors import UserError
 
@@ -168,6 +169,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.warmup):
             step()
         synchronize()
+        garbage.set_aside()
         warmup_s = time.perf_counter() - began
         lengths.clear()
         if on_gpu:
@@ -224,6 +226,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             micro = ready.pop()[0][0]
             mesh = layout.parameter_mesh(True)
             print_table(result)  # what follows may not fit this device
+            garbage.take_back()
             del engine  # its memory is the peer's
             gc.collect()
             torch.cuda.empty_cache()

@@ -9,7 +9,6 @@ from torch import nn
 from fusiontree.engines.base import Engine, OptimizerSettings
 from fusiontree.engines.casting import compute_in
 from fusiontree.engines.fsdp2 import PRECISION, FSDP2Engine
-from fusiontree.engines.one_rank import OneRankEngine
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.recomputation import checkpoint_activations, join_products
 from fusiontree.parallel.units import build_model, materializer, no_weight_decay, units_inside_out
@@ -59,8 +58,7 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
             offload=parallel.offload,
             keep_below=parallel.keep_below,
         )
-    engine = OneRankEngine if layout.place.world_size == 1 else FSDP2Engine
-    return engine(
+    return FSDP2Engine(
         model,
         layout,
         materialize=materialize,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -16,6 +17,7 @@ from fusiontree.engines.base import OptimizerSettings, StepInputs, StepOutputs, 
 from fusiontree.engines.finite import GradientWatch
 from fusiontree.engines.loss_scale import LossScale
 from fusiontree.engines.on_layout import OnLayout
+from fusiontree.engines.own import OwnParameters
 from fusiontree.engines.step import run_model
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shards import GlobalTensor
@@ -25,7 +27,7 @@ PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float3
 
 
 class FSDP2Engine(OnLayout):
-    """Trains a model with ``fully_shard``, block by block.
+    """Trains a model with ``fully_shard``, block by block; what no other rank shares, it leaves as it is.
 
     ``ddp`` is the same machinery on a mesh whose sharding axis has one rank: parameters stay whole, gradients are
     all-reduced while the backward pass runs, and mixed precision means the same as under ``fsdp2``.
@@ -58,43 +60,51 @@ class FSDP2Engine(OnLayout):
         self.specs = model.specs
         self._shard = shard
         self._settings = optimizer
-        self.parameters = self._distribute(model, materialize, PRECISION[precision])
+        self._own = OwnParameters()
+        self._distribute(model, materialize, PRECISION[precision])
+        self.parameters = {name: self._own.masters.get(p, p) for name, p in self.module.named_parameters()}
         self.optimizer = self._build_optimizer(decays)
         self.loss_scale = LossScale() if precision == "fp16" else None
         self._watch = GradientWatch(self.module.embed)
 
     def _distribute(
         self, model: DistributedModel, materialize: Callable[[Unit], None], compute_dtype: torch.dtype
-    ) -> dict[str, nn.Parameter]:
-        """Materialise and shard the model block by block; return the parameters that the optimizer works on."""
+    ) -> None:
+        """Materialise the model block by block and shard what is not this rank's alone."""
         layout, shard = self.layout, self._shard
         for units in units_inside_out(model):
             materialize(units[-1])
             for unit in units:
                 dtype = torch.float32 if unit.keep_fp32 else compute_dtype
-                policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+                mesh = layout.parameter_mesh(shard, unit.tp_split)
+                if _is_own(mesh):
+                    self._own.add(unit.modules, dtype)
+                    continue
                 fully_shard(
                     list(unit.modules) if len(unit.modules) > 1 else unit.modules[0],
-                    mesh=layout.parameter_mesh(shard, unit.tp_split),
-                    mp_policy=policy,
+                    mesh=mesh,
+                    mp_policy=MixedPrecisionPolicy(
+                        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+                    ),
                     reshard_after_forward=shard and not unit.is_root,
+                    ignored_params=set(self._own.masters),
                 )
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # the loss is already divided by the global token count
                 if layout.backend == "gloo":
                     module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-        return dict(self.module.named_parameters())
 
     def _build_optimizer(self, decays: Callable[[str, nn.Parameter], bool]) -> torch.optim.AdamW:
-        decayed = [p for n, p in self.parameters.items() if decays(n, p)]
-        plain = [p for n, p in self.parameters.items() if not decays(n, p)]
-        groups = [
-            {"params": decayed, "weight_decay": self._settings.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            # AdamW's kernel takes sharded tensors or plain ones, not both at once.
+            groups.setdefault((decays(name, parameter), isinstance(parameter, DTensor)), []).append(parameter)
         optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [
+                {"params": parameters, "weight_decay": self._settings.weight_decay if decayed else 0.0}
+                for (decayed, _), parameters in groups.items()
+            ],
             betas=(self._settings.beta1, self._settings.beta2),
             eps=self._settings.eps,
             fused=True,
@@ -110,11 +120,13 @@ class FSDP2Engine(OnLayout):
 
     def forward(self, inputs: StepInputs) -> StepOutputs:
         """Run the model on one micro batch."""
+        self._own.begin(training=True)
         return run_model(self.module, inputs, self.layout)
 
     @torch.no_grad()
     def evaluate(self, inputs: StepInputs) -> Tensor:
         """Return the summed cross entropy of this rank's tokens."""
+        self._own.begin(training=False)
         self.module.eval()
         loss_sum = run_model(self.module, inputs, self.layout).loss_sum
         self.module.train()
@@ -122,7 +134,7 @@ class FSDP2Engine(OnLayout):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss``; gradients are reduced in fp32 over the ranks."""
-        if not self._shard:
+        if not self._shard and isinstance(self.module, FSDPModule):
             # Whole gradients fit anyway: add them up locally (in fp32) and reduce once a step.
             self.module.set_requires_gradient_sync(last)
         if self.loss_scale:
@@ -132,10 +144,8 @@ class FSDP2Engine(OnLayout):
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepResult:
         """Clip by the global norm, apply AdamW, clear the gradient; the device decides by itself whether to skip."""
-        return self._apply(self._global_norm(), learning_rate)
-
-    def _apply(self, norm: Tensor, learning_rate: float) -> StepResult:
-        """Queue the whole step before anybody waits for the device; ``norm`` is that of the scaled gradient."""
+        norm = self._global_norm()
+        self._own.hand_over()
         divisor = torch.ones_like(norm)
         if self.loss_scale:
             norm = norm / self.loss_scale.scale
@@ -149,7 +159,7 @@ class FSDP2Engine(OnLayout):
         optimizer.found_inf = (~norm.isfinite()).float()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        optimizer.step()
+        optimizer.step()  # the whole step is queued before anybody waits for the device
         result = StepResult(float(norm))
         if not math.isfinite(result.grad_norm):
             scale = self.loss_scale
@@ -162,6 +172,7 @@ class FSDP2Engine(OnLayout):
 
     def discard(self) -> None:
         """Clear the gradient."""
+        self._own.discard()
         self.optimizer.zero_grad(set_to_none=True)
         self._watch.end_step()
 
@@ -179,15 +190,15 @@ class FSDP2Engine(OnLayout):
                 yield name, _offset(placed), _local(placed)
 
     def _global_norm(self) -> Tensor:
+        kinds: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            grad = self._own.gradients.get(parameter, parameter.grad)
+            if grad is not None:
+                kinds.setdefault((self.specs[name].is_split, grad.dtype), []).append(_local(grad))
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)  # of parameters cut over tp, of whole ones
-        for index, split in enumerate((True, False)):
-            kind = [
-                _local(p.grad)
-                for name, p in self.parameters.items()
-                if p.grad is not None and self.specs[name].is_split == split
-            ]
-            if kind:
-                squares[index] = torch.stack(torch._foreach_norm(kind)).double().square().sum()
+        for (split, _), grads in kinds.items():
+            norms = torch.stack(torch._foreach_norm(grads, 2, torch.float32))
+            squares[0 if split else 1] += norms.double().square().sum()
         return self.layout.sum_over_copies(squares[0], squares[1], self._shard).sqrt()
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -225,6 +236,11 @@ class FSDP2Engine(OnLayout):
         if self.loss_scale and "loss_scale" in values:
             self.loss_scale.scale = values["loss_scale"]["scale"]
             self.loss_scale.good_steps = values["loss_scale"]["good_steps"]
+
+
+def _is_own(mesh: DeviceMesh) -> bool:
+    """Whether this rank is alone with what is sharded or copied over ``mesh``."""
+    return mesh.size() == 1
 
 
 def _local(grad: Tensor) -> Tensor:

@@ -157,8 +157,9 @@ def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: 
     layers = model.pattern
     mode = training.activation_checkpointing
     recomputed = len(layers) if training.checkpointed_layers is None else training.checkpointed_layers
+    others = "selective" if mode in ("full", "offload") else "none"
     per_layer = [
-        kept_elements(model, letter, mode if index < recomputed else "none", tp) for index, letter in enumerate(layers)
+        kept_elements(model, letter, mode if index < recomputed else others, tp) for index, letter in enumerate(layers)
     ]
     working = 0.0
     if mode != "none" and recomputed:  # one block at a time is whole again

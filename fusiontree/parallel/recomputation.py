@@ -36,13 +36,17 @@ def checkpoint_activations(model: FusionTreeModel, mode: str, layers: int | None
         mode: none; full keeps a block's input and the result of global attention; selective keeps all that is dear to
             compute (matrix products, attention, scan) and computes norms, convolutions, activations and mixes again,
             each where it is needed (:mod:`fusiontree.ops.recompute`); offload is full with the inputs in CPU memory.
-        layers: only the first so many (None: all).
+        layers: only the first so many (None: all). Of full and offload the others are selective, of selective they
+            keep everything.
     """
     wrap: dict[str, Callable[..., Any]] = {"full": _full, "selective": _selective, "offload": _offload}
     if mode == "none":
         return
-    for block in model.layers[:layers]:
-        block.forward = partial(wrap[mode], block.forward)
+    for index, block in enumerate(model.layers):
+        if layers is None or index < layers:
+            block.forward = partial(wrap[mode], block.forward)
+        elif mode != "selective":
+            block.forward = partial(_selective, block.forward)
 
 
 def join_products(model: FusionTreeModel) -> None:

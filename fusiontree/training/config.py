@@ -50,7 +50,10 @@ class TrainingConfig(Section):
         "with the inputs in CPU memory.",
     )
     checkpointed_layers: int | None = setting(
-        None, "Only the first so many layers are checkpointed, where memory is left for the others; absent: all.", ge=0
+        None,
+        "Only the first so many layers are checkpointed, where memory is left for the others: under full and offload "
+        "these are selective, under selective they keep everything. Absent: all.",
+        ge=0,
     )
     gate_target: float = setting(0.5, "Mean gate of a row that the load balance loss asks for.", ge=0, le=1)
     gate_margin: float = setting(0.1, "Distance from gate_target that costs nothing.", ge=0, le=1)

@@ -33,6 +33,7 @@ from fusiontree.training.spikes import Rewinds, SpikeFilter
 from fusiontree.training.step import StepDone, TrainStep, step_inputs
 from fusiontree.training.stop import StopRequest
 from fusiontree.training.watchdog import Watchdog, in_short
+from fusiontree.utils import garbage
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.flight_record import flight_record
 from fusiontree.utils.reach import Peers, own_place
@@ -109,6 +110,8 @@ class Trainer:
             self.records.event("failed", step=self.position.step, reason=in_short(error))
             self.records.close(patience_s=10)
             raise
+        finally:
+            garbage.take_back()
 
     def _run(self, stop: StopRequest) -> Outcome:
         config, watch = self.settings.training, self.watchdog
@@ -126,7 +129,7 @@ class Trainer:
         progress = Progress(config.max_steps)
         progress.mark(self.position.step)
         last_step = min(config.max_steps, config.exit_at_step or config.max_steps)
-        interrupted, limit = False, config.slow_timeout_s
+        interrupted, settled, limit = False, False, config.slow_timeout_s
         batches = self.train_data.steps(self.position.data)
         while True:
             step = watch.step = self.position.step + 1
@@ -142,6 +145,9 @@ class Trainer:
                 progress = Progress(config.max_steps)
                 continue
             self._note_skip(step, done, batch)
+            if not settled:  # the first step is over, in which kernels were compiled
+                garbage.set_aside()
+                settled = True
             interrupted, limit = done.stop, config.hang_timeout_s
             seconds = time.perf_counter() - began
             self._train_seconds += seconds

@@ -47,7 +47,7 @@ BATCHES: dict[str, tuple[str, ...]] = {  # of the speed figures; the curves' glo
         "training.seq_len=131072",
         "model.max_position_embeddings=131072",
         "training.activation_checkpointing=full",
-        "training.checkpointed_layers=16",
+        "training.checkpointed_layers=9",
     ),
 }
 
@@ -56,7 +56,7 @@ def speed(out: Path, name: str) -> None:
     """Time a layout at 32K tokens a row; rank 0 writes ``OUT/speed-NAME.json``."""
     overrides = PARALLEL[name] + BATCHES[name]
     args = benchmark.build_parser().parse_args(
-        ["--config", SPEED, "--steps", "6", "--warmup", "3", "--one-document", *overrides]
+        ["--config", SPEED, "--steps", "8", "--warmup", "8", "--one-document", *overrides]
     )
     config = load_config(args.config, args.overrides)
     check_layout(config.model, config.parallel, config.training, process_place().world_size)
@@ -97,7 +97,8 @@ def table(out: Path) -> None:
         rate = figures["tokens_per_s_per_gpu"]
         of_one = f", {rate / one_gpu['tokens_per_s_per_gpu']:.1%} of one GPU" if one_gpu else ""
         print(
-            f"{name:24s} {rate:10,.0f} tokens/s/GPU {figures['peak_memory_gib']:7.1f} GiB, MFU {figures['mfu']:.1%}{of_one}"
+            f"{name:24s} {rate:10,.0f} tokens/s/GPU {figures['peak_memory_gib']:7.1f} GiB, "
+            f"MFU {figures['mfu']:.1%}{of_one}"
         )
     curves = {folder.name: _losses(folder) for folder in sorted(out.glob("curve-*"))}
     reference = curves.get("curve-one-gpu", [])

@@ -41,4 +41,11 @@ def test_recomputation_keeps_the_gradients(mode: str, layers: int | None) -> Non
 
 
 def test_fewer_layers_recompute_less() -> None:
-    assert run("full", 1)[1] > run("full", 2)[1] > run("full")[1]
+    assert run("selective", 1)[1] > run("selective", 2)[1] > run("selective")[1]
+
+
+def test_the_layers_left_out_of_full_recomputation_are_selective() -> None:
+    model = tiny_model(layer_pattern="FFF")
+    checkpoint_activations(model, "full", 2)
+    wrappers = [block.forward.func.__name__ for block in model.layers]
+    assert wrappers == ["_full", "_full", "_selective"]

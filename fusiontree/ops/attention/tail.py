@@ -52,7 +52,9 @@ class _CausalTail(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_BHSD, k_BKTD, v_BKTD, out_BHSD, lse = ctx.saved_tensors
-        dq, dk, dv = [], [], []
+        dq: list[Tensor] = []
+        dk: list[Tensor] = []
+        dv: list[Tensor] = []
         for (keys, values, causal), rest in zip(_parts(k_BKTD, v_BKTD, ctx.before), ctx.others, strict=True):
             tensors = (grads[0], q_BHSD, keys, values, out_BHSD, lse)
             found = _backward(*tensors, rest=rest, causal=causal, scale=ctx.scale)

@@ -7,25 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from fusiontree.engines import build
+from fusiontree.engines import build, fsdp2
 from fusiontree.engines.base import StepInputs
-from fusiontree.engines.fsdp2 import FSDP2Engine
-from fusiontree.engines.one_rank import OneRankEngine
 from fusiontree.parallel.layout import Layout
 from fusiontree.training.config import TrainingConfig
 from tests.helpers import tiny_config
 
 
-def train(kind: type, precision: str, tied: bool, poison: bool) -> tuple[list[Any], dict[str, torch.Tensor]]:
+def train(own: bool, precision: str, tied: bool, poison: bool) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """Two micro batches a step, clipped; return norms, losses and the state after three steps."""
     values = {"seq_len": 16, "max_steps": 3, "global_batch_size": 2, "micro_batch_size": 1, "precision": precision}
     training = TrainingConfig.model_validate(values | {"max_grad_norm": 0.5, "activation_checkpointing": "selective"})
     model = tiny_config(tie_word_embeddings=tied)
     with Layout("cpu") as layout, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "OneRankEngine", kind)
+        patch.setattr(fsdp2, "_is_own", lambda mesh: own)
         engine = build.build_engine(model, SimpleNamespace(engine="fsdp2"), training, layout)
-        assert type(engine) is kind
+        assert isinstance(engine, fsdp2.FSDP2Engine)
+        assert isinstance(engine.module, FSDPModule) is not own
         seen: list[Any] = []
         for step in range(3):
             for micro in range(2):
@@ -50,8 +50,8 @@ def train(kind: type, precision: str, tied: bool, poison: bool) -> tuple[list[An
 @pytest.mark.parametrize(("precision", "rtol"), [("fp32", 2e-6), ("bf16", 2e-3)])
 @pytest.mark.parametrize("poison", [False, True])
 def test_equals_fully_shard_over_one_rank(precision: str, rtol: float, tied: bool, poison: bool) -> None:
-    seen, state = train(OneRankEngine, precision, tied, poison)
-    want, wanted_state = train(FSDP2Engine, precision, tied, poison)
+    seen, state = train(True, precision, tied, poison)
+    want, wanted_state = train(False, precision, tied, poison)
     torch.testing.assert_close(torch.tensor(seen), torch.tensor(want), rtol=rtol, atol=0)
     assert state.keys() == wanted_state.keys()
     for name, tensor in state.items():

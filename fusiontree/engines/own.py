@@ -1,0 +1,77 @@
+"""Parameters that no other rank holds anything of: nothing to gather, nothing to reduce.
+
+All of a job with one process, and the heads' parameters where tensor parallelism takes every rank. ``fully_shard`` over
+one rank would copy every parameter three times on its way from fp32 to the 16-bit type, twice a step, and every
+gradient twice on its way back. Here the model holds 16-bit copies beside the fp32 parameters that the optimizer works
+on. Gradients of one micro batch stay as the backward pass made them; those of several are added up in fp32, as
+``fully_shard`` does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class OwnParameters:
+    """fp32 parameters and, in mixed precision, the copies of them that the model computes with."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self.masters: dict[nn.Parameter, nn.Parameter] = {}
+        """The optimizer's parameter for each that the model computes with; the same one where that is fp32."""
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+        """What the backward passes of this step gave, by the optimizer's parameter."""
+        self._in_step = False
+
+    def add(self, modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
+        """Take the modules' parameters that nobody took yet, to be computed with in ``dtype``."""
+        copies: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one parameter
+        for owner in modules:
+            for module in owner.modules():
+                for leaf, parameter in list(module.named_parameters(recurse=False)):
+                    if parameter in self.masters or isinstance(parameter, DTensor):
+                        continue
+                    if parameter not in copies:
+                        copies[parameter] = parameter
+                        if parameter.dtype != dtype:
+                            copies[parameter] = nn.Parameter(parameter.detach().to(dtype))
+                    setattr(module, leaf, copies[parameter])
+        for master, copy in copies.items():
+            self.masters[copy] = master
+            copy.register_post_accumulate_grad_hook(self._take(master))
+
+    def _take(self, master: nn.Parameter) -> Callable[[Tensor], None]:
+        """Return what to do with a finished gradient: keep the first, add others in fp32."""
+
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            before = self.gradients.get(master)
+            self.gradients[master] = parameter.grad if before is None else before.float().add_(parameter.grad)
+            parameter.grad = None
+
+        return take
+
+    def begin(self, training: bool) -> None:
+        """Copy the parameters, whoever changed them, to what the model computes with; once a step of training."""
+        if self._in_step:
+            return
+        pairs = [(copy.detach(), master.detach()) for copy, master in self.masters.items() if copy is not master]
+        if pairs:
+            copies, masters = zip(*pairs, strict=True)
+            torch._foreach_copy_(list(copies), list(masters))
+        self._in_step = training
+
+    def hand_over(self) -> None:
+        """Give the gradients to the optimizer's parameters, in fp32."""
+        while self.gradients:
+            master, gradient = self.gradients.popitem()
+            master.grad = gradient.float()
+
+    def discard(self) -> None:
+        """Clear the gradients; the step is over."""
+        self.gradients.clear()
+        self._in_step = False
