@@ -39,6 +39,8 @@ COMPONENTS = (
     ("elementwise", ("at::native",)),
 )
 
+_MEASURED = "the measured step"
+
 _OPERATION_COLUMNS = ("forward_ms", "least_forward_ms", "backward_ms", "least_backward_ms")
 
 
@@ -211,7 +213,12 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         if on_gpu:
             result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             result["reserved_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
-            result["breakdown_ms"] = breakdown(step, synchronize, args.profile)
+
+            def together() -> None:
+                engine.barrier()
+                synchronize()
+
+            result["breakdown_ms"] = breakdown(step, together, args.profile)
             result["memory_gib"] = memory_by_kind(engine.state_tensors(), result["peak_memory_gib"])
         if args.ops:
             from fusiontree.benchmarking.operations import time_operations
@@ -292,19 +299,29 @@ def others(config: Config, args: argparse.Namespace, micro: Any, mesh: Any, devi
     return found
 
 
-def breakdown(step: Any, synchronize: Any, trace: str | None) -> dict[str, float]:
-    """Profile one step; return milliseconds of GPU time by component, of idle time, and of the whole step."""
-    from torch.profiler import ProfilerActivity, profile
+def breakdown(step: Any, together: Any, trace: str | None) -> dict[str, float]:
+    """Profile one step; return milliseconds of GPU time by component, of idle time, and of the whole step.
+
+    ``together`` waits for the device and all ranks: profilers start at different moments, and a rank that waits for
+    another's would count that as communication.
+    """
+    from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        step()
-        synchronize()
+        together()
+        with record_function(_MEASURED):
+            step()
+        together()
     if trace:
         profiler.export_chrome_trace(trace)
     spans: list[tuple[float, float]] = []
     parts: dict[str, float] = {}
     others: dict[str, float] = {}
-    for event in profiler.events():
+    events = profiler.events()
+    measured = next(e.time_range for e in events if e.name == _MEASURED and e.device_type.name == "CPU")
+    for event in events:
+        if not measured.start <= event.time_range.start < measured.end:
+            continue
         if event.device_type.name != "CUDA" or event.is_user_annotation:
             continue
         begin, end = event.time_range.start, event.time_range.end

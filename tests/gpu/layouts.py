@@ -23,6 +23,7 @@ from fusiontree import benchmark
 from fusiontree.config.load import load_config
 from fusiontree.parallel.validate import check_layout
 from fusiontree.train import train
+from fusiontree.utils import garbage
 from fusiontree.utils.environment import process_place
 
 SPEED = "configs/bench/hybrid_1b_32k.yaml"
@@ -83,6 +84,7 @@ def measure(out: Path, jobs: list[str]) -> None:
         os.environ["MASTER_PORT"] = str(port + 1 + index)
         began = time.perf_counter()
         {"speed": speed, "curve": curve}[kind](out, name)
+        garbage.take_back()
         gc.collect()
         torch.cuda.empty_cache()
         if process_place().is_main:
