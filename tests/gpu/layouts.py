@@ -56,8 +56,9 @@ BATCHES: dict[str, tuple[str, ...]] = {  # of the speed figures; the curves' glo
 def speed(out: Path, name: str) -> None:
     """Time a layout at 32K tokens a row; rank 0 writes ``OUT/speed-NAME.json``."""
     overrides = PARALLEL[name] + BATCHES[name]
+    steps = "3" if name.endswith("128k") else "8"  # the allocator settles in the first few
     args = benchmark.build_parser().parse_args(
-        ["--config", SPEED, "--steps", "8", "--warmup", "8", "--one-document", *overrides]
+        ["--config", SPEED, "--steps", steps, "--warmup", steps, "--one-document", *overrides]
     )
     config = load_config(args.config, args.overrides)
     check_layout(config.model, config.parallel, config.training, process_place().world_size)
@@ -70,7 +71,9 @@ def speed(out: Path, name: str) -> None:
 def curve(out: Path, name: str) -> None:
     """Train the small model on real text; the run is ``OUT/curve-NAME``. The global batch is the same for all."""
     run_dir = out / f"curve-{name}"
-    config = load_config(CURVE, [*PARALLEL[name], f"run_dir={run_dir}", f"training.max_steps={STEPS}"])
+    rows = 2 if name.endswith("dp2") else 4  # of the global batch's four
+    settings = [f"run_dir={run_dir}", f"training.max_steps={STEPS}", f"training.micro_batch_size={rows}"]
+    config = load_config(CURVE, [*PARALLEL[name], *settings])
     assert train(config) == 0
 
 
