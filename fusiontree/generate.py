@@ -55,6 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts decoded together (default 8)")
     add("--allow-longer", action="store_true", help="go beyond the length the model was made for")
+    add(
+        "--no-graphs",
+        action="store_true",
+        help="on a GPU, run every step's operations one by one rather than as a recorded CUDA graph: slower, for "
+        "finding faults; the tokens are the same",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is one)")
     add(
         "--dtype",
@@ -147,6 +153,7 @@ def run(args: argparse.Namespace) -> None:
             decode=tokenizer.decode,
             on_token=show.piece if args.stream else None,
             allow_longer=args.allow_longer,
+            graphs=not args.no_graphs,
         )
         done.append(generation)
         for row, result in zip(rows, generation.rows, strict=True):
@@ -234,7 +241,11 @@ def summary(done: Sequence[Generation]) -> str:
     later = new_tokens - sum(len(generation.rows) for generation in done)
     line = f"{prompt_tokens} prompt tokens in {prefill_s:.2f} s ({prompt_tokens / prefill_s:,.0f} tokens/s), "
     line += f"{new_tokens} new tokens"
-    return line + (f" in {decode_s:.2f} s ({later / decode_s:,.0f} tokens/s)" if later else "")
+    if not later:
+        return line
+    graphed = sum(generation.graphed_steps for generation in done)
+    how = f", {graphed} steps by CUDA graph" if graphed else ""
+    return f"{line} in {decode_s:.2f} s ({later / decode_s:,.0f} tokens/s{how})"
 
 
 def say(message: str) -> None:

@@ -1,6 +1,6 @@
 """Batched autoregressive decoding: one prefill fills the cache, every later step feeds one token a row.
 
-Shape legend: B rows still running, S tokens of the padded prompts, V vocabulary.
+Shape legend: B rows of the cache, S tokens of the padded prompts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from fusiontree.generation.sampling import SamplingConfig, sample
 from fusiontree.generation.text import TextStream
 from fusiontree.models.config import ModelConfig
+from fusiontree.models.graphs import FEWEST_STEPS, GraphedStep, recordable
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.utils.errors import UserError
 
@@ -63,6 +64,8 @@ class Generation:
     """Seconds until the first token of every row was there."""
     decode_s: float
     """Seconds for all later tokens."""
+    graphed_steps: int = 0
+    """Later steps that replayed a CUDA graph; the others ran eagerly."""
 
     @property
     def new_tokens(self) -> int:
@@ -87,10 +90,13 @@ def generate(
     decode: Callable[[list[int]], str] | None = None,
     on_token: Callable[[NewToken], None] | None = None,
     allow_longer: bool = False,
+    graphs: bool = True,
 ) -> Generation:
     """Continue every prompt; a row's tokens are those it would get alone.
 
     Prompts of different length are padded on the left for the prefill and masked. Rows that finish leave the batch.
+    On a GPU the later steps replay a CUDA graph, as long as enough of them may come for its recording to pay; finished
+    rows then run on unread until half of the rows are left.
 
     Args:
         model: on its device, in the dtype to compute in; put into eval mode for the call.
@@ -104,6 +110,7 @@ def generate(
         on_token: called for every token as it is drawn, rows in order within a step.
         allow_longer: let rows grow beyond ``max_position_embeddings``, which the model was not made for. A learnable
             SRTE has no entries there and stays an error.
+        graphs: whether steps may replay a CUDA graph on a GPU; the tokens are the same.
 
     Raises:
         UserError: an empty prompt, an unknown token id, a row too long for the model. Checked before any computation.
@@ -126,7 +133,7 @@ def generate(
     prefilled = started
     try:
         with torch.inference_mode():
-            batch = _RunningBatch(model, prompts, sampling, seeds, max_new_tokens)
+            batch = _RunningBatch(model, prompts, sampling, seeds, max_new_tokens, graphs)
             for step in range(max_new_tokens):
                 tokens, logprobs = batch.draw(step)
                 if step == 0:
@@ -138,7 +145,7 @@ def generate(
                 going = [slot for slot, row in enumerate(batch.rows) if not rows[row].finished]
                 if not going:
                     break
-                batch.feed(tokens, going)
+                batch.feed(tokens, going, steps=max_new_tokens - step - 1)
     finally:
         model.train(was_training)
     ended = time.perf_counter()
@@ -147,6 +154,7 @@ def generate(
         prompt_tokens=sum(len(prompt) for prompt in prompts),
         prefill_s=prefilled - started,
         decode_s=ended - prefilled,
+        graphed_steps=batch.graphed_steps,
     )
 
 
@@ -233,7 +241,11 @@ class _Row:
 
 
 class _RunningBatch:
-    """The rows that still run: their cache, the logits of their next token, and which prompts they are."""
+    """The rows that still run: their cache, the logits of their next token, and which prompts they are.
+
+    A running row has a slot, its row of the cache. While a graph is replayed, slots of finished rows are fed and not
+    read.
+    """
 
     def __init__(
         self,
@@ -242,14 +254,20 @@ class _RunningBatch:
         sampling: SamplingConfig,
         seeds: Sequence[int],
         max_new_tokens: int,
+        graphs: bool,
     ) -> None:
         """Prefill: one pass over all prompts, padded on the left to one length."""
         weight = model.embed.weight
         self.rows = list(range(len(prompts)))
+        self.graphed_steps = 0
+        self._slots = list(self.rows)
         self._model = model
         self._sampling = sampling
         self._seeds = list(seeds)
+        self._graphs = graphs and recordable(weight.device)
+        self._graph: GraphedStep | None = None
         input_ids_BS, padding_mask_BS = pad_left(prompts)
+        self._columns = input_ids_BS.shape[1] + max_new_tokens
         self._seen_BV: Tensor | None = None
         if sampling.repetition_penalty != 1.0:
             self._seen_BV = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool)
@@ -257,38 +275,65 @@ class _RunningBatch:
                 self._seen_BV[row, torch.tensor(prompt)] = True
             self._seen_BV = self._seen_BV.to(weight.device)
         padded = not bool(padding_mask_BS.all())
+        cache = model.new_cache(len(prompts), self._columns, dtype=weight.dtype, device=weight.device)
         output = model(
             input_ids_BS.to(weight.device),
             padding_mask_BS=padding_mask_BS.to(weight.device) if padded else None,
-            cache=model.new_cache(
-                len(prompts), input_ids_BS.shape[1] + max_new_tokens, dtype=weight.dtype, device=weight.device
-            ),
+            cache=cache,
             logits_to_keep=1,  # logits of a whole long prompt would be the largest tensor of all
         )
-        self._cache = output.cache
+        self._cache = cache
         self._logits_BV = output.logits_BSV[:, -1]
 
     def draw(self, step: int) -> tuple[list[int], list[float]]:
         """Choose every row's next token; return them with their log-probabilities under the model."""
-        tokens_B = sample(self._logits_BV, self._sampling, seen_BV=self._seen_BV, seeds=self._seeds, step=step)
-        logprobs_B = self._logits_BV.float().log_softmax(dim=-1).gather(1, tokens_B[:, None])[:, 0]
+        logits_BV, seen_BV = self._logits_BV, self._seen_BV
+        if len(self._slots) < self._cache.rows:
+            slots = torch.tensor(self._slots, device=logits_BV.device)
+            logits_BV, seen_BV = logits_BV[slots], None if seen_BV is None else seen_BV[slots]
+        tokens_B = sample(logits_BV, self._sampling, seen_BV=seen_BV, seeds=self._seeds, step=step)
+        logprobs_B = logits_BV.float().log_softmax(dim=-1).gather(1, tokens_B[:, None])[:, 0]
         return tokens_B.tolist(), logprobs_B.tolist()
 
-    def feed(self, tokens: Sequence[int], going: Sequence[int]) -> None:
-        """Keep only the slots ``going`` and compute the logits after their tokens."""
-        device = self._logits_BV.device
-        if len(going) < len(self.rows):
-            slots = torch.tensor(going, device=device)
-            self.rows = [self.rows[slot] for slot in going]
-            self._seeds = [self._seeds[slot] for slot in going]
-            self._cache = self._cache.select(slots)
-            self._seen_BV = None if self._seen_BV is None else self._seen_BV[slots]
-        tokens_B1 = torch.tensor([[tokens[slot]] for slot in going], device=device)
+    def feed(self, tokens: Sequence[int], going: Sequence[int], steps: int) -> None:
+        """Keep only the rows ``going`` and compute the logits after their tokens.
+
+        Args:
+            tokens: the newest token of each row, as :meth:`draw` returned them.
+            going: indices of the rows that go on.
+            steps: tokens a row that may be fed, this one included.
+        """
+        tokens_of_slots = [0] * self._cache.rows
+        for row in going:
+            tokens_of_slots[self._slots[row]] = tokens[row]
+        self.rows, self._seeds, self._slots = (
+            [values[row] for row in going] for values in (self.rows, self._seeds, self._slots)
+        )
+        if len(self._slots) < self._cache.rows and (
+            self._graph is None or (2 * len(self._slots) <= self._cache.rows and steps >= FEWEST_STEPS)
+        ):
+            tokens_of_slots = [tokens_of_slots[slot] for slot in self._slots]
+            self._leave()
+        if self._graphs and self._graph is None and steps >= FEWEST_STEPS:
+            if self._cache.fixed_columns is None:
+                self._cache.fix(self._columns)
+            self._graph = GraphedStep(self._model, self._cache)
+        tokens_B1 = torch.tensor(tokens_of_slots, device=self._logits_BV.device)[:, None]
         if self._seen_BV is not None:
             self._seen_BV.scatter_(1, tokens_B1, True)
-        output = self._model(tokens_B1, cache=self._cache)
-        self._cache = output.cache
-        self._logits_BV = output.logits_BSV[:, -1]
+        if self._graph is None:
+            self._logits_BV = self._model(tokens_B1, cache=self._cache).logits_BSV[:, -1]
+        else:
+            self._logits_BV = self._graph(tokens_B1)
+            self.graphed_steps += 1
+
+    def _leave(self) -> None:
+        """Let the rows without a running prompt leave the cache; a graph of all rows is of no use then."""
+        self._graph = None
+        slots = torch.tensor(self._slots, device=self._logits_BV.device)
+        self._cache = self._cache.select(slots)
+        self._seen_BV = None if self._seen_BV is None else self._seen_BV[slots]
+        self._slots = list(range(len(self._slots)))
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

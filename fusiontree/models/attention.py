@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusiontree.models.cache import AttentionCache, GrowingCache, NewTokens, RingCache
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.projections import project
-from fusiontree.ops.attention import attention, cached_attention
+from fusiontree.ops.attention import attention, cached_attention, key_bias, single_query_attention
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.recompute import cheap
 from fusiontree.ops.rotary import rotate_and_cut
@@ -34,6 +34,13 @@ class AttentionCore(nn.Module):
     ) -> Tensor:
         """Return ``[B, S, H, D]`` for tokens that continue what ``cache`` holds, and keep their keys and values."""
         seen = cache.extend(k_BSKD, v_BSKD, new)
+        if q_BSHD.shape[1] == 1 and not torch.is_grad_enabled():
+            # Layers of the same window hold the same tokens in the same slots.
+            bias_BT = new.once(
+                ("bias", type(cache), seen.positions_BT.shape[1], self.window),
+                lambda: key_bias(seen.positions_BT, new.positions_BS, self.window),
+            )
+            return single_query_attention(q_BSHD, seen.k_BTKD, seen.v_BTKD, bias_BT)
         return cached_attention(
             q_BSHD,
             seen.k_BTKD,

@@ -4,6 +4,10 @@ Local heads need their window alone, so they keep a ring of ``window`` slots; gl
 buffers that grow by doubling. Rows of a batch have positions of their own: prompts of different length are padded on
 the left, and pads are stored nowhere that a query could see.
 
+A cache can be fixed (:meth:`DecodeCache.fix`): from then on every tensor stays where it is and each step, of one
+token a row, changes them in place at indices that the device itself counts. Such a step can be recorded once and
+replayed (:mod:`fusiontree.models.graphs`).
+
 Shape legend: B rows, S new tokens, T stored tokens, W slots of a ring, K key/value heads (or K-1: inputs that a
 convolution of width K looks back to), D channels of an attention head, C channels, H P N heads, channels and size of
 a state.
@@ -12,13 +16,13 @@ a state.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.ops.documents import Documents
+from fusiontree.ops.attention import roomy
 
 
 class NewTokens(NamedTuple):
@@ -30,14 +34,32 @@ class NewTokens(NamedTuple):
     """One more than the greatest position, known without asking the device."""
     continued: bool
     """True when the cache holds tokens before these."""
+    column_1: Tensor | None
+    """Index of the new token's column on the device, when the cache is fixed."""
+    shared: dict[Any, Any]
+    """What several layers would compute alike from these tokens' positions."""
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Return what ``compute`` returned for the first layer that asked with this key."""
+        if key not in self.shared:
+            self.shared[key] = compute()
+        return self.shared[key]
 
 
 class KeyValues(NamedTuple):
-    """Keys and values with the positions of their tokens; -1 marks an empty slot."""
+    """Keys and values with the positions of their tokens; -1 marks an empty slot.
+
+    In memory the slots of one head lie together, [B, K, T, D], so that products over them need no copy.
+    """
 
     k_BTKD: Tensor
     v_BTKD: Tensor
     positions_BT: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> KeyValues:
+        """Return a copy with every tensor changed; ``change`` sees each as it lies in memory."""
+        k_BTKD, v_BTKD = (change(t.transpose(1, 2)).transpose(1, 2) for t in (self.k_BTKD, self.v_BTKD))
+        return KeyValues(k_BTKD, v_BTKD, change(self.positions_BT))
 
 
 class RingCache:
@@ -64,8 +86,10 @@ class RingCache:
         k_BTKD, v_BTKD, positions_BT = self.kept
         rows, length = new.positions_BS.shape
         if length == 1:  # the step of decoding: no pads, one slot a row changes
-            row_B = torch.arange(rows, device=k_BSKD.device)
-            slot_B = new.positions_BS[:, 0] % self._slots
+            row_B, slot_B = new.once(
+                ("slots of a ring", self._slots),
+                lambda: (torch.arange(rows, device=k_BSKD.device), new.positions_BS[:, 0] % self._slots),
+            )
             k_BTKD[row_B, slot_B] = k_BSKD[:, 0].detach().to(self._dtype)
             v_BTKD[row_B, slot_B] = v_BSKD[:, 0].detach().to(self._dtype)
             positions_BT[row_B, slot_B] = new.positions_BS[:, 0]
@@ -79,11 +103,9 @@ class RingCache:
         row_B1 = torch.arange(rows, device=k_BSKD.device)[:, None]
         column_BW = column_BW.clamp(min=0)
         mask = is_new_BW[..., None, None]
-        self._kept = KeyValues(
-            torch.where(mask, k_BSKD.detach().to(self._dtype)[row_B1, column_BW], k_BTKD),
-            torch.where(mask, v_BSKD.detach().to(self._dtype)[row_B1, column_BW], v_BTKD),
-            torch.where(is_new_BW, wanted_BW, positions_BT),
-        )
+        k_BTKD.copy_(torch.where(mask, k_BSKD.detach().to(self._dtype)[row_B1, column_BW], k_BTKD))
+        v_BTKD.copy_(torch.where(mask, v_BSKD.detach().to(self._dtype)[row_B1, column_BW], v_BTKD))
+        positions_BT.copy_(torch.where(is_new_BW, wanted_BW, positions_BT))
 
     def extend(self, k_BSKD: Tensor, v_BSKD: Tensor, new: NewTokens) -> KeyValues:
         """Keep the new tokens and return all that they may see, themselves included."""
@@ -99,10 +121,15 @@ class RingCache:
         self.store(k_BSKD, v_BSKD, new)
         return seen
 
+    def fix(self, columns: int) -> None:
+        """Make room for texts of ``columns`` tokens: no tensor is made anew before."""
+        if self._kept is not None:
+            self._make_room(self._kept.k_BTKD, columns)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return a copy with every tensor changed."""
         copy = type(self)(self.window, self._slots, self._dtype)
-        copy._kept = self._kept and KeyValues(*map(change, self._kept))
+        copy._kept = self._kept and self._kept.map(change)
         return copy
 
     def _make_room(self, like_BSKD: Tensor, end: int) -> None:
@@ -121,22 +148,31 @@ class GrowingCache:
 
     def __init__(self, capacity: int, dtype: torch.dtype) -> None:
         self.length = 0
-        """Columns in use, pads included."""
-        self._capacity = capacity
+        """Columns in use, pads included; a fixed cache does not count them here."""
+        self._capacity = roomy(capacity)
         self._dtype = dtype
         self._buffer: KeyValues | None = None
+        self._fixed = False
 
     @property
     def kept(self) -> KeyValues:
-        """Everything stored, as views; T = length."""
+        """Everything stored, as views; T = length. Of a fixed cache all slots, empty ones included."""
         assert self._buffer is not None, "nothing is stored"
+        if self._fixed:
+            return self._buffer
         return KeyValues(*(tensor[:, : self.length] for tensor in self._buffer))
 
     def store(self, k_BSKD: Tensor, v_BSKD: Tensor, new: NewTokens) -> None:
         """Append the new tokens."""
+        if self._fixed:
+            assert self._buffer is not None and new.column_1 is not None, "a fixed cache has room and a column to fill"
+            self._buffer.k_BTKD.index_copy_(1, new.column_1, k_BSKD.detach().to(self._dtype))
+            self._buffer.v_BTKD.index_copy_(1, new.column_1, v_BSKD.detach().to(self._dtype))
+            self._buffer.positions_BT.index_copy_(1, new.column_1, new.positions_BS)
+            return
         start, end = self.length, self.length + new.positions_BS.shape[1]
         if end > self._capacity:
-            self._capacity = max(end, 2 * self._capacity)
+            self._capacity = roomy(max(end, 2 * self._capacity))
         if self._buffer is None:
             self._buffer = _empty(k_BSKD, self._capacity, self._dtype)
         elif self._buffer.positions_BT.shape[1] < self._capacity:
@@ -151,19 +187,30 @@ class GrowingCache:
         self.store(k_BSKD, v_BSKD, new)
         return self.kept
 
+    def fix(self, columns: int) -> None:
+        """Make room for ``columns`` tokens of every row; from now on ``new.column_1`` says where a token goes."""
+        if self._buffer is None:
+            return
+        if self._buffer.positions_BT.shape[1] < columns:
+            self._capacity = roomy(columns)
+            self._buffer = _enlarged(self._buffer, self._capacity, used=self._buffer.positions_BT.shape[1])
+        self._fixed = True
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return a copy with every tensor changed."""
         copy = type(self)(self._capacity, self._dtype)
-        copy.length = self.length
-        copy._buffer = self._buffer and KeyValues(*map(change, self._buffer))
+        copy.length, copy._fixed = self.length, self._fixed
+        copy._buffer = self._buffer and self._buffer.map(change)
         return copy
 
 
 def _empty(like_BSKD: Tensor, slots: int, dtype: torch.dtype) -> KeyValues:
     rows, _, heads, width = like_BSKD.shape
     device = like_BSKD.device
-    k_BTKD = torch.zeros(rows, slots, heads, width, dtype=dtype, device=device)
-    return KeyValues(k_BTKD, torch.zeros_like(k_BTKD), torch.full((rows, slots), -1, dtype=torch.int64, device=device))
+    k_BTKD, v_BTKD = (
+        torch.zeros(rows, heads, slots, width, dtype=dtype, device=device).transpose(1, 2) for _ in range(2)
+    )
+    return KeyValues(k_BTKD, v_BTKD, torch.full((rows, slots), -1, dtype=torch.int64, device=device))
 
 
 def _enlarged(old: KeyValues, slots: int, used: int) -> KeyValues:
@@ -181,23 +228,37 @@ class MambaCache:
         self._conv_x_BKC: Tensor | None = None
         self._conv_bc_BKC: Tensor | None = None
         self._state_BHPN: Tensor | None = None
+        self._fixed = False
 
     def before(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return both convolutions' inputs before the new tokens and the state; None where there are none yet."""
         return self._conv_x_BKC, self._conv_bc_BKC, self._state_BHPN
 
-    def store_inputs(self, x_BSC: Tensor, bc_BSC: Tensor, padding_mask_BS: Tensor | None) -> None:
-        """Keep the last inputs of each convolution; pads become zeros, as the tokens before a text are."""
-        self._conv_x_BKC = self._last(self._conv_x_BKC, x_BSC, padding_mask_BS)
-        self._conv_bc_BKC = self._last(self._conv_bc_BKC, bc_BSC, padding_mask_BS)
+    def store(self, x_BSC: Tensor, bc_BSC: Tensor, state_BHPN: Tensor, padding_mask_BS: Tensor | None) -> None:
+        """Keep the last inputs of each convolution and the state after the last token.
 
-    def store_state(self, state_BHPN: Tensor) -> None:
-        """Keep the state after the last token."""
-        self._state_BHPN = state_BHPN.detach()
+        Pads become zeros, as the tokens before a text are. What :meth:`before` returned may change.
+        """
+        last_x_BKC = self._last(self._conv_x_BKC, x_BSC, padding_mask_BS)
+        last_bc_BKC = self._last(self._conv_bc_BKC, bc_BSC, padding_mask_BS)
+        if not self._fixed:
+            self._conv_x_BKC, self._conv_bc_BKC, self._state_BHPN = last_x_BKC, last_bc_BKC, state_BHPN.detach()
+            return
+        for kept, newer in zip(self.before(), (last_x_BKC, last_bc_BKC, state_BHPN.detach()), strict=True):
+            assert kept is not None, "a cache is fixed after it was filled"
+            kept.copy_(newer)
+
+    def fix(self) -> None:
+        """Give every tensor memory of its own, which is written from now on."""
+        self._conv_x_BKC, self._conv_bc_BKC, self._state_BHPN = (
+            None if kept is None else kept.clone(memory_format=torch.contiguous_format) for kept in self.before()
+        )
+        self._fixed = True
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return a copy with every tensor changed."""
         copy = type(self)(self._look_back)
+        copy._fixed = self._fixed
         copy._conv_x_BKC = None if self._conv_x_BKC is None else change(self._conv_x_BKC)
         copy._conv_bc_BKC = None if self._conv_bc_BKC is None else change(self._conv_bc_BKC)
         copy._state_BHPN = None if self._state_BHPN is None else change(self._state_BHPN)
@@ -221,6 +282,11 @@ class AttentionCache:
     def __init__(self, window: int, capacity: int, dtype: torch.dtype) -> None:
         self.local = RingCache(window, capacity, dtype)
         self.everything = GrowingCache(capacity, dtype)
+
+    def fix(self, columns: int) -> None:
+        """Make room for texts of ``columns`` tokens and keep every tensor where it is from now on."""
+        self.local.fix(columns)
+        self.everything.fix(columns)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return a copy with every tensor changed."""
@@ -261,6 +327,12 @@ class DecodeCache:
         """Position of each row's next token: how many tokens its text has."""
         self.lengths = [0] * rows
         """The same numbers on the host."""
+        self.columns = 0
+        """Tokens of the texts as they lie side by side, pads on the left included."""
+        self.fixed_columns: int | None = None
+        """How many there can be; None as long as the cache is not fixed."""
+        self.column_1: Tensor | None = None
+        """``columns`` on the device, once the cache is fixed."""
         self.layers = [
             LayerCache(
                 MambaCache(config.mamba.d_conv - 1) if letter in "FM" else None,
@@ -279,16 +351,68 @@ class DecodeCache:
         """True before the first forward."""
         return not any(self.lengths)
 
-    def documents(self, length: int) -> Documents:
-        """Return the boundaries of ``length`` tokens that continue every row's text."""
-        positions_BS = self.positions_B[:, None] + torch.arange(length, device=self.positions_B.device)
-        starts = torch.arange(self.rows + 1, dtype=torch.int32, device=self.positions_B.device) * length
-        return Documents(positions_BS, torch.zeros_like(positions_BS, dtype=torch.int32), starts, length, None)
+    def next_positions_BS(self, length: int) -> Tensor:
+        """Return the positions of ``length`` tokens that continue every row's text."""
+        return self.positions_B[:, None] + torch.arange(length, device=self.positions_B.device)
 
-    def advance(self, counts: Sequence[int]) -> None:
-        """Note that every row's text became ``counts`` tokens longer."""
+    def check_room(self, length: int) -> None:
+        """Refuse tokens that a fixed cache cannot take.
+
+        Raises:
+            ValueError: more than one token a row, or no column is left.
+        """
+        if self.fixed_columns is None:
+            return
+        if length != 1:
+            raise ValueError(f"a fixed cache takes one token a row and step, not {length}")
+        if self.columns + 1 > self.fixed_columns:
+            raise ValueError(f"the cache was fixed for {self.fixed_columns} tokens and all are there; fix it for more")
+
+    def advance(self, counts: Sequence[int], columns: int) -> None:
+        """Note that every row's text became ``counts`` tokens longer, in ``columns`` columns."""
+        if self.column_1 is not None:  # on the device these two change as the other tensors of a fixed cache do
+            self.positions_B.add_(1)
+            self.column_1.add_(1)
+        elif min(counts) == max(counts):
+            self.positions_B = self.positions_B + counts[0]
+        else:
+            self.positions_B = self.positions_B + torch.tensor(counts, device=self.positions_B.device)
+        self.count(counts, columns)
+
+    def count(self, counts: Sequence[int], columns: int) -> None:
+        """Do what :meth:`advance` does on the host, for tokens that the device has counted already."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        self.positions_B = self.positions_B + torch.tensor(counts, device=self.positions_B.device)
+        self.columns += columns
+
+    def fix(self, columns: int) -> None:
+        """Keep every tensor where it is from now on, with room for ``columns`` tokens a row, pads included.
+
+        From now on each forward continues every row by one token. May be called again to make more room, which
+        makes new tensors.
+
+        Raises:
+            ValueError: the cache is empty, or holds more than ``columns`` already.
+        """
+        if self.is_empty:
+            raise ValueError("a cache is fixed after the forward that fills it")
+        if columns < self.columns:
+            raise ValueError(f"the cache holds {self.columns} columns and cannot be fixed at {columns}")
+        for layer in self.layers:
+            if layer.mamba:
+                layer.mamba.fix()
+            if layer.attention:
+                layer.attention.fix(columns)
+        self.fixed_columns = columns
+        self.column_1 = torch.full((1,), self.columns, dtype=torch.int64, device=self.positions_B.device)
+
+    def rehearsal(self) -> DecodeCache:
+        """Return a fixed cache for one trial step, which leaves this one as it was in all that later steps read.
+
+        It has states and counters of its own and shares keys and values: the only slots that the trial writes are
+        those of the next token, which the next real step writes before it reads.
+        """
+        assert self.fixed_columns is not None, "only a fixed cache writes where the next step writes"
+        return self._copy(self.lengths, Tensor.clone, share_keys=True)
 
     def select(self, rows: Tensor | Sequence[int]) -> DecodeCache:
         """Return a cache that holds the given rows in the given order; a row may be repeated or left out."""
@@ -297,11 +421,18 @@ class DecodeCache:
         def pick(tensor: Tensor) -> Tensor:
             return tensor.index_select(0, index)
 
+        return self._copy([self.lengths[row] for row in index.tolist()], pick, share_keys=False)
+
+    def _copy(self, lengths: list[int], change: Callable[[Tensor], Tensor], share_keys: bool) -> DecodeCache:
         copy = DecodeCache.__new__(DecodeCache)
-        copy.positions_B = pick(self.positions_B)
-        copy.lengths = [self.lengths[row] for row in index.tolist()]
+        copy.positions_B = change(self.positions_B)
+        copy.lengths, copy.columns, copy.fixed_columns = lengths, self.columns, self.fixed_columns
+        copy.column_1 = None if self.column_1 is None else self.column_1.clone()
         copy.layers = [
-            LayerCache(layer.mamba and layer.mamba.map(pick), layer.attention and layer.attention.map(pick))
+            LayerCache(
+                layer.mamba and layer.mamba.map(change),
+                layer.attention if share_keys else layer.attention and layer.attention.map(change),
+            )
             for layer in self.layers
         ]
         return copy

@@ -190,11 +190,9 @@ class Mamba2Mixer(nn.Module):
         initial_x_BKC = initial_bc_BKC = initial_state_BHPN = None
         if cache is not None:
             initial_x_BKC, initial_bc_BKC, initial_state_BHPN = cache.before()
-            cache.store_inputs(x_BSC, bc_BSC, padding_mask_BS)
-        x_BSC = self.conv_x(x_BSC, documents, initial_x_BKC)
+        x_BSHP = self.conv_x(x_BSC, documents, initial_x_BKC).unflatten(-1, (-1, self.head_dim))
         B_BSGN, C_BSGN = split_bc_proj(self.conv_bc(bc_BSC, documents, initial_bc_BKC), self.d_state)
-        x_BSHP = x_BSC.unflatten(-1, (-1, self.head_dim))
         y_BSHP, state_BHPN = self.scan(x_BSHP, ssm.dt_BSH, ssm, B_BSGN, C_BSGN, documents, initial_state_BHPN)
         if cache is not None:
-            cache.store_state(state_BHPN)
+            cache.store(x_BSC, bc_BSC, state_BHPN, padding_mask_BS)
         return self.out_proj(self.norm(y_BSHP.flatten(2), z_BSC))

@@ -97,12 +97,7 @@ class FusionTreeModel(nn.Module):
             UserError: a row is longer than the learnable SRTE's table.
         """
         located = locate(input_ids_BS.shape, input_ids_BS.device, documents, padding_mask_BS, cache)
-        limit = self.config.max_position_embeddings
-        if self.config.srte_encoding == "learnable" and located.end > limit:
-            raise UserError(
-                f"a text of {located.end} tokens is longer than the learnable SRTE's table; shorten it to at most "
-                f"max_position_embeddings = {limit} tokens, or train with srte_encoding sincos or none"
-            )
+        self.check_length(located.end)
         x_BSC = self.embed(input_ids_BS)
         cos_BSD, sin_BSD = rotary_tables(located.positions_BS, self.config.attention_head_dim, self.config.rope_theta)
         places = TokenPlaces(
@@ -120,7 +115,7 @@ class FusionTreeModel(nn.Module):
             sums.append(layer_sums)
         gates = _stack(sums, x_BSC, located.padding_mask_BS, row_weight_B)
         if cache is not None:
-            cache.advance(located.counts)
+            cache.advance(located.counts, input_ids_BS.shape[1])
         hidden_BSC = self.norm(x_BSC)
         if labels_BS is None:
             if logits_to_keep is not None:
@@ -130,6 +125,19 @@ class FusionTreeModel(nn.Module):
             labels_BS = labels_BS.masked_fill(~located.padding_mask_BS, -100)
         loss_sum, z_sum = self.head(hidden_BSC, labels_BS)
         return ModelOutput(loss_sum, z_sum, None, gates, cache)
+
+    def check_length(self, length: int) -> None:
+        """Refuse texts of so many tokens if the model has no encoding for them.
+
+        Raises:
+            UserError: the learnable SRTE's table is shorter.
+        """
+        limit = self.config.max_position_embeddings
+        if self.config.srte_encoding == "learnable" and length > limit:
+            raise UserError(
+                f"a text of {length} tokens is longer than the learnable SRTE's table; shorten it to at most "
+                f"max_position_embeddings = {limit} tokens, or train with srte_encoding sincos or none"
+            )
 
     def new_cache(
         self,

@@ -18,7 +18,8 @@ class TokenPlaces(NamedTuple):
     """What every block knows of its tokens beside their hidden states."""
 
     documents: Documents | None
-    """Where attention, convolution and state restart; None means each row is one document from its start."""
+    """Where attention, convolution and state restart; None means each row is one document, from its start or, with a
+    filled cache, continued."""
     cos_BSD: Tensor
     """Rotary tables in fp32; B may be 1 where all rows agree."""
     sin_BSD: Tensor
@@ -81,9 +82,14 @@ def locate(
             raise ValueError(
                 "a cache is filled from rows padded on the left, so that every text ends in the last column"
             )
-    if cache is not None and not cache.is_empty:
-        documents = cache.documents(length)
-    positions_BS = torch.arange(length, device=device)[None] if documents is None else documents.positions_BS
+    continued = cache is not None and not cache.is_empty
+    if cache is not None and continued:
+        cache.check_room(length)
+        positions_BS = cache.next_positions_BS(length)  # no document starts here: all continue what the cache holds
+    elif documents is None:
+        positions_BS = torch.arange(length, device=device)[None]
+    else:
+        positions_BS = documents.positions_BS
     if cache is not None:
         end = max(cache.lengths) + max(counts)
     elif documents is None:
@@ -97,7 +103,7 @@ def locate(
         seen_BS = positions_BS.expand(rows, length)
         if padding_mask_BS is not None:
             seen_BS = seen_BS.masked_fill(~padding_mask_BS, -1)
-        new = NewTokens(seen_BS, end, continued=not cache.is_empty)
+        new = NewTokens(seen_BS, end, continued, cache.column_1, {})
     return Located(documents, positions_BS, end, padding_mask_BS, counts, new)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fusiontree.generation import decoding
 from fusiontree.generation.decoding import NewToken, generate, pad_left
 from fusiontree.generation.sampling import SamplingConfig, sample
 from fusiontree.utils.errors import UserError
 from tests.helpers import tiny_model
+from tests.models.recording import RecordedStep
 
 PATTERNS = ["FFF", "MMM", "AAA", "FMA", "MAMF"]
 WINDOWS = [3, 64]
@@ -240,3 +242,37 @@ def test_left_padding_ends_every_prompt_in_the_last_column():
     input_ids_BS, padding_mask_BS = pad_left([[1, 2, 3], [4]])
     assert input_ids_BS.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert padding_mask_BS.tolist() == [[True, True, True], [False, False, True]]
+
+
+@pytest.mark.parametrize("how", SAMPLING)
+def test_replayed_steps_draw_the_same_tokens_while_rows_finish_at_different_times(how, monkeypatch):
+    model = tiny_model(layer_pattern="FMA")
+    prompts = [*PROMPTS, [11, 12], [5, 6, 7, 8, 9, 10]]
+    seeds = list(range(len(prompts)))
+
+    def run(stop):
+        return generate(model, prompts, max_new_tokens=40, sampling=SAMPLING[how], seeds=seeds, stop_tokens=stop)
+
+    free = run([])
+    # Tokens that end rows early, in the middle and never; the last step may be any row's.
+    stop = sorted({row.tokens[at] for row, at in zip(free.rows[:4], (1, 3, 9, 20), strict=True)})
+    eager = run(stop)
+    assert eager.graphed_steps == 0
+    assert len({len(row.tokens) for row in eager.rows}) >= 3
+    monkeypatch.setattr(decoding, "recordable", lambda device: True)
+    monkeypatch.setattr(decoding, "GraphedStep", RecordedStep)
+    RecordedStep.made = 0
+    replayed = run(stop)
+    for want, got in zip(eager.rows, replayed.rows, strict=True):
+        assert (got.tokens, got.finish_reason) == (want.tokens, want.finish_reason)
+        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+    assert replayed.graphed_steps > 0 and RecordedStep.made >= 1
+    assert generate(model, prompts, max_new_tokens=40, graphs=False).graphed_steps == 0
+
+
+def test_few_tokens_are_decoded_eagerly(monkeypatch):
+    monkeypatch.setattr(decoding, "recordable", lambda device: True)
+    monkeypatch.setattr(decoding, "GraphedStep", RecordedStep)
+    model = tiny_model()
+    counts = [generate(model, PROMPTS, max_new_tokens=n).graphed_steps for n in (1, 16, 17)]
+    assert counts == [0, 0, 16]

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from fusiontree.ops.attention import attention, cached_attention
+from fusiontree.ops.attention import attention, cached_attention, key_bias, roomy, single_query_attention
 from fusiontree.ops.attention.reference import attention_reference
 from fusiontree.ops.attention.sdpa import attention_sdpa
 from fusiontree.ops.attention.tail import causal_tail
@@ -77,6 +77,30 @@ def test_a_padding_query_gets_zeros_not_nan() -> None:
     empty = torch.full((2, 3), -1)
     out = cached_attention(q, k, v, key_positions_BT=empty, query_positions_BS=torch.tensor([[-1], [4]]))
     assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("slots", [90, 2048, 2100, 2304])  # the second and the last are cut into parts
+def test_single_queries_equal_the_definition(slots: int, kv_heads: int, window: int | None, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 1, 4, 8, generator=g, dtype=torch.float64)
+    k, v = (torch.randn(2, kv_heads, slots, 8, generator=g, dtype=torch.float64).transpose(1, 2) for _ in range(2))
+    q, k, v = (2 * q).to(dtype), k.to(dtype), v.to(dtype)
+    filled = torch.stack([torch.randperm(slots, generator=g) for _ in range(2)])
+    filled[filled >= slots - 20] = -1  # empty slots
+    queries = torch.tensor([[slots - 21], [slots // 2]])
+    want = cached_attention(q, k, v, key_positions_BT=filled, query_positions_BS=queries, window=window)
+    for keys, values in ((k, v), (k.contiguous(), v.contiguous())):
+        got = single_query_attention(q, keys, values, key_bias(filled, queries, window))
+        assert got.dtype == dtype
+        tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+def test_large_caches_have_room_that_can_be_cut() -> None:
+    assert [roomy(n) for n in (0, 1, 2047, 2048, 2049, 32_768)] == [0, 1, 2047, 2048, 2304, 32_768]
 
 
 def test_fewer_keys_than_queries_is_an_error() -> None:

@@ -60,3 +60,19 @@ def test_no_bias_no_activation_and_unknown_activation() -> None:
 def test_low_precision_keeps_its_type() -> None:
     x, weight, bias = (t.detach().bfloat16() for t in inputs())
     assert causal_conv1d(x, weight, bias).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_tokens_one_by_one_equal_the_row(activation: str | None) -> None:
+    x, weight, bias = inputs(9)
+    want = causal_conv1d(x, weight, bias, activation=activation)
+    padded = F.pad(x, (0, 0, 3, 0))
+    tokens = [
+        causal_conv1d(x[:, t : t + 1], weight, bias, initial_BKC=padded[:, t : t + 3], activation=activation)
+        for t in range(9)
+    ]
+    got = torch.cat(tokens, 1)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(out.square().sum(), (x, weight, bias)) for out in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)

@@ -176,3 +176,26 @@ def test_gradients_through_an_exchange_need_one_pass(passes: bool) -> None:
         into, decays, _ = passed_back(end + dz)
     for a, b in zip([*into, *(d + more for d in decays)], want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_a_single_token_is_one_step_of_the_recurrence(groups: int, with_state: bool) -> None:
+    g = torch.Generator().manual_seed(3)
+    initial = torch.randn(2, 4, 3, 5, dtype=torch.float64, generator=g).requires_grad_() if with_state else None
+    compare(inputs(1, groups=groups, decay=(0.01, 2.0)), None, 8, initial)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_one_by_one_equal_the_row(dtype: torch.dtype) -> None:
+    values = {n: v.detach().to(torch.float32 if n in ("dt", "A", "D") else dtype) for n, v in inputs(9).items()}
+    want, want_state = ssd_scan(*values.values(), chunk_size=4)
+    state, outputs = None, []
+    for t in range(9):
+        token = [v if n in "AD" else v[:, t : t + 1] for n, v in values.items()]
+        y, state = ssd_scan(*token, chunk_size=4, initial_state_BHPN=state)
+        assert y.dtype == dtype and state.dtype == torch.float32
+        outputs.append(y)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(torch.cat(outputs, 1), want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(state, want_state, rtol=1e-5, atol=1e-5)

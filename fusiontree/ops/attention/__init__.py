@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from fusiontree.ops.attention.reference import masked_attention
+from fusiontree.ops.attention.single import key_bias, roomy, single_query_attention
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
 from fusiontree.ops.documents import Documents
+
+__all__ = ["ATTENTION", "attention", "cached_attention", "key_bias", "roomy", "single_query_attention"]
 
 
 def _reference() -> Callable:

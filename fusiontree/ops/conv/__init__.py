@@ -8,9 +8,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from fusiontree.ops.conv.reference import one_token
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
 from fusiontree.ops.documents import Documents
-from fusiontree.ops.elementwise import needs_gpu
+from fusiontree.ops.elementwise import fused, needs_gpu
 
 
 def _reference() -> Callable:
@@ -72,4 +73,7 @@ def causal_conv1d(
         Outputs [B, S, C] in x's dtype.
     """
     convolve = CONV.choose(backend, x_BSC.device.type)
+    if x_BSC.shape[1] == 1 and documents is None and initial_BKC is not None:  # the step of decoding
+        step = fused(one_token, "reference" if backend == "reference" else "auto", x_BSC.device.type)
+        return step(x_BSC, weight_CK, bias_C, initial_BKC, activation)
     return convolve(x_BSC, weight_CK, bias_C, documents=documents, initial_BKC=initial_BKC, activation=activation)

@@ -47,10 +47,24 @@ def shifted_products(
         if positions_BS is not None:
             tap_BSC = tap_BSC * (positions_BS >= back).unsqueeze(-1)
         y_BSC = y_BSC + tap_BSC
+    return _activated(y_BSC, bias_C, activation).to(x_BSC.dtype)
+
+
+def one_token(
+    x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, initial_BKC: Tensor, activation: str | None
+) -> Tensor:
+    """Convolve a single token (S = 1) that continues ``initial_BKC``: one weighted sum of K inputs."""
+    compute = torch.promote_types(x_BSC.dtype, torch.float32)
+    window_BKC = torch.cat([initial_BKC.to(x_BSC.dtype), x_BSC], dim=1).to(compute)
+    y_BSC = (window_BKC * weight_CK.to(compute).t()).sum(1, keepdim=True)
+    return _activated(y_BSC, bias_C, activation).to(x_BSC.dtype)
+
+
+def _activated(y_BSC: Tensor, bias_C: Tensor | None, activation: str | None) -> Tensor:
     if bias_C is not None:
-        y_BSC = y_BSC + bias_C.to(compute)
+        y_BSC = y_BSC + bias_C.to(y_BSC.dtype)
     if activation == "silu":
-        y_BSC = F.silu(y_BSC)
-    elif activation is not None:
+        return F.silu(y_BSC)
+    if activation is not None:
         raise ValueError(f"activation '{activation}' is not known; use 'silu' or None")
-    return y_BSC.to(x_BSC.dtype)
+    return y_BSC

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
 from fusiontree.ops.documents import Documents
+from fusiontree.ops.elementwise import fused
 from fusiontree.ops.ssd.mamba_ssm import unavailable as mamba_ssm_unavailable
+from fusiontree.ops.ssd.step import ssd_step
 
 StateExchange = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,7 +48,8 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:
     """Scan h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t and read y_t = C_t h_t + D x_t, restarting at document starts.
 
-    Source: Dao and Gu 2024, "Transformers are SSMs", section 6 (the chunked algorithm).
+    Source: Dao and Gu 2024, "Transformers are SSMs", section 6 (the chunked algorithm). Rows of one token, as in
+    decoding, take the recurrence itself.
 
     Args:
         x_BSHP: inputs; B rows, S tokens, H heads of P channels.
@@ -67,6 +70,9 @@ def ssd_scan(
         ``(y_BSHP, final_state_BHPN)``; y in x's dtype, the state in fp32 (float64 for float64 inputs).
     """
     scan = SSD.choose(backend, x_BSHP.device.type)
+    if x_BSHP.shape[1] == 1 and documents is None and state_exchange is None:
+        step = fused(ssd_step, "reference" if backend == "reference" else "auto", x_BSHP.device.type)
+        return step(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, initial_state_BHPN)
     return scan(
         x_BSHP,
         dt_BSH,

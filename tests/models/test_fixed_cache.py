@@ -1,0 +1,115 @@
+"""A fixed cache decodes as any other, and its step can be recorded once and replayed.
+
+Shape legend: B rows, S tokens.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusiontree.models.graphs import GraphedStep
+from tests.helpers import tiny_model
+from tests.models.recording import RecordedStep, tensors_of
+from tests.models.test_decoding import tokens
+from tests.models.test_padding import LENGTHS, pad, texts
+from tests.models.variants import VARIANTS
+
+STEPS = 14
+
+
+def filled(model, columns=None):
+    """A cache of four ragged texts, and the token that each goes on with at every step."""
+    input_ids_BS, mask_BS = pad("left")
+    cache = model.new_cache(len(LENGTHS), columns)
+    model(input_ids_BS, padding_mask_BS=mask_BS, cache=cache)
+    return cache, tokens(len(LENGTHS), STEPS)
+
+
+def expected(model, following_BS):
+    """Logits after each of the following tokens, every row computed alone and whole."""
+    logits = []
+    for text, following_S in zip(texts(), following_BS, strict=True):
+        alone = model(torch.cat([text, following_S])[None]).logits_BSV[0]
+        logits.append(alone[len(text) :])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("kind", VARIANTS)
+@torch.no_grad()
+def test_steps_of_a_fixed_cache_equal_the_full_forward(kind, replayed):
+    model = tiny_model(**VARIANTS[kind])
+    cache, following_BS = filled(model)
+    want = expected(model, following_BS)
+    columns = cache.columns
+    cache.fix(columns + STEPS)
+    places = [tensor.data_ptr() for tensor in tensors_of(cache)]
+    step = RecordedStep(model, cache) if replayed else None
+    for i in range(STEPS):
+        tokens_B1 = following_BS[:, i : i + 1]
+        logits_BV = step(tokens_B1) if step else model(tokens_B1, cache=cache).logits_BSV[:, -1]
+        torch.testing.assert_close(logits_BV, want[:, i], atol=1e-4, rtol=0)
+    assert [tensor.data_ptr() for tensor in tensors_of(cache)] == places
+    assert cache.lengths == [length + STEPS for length in LENGTHS] == cache.positions_B.tolist()
+    assert cache.columns == columns + STEPS == int(cache.column_1)
+
+
+@pytest.mark.parametrize("window", [4, 60])
+@torch.no_grad()
+def test_rows_of_a_fixed_cache_can_be_selected_and_more_room_made(window):
+    model = tiny_model(layer_pattern="FMA", window_size=window)
+    cache, following_BS = filled(model)
+    want = expected(model, following_BS)
+    cache.fix(cache.columns + 5)
+    for i in range(5):
+        model(following_BS[:, i : i + 1], cache=cache)
+    rows = [3, 1]
+    chosen = cache.select(rows)
+    with pytest.raises(ValueError, match="all are there"):
+        model(following_BS[rows, 5:6], cache=chosen)
+    chosen.fix(chosen.columns + STEPS)
+    step = RecordedStep(model, chosen)
+    for i in range(5, STEPS):
+        torch.testing.assert_close(step(following_BS[rows, i : i + 1]), want[rows, i], atol=1e-4, rtol=0)
+    assert cache.lengths == [length + 5 for length in LENGTHS]
+    cache.fix(cache.columns + 1)
+    got = model(following_BS[:, 5:6], cache=cache).logits_BSV[:, -1]
+    torch.testing.assert_close(got, want[:, 5], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [4, 60])
+@torch.no_grad()
+def test_a_rehearsal_changes_nothing_that_later_steps_read(window):
+    """It shares keys and values with the cache and writes where the next step writes."""
+    model = tiny_model(layer_pattern="FMA", window_size=window)
+    cache, following_BS = filled(model)
+    want = expected(model, following_BS)
+    cache.fix(cache.columns + STEPS)
+    for i in range(STEPS):
+        for _ in range(2):
+            trial = cache.rehearsal()
+            model(tokens(len(LENGTHS), 1), cache=trial)
+            assert trial.lengths == [length + 1 for length in cache.lengths]
+        got = model(following_BS[:, i : i + 1], cache=cache).logits_BSV[:, -1]
+        torch.testing.assert_close(got, want[:, i], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_misuse_of_a_fixed_cache_is_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="after the forward that fills it"):
+        model.new_cache(1).fix(10)
+    cache, following_BS = filled(model)
+    with pytest.raises(ValueError, match="cannot be fixed at 3"):
+        cache.fix(3)
+    with pytest.raises(ValueError, match=r"call cache\.fix first"):
+        GraphedStep(model, cache)
+    cache.fix(cache.columns + 1)
+    with pytest.raises(ValueError, match="no CUDA graphs"):
+        GraphedStep(model, cache)
+    with pytest.raises(ValueError, match="one token a row and step, not 2"):
+        model(following_BS[:, :2], cache=cache)
+    model(following_BS[:, :1], cache=cache)
+    with pytest.raises(ValueError, match="all are there"):
+        model(following_BS[:, 1:2], cache=cache)
