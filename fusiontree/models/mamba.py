@@ -21,6 +21,7 @@ from fusiontree.models.packing import bc_proj_rows, in_proj_rows, in_proj_sizes,
 from fusiontree.models.projections import project
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.documents import Documents
+from fusiontree.ops.elementwise import fused
 from fusiontree.ops.recompute import cheap
 from fusiontree.ops.ssd import StateExchange, ssd_scan
 
@@ -45,8 +46,9 @@ class SSMParameters(nn.Module):
     leave in fp32, and that stays in fp32 when the model around it is converted (``model.bfloat16()``).
     """
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
@@ -57,10 +59,10 @@ class SSMParameters(nn.Module):
         The projected dt comes in here, not the bias out: a module without arguments makes torch 2.11's FSDP2 fail
         when a checkpointed block is recomputed on a GPU.
         """
-        A_log_H, D_H, dt_bias_H = (_at_least_fp32(p) for p in (self.A_log, self.D, self.dt_bias))
-        # A copy of D: an engine that shards parameters frees them when this forward ends.
-        dt_BSH = F.softplus(dt_BSH.to(dt_bias_H.dtype) + dt_bias_H)
-        return SSMValues(-torch.exp(A_log_H), D_H.clone(), dt_BSH)
+        parameters = (_at_least_fp32(p) for p in (self.A_log, self.D, self.dt_bias))
+        decoding = dt_BSH.shape[1] == 1 and not torch.is_grad_enabled()  # where every small kernel counts
+        values = fused(_ssm_values, self.backend, dt_BSH.device.type) if decoding else _ssm_values
+        return SSMValues(*values(dt_BSH, *parameters))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -68,6 +70,11 @@ class SSMParameters(nn.Module):
             return tensor.to(converted.device) if converted.dtype in _HALF else converted
 
         return super()._apply(keep_precision, recurse)
+
+
+def _ssm_values(dt_BSH: Tensor, A_log_H: Tensor, D_H: Tensor, dt_bias_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # A copy of D: an engine that shards parameters frees them when the forward ends.
+    return -torch.exp(A_log_H), D_H.clone(), F.softplus(dt_BSH.to(dt_bias_H.dtype) + dt_bias_H)
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:
@@ -160,7 +167,7 @@ class Mamba2Mixer(nn.Module):
         self.bc_proj = nn.Linear(config.hidden_size, bc_channels, bias=False)
         self.conv_x = CausalConv(config.d_inner, sizes.d_conv, kernels.conv)
         self.conv_bc = CausalConv(bc_channels, sizes.d_conv, kernels.conv)
-        self.ssm = SSMParameters(config.mamba_heads)
+        self.ssm = SSMParameters(config.mamba_heads, kernels.elementwise)
         self.scan = SSDScan(sizes.chunk_size, kernels.ssd)
         self.norm = GatedRMSNorm(config.d_inner, sizes.norm_groups, config.norm_eps, config.kernels.elementwise)
         self.out_proj = nn.Linear(config.d_inner, config.hidden_size, bias=False)

@@ -66,18 +66,19 @@ def single_query_attention(
     factor = scale if scale is not None else 1.0 / math.sqrt(width)
     weights_nRT = torch.add(bias_BT[:, None, None], scores_BKRT, alpha=factor).softmax(-1).flatten(0, 1)
     parts = keys // _PART if keys >= _CUT_FROM and keys % _PART == 0 and v_nTD.is_contiguous() else 1
-    if parts > 1:
+    if parts > 1:  # parts are added up in fp32
         weights_npRt = weights_nRT.unflatten(-1, (parts, -1)).transpose(1, 2).flatten(0, 1)
         out_nRD = _product(weights_npRt, v_nTD.view(-1, keys // parts, width)).unflatten(0, (-1, parts)).sum(1)
     else:
-        out_nRD = _product(weights_nRT, v_nTD)
+        out_nRD = _product(weights_nRT, v_nTD, q_BSHD.dtype)
     return out_nRD.view(q_BSHD.shape).to(q_BSHD.dtype)
 
 
-def _product(a_nXY: Tensor, b_nYZ: Tensor) -> Tensor:
-    """Return the products in fp32 or better; factors of 16 bits stay so on GPUs, whose products add up in fp32."""
+def _product(a_nXY: Tensor, b_nYZ: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the products in ``dtype`` or better; factors of 16 bits stay so on GPUs, which add up in fp32."""
     if b_nYZ.dtype not in _HALF:
         return torch.bmm(a_nXY.to(b_nYZ.dtype), b_nYZ)
     if b_nYZ.is_cuda:
-        return torch.bmm(a_nXY.to(b_nYZ.dtype), b_nYZ, out_dtype=torch.float32)
+        a_nXY = a_nXY.to(b_nYZ.dtype)
+        return torch.bmm(a_nXY, b_nYZ) if dtype == b_nYZ.dtype else torch.bmm(a_nXY, b_nYZ, out_dtype=dtype)
     return torch.bmm(a_nXY.float(), b_nYZ.float())
