@@ -41,7 +41,8 @@ class GraphedStep:
 
         Raises:
             ValueError: the cache is not fixed or not on a GPU.
-            RuntimeError: something in the step cannot be recorded (CUDA's own words).
+            RuntimeError: something in the step cannot be recorded.
+            torch.OutOfMemoryError: no room for the step's activations.
         """
         device = cache.positions_B.device
         if cache.fixed_columns is None:
@@ -61,9 +62,17 @@ class GraphedStep:
             torch.cuda.current_stream().wait_stream(side)
             lengths, columns = cache.lengths, cache.columns
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads (a data loader that pins memory, say) may go on while this one records.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                output = model(self._tokens_B1, cache=cache)
+            try:
+                # Other threads (a data loader that pins memory, say) may go on while this one records.
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                    output = model(self._tokens_B1, cache=cache)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"the decoding step of {cache.rows} rows cannot be recorded as a CUDA graph: {error}; eager steps "
+                    f"give the same tokens: generate(graphs=False), or --no-graphs"
+                ) from error
             cache.lengths, cache.columns = lengths, columns  # recording counted a token that was not computed
         self._logits_BSV = output.logits_BSV
 
