@@ -9,6 +9,7 @@ python tools/convert_checkpoint.py --list
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import time
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
         Options,
         Stream,
         check_target,
+        check_tp,
         convert,
         format_named,
         target_dtype,
@@ -125,14 +127,17 @@ def run(args: argparse.Namespace) -> None:
     check_target(args.target, form)
     what, source = mapped(args, options) if args.map else open_named(args, options)
     parameters = [entry for name, entry in source.entries.items() if name.startswith("model.")]
+    check_tp(source, form, options)
     stream = Stream(source, dtype, lambda done, total: None)
     print(
-        f"{args.source} ({what}): {len(parameters)} parameters, "
-        f"{size_text(sum(entry.nbytes for entry in parameters))}"
+        f"{args.source} ({what}): {sum(math.prod(entry.shape) for entry in parameters):,} parameters in "
+        f"{len(parameters)} tensors, {size_text(sum(entry.nbytes for entry in parameters))}"
         f"{', optimizer state' if source.has_optimizer else ''}; {args.target} ({form.name}) will take about "
         f"{size_text(written_bytes(stream, form))}",
         flush=True,
     )
+    if form.name in ("dcp", "zero") and not source.has_optimizer:
+        print(f"{args.source} holds no optimizer state: training goes on from zero moments, at step 0")
     if args.dry_run:
         print("dry run: nothing was written")
         return
@@ -142,6 +147,10 @@ def run(args: argparse.Namespace) -> None:
     if verdict.logits:
         print(verdict.logits)
     print(f"{args.target} is complete; {time.monotonic() - began:.1f} s")
+    if form.name == "hf":
+        print(
+            f"use: AutoModelForCausalLM.from_pretrained('{args.target}', trust_remote_code=True), AutoTokenizer alike"
+        )
 
 
 def open_named(args: argparse.Namespace, options: Options) -> tuple[str, Source]:

@@ -16,6 +16,7 @@ from fusiontree.checkpoint.convert import dcp, hf, logits, megatron, single, zer
 from fusiontree.checkpoint.convert.source import MODEL, Source, Stream, checked, tensor_hash
 from fusiontree.checkpoint.folders import MANIFEST, complete_checkpoints
 from fusiontree.models.config import ModelConfig
+from fusiontree.parallel.validate import tp_problems, valid_tp
 from fusiontree.utils.errors import UserError, nearest
 from fusiontree.utils.files import fsync_directory
 
@@ -142,7 +143,7 @@ def format_named(name: str, option: str) -> Format:
         UserError: there is none of that name.
     """
     if name not in FORMATS:
-        raise UserError(f"{option} '{name}' is no format{nearest(name, FORMATS)}; formats: {', '.join(FORMATS)}")
+        raise UserError(f"{option} '{name}' is none of the formats {', '.join(FORMATS)}{nearest(name, FORMATS)}")
     return FORMATS[name]
 
 
@@ -160,8 +161,8 @@ def recognise(path: Path) -> str:
             return name
     held = sorted(p.name for p in path.iterdir())[:6] if path.is_dir() else [path.name]
     raise UserError(
-        f"source '{path}' is no checkpoint of a known format (it holds {', '.join(held) or 'nothing'}); formats: "
-        f"{', '.join(FORMATS)}; name one with --from"
+        f"source '{path}' is no checkpoint of a known format (it holds {', '.join(held) or 'nothing'}); give "
+        f"the folder or file that --list describes, or --map FILE for another model's weights"
     )
 
 
@@ -222,6 +223,7 @@ def convert(
             logits are not those of our model.
     """
     check_target(target, form)
+    check_tp(source, form, options)
     assert form.write is not None
     if options.config is not None and form.name == "dcp":
         wanted = ModelConfig.model_validate(options.config["model"])
@@ -260,6 +262,20 @@ def convert(
 def fp32_bytes(source: Source) -> int:
     """Return the size of a source's parameters in fp32."""
     return 4 * sum(math.prod(entry.shape) for name, entry in source.entries.items() if name.startswith(MODEL))
+
+
+def check_tp(source: Source, form: Format, options: Options) -> None:
+    """Refuse a tensor parallel size that the model cannot be cut for.
+
+    Raises:
+        UserError: naming why, and the sizes that would do.
+    """
+    if form.name not in ("megatron", "zero"):
+        return
+    model = source.model_config
+    if reasons := list(tp_problems(model, options.tp)):
+        fitting = valid_tp(model, limit=max(options.tp, 64))
+        raise UserError(f"--tp {options.tp} does not fit the model: {'; '.join(reasons)}. It allows tp {fitting}")
 
 
 def target_dtype(form: Format, options: Options) -> torch.dtype | None:

@@ -7,6 +7,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +102,7 @@ class Stream:
         self._report(self._done, self.total)
         return tensor
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Bytes of all tensors as they will be written."""
         return sum(self.entry(name).nbytes for name in self.source.entries)

@@ -138,6 +138,17 @@ def put(spec: Any, part: Tensor, whole: Tensor) -> None:
         begin += stop - start
 
 
+def take(spec: Any, whole: Tensor, part: Tensor) -> None:
+    """Copy a tensor parallel rank's part out of the whole parameter."""
+    if spec.axis is None:
+        part.copy_(whole)
+        return
+    begin = 0
+    for start, stop in spec.ranges:
+        part.narrow(spec.axis, begin, stop - start).copy_(whole.narrow(spec.axis, start, stop - start))
+        begin += stop - start
+
+
 def ours(name: str) -> str:
     """Return a parameter's name without a wrapper's prefix."""
     return name.removeprefix("module.")

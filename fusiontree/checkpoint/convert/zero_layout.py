@@ -67,6 +67,13 @@ class ZeroLayout:
         self.groups = groups if groups is not None else self._own_groups(list(shapes))
         self.sizes = [self._flat_size(group) for group in self.groups]
         """Elements of each flat tensor, the same in every file."""
+        self._places: dict[str, tuple[int, int]] = {}
+        """Which flat tensor a parameter is in, and the elements before it there (stage 3: in a rank's file)."""
+        for group, names in enumerate(self.groups):
+            before = 0
+            for name in names:
+                self._places[name] = (group, before)
+                before += self._part(name) if stage == 3 else self.numel(name)
 
     def numel(self, name: str) -> int:
         """Return the elements of a tensor parallel rank's part."""
@@ -74,18 +81,17 @@ class ZeroLayout:
 
     def runs(self, name: str, tp_rank: int) -> list[Run]:
         """Return where the part of a tensor parallel rank lies, in order."""
-        group = next(index for index, names in enumerate(self.groups) if name in names)
-        before = self.groups[group][: self.groups[group].index(name)]
+        group, before = self._places[name]
         numel = self.numel(name)
         if self.stage < 3:
-            size, first = self.sizes[group], sum(self.numel(other) for other in before)
+            size, first = self.sizes[group], before
             found = []
             for dp_rank in range(self.dp):
                 low, high = max(dp_rank * size, first), min((dp_rank + 1) * size, first + numel)
                 if low < high:
                     found.append(Run((dp_rank, tp_rank), group, low - dp_rank * size, low - first, high - low))
             return found
-        offset, size = sum(self._part(other) for other in before), self._part(name)
+        offset, size = before, self._part(name)
         if self._over_all(name):  # cut over dp and tp; tp is innermost
             files = [(dp_rank, rank) for dp_rank in range(self.dp) for rank in range(self.tp)]
         else:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.checkpoint.convert.source import MODEL, MOMENTS, Stream, parameter_shapes, write_ours
-from fusiontree.checkpoint.convert.zero import LATEST, param_shapes
+from fusiontree.checkpoint.convert.zero import LATEST, param_shapes, take
 from fusiontree.checkpoint.convert.zero_layout import ZeroLayout
 from fusiontree.utils.errors import UserError
 
@@ -94,20 +94,26 @@ def _fill(flats: _Flats, layout: ZeroLayout, stream: Stream) -> None:
             for dp_rank in range(layout.dp):
                 for group, size in enumerate(layout.sizes):
                     flats.new((kind, dp_rank, tp_rank, group), (size,))
+    if layout.stage < 3:
+        for parameter, specs in layout.specs.items():
+            for tp_rank, spec in enumerate(specs):
+                flats.new(("module", parameter, tp_rank), spec.local_shape)
+    # One buffer for all parts: copies of every size, made and freed one by one, would leave the heap full of holes.
+    buffer = torch.empty(max(layout.numel(parameter) for parameter in layout.specs))
     for name in stream.source.entries:
         prefix = next(p for p in _KINDS if name.startswith(p))
         parameter = name.removeprefix(prefix)
         whole = stream.read(name)
         for tp_rank in layout.holders(parameter):
-            part = layout.specs[parameter][tp_rank].cut(whole).reshape(-1)
+            spec = layout.specs[parameter][tp_rank]
+            part = buffer[: layout.numel(parameter)]
+            take(spec, whole, part.view(spec.local_shape))
             for run in layout.runs(parameter, tp_rank):
                 flat = flats[(_KINDS[prefix], *run.file, run.group)]
                 flat[run.offset : run.offset + run.length] = part[run.start : run.start + run.length]
-        if prefix == MODEL and layout.stage < 3:
-            for tp_rank in range(layout.tp):
-                spec = layout.specs[parameter][tp_rank]
-                flats.new(("module", parameter, tp_rank), spec.local_shape)
-                flats.module(parameter, tp_rank).copy_(spec.cut(whole))
+            if prefix == MODEL and layout.stage < 3:  # where every rank is a holder
+                flats.module(parameter, tp_rank).view(-1).copy_(part)
+        del whole  # before the next one is read
 
 
 class _Common:

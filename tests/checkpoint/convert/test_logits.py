@@ -32,6 +32,13 @@ def test_the_verdict_is_printed(run: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.slow
+def test_deep_models_may_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    training_run(tmp_path / "run", num_layers=48)
+    said = exported(tmp_path / "run", tmp_path / "hf", capsys, "--check-logits", "auto")
+    assert "allowed: 4 times what our own differ by from fp64" in said
+
+
+@pytest.mark.slow
 def test_a_model_that_is_read_otherwise_is_not_kept(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -59,7 +66,7 @@ def test_why_they_are_not_compared_is_said(
     assert "--check-logits on compares it all the same" in said
     monkeypatch.setattr(logits, "available_memory", lambda: 1000)
     said = exported(run, tmp_path / "c", capsys, "--check-logits", "auto")
-    assert "memory are free" in said
+    assert "GB are free" in said
     monkeypatch.setattr(logits.importlib.util, "find_spec", lambda name: None)
     said = exported(run, tmp_path / "d", capsys, "--check-logits", "auto")
     assert "not compared: transformers is not installed" in said and "verified: 59 tensors" in said
