@@ -14,6 +14,9 @@ import torch
 
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
 
+_KINDS = 64
+"""Kinds of inputs that a formula may be compiled for in one process."""
+
 
 def needs_gpu(device: torch.device) -> str | None:
     """Why fusion is not offered on ``device``, or None: on CPUs compiling takes longer than a small run."""
@@ -23,6 +26,11 @@ def needs_gpu(device: torch.device) -> str | None:
 @functools.cache
 def compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``formula`` compiled; forward and backward become fused kernels."""
+    from torch._dynamo import config as limits  # takes a second to import, which CPU runs need not wait for
+
+    # One row or several, one token or several, each width of heads, each dtype: more kinds than the eight after which
+    # torch would run a formula uncompiled.
+    limits.recompile_limit = max(limits.recompile_limit, _KINDS)
     return torch.compile(formula)
 
 

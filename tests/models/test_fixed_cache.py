@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fusiontree.models.graphs import GraphedStep
+from fusiontree.ops.dispatch import Backend, anywhere
+from fusiontree.ops.elementwise import ELEMENTWISE
 from tests.helpers import tiny_model
 from tests.models.recording import RecordedStep, tensors_of
 from tests.models.test_decoding import tokens
@@ -113,3 +115,38 @@ def test_misuse_of_a_fixed_cache_is_refused():
     model(following_BS[:, :1], cache=cache)
     with pytest.raises(ValueError, match="all are there"):
         model(following_BS[:, 1:2], cache=cache)
+
+
+def test_recording_compiles_nothing_that_the_rehearsals_did_not(monkeypatch):
+    """torch cannot compile during a capture, and would if the recorded step's tensors differed in kind."""
+    functions = {}
+
+    def compiled(formula):
+        if formula not in functions:
+            functions[formula] = torch.compile(formula, backend=counting)
+        return functions[formula]
+
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setitem(ELEMENTWISE.backends, "reference", Backend("reference", lambda: compiled, anywhere))
+    ELEMENTWISE.choose.cache_clear()
+    torch._dynamo.reset()
+    try:
+        model = tiny_model(layer_pattern="FA").eval()
+        with torch.inference_mode():
+            for rows in (3, 1):
+                cache = model.new_cache(rows)
+                model(tokens(rows, 9), cache=cache)
+                cache.fix(20)
+                before = len(graphs)
+                model(tokens(rows, 1), cache=cache.rehearsal())
+                rehearsed = len(graphs)
+                model(tokens(rows, 1), cache=cache)
+                assert before < rehearsed == len(graphs)
+    finally:
+        ELEMENTWISE.choose.cache_clear()
+        torch._dynamo.reset()
