@@ -95,8 +95,8 @@ def generate(
     """Continue every prompt; a row's tokens are those it would get alone.
 
     Prompts of different length are padded on the left for the prefill and masked. Rows that finish leave the batch.
-    On a GPU the later steps replay a CUDA graph, as long as enough of them may come for its recording to pay; finished
-    rows then run on unread until half of the rows are left.
+    On a GPU the later steps replay a CUDA graph, if enough of them may come for its recording to pay; finished rows
+    then run on unread until all have finished.
 
     Args:
         model: on its device, in the dtype to compute in; put into eval mode for the call.
@@ -243,8 +243,9 @@ class _Row:
 class _RunningBatch:
     """The rows that still run: their cache, the logits of their next token, and which prompts they are.
 
-    A running row has a slot, its row of the cache. While a graph is replayed, slots of finished rows are fed and not
-    read.
+    A running row has a slot, its row of the cache. Once a graph is recorded, it is replayed to the end: slots of
+    finished rows are fed and not read. A step reads all weights for however few rows, so a smaller batch would hardly
+    be faster, and its kernels would have to be compiled anew.
     """
 
     def __init__(
@@ -309,14 +310,11 @@ class _RunningBatch:
         self.rows, self._seeds, self._slots = (
             [values[row] for row in going] for values in (self.rows, self._seeds, self._slots)
         )
-        if len(self._slots) < self._cache.rows and (
-            self._graph is None or (2 * len(self._slots) <= self._cache.rows and steps >= FEWEST_STEPS)
-        ):
+        if self._graph is None and len(self._slots) < self._cache.rows:
             tokens_of_slots = [tokens_of_slots[slot] for slot in self._slots]
             self._leave()
         if self._graphs and self._graph is None and steps >= FEWEST_STEPS:
-            if self._cache.fixed_columns is None:
-                self._cache.fix(self._columns)
+            self._cache.fix(self._columns)
             self._graph = GraphedStep(self._model, self._cache)
         tokens_B1 = torch.tensor(tokens_of_slots, device=self._logits_BV.device)[:, None]
         if self._seen_BV is not None:
@@ -328,8 +326,7 @@ class _RunningBatch:
             self.graphed_steps += 1
 
     def _leave(self) -> None:
-        """Let the rows without a running prompt leave the cache; a graph of all rows is of no use then."""
-        self._graph = None
+        """Let the rows without a running prompt leave the cache."""
         slots = torch.tensor(self._slots, device=self._logits_BV.device)
         self._cache = self._cache.select(slots)
         self._seen_BV = None if self._seen_BV is None else self._seen_BV[slots]
