@@ -136,6 +136,8 @@ def run(args: argparse.Namespace) -> None:
         f"{size_text(written_bytes(stream, form))}",
         flush=True,
     )
+    if form.name == "dcp" and options.config is None and not re.fullmatch(r"step-\d{8}", args.target.name):
+        options = with_run_config(source, args.target, options)
     if form.name in ("dcp", "zero") and not source.has_optimizer:
         print(f"{args.source} holds no optimizer state: training goes on from zero moments, at step 0")
     if args.dry_run:
@@ -188,6 +190,23 @@ def read_config(args: argparse.Namespace) -> dict:
 
     config = load_config(args.config, [f"run_dir={args.target}"])
     return {"config": config_values(config), "config_yaml": dump_config(config)}
+
+
+def with_run_config(source: Source, target: Path, options: Options) -> Options:
+    """Return the options with the configuration that a new run folder is trained on with, if the source knows it."""
+    from dataclasses import replace
+
+    from fusiontree.config.load import build_config, dump_config
+
+    if {"training", "data"} <= source.config.keys():
+        try:
+            config = build_config({**source.config, "run_dir": str(target)}, "the source's configuration")
+            return replace(options, config_yaml=dump_config(config))
+        except UserError as error:
+            print(f"{target} gets no config.yaml: {error}")
+            return options
+    print(f"the source does not say how it was trained: to train on from {target}, convert with --config FILE")
+    return options
 
 
 def parse_size(text: str) -> int:

@@ -48,13 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.diff or args.path is None:
             raise UserError("give one PATH, or --diff A B")
         if args.verify:
-            return whole(args.path)
+            return whole(args.path, as_json=args.json)
         return contents(args.path, norms=not args.no_norms, as_json=args.json)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{others(args.path)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 0
+
+
+def others(path: Path | None) -> str:
+    """Return which checkpoints a run has, for the case that the newest is damaged."""
+    from fusiontree.checkpoint.folders import complete_checkpoints
+
+    found = complete_checkpoints(path / "checkpoints") if path is not None else []
+    return f"; {path} has {', '.join(folder.name for folder in found[-5:])}" if len(found) > 1 else ""
 
 
 def opened(path: Path) -> CheckpointReader:
@@ -71,7 +79,7 @@ def opened(path: Path) -> CheckpointReader:
     return reader
 
 
-def whole(path: Path) -> int:
+def whole(path: Path, *, as_json: bool) -> int:
     """Check every file."""
     from fusiontree.checkpoint.load import find_checkpoint
     from fusiontree.checkpoint.manifest import read_manifest, verify
@@ -87,8 +95,11 @@ def whole(path: Path) -> int:
             print(f"{done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr)
 
     verify(folder, report=report)
-    size = sum(entry.size for entry in entries.values()) / 1e9
-    print(f"ok: {folder}, {len(entries)} files, {size:.2f} GB in {time.monotonic() - began:.1f} s")
+    size, seconds = sum(entry.size for entry in entries.values()), time.monotonic() - began
+    if as_json:
+        print(json.dumps({"ok": True, "folder": str(folder), "files": len(entries), "bytes": size, "seconds": seconds}))
+    else:
+        print(f"ok: {folder}, {len(entries)} files, {size / 1e9:.2f} GB in {seconds:.1f} s")
     return 0
 
 
@@ -118,7 +129,9 @@ def contents(path: Path, *, norms: bool, as_json: bool) -> int:
     width = max((len(r["name"]) for r in rows), default=0)
     for r in rows:
         norm = f"  norm {r['norm']:.6g}  max {r['max']:.4g}{'  NOT FINITE' if not r['finite'] else ''}" if norms else ""
-        print(f"{r['name']:{width}}  {r['dtype']:9} {r['shape']!s:16} {r['pieces']} pieces{norm}")
+        print(
+            f"{r['name']:{width}}  {r['dtype']:9} {r['shape']!s:16} {r['pieces']} piece{'s' * (r['pieces'] != 1)}{norm}"
+        )
     for kind, count in totals(reader).items():
         print(f"{kind}: {count:,} values")
     return 0
@@ -179,11 +192,17 @@ def difference(path_a: Path, path_b: Path, *, as_json: bool) -> int:
         return 1 if values or tensors else 0
     print(f"A {a.folder}\nB {b.folder}")
     for line in values:
-        print(f"{line['key']}: {line['a']} | {line['b']}")
+        print(f"{line['key']}: {shortened(line['a'])} | {shortened(line['b'])}")
     for t in tensors:
         print(f"{t['name']}: {t['what']}")
     print(f"{equal} tensors are equal bit by bit, {len(tensors)} are not; {len(values)} other values differ")
     return 1 if values or tensors else 0
+
+
+def shortened(value: Any) -> str:
+    """Return a value for reading; ``--json`` has it whole."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:90]}… ({len(text)} characters)"
 
 
 def differing_values(a: Any, b: Any, key: str = "") -> Iterator[dict[str, Any]]:

@@ -52,13 +52,16 @@ def test_difference(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_verify_and_damage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run), "--verify"]) == 0
     assert "ok: " in capsys.readouterr().out
+    assert main([str(run), "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
     file = run / "checkpoints" / "step-00000008" / "__0_0.distcp"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     for arguments in (["--verify"], []):
         assert main([str(run), *arguments]) == 2
-        assert "__0_0.distcp differs from the SHA-256" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "__0_0.distcp differs from the SHA-256" in said and "has step-00000004, step-00000008" in said
 
 
 def test_mistakes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,8 @@ def read_map(path: Path) -> NameMap:
     try:
         return NameMap.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise UserError(f"map '{path}' cannot be read: {error}") from error
+        near = nearest(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        raise UserError(f"map '{path}' cannot be read: {error.strerror}{near}") from error
     except yaml.YAMLError as error:
         raise UserError(f"map '{path}' is not valid YAML: {error}") from error
     except ValidationError as error:
@@ -178,7 +179,7 @@ def plan(
         matches = list(_matches(rule.theirs, theirs))
         if not matches and not rule.optional:
             near = nearest(rule.theirs.replace("{layer}", "0"), theirs)
-            raise UserError(f"map: '{rule.theirs}' matches no tensor of the source{near}; remove it or set optional")
+            raise UserError(f"map: '{rule.theirs}' matches no tensor of the source; remove it or set optional{near}")
         for name, layer in matches:
             used.add(name)
             if layer is not None and name_map.layers is not None and layer not in name_map.layers:

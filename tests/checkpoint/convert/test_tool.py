@@ -167,3 +167,11 @@ def test_training_goes_on_from_a_converted_checkpoint(tmp_path: Path, capsys: py
     done = train(config, "training.max_steps=2", "training.warmup_steps=1")
     assert done.returncode == 0, done.stderr
     assert "resume" in events(tmp_path / "target")
+    capsys.readouterr()
+    convert(tmp_path / "target", tmp_path / "megatron", "--to", "megatron")
+    convert(tmp_path / "megatron", tmp_path / "moved", "--to", "dcp")
+    moved = load_config(tmp_path / "moved" / "config.yaml")  # it came along, for the new place
+    assert moved.run_dir == str(tmp_path / "moved") and moved.training.max_steps == 2
+    convert(tmp_path / "hf", tmp_path / "unknown", "--to", "dcp")
+    said = capsys.readouterr().out
+    assert "convert with --config FILE" in said and "training goes on from zero moments" in said
