@@ -13,7 +13,7 @@ import mmap
 import os
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition
@@ -128,11 +128,12 @@ class CheckpointReader:
         for name in {job.chunk.file for job in jobs} - self._sized:
             check_size(self.folder / name, self._entry(name))
             self._sized.add(name)
-        with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        threads = threads or min(8, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(threads) as hashers:
             # Files that were not written by us are hashed as a whole, so before anything of them is used.
             list(pool.map(lambda name: check_file(self.folder / name, self.files[name], count.add), whole))
             try:
-                for _ in pool.map(lambda job: self._do(job, budget, count), jobs):
+                for _ in pool.map(lambda job: self._do(job, budget, count, hashers), jobs):
                     pass
             except BaseException:
                 pool.shutdown(cancel_futures=True)
@@ -177,7 +178,7 @@ class CheckpointReader:
         return digest if length == chunk.length else None
 
     @torch.no_grad()
-    def _do(self, job: _Job, budget: _Budget, count: ByteCount) -> None:
+    def _do(self, job: _Job, budget: _Budget, count: ByteCount, hashers: Executor) -> None:
         chunk = job.chunk
         path = self.folder / chunk.file
         with budget.of(chunk.length):
@@ -185,7 +186,7 @@ class CheckpointReader:
             buffer = torch.frombuffer(mmap.mmap(-1, chunk.length), dtype=torch.uint8)
             digest = self._part(chunk)
             hashed = self.hashes and digest is not None
-            found = self._read(chunk, buffer.numpy().data, count.add, hashed=hashed)
+            found = self._read(chunk, buffer.numpy().data, count.add, hashers if hashed else None)
             if hashed and found != digest:
                 raise CheckpointDamage(
                     f"{path} differs from the SHA-256 in its manifest at '{job.name}' "
@@ -195,23 +196,31 @@ class CheckpointReader:
             for view, part in job.targets:
                 view.copy_(values[part])
 
-    def _read(self, chunk: Chunk, buffer: memoryview, progress: Callable[[int], None], *, hashed: bool) -> str:
-        """Fill ``buffer`` with a piece's bytes and return the SHA-256 of what was read."""
+    def _read(self, chunk: Chunk, buffer: memoryview, progress: Callable[[int], None], hashers: Executor | None) -> str:
+        """Fill ``buffer`` with a piece's bytes and return the SHA-256 of what was read.
+
+        A part of it is hashed while the next is read: of large pieces only one is in memory at a time.
+        """
         path = self.folder / chunk.file
         digest = hashlib.sha256()
         done = 0
+        hashing: Future[None] | None = None
         try:
             with self._open.lend(chunk.file) as file:
                 while done < len(buffer):
                     size = os.preadv(file, [buffer[done : done + _READ]], chunk.start + done)
                     if not size:
                         raise CheckpointDamage(f"{path} ends at byte {chunk.start + done}, its manifest says otherwise")
-                    if hashed:
-                        digest.update(buffer[done : done + size])
+                    if hashing is not None:
+                        hashing.result()
+                    if hashers is not None:
+                        hashing = hashers.submit(digest.update, buffer[done : done + size])
                     done += size
                     progress(size)
         except OSError as error:
             raise CheckpointDamage(f"{path} cannot be read: {error.strerror}") from error
+        if hashing is not None:
+            hashing.result()
         return digest.hexdigest()
 
 
