@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusiontree.ops.attention.flex import attention_flex
+from fusiontree.ops.attention.reference import attention_reference
 from fusiontree.ops.documents import Documents
-from fusiontree.parallel.recomputation import checkpoint_activations
+from fusiontree.parallel.recomputation import _keeping, checkpoint_activations
 from tests.helpers import tiny_model
 
 
@@ -49,3 +51,13 @@ def test_the_layers_left_out_of_full_recomputation_are_selective() -> None:
     checkpoint_activations(model, "full", 2)
     wrappers = [block.forward.func.__name__ for block in model.layers]
     assert wrappers == ["_full", "_full", "_selective"]
+
+
+def test_flex_attention_compiles_inside_a_recomputed_block() -> None:
+    """As on a GPU, where a fully recomputed block's first forward is what compiles it."""
+    q, k, v = (torch.randn(1, 256, 2, 32) for _ in range(3))
+    with torch.no_grad():
+        keep, _ = _keeping()
+        with keep:
+            got = attention_flex(q, k, v, window=100)
+        torch.testing.assert_close(got, attention_reference(q, k, v, window=100), rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fusiontree.ops.attention.sdpa import causal_sdpa
 from fusiontree.ops.attention.tail import can_attend_in_parts, causal_tail
@@ -80,12 +81,13 @@ def attention_flex(
         positions_BS = torch.arange(keys - queries, keys, device=q_BSHD.device).expand(q_BSHD.shape[0], -1)
     else:
         positions_BS = documents.positions_BS
-    out_BHSD = _compiled()(
-        q_BHSD,
-        k_BKTD,
-        v_BKTD,
-        block_mask=_block_mask(positions_BS, keys, window),
-        scale=scale,
-        enable_gqa=q_BSHD.shape[2] != k_BTKD.shape[2],
-    )
+    with _disable_current_modes():  # FlexAttention cannot be compiled in sight of a mode that watches operations
+        out_BHSD = _compiled()(
+            q_BHSD,
+            k_BKTD,
+            v_BKTD,
+            block_mask=_block_mask(positions_BS, keys, window),
+            scale=scale,
+            enable_gqa=q_BSHD.shape[2] != k_BTKD.shape[2],
+        )
     return out_BHSD.transpose(1, 2)
