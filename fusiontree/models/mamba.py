@@ -6,7 +6,7 @@ C channels (of the model, or H*P of the mixer), K width of the convolution.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Self
 
@@ -82,12 +82,7 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 class CausalConv(nn.Module):
-    """Depthwise causal convolution and SiLU; its taps stop at document starts.
-
-    ``inputs_before``, where a parallel plan sets it, returns the last so many inputs left of a piece of a row.
-    """
-
-    inputs_before: Callable[[Tensor, int], Tensor] | None = None
+    """Depthwise causal convolution and SiLU; its taps stop at document starts."""
 
     def __init__(self, channels: int, width: int, backend: str) -> None:
         super().__init__()
@@ -98,9 +93,6 @@ class CausalConv(nn.Module):
     def forward(self, x_BSC: Tensor, documents: Documents | None, initial_BKC: Tensor | None = None) -> Tensor:
         """Return ``[B, S, C]``; ``initial_BKC [B, K-1, C]`` are the inputs before the first token."""
         weight_CK, bias_C = self.taps()
-        if self.inputs_before is not None:
-            assert initial_BKC is None, "a piece of a row takes its inputs from its neighbour, not from a cache"
-            initial_BKC = self.inputs_before(x_BSC, weight_CK.shape[1] - 1)
         convolve = partial(causal_conv1d, documents=documents, initial_BKC=initial_BKC, backend=self.backend)
         return cheap(convolve, x_BSC, weight_CK, bias_C)
 
@@ -153,9 +145,13 @@ class Mamba2Mixer(nn.Module):
 
     Numbers of heads and groups are read from what the projections return, so the same code runs on a part of the
     heads.
+
+    ``inputs_before``, where a parallel plan sets it, takes the inputs of both convolutions and a number of tokens, and
+    returns the inputs, to be used instead, and the last so many inputs left of this piece of a row.
     """
 
     joint_products = False
+    inputs_before: Callable[[Sequence[Tensor], int], tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -163,6 +159,7 @@ class Mamba2Mixer(nn.Module):
         bc_channels = sum(block.size for block in bc_proj_rows(config))
         self.head_dim = sizes.head_dim
         self.d_state = sizes.d_state
+        self.look_back = sizes.d_conv - 1
         self.in_proj = nn.Linear(config.hidden_size, sum(block.size for block in in_proj_rows(config)), bias=False)
         self.bc_proj = nn.Linear(config.hidden_size, bc_channels, bias=False)
         self.conv_x = CausalConv(config.d_inner, sizes.d_conv, kernels.conv)
@@ -197,6 +194,9 @@ class Mamba2Mixer(nn.Module):
         initial_x_BKC = initial_bc_BKC = initial_state_BHPN = None
         if cache is not None:
             initial_x_BKC, initial_bc_BKC, initial_state_BHPN = cache.before()
+        elif self.inputs_before is not None and self.look_back:
+            inputs, before = self.inputs_before((x_BSC, bc_BSC), self.look_back)
+            (x_BSC, bc_BSC), (initial_x_BKC, initial_bc_BKC) = inputs, before
         x_BSHP = self.conv_x(x_BSC, documents, initial_x_BKC).unflatten(-1, (-1, self.head_dim))
         B_BSGN, C_BSGN = split_bc_proj(self.conv_bc(bc_BSC, documents, initial_bc_BKC), self.d_state)
         y_BSHP, state_BHPN = self.scan(x_BSHP, ssm.dt_BSH, ssm, B_BSGN, C_BSGN, documents, initial_state_BHPN)

@@ -8,6 +8,8 @@ Shape legend: B rows, S tokens of a rank, axes after them are free. R ranks of t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,12 +43,22 @@ def sum_identity(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _SumIdentity.apply(x, group)
 
 
-def left_halo(x_BS: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
-    """Return the ``length`` tokens before this rank's piece, ``[B, length, …]``; zeros before the row's start.
+def left_halos(
+    pieces: Sequence[Tensor], length: int, group: dist.ProcessGroup
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the pieces, to be used from here on, and the ``length`` tokens before each, zeros before the row's start.
 
-    They come from as many left neighbours as hold them. The backward sends their gradients back.
+    The tokens come from as many left neighbours as hold them, of all pieces in one message; the backward sends their
+    gradients back and adds them to the last tokens of the pieces' own, in place: a sum over whole pieces would cost
+    more than the message.
+
+    Args:
+        pieces: ``[B, S, …]``, of one dtype.
+        length: tokens wanted.
+        group: ranks whose pieces make up the rows, in order.
     """
-    return _LeftHalo.apply(x_BS, length, group)
+    outputs = _LeftHalos.apply(length, group, *pieces)
+    return outputs[: len(pieces)], outputs[len(pieces) :]
 
 
 def swap_with_mirror(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -140,56 +152,59 @@ class _Swap(torch.autograd.Function):
 
 
 def _swap(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    mirror = ranks - 1 - rank
-    if mirror == rank:
-        return x.clone()
-    received = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _exchange({mirror: x}, {mirror: received}, group)
-    return received
+    mirror = dist.get_world_size(group) - 1 - dist.get_rank(group)
+    return _exchange({mirror: x}, {mirror: tuple(x.shape)}, x, group)[mirror]
 
 
-class _LeftHalo(torch.autograd.Function):
+class _LeftHalos(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BS: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, ctx.piece = group, x_BS.shape[1]
+    def forward(ctx: Any, length: int, group: dist.ProcessGroup, *pieces: Tensor) -> tuple[Tensor, ...]:
+        ctx.length, ctx.group = length, group
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        counts = _halo_counts(length, ctx.piece)
-        halo_BS = x_BS.new_zeros(x_BS.shape[0], length, *x_BS.shape[2:])
+        rows, size = pieces[0].shape[:2]
+        counts = _halo_counts(length, size)
+        last_BSC = torch.cat([piece[:, size - counts[0] :].flatten(2) for piece in pieces], dim=-1)
         send, receive = {}, {}
         for back, count in enumerate(counts, start=1):
             if rank + back < ranks:
-                send[rank + back] = x_BS[:, ctx.piece - count :]
+                send[rank + back] = last_BSC[:, counts[0] - count :]
             if rank - back >= 0:
-                receive[rank - back] = x_BS.new_empty(x_BS.shape[0], count, *x_BS.shape[2:])
-        _exchange(send, receive, group)
-        end = length
-        for back, count in enumerate(counts, start=1):
-            if rank - back >= 0:
-                halo_BS[:, end - count : end] = receive[rank - back]
-            end -= count
-        return halo_BS
+                receive[rank - back] = (rows, count, last_BSC.shape[2])
+        received = _exchange(send, receive, last_BSC, group)
+        # From the farthest neighbour to the nearest, and zeros for those that do not exist.
+        parts = [
+            received.get(rank - back, last_BSC.new_zeros(rows, count, last_BSC.shape[2]))
+            for back, count in enumerate(counts, start=1)
+        ]
+        halos = torch.cat(parts[::-1], dim=1).split([piece[0, 0].numel() for piece in pieces], dim=-1)
+        views = [piece.view_as(piece) for piece in pieces]
+        return *views, *(h.contiguous().view(rows, length, *p.shape[2:]) for h, p in zip(halos, pieces, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad_BS,) = grads
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        of_pieces, of_halos = grads[: len(grads) // 2], grads[len(grads) // 2 :]
         rank, ranks = dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
-        length = grad_BS.shape[1]
-        counts = _halo_counts(length, ctx.piece)
+        rows, size = of_pieces[0].shape[:2]
+        counts = _halo_counts(ctx.length, size)
+        grad_BSC = torch.cat([grad.flatten(2) for grad in of_halos], dim=-1)
         send, receive = {}, {}
-        end = length
+        end = ctx.length
         for back, count in enumerate(counts, start=1):
             if rank - back >= 0:
-                send[rank - back] = grad_BS[:, end - count : end]
+                send[rank - back] = grad_BSC[:, end - count : end]
             if rank + back < ranks:
-                receive[rank + back] = grad_BS.new_empty(grad_BS.shape[0], count, *grad_BS.shape[2:])
+                receive[rank + back] = (rows, count, grad_BSC.shape[2])
             end -= count
-        _exchange(send, receive, ctx.group)
-        grad_x_BS = grad_BS.new_zeros(grad_BS.shape[0], ctx.piece, *grad_BS.shape[2:])
-        for back, count in enumerate(counts, start=1):
-            if rank + back < ranks:
-                grad_x_BS[:, ctx.piece - count :] += receive[rank + back]
-        return grad_x_BS, None, None
+        received = _exchange(send, receive, grad_BSC, ctx.group)
+        results = []
+        widths = [grad[0, 0].numel() for grad in of_pieces]
+        for index, grad in enumerate(of_pieces):
+            total = grad.contiguous()  # an expanded one could not be added to
+            for values in received.values():
+                part = values.split(widths, dim=-1)[index]
+                total[:, size - values.shape[1] :] += part.reshape(rows, values.shape[1], *total.shape[2:])
+            results.append(total)
+        return None, None, *results
 
 
 def _halo_counts(length: int, piece: int) -> list[int]:
@@ -197,10 +212,18 @@ def _halo_counts(length: int, piece: int) -> list[int]:
     return [min(piece, length - begin) for begin in range(0, length, piece)]
 
 
-def _exchange(send: dict[int, Tensor], receive: dict[int, Tensor], group: dist.ProcessGroup) -> None:
-    """Send to and receive from ranks of the group, all at once."""
-    operations = [dist.P2POp(dist.isend, x.contiguous(), group=group, group_peer=to) for to, x in send.items()]
-    operations += [dist.P2POp(dist.irecv, x, group=group, group_peer=source) for source, x in receive.items()]
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+def _exchange(
+    send: dict[int, Tensor], receive: dict[int, tuple[int, ...]], like: Tensor, group: dist.ProcessGroup
+) -> dict[int, Tensor]:
+    """Send tensors to ranks of the group and return what they sent, of the given shapes; all ranks call this together.
+
+    One call of the library, where pairs of sends and receives would cost the host several.
+    """
+    ranks = range(dist.get_world_size(group))
+    flat = [send[rank].reshape(-1) if rank in send else like.new_empty(0) for rank in ranks]
+    sizes = [math.prod(receive[rank]) if rank in receive else 0 for rank in ranks]
+    arrived = like.new_empty(sum(sizes))
+    sent = flat[0] if len(flat) == 1 else torch.cat(flat)
+    dist.all_to_all_single(arrived, sent, sizes, [part.numel() for part in flat], group=group)
+    parts = arrived.split(sizes)
+    return {rank: parts[rank].view(shape) for rank, shape in receive.items()}

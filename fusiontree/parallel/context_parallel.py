@@ -11,6 +11,7 @@ N state size of a state space head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +25,7 @@ from fusiontree.models.mamba import SSDScan
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.attention import attention
 from fusiontree.ops.documents import Documents
-from fusiontree.parallel.collectives import gather_stack, gather_tokens, left_halo, swap_with_mirror
+from fusiontree.parallel.collectives import gather_stack, gather_tokens, left_halos, swap_with_mirror
 from fusiontree.parallel.layout import Layout
 
 _ALIGNED = 128
@@ -117,7 +118,8 @@ class WindowCore(AttentionCore):
         length = min(length, q_BSHD.shape[1] * (dist.get_world_size(self.group) - 1))
         if length:
             kv_BSKD = torch.cat([k_BSKD, v_BSKD], dim=-1)
-            kv_BTKD = torch.cat([left_halo(kv_BSKD, length, self.group), kv_BSKD], dim=1)
+            (kv_BSKD,), (before_BTKD,) = left_halos((kv_BSKD,), length, self.group)
+            kv_BTKD = torch.cat([before_BTKD, kv_BSKD], dim=1)
             k_BSKD, v_BSKD = kv_BTKD.chunk(2, dim=-1)
         return attention(q_BSHD, k_BSKD, v_BSKD, window=self.window, documents=documents, backend=self.backend)
 
@@ -171,8 +173,13 @@ def apply_context_parallel(model: FusionTreeModel, layout: Layout) -> None:
         if block.has_mamba:
             mixer = block.mamba
             mixer.scan = PassingScan(mixer.scan, group)
-            for conv in (mixer.conv_x, mixer.conv_bc):
-                conv.inputs_before = partial(left_halo, group=group)
+            mixer.inputs_before = partial(_inputs_before, group=group)
         if block.has_attention:
             block.attention.local_core = WindowCore(block.attention.local_core, group)
             block.attention.global_core = RowCore(block.attention.global_core, group)
+
+
+def _inputs_before(
+    pieces: Sequence[Tensor], length: int, group: dist.ProcessGroup
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return left_halos(pieces, length, group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -80,11 +80,11 @@ def _state_not_passed(right: Callable) -> Callable:
 
 
 def _halo_token_lost(right: Callable) -> Callable:
-    def left_halo(x_BS: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
-        halo_BS = right(x_BS, length, group)
-        return torch.cat([halo_BS[:, :1] * 0.0, halo_BS[:, 1:]], dim=1)
+    def left_halos(pieces: Sequence[Tensor], length: int, group: dist.ProcessGroup) -> Any:
+        pieces, halos = right(pieces, length, group)
+        return pieces, [torch.cat([halo_BS[:, :1] * 0.0, halo_BS[:, 1:]], dim=1) for halo_BS in halos]
 
-    return left_halo
+    return left_halos
 
 
 def _mean_gradient(right: Callable) -> Callable:
@@ -111,7 +111,7 @@ MUTATIONS: dict[str, Mutation] = {
     "no document reset at a border": Mutation(CP4, Documents, "from_positions", _border_start_forgotten),
     "state passes over documents": Mutation(CP4, PassingScan, "state_before", _passes_documents),
     "state not passed": Mutation(CP2, PassingScan, "state_before", _state_not_passed),
-    "one halo token lost": Mutation(CP2, context_parallel, "left_halo", _halo_token_lost),
+    "one halo token lost": Mutation(CP2, context_parallel, "left_halos", _halo_token_lost),
     "gradient averaged": Mutation(CP2, FSDPModule, "set_gradient_divide_factor", _mean_gradient),
     "tp tag removed (zero3)": Mutation(Cell("zero3", 1, 1, 2), ZeroEngine, "_partition", _without_tags),
     "gradient averaged (zero3)": Mutation(Cell("zero3", 1, 2, 1), ZeroEngine, "_sum_gradients", _left_out),

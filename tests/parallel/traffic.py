@@ -55,14 +55,13 @@ class Recorder:
         with ExitStack() as stack:
             for name, kind in ((ALL_GATHER, "all_gather"), (REDUCE_SCATTER, "reduce_scatter"), ("all_reduce",) * 2):
                 stack.enter_context(patch.object(dist, name, self._watched(kind, getattr(dist, name))))
-            exchange = dist.batch_isend_irecv
+            exchange = dist.all_to_all_single
 
-            def watched_exchange(operations: list[dist.P2POp]) -> Any:
-                received = sum(_size(op.tensor) for op in operations if op.op is dist.irecv)
-                self.note("exchange", operations[0].group, received)
-                return exchange(operations)
+            def watched_exchange(arrived: Tensor, *args: Any, group: Any) -> Any:
+                self.note("exchange", group, _size(arrived))
+                return exchange(arrived, *args, group=group)
 
-            stack.enter_context(patch.object(dist, "batch_isend_irecv", watched_exchange))
+            stack.enter_context(patch.object(dist, "all_to_all_single", watched_exchange))
             yield
 
     def _watched(self, kind: str, call: Any) -> Any:
@@ -85,18 +84,21 @@ def _size(tensor: Tensor) -> int:
 @contextmanager
 def by_part(recorder: Recorder) -> Iterator[None]:
     """Book what the parts of context parallelism exchange under their names; backward passes keep the name."""
-    parts = {"left_halo": None, "gather_stack": "scan"}
+    parts = {"left_halos": None, "gather_stack": "scan"}
     parts |= dict.fromkeys(("gather_tokens", "swap_with_mirror"), "global heads")
 
     def named(function: Any, part: str | None) -> Any:
-        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            # A halo of inputs [B, S, C] is the convolution's, one of keys and values [B, S, K, D] local attention's.
-            recorder.part = part or ("conv" if x.dim() == 3 else "local heads")
-            mine = recorder.part
-            x = _OnBackward.apply(x, recorder, "other")
-            out = _OnBackward.apply(function(x, *args, **kwargs), recorder, mine)
+        def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+            several = not isinstance(x, Tensor)
+            # Halos of two inputs are the convolutions', one of keys and values is local attention's.
+            recorder.part = mine = part or ("conv" if len(x) == 2 else "local heads")
+            x = _leave(x, "other") if not several else [_leave(piece, "other") for piece in x]
+            out = function(x, *args, **kwargs)
             recorder.part = "other"
-            return out
+            return tuple(tuple(_leave(t, mine) for t in group) for group in out) if several else _leave(out, mine)
+
+        def _leave(x: Tensor, name: str) -> Tensor:
+            return _OnBackward.apply(x, recorder, name)
 
         return call
 
