@@ -1,7 +1,8 @@
 """Reading tensors of a checkpoint: in parallel, hashed while they are read, each byte once.
 
 A rank reads the pieces that overlap its own part of a tensor, whatever layout saved them, and checks exactly those.
-Memory beyond the targets is about the largest piece.
+Memory beyond the targets is the largest piece, or a quarter of a gigabyte where that is more: several pieces are hashed
+at a time, each on a core.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from fusiontree.checkpoint.pieces import pieces_of
 from fusiontree.utils.errors import UserError, nearest
 
 _READ = 4 << 20
-_IN_FLIGHT = 16 << 20
+_IN_FLIGHT = 256 << 20
 
 
 @dataclass
@@ -108,12 +109,20 @@ class CheckpointReader:
         self.fill({name: tensor})
         return tensor
 
-    def fill(self, tensors: dict[str, Tensor], *, threads: int | None = None, report: Report | None = None) -> None:
+    def fill(
+        self,
+        tensors: dict[str, Tensor],
+        *,
+        threads: int | None = None,
+        in_flight: int = _IN_FLIGHT,
+        report: Report | None = None,
+    ) -> None:
         """Fill this rank's parts of ``tensors`` in place, casting to their types.
 
         Args:
             tensors: plain tensors, DTensors or GlobalTensors, on any device.
             threads: readers at a time; None takes one a core, at most eight.
+            in_flight: bytes of pieces in memory at a time; a larger piece is alone.
             report: called with the bytes done and in all.
 
         Raises:
@@ -124,7 +133,7 @@ class CheckpointReader:
         whole = sorted({job.chunk.file for job in jobs if not self._has_parts(job)})
         sizes = [job.chunk.length for job in jobs]
         count = ByteCount(sum(sizes) + sum(self._entry(name).size for name in whole), report)
-        budget = _Budget(max([_IN_FLIGHT, *sizes]))
+        budget = _Budget(max([in_flight, *sizes]))
         for name in {job.chunk.file for job in jobs} - self._sized:
             check_size(self.folder / name, self._entry(name))
             self._sized.add(name)

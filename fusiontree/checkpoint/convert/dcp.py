@@ -62,7 +62,7 @@ class TrainingCheckpoint(Source):
                 if wanted and size > self._limit:
                     break
                 wanted[near] = torch.empty(self.entries[near].shape, dtype=self.entries[near].dtype)
-            self._reader.fill(wanted)
+            self._reader.fill(wanted, in_flight=16 << 20)
             self._ahead = wanted
         return self._ahead.pop(name)
 
