@@ -109,3 +109,12 @@ def tell_deepspeed(local_rank: int, device_type: str) -> None:
     """Tell DeepSpeed, which reads it from the environment alone, this process's device; call before importing it."""
     os.environ["LOCAL_RANK"] = str(local_rank)
     os.environ["DS_ACCELERATOR"] = device_type
+
+
+def keep_tuning() -> None:
+    """Let Triton write down which variant of a kernel it found the fastest, unless the user decided.
+
+    Before the kernels are imported. Tuning the scan takes one to two minutes; the next process reads the result from
+    Triton's cache folder.
+    """
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")

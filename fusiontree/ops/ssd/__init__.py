@@ -11,6 +11,7 @@ from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import fused
 from fusiontree.ops.ssd.mamba_ssm import unavailable as mamba_ssm_unavailable
 from fusiontree.ops.ssd.step import ssd_step
+from fusiontree.utils.environment import keep_tuning
 
 StateExchange = Callable[[Tensor, Tensor], Tensor]
 
@@ -22,6 +23,7 @@ def _reference() -> Callable:
 
 
 def _mamba_ssm() -> Callable:
+    keep_tuning()
     from fusiontree.ops.ssd.mamba_ssm import ssd_mamba_ssm
 
     return ssd_mamba_ssm

@@ -1,4 +1,4 @@
-"""The scan by mamba_ssm's Triton kernels (CUDA). The first call tunes them for one to two minutes.
+"""The scan by mamba_ssm's Triton kernels (CUDA). A machine's first call tunes them for one to two minutes.
 
 The kernels are called one by one: a state may come from other ranks between them, and what the forward pass already
 knows (the states before every chunk, the decays) is kept for the backward pass in place of being computed again.
