@@ -56,10 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, metavar="N", help="prompts decoded together (default 8)")
     add("--allow-longer", action="store_true", help="go beyond the length the model was made for")
     add(
-        "--no-graphs",
+        "--graphs",
         action="store_true",
-        help="on a GPU, run every step's operations one by one rather than as a recorded CUDA graph: slower, for "
-        "finding faults; the tokens are the same",
+        help="on a GPU, record a step as a CUDA graph and replay it for every token; the tokens are the same",
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is one)")
     add(
@@ -153,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
             decode=tokenizer.decode,
             on_token=show.piece if args.stream else None,
             allow_longer=args.allow_longer,
-            graphs=not args.no_graphs,
+            graphs=args.graphs,
         )
         done.append(generation)
         for row, result in zip(rows, generation.rows, strict=True):

@@ -71,7 +71,7 @@ class GraphedStep:
             except RuntimeError as error:
                 raise RuntimeError(
                     f"the decoding step of {cache.rows} rows cannot be recorded as a CUDA graph: {error}; eager steps "
-                    f"give the same tokens: generate(graphs=False), or --no-graphs"
+                    f"give the same tokens: generate(graphs=False), or generate.py without --graphs"
                 ) from error
             cache.lengths, cache.columns = lengths, columns  # recording counted a token that was not computed
         self._logits_BSV = output.logits_BSV

@@ -251,7 +251,9 @@ def test_replayed_steps_draw_the_same_tokens_while_rows_finish_at_different_time
     seeds = list(range(len(prompts)))
 
     def run(stop):
-        return generate(model, prompts, max_new_tokens=40, sampling=SAMPLING[how], seeds=seeds, stop_tokens=stop)
+        return generate(
+            model, prompts, max_new_tokens=40, sampling=SAMPLING[how], seeds=seeds, stop_tokens=stop, graphs=True
+        )
 
     free = run([])
     # Tokens that end rows early, in the middle and never; the last step may be any row's.
@@ -274,5 +276,5 @@ def test_few_tokens_are_decoded_eagerly(monkeypatch):
     monkeypatch.setattr(decoding, "recordable", lambda device: True)
     monkeypatch.setattr(decoding, "GraphedStep", RecordedStep)
     model = tiny_model()
-    counts = [generate(model, PROMPTS, max_new_tokens=n).graphed_steps for n in (1, 16, 17)]
+    counts = [generate(model, PROMPTS, max_new_tokens=n, graphs=True).graphed_steps for n in (1, 16, 17)]
     assert counts == [0, 0, 16]

@@ -50,7 +50,7 @@ def exact_products():
 
 def both(model: Any, **arguments: Any) -> tuple[Any, Any]:
     eager = generate(model, PROMPTS, max_new_tokens=40, graphs=False, **arguments)
-    graphed = generate(model, PROMPTS, max_new_tokens=40, **arguments)
+    graphed = generate(model, PROMPTS, max_new_tokens=40, graphs=True, **arguments)
     assert eager.graphed_steps == 0 and graphed.graphed_steps > 0
     return eager, graphed
 
@@ -64,7 +64,7 @@ def test_graphs_draw_the_tokens_of_eager_steps(kind: str, how: str) -> None:
     for want, got in zip(eager.rows, graphed.rows, strict=True):
         assert (got.tokens, got.finish_reason) == (want.tokens, want.finish_reason)
         assert got.logprobs == pytest.approx(want.logprobs, abs=1e-3)
-    again = generate(model, PROMPTS, max_new_tokens=40, sampling=SAMPLING[how], stop_tokens=stop)
+    again = generate(model, PROMPTS, max_new_tokens=40, sampling=SAMPLING[how], stop_tokens=stop, graphs=True)
     assert [row.tokens for row in again.rows] == [row.tokens for row in graphed.rows]
 
 
