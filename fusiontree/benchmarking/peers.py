@@ -176,7 +176,7 @@ def decode_falcon(config: ModelConfig, ids_BS: Tensor, device: torch.device, *, 
 
 @torch.no_grad()
 def decode_ours(model: Any, ids_BS: Tensor, device: torch.device, *, tokens: int) -> dict[str, Any]:
-    """Fill our cache with ``ids_BS`` and time steady decoding after it, replaying a CUDA graph as ``generate(graphs=True)`` does."""
+    """Fill our cache with ``ids_BS`` and time steady decoding after it by a CUDA graph, as ``generate --graphs``."""
     ids_BS = ids_BS.to(device)
     torch.cuda.reset_peak_memory_stats()
     columns = ids_BS.shape[1] + tokens + WARMUP_STEPS

@@ -5,6 +5,9 @@ Shape legend: B rows, S tokens, H query heads, K key/value heads, D channels of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +31,12 @@ class AttentionCore(nn.Module):
     def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None) -> Tensor:
         """Return ``[B, S, H, D]``; each token sees itself and tokens before it, in its document and window."""
         return attention(q_BSHD, k_BSKD, v_BSKD, window=self.window, documents=documents, backend=self.backend)
+
+    def begin(
+        self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None
+    ) -> Callable[[], Tensor]:
+        """Begin what can go on beside other work; the result does the rest of :meth:`forward`."""
+        return partial(self, q_BSHD, k_BSKD, v_BSKD, documents)
 
     def decode(
         self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, cache: RingCache | GrowingCache, new: NewTokens
@@ -107,20 +116,21 @@ class LocalGlobalAttention(nn.Module):
         values = v.split([local_kv, v.shape[2] - local_kv], dim=2)
         cores = (self.local_core, self.global_core)
         caches = (cache.local, cache.everything) if cache else (None, None)
-        outputs = []
+        outputs: list[Callable[[], Tensor]] = []
         for core, kept, q, k, v in zip(cores, caches, queries, keys, values, strict=True):
             if q.shape[2] == 0:
                 continue
             if kept is None:
-                outputs.append(core(q, k, v, documents))
+                outputs.append(core.begin(q, k, v, documents))
                 continue
             assert new is not None
             if new.continued:
-                outputs.append(core.decode(q, k, v, kept, new))
+                outputs.append(partial(core.decode, q, k, v, kept, new))
             else:
                 kept.store(k, v, new)
-                outputs.append(core(q, k, v, documents))
-        both = cheap(_side_by_side, *outputs) if len(outputs) > 1 else outputs[0]
+                outputs.append(core.begin(q, k, v, documents))
+        heads = [finish() for finish in outputs]
+        both = cheap(_side_by_side, *heads) if len(heads) > 1 else heads[0]
         return self.o_proj(both.flatten(2))
 
     def local_part(self, heads: int, kv_heads: int) -> tuple[int, int]:

@@ -1,5 +1,8 @@
 """Exchanges between ranks that gradients pass through: each forward with its dual backward.
 
+What context parallelism exchanges can be begun and awaited apart, so that it travels beside computation; the backward
+then begins where the forward awaited, and awaits where the forward began.
+
 Every rank of a group calls these in the same order, forward and backward. A result that a rank does not need must still
 be part of its graph (times zero), or its backward would leave the peers waiting.
 
@@ -9,8 +12,8 @@ Shape legend: B rows, S tokens of a rank, axes after them are free. R ranks of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +26,13 @@ REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single
 
 def gather_tokens(x_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Put the ranks' tokens together, ``[B, S, …]`` to ``[B, R*S, …]``; the backward reduce-scatters the gradient."""
-    return _GatherTokens.apply(x_BS, group)
+    return begin_gather_tokens(x_BS, group)()
+
+
+def begin_gather_tokens(x_BS: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Begin :func:`gather_tokens`; the result awaits it."""
+    _, arrive = _begin(_GatherTokens(group), x_BS)
+    return lambda: arrive()[0]
 
 
 def scatter_tokens(x_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -54,16 +63,29 @@ def left_halos(
 
     Args:
         pieces: ``[B, S, …]``, of one dtype.
-        length: tokens wanted.
+        length: tokens wanted, at least 1.
         group: ranks whose pieces make up the rows, in order.
     """
-    outputs = _LeftHalos.apply(length, group, *pieces)
-    return outputs[: len(pieces)], outputs[len(pieces) :]
+    same, arrive = begin_left_halos(pieces, length, group)
+    return same, arrive()
+
+
+def begin_left_halos(
+    pieces: Sequence[Tensor], length: int, group: dist.ProcessGroup
+) -> tuple[tuple[Tensor, ...], Callable[[], tuple[Tensor, ...]]]:
+    """Begin :func:`left_halos`; return the pieces, to be used from here on, and what awaits the halos."""
+    return _begin(_LeftHalos(length, group, [tuple(p.shape) for p in pieces]), *pieces)
 
 
 def swap_with_mirror(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Exchange a tensor of equal shape with rank R-1-r; the backward exchanges the gradients."""
-    return _Swap.apply(x, group)
+    return begin_swap_with_mirror(x, group)()
+
+
+def begin_swap_with_mirror(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Begin :func:`swap_with_mirror`; the result awaits it."""
+    _, arrive = _begin(_Swap(group), x)
+    return lambda: arrive()[0]
 
 
 def gather_stack(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -95,15 +117,100 @@ def _part(x_BS: Tensor, ranks: int) -> Tensor:
     return x_BS.unflatten(1, (ranks, -1)).movedim(1, 0)
 
 
-class _GatherTokens(torch.autograd.Function):
+class _Exchange(Protocol):
+    """One exchange: what is sent and how it lands, forward and backward.
+
+    ``send`` and ``send_back`` begin; what they return is filled when the work is done.
+    """
+
+    def send(self, *inputs: Tensor) -> tuple[Tensor, dist.Work]: ...
+
+    def land(self, arrived: Tensor) -> tuple[Tensor, ...]: ...
+
+    def send_back(self, *grads: Tensor) -> tuple[Tensor, dist.Work]: ...
+
+    def land_back(self, arrived: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the gradients of the inputs; ``grads`` are those of the inputs' other uses."""
+        ...
+
+    passes: bool
+    """Whether the inputs are used on after the exchange began."""
+
+
+class _Flight:
+    """An exchange on its way, and on its way back."""
+
+    def __init__(self, exchange: _Exchange) -> None:
+        self.exchange = exchange
+        self.work: dist.Work | None = None
+        self.back: tuple[Tensor, dist.Work] | None = None
+
+
+def _begin(exchange: _Exchange, *inputs: Tensor) -> tuple[tuple[Tensor, ...], Callable[[], tuple[Tensor, ...]]]:
+    """Begin an exchange; return the inputs, to be used from here on where it passes them, and what awaits it."""
+    flight = _Flight(exchange)
+    *same, arriving = _Begin.apply(flight, *inputs)
+    return tuple(same), lambda: _Await.apply(flight, arriving)
+
+
+class _Begin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _join(_all_gather(x_BS, group))
+    def forward(ctx: Any, flight: _Flight, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.flight = flight
+        arriving, flight.work = flight.exchange.send(*inputs)
+        return *(x.view_as(x) for x in inputs if flight.exchange.passes), arriving
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(_part(grads[0], dist.get_world_size(ctx.group)), ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        assert ctx.flight.back is not None, "what was begun was never awaited in the forward pass"
+        arrived, work = ctx.flight.back
+        ctx.flight.back = None
+        work.wait()
+        return None, *ctx.flight.exchange.land_back(arrived, grads[:-1])
+
+
+class _Await(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flight: _Flight, arriving: Tensor) -> tuple[Tensor, ...]:
+        ctx.flight = flight
+        assert flight.work is not None
+        flight.work.wait()
+        flight.work = None
+        ctx.shape = arriving.shape
+        return flight.exchange.land(arriving)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        ctx.flight.back = ctx.flight.exchange.send_back(*grads)
+        # The gradient itself is under way; this one, which nobody reads, only lets the graph go on.
+        return None, grads[0].new_empty(1).expand(ctx.shape)
+
+
+class _GatherTokens:
+    passes = False
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.ranks = group, dist.get_world_size(group)
+
+    def send(self, *inputs: Tensor) -> tuple[Tensor, dist.Work]:
+        (x_BS,) = inputs
+        stacked = x_BS.new_empty(self.ranks, *x_BS.shape)
+        return stacked, getattr(dist, ALL_GATHER)(
+            stacked.view(-1), x_BS.contiguous().view(-1), group=self.group, async_op=True
+        )
+
+    def land(self, arrived: Tensor) -> tuple[Tensor, ...]:
+        return (_join(arrived),)
+
+    def send_back(self, *grads: Tensor) -> tuple[Tensor, dist.Work]:
+        stacked = _part(grads[0], self.ranks)
+        mine = stacked.new_empty(stacked.shape[1:])
+        return mine, getattr(dist, REDUCE_SCATTER)(
+            mine.view(-1), stacked.contiguous().view(-1), group=self.group, async_op=True
+        )
+
+    def land_back(self, arrived: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (arrived,)
 
 
 class _ScatterTokens(torch.autograd.Function):
@@ -140,71 +247,85 @@ class _SumIdentity(torch.autograd.Function):
         return grads[0], None
 
 
-class _Swap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _swap(x, group)
+class _Swap:
+    passes = False
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _swap(grads[0], ctx.group), None
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.mirror = group, dist.get_world_size(group) - 1 - dist.get_rank(group)
+
+    def send(self, *inputs: Tensor) -> tuple[Tensor, dist.Work]:
+        self.shape = tuple(inputs[0].shape)
+        return _exchange({self.mirror: inputs[0]}, {self.mirror: inputs[0].numel()}, inputs[0], self.group)
+
+    def land(self, arrived: Tensor) -> tuple[Tensor, ...]:
+        return (arrived.view(self.shape),)
+
+    def send_back(self, *grads: Tensor) -> tuple[Tensor, dist.Work]:
+        return _exchange({self.mirror: grads[0]}, {self.mirror: grads[0].numel()}, grads[0], self.group)
+
+    def land_back(self, arrived: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (arrived.view(self.shape),)
 
 
-def _swap(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    mirror = dist.get_world_size(group) - 1 - dist.get_rank(group)
-    return _exchange({mirror: x}, {mirror: tuple(x.shape)}, x, group)[mirror]
+class _LeftHalos:
+    passes = True
 
+    def __init__(self, length: int, group: dist.ProcessGroup, shapes: list[tuple[int, ...]]) -> None:
+        self.length, self.group, self.shapes = length, group, shapes
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.rows, self.size = shapes[0][:2]
+        self.counts = _halo_counts(length, self.size)
+        self.widths = [math.prod(shape[2:]) for shape in shapes]
 
-class _LeftHalos(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, length: int, group: dist.ProcessGroup, *pieces: Tensor) -> tuple[Tensor, ...]:
-        ctx.length, ctx.group = length, group
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        rows, size = pieces[0].shape[:2]
-        counts = _halo_counts(length, size)
-        last_BSC = torch.cat([piece[:, size - counts[0] :].flatten(2) for piece in pieces], dim=-1)
-        send, receive = {}, {}
-        for back, count in enumerate(counts, start=1):
-            if rank + back < ranks:
-                send[rank + back] = last_BSC[:, counts[0] - count :]
-            if rank - back >= 0:
-                receive[rank - back] = (rows, count, last_BSC.shape[2])
-        received = _exchange(send, receive, last_BSC, group)
-        # From the farthest neighbour to the nearest, and zeros for those that do not exist.
-        parts = [
-            received.get(rank - back, last_BSC.new_zeros(rows, count, last_BSC.shape[2]))
-            for back, count in enumerate(counts, start=1)
-        ]
-        halos = torch.cat(parts[::-1], dim=1).split([piece[0, 0].numel() for piece in pieces], dim=-1)
-        views = [piece.view_as(piece) for piece in pieces]
-        return *views, *(h.contiguous().view(rows, length, *p.shape[2:]) for h, p in zip(halos, pieces, strict=True))
+    def send(self, *inputs: Tensor) -> tuple[Tensor, dist.Work]:
+        most = self.counts[0]
+        last_BSC = torch.cat([piece[:, self.size - most :].flatten(2) for piece in inputs], dim=-1)
+        send, sizes = {}, {}
+        for back, count in enumerate(self.counts, start=1):
+            if self.rank + back < self.ranks:
+                send[self.rank + back] = last_BSC[:, most - count :]
+            if self.rank - back >= 0:
+                sizes[self.rank - back] = self.rows * count * sum(self.widths)
+        return _exchange(send, sizes, last_BSC, self.group)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        of_pieces, of_halos = grads[: len(grads) // 2], grads[len(grads) // 2 :]
-        rank, ranks = dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
-        rows, size = of_pieces[0].shape[:2]
-        counts = _halo_counts(ctx.length, size)
-        grad_BSC = torch.cat([grad.flatten(2) for grad in of_halos], dim=-1)
-        send, receive = {}, {}
-        end = ctx.length
-        for back, count in enumerate(counts, start=1):
-            if rank - back >= 0:
-                send[rank - back] = grad_BSC[:, end - count : end]
-            if rank + back < ranks:
-                receive[rank + back] = (rows, count, grad_BSC.shape[2])
+    def land(self, arrived: Tensor) -> tuple[Tensor, ...]:
+        # Of the farthest neighbour first, and zeros for those that do not exist.
+        there = arrived.view(self.rows, -1, sum(self.widths)) if self.rows == 1 else self._by_rank(arrived)
+        missing = self.length - there.shape[1]
+        halos = torch.nn.functional.pad(there, (0, 0, missing, 0)).split(self.widths, dim=-1)
+        return tuple(
+            halo.contiguous().view(self.rows, self.length, *shape[2:])
+            for halo, shape in zip(halos, self.shapes, strict=True)
+        )
+
+    def _by_rank(self, arrived: Tensor) -> Tensor:
+        """Put parts of several ranks, each of all rows, side by side: ``[B, tokens, C]``."""
+        width = sum(self.widths)
+        counts = [count for back, count in enumerate(self.counts, start=1) if self.rank - back >= 0][::-1]
+        parts = arrived.split([self.rows * count * width for count in counts])
+        views = [part.view(self.rows, count, width) for part, count in zip(parts, counts, strict=True)]
+        return torch.cat(views, dim=1) if views else arrived.view(self.rows, 0, width)
+
+    def send_back(self, *grads: Tensor) -> tuple[Tensor, dist.Work]:
+        grad_BSC = torch.cat([grad.flatten(2) for grad in grads], dim=-1)
+        send, sizes = {}, {}
+        end = self.length
+        for back, count in enumerate(self.counts, start=1):
+            if self.rank - back >= 0:
+                send[self.rank - back] = grad_BSC[:, end - count : end]
+            if self.rank + back < self.ranks:
+                sizes[self.rank + back] = self.rows * count * grad_BSC.shape[2]
             end -= count
-        received = _exchange(send, receive, grad_BSC, ctx.group)
-        results = []
-        widths = [grad[0, 0].numel() for grad in of_pieces]
-        for index, grad in enumerate(of_pieces):
-            total = grad.contiguous()  # an expanded one could not be added to
-            for values in received.values():
-                part = values.split(widths, dim=-1)[index]
-                total[:, size - values.shape[1] :] += part.reshape(rows, values.shape[1], *total.shape[2:])
-            results.append(total)
-        return None, None, *results
+        return _exchange(send, sizes, grad_BSC, self.group)
+
+    def land_back(self, arrived: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        totals = tuple(grad.contiguous() for grad in grads)  # an expanded one could not be added to
+        counts = [count for back, count in enumerate(self.counts, start=1) if self.rank + back < self.ranks]
+        for part, count in zip(arrived.split([self.rows * c * sum(self.widths) for c in counts]), counts, strict=True):
+            values = part.view(self.rows, count, -1).split(self.widths, dim=-1)
+            for total, own in zip(totals, values, strict=True):
+                total[:, self.size - count :] += own.reshape(self.rows, count, *total.shape[2:])
+        return totals
 
 
 def _halo_counts(length: int, piece: int) -> list[int]:
@@ -213,17 +334,17 @@ def _halo_counts(length: int, piece: int) -> list[int]:
 
 
 def _exchange(
-    send: dict[int, Tensor], receive: dict[int, tuple[int, ...]], like: Tensor, group: dist.ProcessGroup
-) -> dict[int, Tensor]:
-    """Send tensors to ranks of the group and return what they sent, of the given shapes; all ranks call this together.
+    send: dict[int, Tensor], sizes: dict[int, int], like: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, dist.Work]:
+    """Begin to send tensors to ranks of the group and to receive so many elements; all ranks call this together.
 
-    One call of the library, where pairs of sends and receives would cost the host several.
+    Returns what arrives, flat, in the order of the ranks. One call of the library, where pairs of sends and receives
+    would cost the host several.
     """
     ranks = range(dist.get_world_size(group))
     flat = [send[rank].reshape(-1) if rank in send else like.new_empty(0) for rank in ranks]
-    sizes = [math.prod(receive[rank]) if rank in receive else 0 for rank in ranks]
-    arrived = like.new_empty(sum(sizes))
-    sent = flat[0] if len(flat) == 1 else torch.cat(flat)
-    dist.all_to_all_single(arrived, sent, sizes, [part.numel() for part in flat], group=group)
-    parts = arrived.split(sizes)
-    return {rank: parts[rank].view(shape) for rank, shape in receive.items()}
+    expected = [sizes.get(rank, 0) for rank in ranks]
+    arrived = like.new_empty(sum(expected))
+    given = [part.numel() for part in flat]
+    work = dist.all_to_all_single(arrived, torch.cat(flat), expected, given, group=group, async_op=True)
+    return arrived, work

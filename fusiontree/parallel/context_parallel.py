@@ -11,7 +11,7 @@ N state size of a state space head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,13 @@ from fusiontree.models.mamba import SSDScan
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.attention import attention
 from fusiontree.ops.documents import Documents
-from fusiontree.parallel.collectives import gather_stack, gather_tokens, left_halos, swap_with_mirror
+from fusiontree.parallel.collectives import (
+    begin_gather_tokens,
+    begin_left_halos,
+    begin_swap_with_mirror,
+    gather_stack,
+    left_halos,
+)
 from fusiontree.parallel.layout import Layout
 
 _ALIGNED = 128
@@ -111,17 +117,27 @@ class WindowCore(AttentionCore):
 
     def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None) -> Tensor:
         """Return ``[B, S, H, D]``."""
+        return self.begin(q_BSHD, k_BSKD, v_BSKD, documents)()
+
+    def begin(
+        self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None
+    ) -> Callable[[], Tensor]:
+        """Ask for the neighbours' keys and values."""
         assert self.window is not None and documents is not None
         length = self.window - 1
         if length > _ALIGNED:  # kernels work on whole tiles of keys; the mask hides what is too much
             length = -(-length // _ALIGNED) * _ALIGNED
         length = min(length, q_BSHD.shape[1] * (dist.get_world_size(self.group) - 1))
-        if length:
-            kv_BSKD = torch.cat([k_BSKD, v_BSKD], dim=-1)
-            (kv_BSKD,), (before_BTKD,) = left_halos((kv_BSKD,), length, self.group)
-            kv_BTKD = torch.cat([before_BTKD, kv_BSKD], dim=1)
-            k_BSKD, v_BSKD = kv_BTKD.chunk(2, dim=-1)
-        return attention(q_BSHD, k_BSKD, v_BSKD, window=self.window, documents=documents, backend=self.backend)
+        attend = partial(attention, window=self.window, documents=documents, backend=self.backend)
+        if not length:
+            return partial(attend, q_BSHD, k_BSKD, v_BSKD)
+        (kv_BSKD,), before = begin_left_halos((torch.cat([k_BSKD, v_BSKD], dim=-1),), length, self.group)
+
+        def finish() -> Tensor:
+            kv_BTKD = torch.cat([*before(), kv_BSKD], dim=1)
+            return attend(q_BSHD, *kv_BTKD.chunk(2, dim=-1))
+
+        return finish
 
 
 class RowCore(AttentionCore):
@@ -133,31 +149,35 @@ class RowCore(AttentionCore):
 
     def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None) -> Tensor:
         """Return ``[B, S, H, D]``."""
+        return self.begin(q_BSHD, k_BSKD, v_BSKD, documents)()
+
+    def begin(
+        self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None
+    ) -> Callable[[], Tensor]:
+        """Ask for the row's keys and values and the mirrored rank's queries."""
         assert isinstance(documents, PieceDocuments)
+        own_documents, mirror_documents = documents.own_half, documents.mirror_half
         rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         length = q_BSHD.shape[1]
         half = first_half(length)
-        kv_BTKD = gather_tokens(torch.cat([k_BSKD, v_BSKD], dim=-1), self.group)
-        k_BTKD, v_BTKD = kv_BTKD.chunk(2, dim=-1)
-        own_end = rank * length + half
-        mirror_end = (ranks - rank) * length
-        own = attention(
-            q_BSHD[:, :half],
-            k_BTKD[:, :own_end],
-            v_BTKD[:, :own_end],
-            documents=documents.own_half,
-            backend=self.backend,
-        )
-        if half == length:  # a piece of one token has no second half
-            return own
-        mirror = attention(
-            swap_with_mirror(q_BSHD[:, half:], self.group),
-            k_BTKD[:, :mirror_end],
-            v_BTKD[:, :mirror_end],
-            documents=documents.mirror_half,
-            backend=self.backend,
-        )
-        return torch.cat([own, swap_with_mirror(mirror, self.group)], dim=1)
+        gathered = begin_gather_tokens(torch.cat([k_BSKD, v_BSKD], dim=-1), self.group)
+        # A piece of one token has no second half.
+        mirrored = begin_swap_with_mirror(q_BSHD[:, half:], self.group) if half < length else None
+
+        def finish() -> Tensor:
+            k_BTKD, v_BTKD = gathered().chunk(2, dim=-1)
+
+            def attend(queries: Tensor, end: int, part: Documents) -> Tensor:
+                return attention(queries, k_BTKD[:, :end], v_BTKD[:, :end], documents=part, backend=self.backend)
+
+            theirs = None
+            if mirrored is not None:  # first, so that the results travel while this rank computes its own
+                mirror = attend(mirrored(), (ranks - rank) * length, mirror_documents)
+                theirs = begin_swap_with_mirror(mirror, self.group)
+            own = attend(q_BSHD[:, :half], rank * length + half, own_documents)
+            return own if theirs is None else torch.cat([own, theirs()], dim=1)
+
+        return finish
 
 
 def apply_context_parallel(model: FusionTreeModel, layout: Layout) -> None:

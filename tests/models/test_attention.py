@@ -9,9 +9,8 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from fusiontree.models.attention import LocalGlobalAttention
+from fusiontree.models.attention import AttentionCore, LocalGlobalAttention
 from fusiontree.models.initialization import initialize_parameter
 from fusiontree.ops.rotary import rotary_tables
 from tests.helpers import tiny_config
@@ -74,12 +73,12 @@ def test_num_heads_of_the_configuration_are_the_heads_of_the_model():
         config, module = build(num_heads=heads, num_kv_heads=kv_heads, global_heads=heads // 2, head_dim=head_dim)
         shapes = []
 
-        class Core(nn.Module):
+        class Core(AttentionCore):
             def forward(self, q, k, v, documents, shapes=shapes):
                 shapes.append((q.shape[2:], k.shape[2:]))
                 return q
 
-        module.local_core = module.global_core = Core()
+        module.local_core = module.global_core = Core(None, "auto")
         run(config, module, torch.randn(1, 3, config.hidden_size))
         width = head_dim or config.hidden_size // heads
         each = (heads // 2, width), (kv_heads // 2, width)

@@ -47,11 +47,11 @@ def mutated(name: str | None) -> Iterator[None]:
 
 
 def _untagged(right: Callable) -> Callable:
-    def global_norm(self: FSDP2Engine, grads: dict[str, Tensor]) -> float:
+    def global_norm(self: FSDP2Engine) -> Tensor:
         specs = self.specs
         self.specs = {name: ShardSpec(spec.global_shape) for name, spec in specs.items()}
         try:
-            return right(self, grads)
+            return right(self)
         finally:
             self.specs = specs
 
@@ -87,6 +87,19 @@ def _halo_token_lost(right: Callable) -> Callable:
     return left_halos
 
 
+def _window_key_lost(right: Callable) -> Callable:
+    def begin_left_halos(pieces: Sequence[Tensor], length: int, group: dist.ProcessGroup) -> Any:
+        pieces, arrive = right(pieces, length, group)
+
+        def lost() -> list[Tensor]:
+            # The nearest token: of the farthest, tiles of keys bring more than the window shows.
+            return [torch.cat([halo_BS[:, :-1], halo_BS[:, -1:] * 0.0], dim=1) for halo_BS in arrive()]
+
+        return pieces, lost
+
+    return begin_left_halos
+
+
 def _mean_gradient(right: Callable) -> Callable:
     return lambda self, factor: right(self, 2.0 * factor)
 
@@ -112,6 +125,7 @@ MUTATIONS: dict[str, Mutation] = {
     "state passes over documents": Mutation(CP4, PassingScan, "state_before", _passes_documents),
     "state not passed": Mutation(CP2, PassingScan, "state_before", _state_not_passed),
     "one halo token lost": Mutation(CP2, context_parallel, "left_halos", _halo_token_lost),
+    "one key of the window lost": Mutation(CP2, context_parallel, "begin_left_halos", _window_key_lost),
     "gradient averaged": Mutation(CP2, FSDPModule, "set_gradient_divide_factor", _mean_gradient),
     "tp tag removed (zero3)": Mutation(Cell("zero3", 1, 1, 2), ZeroEngine, "_partition", _without_tags),
     "gradient averaged (zero3)": Mutation(Cell("zero3", 1, 2, 1), ZeroEngine, "_sum_gradients", _left_out),

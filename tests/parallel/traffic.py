@@ -57,9 +57,9 @@ class Recorder:
                 stack.enter_context(patch.object(dist, name, self._watched(kind, getattr(dist, name))))
             exchange = dist.all_to_all_single
 
-            def watched_exchange(arrived: Tensor, *args: Any, group: Any) -> Any:
+            def watched_exchange(arrived: Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
                 self.note("exchange", group, _size(arrived))
-                return exchange(arrived, *args, group=group)
+                return exchange(arrived, *args, group=group, **kwargs)
 
             stack.enter_context(patch.object(dist, "all_to_all_single", watched_exchange))
             yield
@@ -84,27 +84,50 @@ def _size(tensor: Tensor) -> int:
 @contextmanager
 def by_part(recorder: Recorder) -> Iterator[None]:
     """Book what the parts of context parallelism exchange under their names; backward passes keep the name."""
-    parts = {"left_halos": None, "gather_stack": "scan"}
-    parts |= dict.fromkeys(("gather_tokens", "swap_with_mirror"), "global heads")
 
-    def named(function: Any, part: str | None) -> Any:
+    def leave(x: Tensor, part: str) -> Tensor:
+        return _OnBackward.apply(x, recorder, part)
+
+    def whole(function: Any, part: str) -> Any:
+        """Of what is exchanged at once: a tensor's stack, or several pieces' halos."""
+
         def call(x: Any, *args: Any, **kwargs: Any) -> Any:
-            several = not isinstance(x, Tensor)
-            # Halos of two inputs are the convolutions', one of keys and values is local attention's.
-            recorder.part = mine = part or ("conv" if len(x) == 2 else "local heads")
-            x = _leave(x, "other") if not several else [_leave(piece, "other") for piece in x]
-            out = function(x, *args, **kwargs)
+            recorder.part = part
+            if isinstance(x, Tensor):
+                out = leave(function(leave(x, "other"), *args, **kwargs), part)
+            else:
+                out = function([leave(piece, "other") for piece in x], *args, **kwargs)
+                out = tuple(tuple(leave(t, part) for t in group) for group in out)
             recorder.part = "other"
-            return tuple(tuple(_leave(t, mine) for t in group) for group in out) if several else _leave(out, mine)
-
-        def _leave(x: Tensor, name: str) -> Tensor:
-            return _OnBackward.apply(x, recorder, name)
+            return out
 
         return call
 
+    def begun(function: Any, part: str) -> Any:
+        """Of what is begun and awaited."""
+
+        def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+            recorder.part = part
+            if isinstance(x, Tensor):
+                arrive = function(leave(x, "other"), *args, **kwargs)
+                recorder.part = "other"
+                return lambda: leave(arrive(), part)
+            same, arrive = function([leave(piece, "other") for piece in x], *args, **kwargs)
+            recorder.part = "other"
+            return same, lambda: tuple(leave(t, part) for t in arrive())
+
+        return call
+
+    parts = {
+        "left_halos": whole(context_parallel.left_halos, "conv"),
+        "gather_stack": whole(context_parallel.gather_stack, "scan"),
+        "begin_left_halos": begun(context_parallel.begin_left_halos, "local heads"),
+        "begin_gather_tokens": begun(context_parallel.begin_gather_tokens, "global heads"),
+        "begin_swap_with_mirror": begun(context_parallel.begin_swap_with_mirror, "global heads"),
+    }
     with ExitStack() as stack:
-        for name, part in parts.items():
-            stack.enter_context(patch.object(context_parallel, name, named(getattr(context_parallel, name), part)))
+        for name, watched in parts.items():
+            stack.enter_context(patch.object(context_parallel, name, watched))
         yield
 
 
