@@ -15,9 +15,11 @@ import math
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from fusiontree import benchmark
 from fusiontree.config.load import load_config
@@ -77,21 +79,35 @@ def curve(out: Path, name: str) -> None:
     assert train(config) == 0
 
 
-def measure(out: Path, jobs: list[str]) -> None:
-    """Run jobs named ``speed:LAYOUT`` and ``curve:LAYOUT``."""
+JOBS = {"speed": speed, "curve": curve}
+
+
+def measure(out: Path, jobs: list[str]) -> list[str]:
+    """Run jobs named ``speed:LAYOUT`` and ``curve:LAYOUT``; a failed one is said and returned, and the next begins."""
+    known = [f"{kind}:{name}" for kind in JOBS for name in PARALLEL]
+    if wrong := [job for job in jobs if job not in known]:
+        sys.exit(f"no such job: {', '.join(wrong)}; there are {', '.join(known)}")
     out.mkdir(parents=True, exist_ok=True)
     port = int(os.environ.get("MASTER_PORT", "29500"))
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # each job's processes meet anew, at a port of their own
+    failed = []
     for index, job in enumerate(jobs):
         kind, _, name = job.partition(":")
         os.environ["MASTER_PORT"] = str(port + 1 + index)
         began = time.perf_counter()
-        {"speed": speed, "curve": curve}[kind](out, name)
+        try:
+            JOBS[kind](out, name)
+        except Exception:
+            traceback.print_exc()
+            failed.append(job)
+            if dist.is_initialized():
+                dist.destroy_process_group()
         garbage.take_back()
         gc.collect()
         torch.cuda.empty_cache()
         if process_place().is_main:
-            print(f"{job}: {time.perf_counter() - began:.0f} s", flush=True)
+            print(f"{job}: {'failed after ' * (job in failed)}{time.perf_counter() - began:.0f} s", flush=True)
+    return failed
 
 
 def table(out: Path) -> None:
@@ -121,6 +137,6 @@ def _losses(run_dir: Path) -> list[float]:
 if __name__ == "__main__":
     folder, *named = sys.argv[1:]
     if named:
-        measure(Path(folder), named)
+        sys.exit(bool(measure(Path(folder), named)))
     else:
         table(Path(folder))
