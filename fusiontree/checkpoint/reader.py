@@ -13,8 +13,9 @@ import math
 import mmap
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition
@@ -133,7 +134,7 @@ class CheckpointReader:
         whole = sorted({job.chunk.file for job in jobs if not self._has_parts(job)})
         sizes = [job.chunk.length for job in jobs]
         count = ByteCount(sum(sizes) + sum(self._entry(name).size for name in whole), report)
-        budget = _Budget(max([in_flight, *sizes]))
+        buffers = _Buffers(max([in_flight, *sizes]))
         for name in {job.chunk.file for job in jobs} - self._sized:
             check_size(self.folder / name, self._entry(name))
             self._sized.add(name)
@@ -142,7 +143,7 @@ class CheckpointReader:
             # Files that were not written by us are hashed as a whole, so before anything of them is used.
             list(pool.map(lambda name: check_file(self.folder / name, self.files[name], count.add), whole))
             try:
-                for _ in pool.map(lambda job: self._do(job, budget, count, hashers), jobs):
+                for _ in pool.map(lambda job: self._do(job, buffers, count, hashers), jobs):
                     pass
             except BaseException:
                 pool.shutdown(cancel_futures=True)
@@ -187,12 +188,10 @@ class CheckpointReader:
         return digest if length == chunk.length else None
 
     @torch.no_grad()
-    def _do(self, job: _Job, budget: _Budget, count: ByteCount, hashers: Executor) -> None:
+    def _do(self, job: _Job, buffers: _Buffers, count: ByteCount, hashers: Executor) -> None:
         chunk = job.chunk
         path = self.folder / chunk.file
-        with budget.of(chunk.length):
-            # Pages of its own: memory from the heap would stay with the process in pieces, several times the budget.
-            buffer = torch.frombuffer(mmap.mmap(-1, chunk.length), dtype=torch.uint8)
+        with buffers.of(chunk.length) as buffer:
             digest = self._part(chunk)
             hashed = self.hashes and digest is not None
             found = self._read(chunk, buffer.numpy().data, count.add, hashers if hashed else None)
@@ -233,35 +232,41 @@ class CheckpointReader:
         return digest.hexdigest()
 
 
-class _Budget:
-    """Lets threads use so many bytes at a time together."""
+class _Buffers:
+    """Memory for pieces, so many bytes in all, used again from piece to piece: new pages cost as much as reading them.
+
+    The pages are its own: memory from the heap would stay with the process when this is gone.
+    """
 
     def __init__(self, size: int) -> None:
-        self._left, self._changed = size, Condition()
+        self._left, self._free = size, list[Tensor]()
+        self._changed = Condition()
 
-    def of(self, size: int) -> _Share:
-        return _Share(self, size)
+    @contextmanager
+    def of(self, size: int) -> Iterator[Tensor]:
+        """Lend uint8 ``[size]``; waits until there is room. ``size`` is at most that of the whole."""
+        whole = self._take(size)
+        try:
+            yield whole[:size]
+        finally:
+            with self._changed:
+                self._free.append(whole)
+                self._changed.notify_all()
 
-    def take(self, size: int) -> None:
+    def _take(self, size: int) -> Tensor:
         with self._changed:
-            self._changed.wait_for(lambda: self._left >= size)
-            self._left -= size
-
-    def give(self, size: int) -> None:
-        with self._changed:
-            self._left += size
-            self._changed.notify_all()
-
-
-class _Share:
-    def __init__(self, budget: _Budget, size: int) -> None:
-        self._budget, self._size = budget, size
-
-    def __enter__(self) -> None:
-        self._budget.take(self._size)
-
-    def __exit__(self, *_: object) -> None:
-        self._budget.give(self._size)
+            while True:
+                fitting = [b for b in self._free if size <= len(b) <= 4 * size]
+                if fitting:
+                    best = min(fitting, key=len)
+                    self._free = [b for b in self._free if b is not best]
+                    return best
+                while self._free and self._left < size:
+                    self._left += len(self._free.pop(0))
+                if self._left >= size:
+                    self._left -= size
+                    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+                self._changed.wait()
 
 
 def _overlap(
