@@ -41,7 +41,9 @@ def save_all(checkpoints: Path, count: int = STEPS, keep_last: int = 2) -> None:
         saver.wait()
         (result,) = saver.poll()
         assert result.error is None, result.error
-        (checkpoints.parent / STEP_SIGNAL).write_text(str(step))
+        note = checkpoints.parent / f"{STEP_SIGNAL}.new"
+        note.write_text(str(step))
+        note.replace(checkpoints.parent / STEP_SIGNAL)  # the kill may come while the note is being written
 
 
 def count_changes(then: Callable[[int], None]) -> None:
@@ -68,7 +70,7 @@ def count_changes(then: Callable[[int], None]) -> None:
 def check(folder: Path) -> None:
     """What a new start would do: collect what is partial, load the newest."""
     checkpoints = folder / "checkpoints"
-    committed = int((folder / STEP_SIGNAL).read_text() or 0) if (folder / STEP_SIGNAL).exists() else 0
+    committed = int((folder / STEP_SIGNAL).read_text()) if (folder / STEP_SIGNAL).exists() else 0
     damage: list[str] = []
     remove_partial(checkpoints)
     tensors = {name: torch.zeros_like(t) for name, t in state(0).items()}
