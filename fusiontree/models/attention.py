@@ -30,13 +30,13 @@ class AttentionCore(nn.Module):
 
     def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None) -> Tensor:
         """Return ``[B, S, H, D]``; each token sees itself and tokens before it, in its document and window."""
-        return attention(q_BSHD, k_BSKD, v_BSKD, window=self.window, documents=documents, backend=self.backend)
+        return self.begin(q_BSHD, k_BSKD, v_BSKD, documents)()
 
     def begin(
         self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None
     ) -> Callable[[], Tensor]:
         """Begin what can go on beside other work; the result does the rest of :meth:`forward`."""
-        return partial(self, q_BSHD, k_BSKD, v_BSKD, documents)
+        return partial(attention, q_BSHD, k_BSKD, v_BSKD, window=self.window, documents=documents, backend=self.backend)
 
     def decode(
         self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, cache: RingCache | GrowingCache, new: NewTokens

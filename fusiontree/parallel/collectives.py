@@ -77,13 +77,11 @@ def begin_left_halos(
     return _begin(_LeftHalos(length, group, [tuple(p.shape) for p in pieces]), *pieces)
 
 
-def swap_with_mirror(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Exchange a tensor of equal shape with rank R-1-r; the backward exchanges the gradients."""
-    return begin_swap_with_mirror(x, group)()
-
-
 def begin_swap_with_mirror(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
-    """Begin :func:`swap_with_mirror`; the result awaits it."""
+    """Begin to exchange a tensor of equal shape with rank R-1-r; the result awaits it.
+
+    The backward exchanges the gradients.
+    """
     _, arrive = _begin(_Swap(group), x)
     return lambda: arrive()[0]
 
@@ -290,21 +288,16 @@ class _LeftHalos:
 
     def land(self, arrived: Tensor) -> tuple[Tensor, ...]:
         # Of the farthest neighbour first, and zeros for those that do not exist.
-        there = arrived.view(self.rows, -1, sum(self.widths)) if self.rows == 1 else self._by_rank(arrived)
-        missing = self.length - there.shape[1]
-        halos = torch.nn.functional.pad(there, (0, 0, missing, 0)).split(self.widths, dim=-1)
+        width = sum(self.widths)
+        counts = [count for back, count in enumerate(self.counts, start=1) if self.rank - back >= 0][::-1]
+        parts = arrived.split([self.rows * count * width for count in counts]) if counts else ()
+        there = [part.view(self.rows, count, width) for part, count in zip(parts, counts, strict=True)]
+        missing = arrived.new_zeros(self.rows, self.length - sum(counts), width)
+        halos = torch.cat([missing, *there], dim=1).split(self.widths, dim=-1)
         return tuple(
             halo.contiguous().view(self.rows, self.length, *shape[2:])
             for halo, shape in zip(halos, self.shapes, strict=True)
         )
-
-    def _by_rank(self, arrived: Tensor) -> Tensor:
-        """Put parts of several ranks, each of all rows, side by side: ``[B, tokens, C]``."""
-        width = sum(self.widths)
-        counts = [count for back, count in enumerate(self.counts, start=1) if self.rank - back >= 0][::-1]
-        parts = arrived.split([self.rows * count * width for count in counts])
-        views = [part.view(self.rows, count, width) for part, count in zip(parts, counts, strict=True)]
-        return torch.cat(views, dim=1) if views else arrived.view(self.rows, 0, width)
 
     def send_back(self, *grads: Tensor) -> tuple[Tensor, dist.Work]:
         grad_BSC = torch.cat([grad.flatten(2) for grad in grads], dim=-1)

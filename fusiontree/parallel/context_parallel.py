@@ -11,7 +11,7 @@ N state size of a state space head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -115,10 +115,6 @@ class WindowCore(AttentionCore):
         super().__init__(core.window, core.backend)
         self.group = group
 
-    def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None) -> Tensor:
-        """Return ``[B, S, H, D]``."""
-        return self.begin(q_BSHD, k_BSKD, v_BSKD, documents)()
-
     def begin(
         self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None
     ) -> Callable[[], Tensor]:
@@ -146,10 +142,6 @@ class RowCore(AttentionCore):
     def __init__(self, core: AttentionCore, group: dist.ProcessGroup) -> None:
         super().__init__(core.window, core.backend)
         self.group = group
-
-    def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None) -> Tensor:
-        """Return ``[B, S, H, D]``."""
-        return self.begin(q_BSHD, k_BSKD, v_BSKD, documents)()
 
     def begin(
         self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None
@@ -193,13 +185,7 @@ def apply_context_parallel(model: FusionTreeModel, layout: Layout) -> None:
         if block.has_mamba:
             mixer = block.mamba
             mixer.scan = PassingScan(mixer.scan, group)
-            mixer.inputs_before = partial(_inputs_before, group=group)
+            mixer.inputs_before = partial(left_halos, group=group)
         if block.has_attention:
             block.attention.local_core = WindowCore(block.attention.local_core, group)
             block.attention.global_core = RowCore(block.attention.global_core, group)
-
-
-def _inputs_before(
-    pieces: Sequence[Tensor], length: int, group: dist.ProcessGroup
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return left_halos(pieces, length, group)
