@@ -15,14 +15,18 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from fusiontree.benchmarking.table import length_histogram, print_others, print_table
 from fusiontree.config.load import load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
 from fusiontree.utils import garbage
 from fusiontree.utils.environment import process_place
 from fusiontree.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # The first pattern found in a kernel's name decides what it counts as.
 COMPONENTS = (
@@ -40,8 +44,6 @@ COMPONENTS = (
 )
 
 _MEASURED = "the measured step"
-
-_OPERATION_COLUMNS = ("forward_ms", "least_forward_ms", "backward_ms", "least_backward_ms")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,29 +72,60 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; exit code 2 when something the user gave is wrong."""
-    args = build_parser().parse_args(argv)
-    main_process = process_place().is_main
+    """Run the benchmark; exit code 1 when a peer or decoding failed, 2 when something the user gave is wrong."""
+    args = build_parser().parse_intermixed_args(argv)  # settings may stand between options
+    place = process_place()
     logging.basicConfig(
-        level=logging.INFO if main_process else logging.WARNING, format="%(message)s", stream=sys.stdout
+        level=logging.INFO if place.is_main else logging.WARNING, format="%(message)s", stream=sys.stdout
     )
     try:
         config = load_config(args.config, args.overrides)
-        if args.steps < 1 or args.warmup < 1:
-            raise UserError(f"--steps {args.steps} and --warmup {args.warmup} must both be at least 1")
-        check_layout(config.model, config.parallel, config.training, process_place().world_size)
+        check_layout(config.model, config.parallel, config.training, place.world_size)
+        check_options(config, args)
         result = run(config, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if main_process:
-        print_table(result)
+    if place.is_main:
         print(json.dumps(result))
-    return 0
+    failed = [name for name, figures in result.get("others", {}).items() if "error" in figures]
+    return 1 if failed else 0
+
+
+def check_options(config: Config, args: argparse.Namespace) -> None:
+    """Refuse before any step what could not be done after all of them.
+
+    Raises:
+        UserError: an option's value is wrong, or what it asks for is not there.
+    """
+    from fusiontree.parallel.layout import choose_device
+
+    if args.steps < 1 or args.warmup < 1:
+        raise UserError(f"--steps {args.steps} and --warmup {args.warmup} must both be at least 1")
+    if args.decode is not None and args.decode < 1:
+        raise UserError(f"--decode {args.decode} must be at least 1 token")
+    place = process_place()
+    device = choose_device(config.training.device, place)
+    if args.profile is not None:
+        if device.type == "cpu":
+            raise UserError("--profile traces the kernels of a GPU, and this run is on the CPU; leave it out")
+        if not Path(args.profile).absolute().parent.is_dir():
+            raise UserError(f"--profile {args.profile}: its folder does not exist; make it first")
+    if (args.peers or args.decode) and (device.type == "cpu" or place.world_size > 1):
+        raise UserError(
+            f"--peers and --decode run on one GPU, and this run has {place.world_size} process(es) on {device.type}; "
+            f"start one on a machine with a GPU"
+        )
+    if args.peers:
+        from fusiontree.benchmarking.peers import require_falcon
+
+        require_falcon()
+        if not args.one_document:
+            log.warning("--peers takes each row as one document; only with --one-document does our training as well")
 
 
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    """Time training steps and return the figures."""
+    """Time training steps, print the figures and return them."""
     import torch
 
     from fusiontree.data.loader import TrainingData
@@ -101,6 +134,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     from fusiontree.models.flops import training_flops_per_token
     from fusiontree.parallel.layout import Layout
     from fusiontree.training.losses import GlobalCounts, LossWeights, loss_terms
+    from fusiontree.training.measurements import document_lengths
     from fusiontree.utils.hardware import peak_flops
 
     model, training = config.model, config.training
@@ -136,16 +170,15 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                 if args.one_document:
                     whole = torch.arange(training.seq_len).expand_as(micro_batches[0].positions_BS).contiguous()
                     micro_batches = [replace(micro, positions_BS=whole) for micro in micro_batches]
-                starts = torch.cat([micro.positions_BS.flatten() == 0 for micro in micro_batches]).nonzero().flatten()
-                end = torch.tensor([sum(micro.positions_BS.numel() for micro in micro_batches)])
-                yield micro_batches, torch.cat([starts, end]).diff().tolist()
+                    batch = replace(batch, micro_batches=micro_batches)
+                yield micro_batches, document_lengths(batch)
 
         stream = batches()
         ready = [next(stream)]
 
         def step() -> float:
-            micro_batches, document_lengths = ready.pop()
-            lengths.extend(document_lengths)
+            micro_batches, new_lengths = ready.pop()
+            lengths.extend(new_lengths)
             for index, micro in enumerate(micro_batches):
                 inputs = StepInputs(micro.input_ids_BS, micro.labels_BS, micro.positions_BS, micro.row_weight_B, None)
                 out = engine.forward(inputs)
@@ -183,6 +216,9 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             synchronize()
             times.append(time.perf_counter() - began)
         seconds = sorted(times)[len(times) // 2]
+        # Other dp ranks read other documents; of the ranks that share rows one counts.
+        mine = lengths if layout.cp_rank == layout.tp_rank == 0 else []
+        lengths = [length for text in layout.gather_text(json.dumps(mine)) for length in json.loads(text)]
         flops = training_flops_per_token(model, lengths)
         per_gpu = tokens / seconds / layout.place.world_size
         peak = peak_flops(layout.device, training.precision)
@@ -197,8 +233,9 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             "layout": {"dp": layout.dp_size, "cp": layout.cp_size, "tp": layout.tp_size},
             "parameters": sum(p.numel() for p in engine.state_tensors().values()) // 3,
             "seq_len": training.seq_len,
-            "documents_per_row": len(lengths) / (args.steps * training.global_batch_size / layout.dp_size),
+            "documents_per_row": len(lengths) * training.seq_len / sum(lengths),
             "document_tokens": _spread(lengths),
+            "document_histogram": length_histogram(lengths),
             "step_time_s": seconds,
             "step_time_min_s": min(times),
             "step_time_max_s": max(times),
@@ -218,7 +255,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                 engine.barrier()
                 synchronize()
 
-            result["breakdown_ms"] = breakdown(step, together, args.profile)
+            result["breakdown_ms"] = breakdown(step, together, args.profile if layout.is_main else None)
             result["memory_gib"] = memory_by_kind(engine.state_tensors(), result["peak_memory_gib"])
         if args.ops:
             from fusiontree.benchmarking.operations import time_operations
@@ -227,12 +264,11 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             result["operations"] = time_operations(
                 model, training.seq_len, PRECISION[training.precision], layout.device
             )
+        if layout.is_main:
+            print_table(result)
         if args.peers or args.decode:
-            if not on_gpu or layout.place.world_size > 1:
-                raise UserError("--peers and --decode compare on one GPU; start one process on a machine with one")
             micro = ready.pop()[0][0]
             mesh = layout.parameter_mesh(True)
-            print_table(result)  # what follows may not fit this device
             garbage.take_back()
             del engine  # its memory is the peer's
             gc.collect()
@@ -266,36 +302,53 @@ def memory_by_kind(state: dict[str, Any], peak_gib: float) -> dict[str, float]:
 
 
 def others(config: Config, args: argparse.Namespace, micro: Any, mesh: Any, device: Any, ours: Any) -> dict[str, Any]:
-    """Time the peer's training, and decoding of both, on ``micro``."""
+    """Time and print the peer's training, and decoding of both, on ``micro``; what fails is said and has an ``error``.
+
+    Our training was timed already: a peer that does not fit this device must not take those figures along.
+    """
     import torch
 
     from fusiontree.benchmarking import peers
     from fusiontree.models.initialization import initialize_model
     from fusiontree.models.model import FusionTreeModel
 
-    found: dict[str, Any] = {}
-    if args.peers:
+    ids_BS = micro.input_ids_BS[:1]
+
+    def peer_training() -> dict[str, Any]:
         peer = peers.train_falcon(
             config.model, micro.input_ids_BS, micro.labels_BS, mesh, device, steps=args.steps, warmup=args.warmup
         )
         peer["ours_over_peer_tokens"] = ours["tokens_per_s_per_gpu"] / peer["tokens_per_s"]
         peer["ours_over_peer_useful_flops"] = ours["model_tflops_per_gpu"] / peer["model_tflops_per_gpu"]
-        found["falcon_h1"] = peer
-        logging.getLogger(__name__).info("falcon_h1: %s", json.dumps(peer))
-        gc.collect()
-        torch.cuda.empty_cache()
-    if args.decode:
-        ids_BS = micro.input_ids_BS[:1]
+        return peer
+
+    def our_decoding() -> dict[str, Any]:
         with torch.device("meta"):
             model = FusionTreeModel(config.model)
         model.to_empty(device=device)
         initialize_model(model, config.training.seed)
-        found["decode"] = peers.decode_ours(model.bfloat16().eval(), ids_BS, device, tokens=args.decode)
-        del model
+        return peers.decode_ours(model.bfloat16().eval(), ids_BS, device, tokens=args.decode)
+
+    def peer_decoding() -> dict[str, Any]:
+        return peers.decode_falcon(config.model, ids_BS, device, tokens=args.decode)
+
+    wanted = [
+        ("falcon_h1", peer_training, args.peers),
+        ("decode", our_decoding, args.decode),
+        ("falcon_h1_decode", peer_decoding, args.peers and args.decode),
+    ]
+    found: dict[str, Any] = {}
+    for name, measure, asked in wanted:
+        if not asked:
+            continue
+        try:
+            found[name] = measure()
+        except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+            log.warning("%s failed", name, exc_info=True)
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
         gc.collect()
         torch.cuda.empty_cache()
-        if args.peers:
-            found["falcon_h1_decode"] = peers.decode_falcon(config.model, ids_BS, device, tokens=args.decode)
+        print_others({name: found[name]})
     return found
 
 
@@ -332,7 +385,7 @@ def breakdown(step: Any, together: Any, trace: str | None) -> dict[str, float]:
         if kind == "other":
             others[name] = others.get(name, 0.0) + (end - begin) / 1e3
     for name, spent in sorted(others.items(), key=lambda item: -item[1])[:5]:
-        logging.getLogger(__name__).info("other: %.2f ms %s", spent, name[:90])
+        log.info("other: %.2f ms %s", spent, name[:90])
     busy, reach = 0.0, float("-inf")
     spans.sort()
     for begin, end in spans:
@@ -343,37 +396,6 @@ def breakdown(step: Any, together: Any, trace: str | None) -> dict[str, float]:
     parts["idle"] = whole - busy
     parts["step"] = whole
     return {name: round(value, 3) for name, value in sorted(parts.items())}
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Print the figures for a person."""
-    print(f"\n{result['device']}, {result['world_size']} x, torch {result['torch']}, {result['engine']}")
-    rows = [
-        ("parameters", f"{result['parameters'] / 1e9:.3f} G"),
-        ("row", f"{result['seq_len']:,} tokens, {result['documents_per_row']:.1f} documents"),
-        ("step", f"{result['step_time_s'] * 1e3:,.1f} ms"),
-        ("throughput", f"{result['tokens_per_s_per_gpu']:,.0f} tokens/s a GPU"),
-        ("useful work", f"{result['model_tflops_per_gpu']:.1f} TFLOP/s a GPU"),
-        ("MFU", "peak of this device not known" if result["mfu"] is None else f"{result['mfu']:.1%}"),
-    ]
-    if "peak_memory_gib" in result:
-        rows.append(("memory", f"{result['peak_memory_gib']:.1f} GiB peak"))
-    for name, value in rows:
-        print(f"  {name:<14}{value}")
-    for name, spent in result.get("breakdown_ms", {}).items():
-        print(f"    {name:<32}{spent:>10.2f} ms")
-    for name, size in result.get("memory_gib", {}).items():
-        print(f"    {name:<52}{size:>8.2f} GiB")
-    if "operations" in result:
-        print(f"    {'':<36}{'forward':>9}{'least':>9}{'backward':>9}{'least':>9}")
-    for row in result.get("operations", []):
-        times = "".join(f"{'' if row[k] is None else f'{row[k]:.2f}':>9}" for k in _OPERATION_COLUMNS)
-        print(f"    {row['operation']:<24}{row['backend']:<12}{times} ms")
-    for name, figures in result.get("others", {}).items():
-        print(
-            f"  {name}: "
-            + ", ".join(f"{k} {v:,.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
-        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ loss (its own need a package that is hard to build and the whole logits). Shape 
 from __future__ import annotations
 
 import time
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -53,11 +54,18 @@ def falcon_training_flops(config: ModelConfig, length: int) -> float:
     return 3.0 * (layers * per_layer + 2.0 * config.vocab_size * config.hidden_size)
 
 
+def require_falcon() -> None:
+    """Refuse where the peer cannot be built.
+
+    Raises:
+        UserError: transformers is not installed, or is older than Falcon-H1.
+    """
+    if not find_spec("transformers") or not find_spec("transformers.models.falcon_h1"):
+        raise UserError("--peers needs transformers with Falcon-H1, 4.57 or newer; pip install 'fusiontree[hf]'")
+
+
 def _modules() -> Any:
-    try:
-        from transformers.models.falcon_h1 import modeling_falcon_h1
-    except ImportError as error:
-        raise UserError(f"--peers needs transformers with Falcon-H1 ({error}); pip install transformers") from error
+    from transformers.models.falcon_h1 import modeling_falcon_h1
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any) -> Any:
         return causal_conv1d(x.transpose(1, 2), weight, bias, activation=activation).transpose(1, 2)
@@ -141,6 +149,7 @@ def train_falcon(
     flops = falcon_training_flops(config, ids_BS.shape[1])
     result = {
         "name": "Falcon-H1 (transformers)",
+        "documents_per_row": 1.0,
         "layers": falcon_layers(config),
         "parameters": sum(p.numel() for p in model.parameters()),
         "step_time_s": seconds,

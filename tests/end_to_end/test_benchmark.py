@@ -1,0 +1,122 @@
+"""The benchmark as a user calls it, on packed documents and a CPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fusiontree import benchmark
+from fusiontree.benchmarking import peers
+from fusiontree.config.load import load_config
+from fusiontree.data.loader import TrainingData
+from fusiontree.models.flops import training_flops_per_token
+from tests.end_to_end.runs import write_config
+
+
+@pytest.fixture
+def config(data: Path, tmp_path: Path) -> str:
+    return str(write_config(tmp_path, data))
+
+
+def lengths_of_rows(path: str, steps: int) -> list[int]:
+    """Tokens of the documents in the rows that ``steps`` steps after one of warm-up read, counted one by one."""
+    config = load_config(path, [])
+    training = config.training
+    data = TrainingData(
+        config.data,
+        seq_len=training.seq_len,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        curriculum=None,
+        seed=training.seed,
+        vocab_size=config.model.vocab_size,
+    )
+    lengths: list[int] = []
+    stream = data.steps()
+    for step in range(1 + steps):
+        for micro in next(stream)[0].micro_batches:
+            for position in micro.positions_BS.flatten().tolist():
+                if step == 0:
+                    continue
+                if position == 0:
+                    lengths.append(0)
+                lengths[-1] += 1
+    stream.close()
+    return lengths
+
+
+def test_packed_rows_and_whole_rows(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    results = {}
+    for name, options in (("packed", []), ("whole", ["--one-document"])):
+        assert benchmark.main(["--config", config, "--steps", "2", "--warmup", "1", *options]) == 0
+        printed = capsys.readouterr().out
+        assert ("of all tokens" in printed) == (name == "packed")
+        results[name] = json.loads(printed.splitlines()[-1])
+    model = load_config(config, []).model
+    lengths = lengths_of_rows(config, steps=2)
+    packed, whole = results["packed"], results["whole"]
+    groups = packed["document_histogram"]
+    assert sum(group["documents"] for group in groups) == len(lengths) > 16
+    assert [group["documents"] for group in groups if group["at_least"] == 32] == [
+        sum(32 <= length < 64 for length in lengths)
+    ]
+    assert sum(group["token_share"] for group in groups) == pytest.approx(1)
+    assert packed["documents_per_row"] == pytest.approx(len(lengths) / 16)
+    assert packed["model_flops_per_token"] == training_flops_per_token(model, lengths) < whole["model_flops_per_token"]
+    assert whole["model_flops_per_token"] == training_flops_per_token(model, 64)
+    assert whole["documents_per_row"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--decode", "4"], "one GPU"),
+        (["--decode", "0"], "--decode 0"),
+        (["--peers"], "one GPU"),
+        (["--profile", "trace.json"], "--profile"),
+        (["--steps", "0"], "--steps 0"),
+        (["training.seqlen=64"], "seq_len"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_step(
+    config: str, options: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "run", lambda *_: pytest.fail("steps were taken"))
+    assert benchmark.main(["--config", config, *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_peer_needs_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(benchmark.UserError, match=r"fusiontree\[hf\]"):
+        peers.require_falcon()
+
+
+def test_settings_may_stand_between_options(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(benchmark, "run", lambda config, args: seen.append(config) or {})
+    words = ["training.seed=5", "--config", config, "training.seq_len=32", "--steps", "1", "model.window_size=4"]
+    assert benchmark.main(words) == 0
+    training = seen[0].training
+    assert (training.seed, training.seq_len, seen[0].model.window_size) == (5, 32, 4)
+
+
+def test_a_peer_that_does_not_fit_leaves_the_other_figures(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(peers, "train_falcon", too_large)
+    monkeypatch.setattr(peers, "decode_ours", lambda *_, **__: {"tokens_per_s": 3.0})
+    monkeypatch.setattr(peers, "decode_falcon", lambda *_, **__: {"tokens_per_s": 1.0})
+    micro = SimpleNamespace(input_ids_BS=torch.zeros(2, 8, dtype=torch.int64), labels_BS=None)
+    args = argparse.Namespace(peers=True, decode=4, steps=1, warmup=1)
+    found = benchmark.others(load_config(config, []), args, micro, None, torch.device("cpu"), {})
+    assert "out of memory" in found["falcon_h1"]["error"]
+    assert (found["decode"], found["falcon_h1_decode"]) == ({"tokens_per_s": 3.0}, {"tokens_per_s": 1.0})
