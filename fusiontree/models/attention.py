@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fusiontree.models.cache import AttentionCache, GrowingCache, NewTokens, RingCache
 from fusiontree.models.config import ModelConfig
+from fusiontree.models.layer_cache import AttentionCache, GrowingCache, NewTokens, RingCache
 from fusiontree.models.projections import project
 from fusiontree.ops.attention import attention, cached_attention, key_bias, single_query_attention
 from fusiontree.ops.documents import Documents

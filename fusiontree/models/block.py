@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fusiontree.models.attention import LocalGlobalAttention
-from fusiontree.models.cache import LayerCache
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.gate import Alignment, FusionGate, RowGateSums
+from fusiontree.models.layer_cache import LayerCache
 from fusiontree.models.mamba import Mamba2Mixer
 from fusiontree.models.mlp import MLP
 from fusiontree.models.norm import RMSNorm

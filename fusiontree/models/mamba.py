@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusiontree.models.cache import MambaCache
 from fusiontree.models.config import ModelConfig
+from fusiontree.models.layer_cache import MambaCache
 from fusiontree.models.norm import GatedRMSNorm
 from fusiontree.models.packing import bc_proj_rows, in_proj_rows, in_proj_sizes, split_bc_proj, split_in_proj
 from fusiontree.models.projections import project

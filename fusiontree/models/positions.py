@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusiontree.models.cache import DecodeCache, NewTokens
+from fusiontree.models.cache import DecodeCache
+from fusiontree.models.layer_cache import NewTokens
 from fusiontree.ops.documents import Documents
 
 

@@ -1,0 +1,299 @@
+"""What one layer keeps of the tokens before: convolution inputs, states, keys and values.
+
+:mod:`fusiontree.models.cache` puts the layers of a model together.
+
+Local heads need their window alone, so they keep a ring of ``window`` slots; global heads keep everything, in
+buffers that grow by doubling. Rows of a batch have positions of their own, and pads are stored nowhere that a query
+could see. Once fixed, no tensor moves any more: new tokens are written in place.
+
+Shape legend: B rows, S new tokens, T stored tokens, W slots of a ring, K key/value heads (or K-1: inputs that a
+convolution of width K looks back to), D channels of an attention head, C channels, H P N heads, channels and size of
+a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from fusiontree.ops.attention import roomy
+
+
+class NewTokens(NamedTuple):
+    """The tokens that one forward adds to a cache."""
+
+    positions_BS: Tensor
+    """Position in its row's text, -1 for pads; the valid tokens of a row are its last columns."""
+    end: int
+    """One more than the greatest position, known without asking the device."""
+    continued: bool
+    """True when the cache holds tokens before these."""
+    column_1: Tensor | None
+    """Index of the new token's column on the device, when the cache is fixed."""
+    shared: dict[Any, Any]
+    """What several layers would compute alike from these tokens' positions."""
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Return what ``compute`` returned for the first layer that asked with this key."""
+        if key not in self.shared:
+            self.shared[key] = compute()
+        return self.shared[key]
+
+
+class KeyValues(NamedTuple):
+    """Keys and values with the positions of their tokens; -1 marks an empty slot.
+
+    In memory the slots of one head lie together, [B, K, T, D], so that products over them need no copy.
+    """
+
+    k_BTKD: Tensor
+    v_BTKD: Tensor
+    positions_BT: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> KeyValues:
+        """Return a copy with every tensor changed; ``change`` sees each as it lies in memory."""
+        k_BTKD, v_BTKD = (change(t.transpose(1, 2)).transpose(1, 2) for t in (self.k_BTKD, self.v_BTKD))
+        return KeyValues(k_BTKD, v_BTKD, change(self.positions_BT))
+
+
+class RingCache:
+    """Keys and values of the last ``window`` tokens of each row: position p lives in slot ``p % slots``.
+
+    There are fewer slots than the window as long as every position is below their number.
+    """
+
+    def __init__(self, window: int, capacity: int, dtype: torch.dtype) -> None:
+        self.window = window
+        self._slots = min(window, max(capacity, 1))
+        self._dtype = dtype
+        self._kept: KeyValues | None = None
+
+    @property
+    def kept(self) -> KeyValues:
+        """Everything stored; T = slots."""
+        assert self._kept is not None, "the ring is empty"
+        return self._kept
+
+    def store(self, k_BSKD: Tensor, v_BSKD: Tensor, new: NewTokens) -> None:
+        """Keep the last tokens of each row."""
+        self._make_room(k_BSKD, new.end)
+        k_BTKD, v_BTKD, positions_BT = self.kept
+        rows, length = new.positions_BS.shape
+        if length == 1:  # the step of decoding: no pads, one slot a row changes
+            row_B, slot_B = new.once(
+                ("slots of a ring", self._slots),
+                lambda: (torch.arange(rows, device=k_BSKD.device), new.positions_BS[:, 0] % self._slots),
+            )
+            k_BTKD[row_B, slot_B] = k_BSKD[:, 0].detach().to(self._dtype)
+            v_BTKD[row_B, slot_B] = v_BSKD[:, 0].detach().to(self._dtype)
+            positions_BT[row_B, slot_B] = new.positions_BS[:, 0]
+            return
+        # The newest position that belongs in each slot; its column counts back from the row's last token.
+        last_B1 = new.positions_BS[:, -1:]
+        slot_W = torch.arange(self._slots, device=k_BSKD.device)
+        wanted_BW = last_B1 - (last_B1 - slot_W) % self._slots
+        column_BW = length - 1 - (last_B1 - wanted_BW)
+        is_new_BW = (column_BW >= 0) & (wanted_BW >= 0)
+        row_B1 = torch.arange(rows, device=k_BSKD.device)[:, None]
+        column_BW = column_BW.clamp(min=0)
+        mask = is_new_BW[..., None, None]
+        k_BTKD.copy_(torch.where(mask, k_BSKD.detach().to(self._dtype)[row_B1, column_BW], k_BTKD))
+        v_BTKD.copy_(torch.where(mask, v_BSKD.detach().to(self._dtype)[row_B1, column_BW], v_BTKD))
+        positions_BT.copy_(torch.where(is_new_BW, wanted_BW, positions_BT))
+
+    def extend(self, k_BSKD: Tensor, v_BSKD: Tensor, new: NewTokens) -> KeyValues:
+        """Keep the new tokens and return all that they may see, themselves included."""
+        if new.positions_BS.shape[1] == 1:
+            self.store(k_BSKD, v_BSKD, new)
+            return self.kept
+        before = self.kept
+        seen = KeyValues(
+            torch.cat([before.k_BTKD, k_BSKD.to(self._dtype)], dim=1),
+            torch.cat([before.v_BTKD, v_BSKD.to(self._dtype)], dim=1),
+            torch.cat([before.positions_BT, new.positions_BS], dim=1),
+        )
+        self.store(k_BSKD, v_BSKD, new)
+        return seen
+
+    def fix(self, columns: int) -> None:
+        """Make room for texts of ``columns`` tokens: no tensor is made anew before."""
+        if self._kept is not None:
+            self._make_room(self._kept.k_BTKD, columns)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a copy with every tensor changed."""
+        copy = type(self)(self.window, self._slots, self._dtype)
+        copy._kept = self._kept and self._kept.map(change)
+        return copy
+
+    def _make_room(self, like_BSKD: Tensor, end: int) -> None:
+        old = self._slots
+        if end > old and old < self.window:
+            self._slots = min(self.window, max(end, 2 * old))
+        if self._kept is None:
+            self._kept = _empty(like_BSKD, self._slots, self._dtype)
+        elif self._slots > old:
+            # Every position so far is below the old number of slots, so each is in the slot of its own number.
+            self._kept = _enlarged(self._kept, self._slots, used=old)
+
+
+class GrowingCache:
+    """Keys and values of every token, in the order they came; amortised growth."""
+
+    def __init__(self, capacity: int, dtype: torch.dtype) -> None:
+        self.length = 0
+        """Columns in use, pads included; a fixed cache does not count them here."""
+        self._capacity = roomy(capacity)
+        self._dtype = dtype
+        self._buffer: KeyValues | None = None
+        self._fixed = False
+
+    @property
+    def kept(self) -> KeyValues:
+        """Everything stored, as views; T = length. Of a fixed cache all slots, empty ones included."""
+        assert self._buffer is not None, "nothing is stored"
+        if self._fixed:
+            return self._buffer
+        return KeyValues(*(tensor[:, : self.length] for tensor in self._buffer))
+
+    def store(self, k_BSKD: Tensor, v_BSKD: Tensor, new: NewTokens) -> None:
+        """Append the new tokens."""
+        if self._fixed:
+            assert self._buffer is not None and new.column_1 is not None, "a fixed cache has room and a column to fill"
+            self._buffer.k_BTKD.index_copy_(1, new.column_1, k_BSKD.detach().to(self._dtype))
+            self._buffer.v_BTKD.index_copy_(1, new.column_1, v_BSKD.detach().to(self._dtype))
+            self._buffer.positions_BT.index_copy_(1, new.column_1, new.positions_BS)
+            return
+        start, end = self.length, self.length + new.positions_BS.shape[1]
+        if end > self._capacity:
+            self._capacity = roomy(max(end, 2 * self._capacity))
+        if self._buffer is None:
+            self._buffer = _empty(k_BSKD, self._capacity, self._dtype)
+        elif self._buffer.positions_BT.shape[1] < self._capacity:
+            self._buffer = _enlarged(self._buffer, self._capacity, used=start)
+        self._buffer.k_BTKD[:, start:end] = k_BSKD.detach()
+        self._buffer.v_BTKD[:, start:end] = v_BSKD.detach()
+        self._buffer.positions_BT[:, start:end] = new.positions_BS
+        self.length = end
+
+    def extend(self, k_BSKD: Tensor, v_BSKD: Tensor, new: NewTokens) -> KeyValues:
+        """Append the new tokens and return all that they may see, themselves included."""
+        self.store(k_BSKD, v_BSKD, new)
+        return self.kept
+
+    def fix(self, columns: int) -> None:
+        """Make room for ``columns`` tokens of every row; from now on ``new.column_1`` says where a token goes."""
+        if self._buffer is None:
+            return
+        if self._buffer.positions_BT.shape[1] < columns:
+            self._capacity = roomy(columns)
+            self._buffer = _enlarged(self._buffer, self._capacity, used=self._buffer.positions_BT.shape[1])
+        self._fixed = True
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a copy with every tensor changed."""
+        copy = type(self)(self._capacity, self._dtype)
+        copy.length, copy._fixed = self.length, self._fixed
+        copy._buffer = self._buffer and self._buffer.map(change)
+        return copy
+
+
+def _empty(like_BSKD: Tensor, slots: int, dtype: torch.dtype) -> KeyValues:
+    rows, _, heads, width = like_BSKD.shape
+    device = like_BSKD.device
+    k_BTKD, v_BTKD = (
+        torch.zeros(rows, heads, slots, width, dtype=dtype, device=device).transpose(1, 2) for _ in range(2)
+    )
+    return KeyValues(k_BTKD, v_BTKD, torch.full((rows, slots), -1, dtype=torch.int64, device=device))
+
+
+def _enlarged(old: KeyValues, slots: int, used: int) -> KeyValues:
+    larger = _empty(old.k_BTKD, slots, old.k_BTKD.dtype)
+    for target, source in zip(larger, old, strict=True):
+        target[:, :used] = source[:, :used]
+    return larger
+
+
+class MambaCache:
+    """Inputs of the two convolutions' last K-1 tokens, and the state after the last token."""
+
+    def __init__(self, look_back: int) -> None:
+        self._look_back = look_back
+        self._conv_x_BKC: Tensor | None = None
+        self._conv_bc_BKC: Tensor | None = None
+        self._state_BHPN: Tensor | None = None
+        self._fixed = False
+
+    def before(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return both convolutions' inputs before the new tokens and the state; None where there are none yet."""
+        return self._conv_x_BKC, self._conv_bc_BKC, self._state_BHPN
+
+    def store(self, x_BSC: Tensor, bc_BSC: Tensor, state_BHPN: Tensor, padding_mask_BS: Tensor | None) -> None:
+        """Keep the last inputs of each convolution and the state after the last token.
+
+        Pads become zeros, as the tokens before a text are. What :meth:`before` returned may change.
+        """
+        last_x_BKC = self._last(self._conv_x_BKC, x_BSC, padding_mask_BS)
+        last_bc_BKC = self._last(self._conv_bc_BKC, bc_BSC, padding_mask_BS)
+        if not self._fixed:
+            self._conv_x_BKC, self._conv_bc_BKC, self._state_BHPN = last_x_BKC, last_bc_BKC, state_BHPN.detach()
+            return
+        for kept, newer in zip(self.before(), (last_x_BKC, last_bc_BKC, state_BHPN.detach()), strict=True):
+            assert kept is not None, "a cache is fixed after it was filled"
+            kept.copy_(newer)
+
+    def fix(self) -> None:
+        """Give every tensor memory of its own, which is written from now on."""
+        self._conv_x_BKC, self._conv_bc_BKC, self._state_BHPN = (
+            None if kept is None else kept.clone(memory_format=torch.contiguous_format) for kept in self.before()
+        )
+        self._fixed = True
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a copy with every tensor changed."""
+        copy = type(self)(self._look_back)
+        copy._fixed = self._fixed
+        copy._conv_x_BKC = None if self._conv_x_BKC is None else change(self._conv_x_BKC)
+        copy._conv_bc_BKC = None if self._conv_bc_BKC is None else change(self._conv_bc_BKC)
+        copy._state_BHPN = None if self._state_BHPN is None else change(self._state_BHPN)
+        return copy
+
+    def _last(self, before_BKC: Tensor | None, new_BSC: Tensor, padding_mask_BS: Tensor | None) -> Tensor:
+        last_BSC = new_BSC.detach()[:, -self._look_back :]
+        if padding_mask_BS is not None:
+            last_BSC = last_BSC * padding_mask_BS[:, -self._look_back :, None]
+        missing = self._look_back - last_BSC.shape[1]
+        if not missing:
+            return last_BSC.clone()  # a view would keep the whole input alive
+        if before_BKC is None:
+            before_BKC = last_BSC.new_zeros(last_BSC.shape[0], missing, last_BSC.shape[2])
+        return torch.cat([before_BKC[:, -missing:], last_BSC], dim=1)
+
+
+class AttentionCache:
+    """Keys and values of the local and of the global heads."""
+
+    def __init__(self, window: int, capacity: int, dtype: torch.dtype) -> None:
+        self.local = RingCache(window, capacity, dtype)
+        self.everything = GrowingCache(capacity, dtype)
+
+    def fix(self, columns: int) -> None:
+        """Make room for texts of ``columns`` tokens and keep every tensor where it is from now on."""
+        self.local.fix(columns)
+        self.everything.fix(columns)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a copy with every tensor changed."""
+        copy = type(self).__new__(type(self))
+        copy.local, copy.everything = self.local.map(change), self.everything.map(change)
+        return copy
+
+
+class LayerCache(NamedTuple):
+    """What one block keeps; None for a branch it does not have."""
+
+    mamba: MambaCache | None
+    attention: AttentionCache | None
