@@ -6,6 +6,8 @@ runs at the host's pace. Shape legend: B rows, S tokens, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,12 @@ _REHEARSALS = 2
 def recordable(device: torch.device) -> bool:
     """Whether steps on ``device`` can be recorded: on CUDA devices alone."""
     return device.type == "cuda"
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of ``device`` on which steps are rehearsed and recorded: one, as cuBLAS keeps memory for each."""
+    return torch.cuda.Stream()
 
 
 class GraphedStep:
@@ -54,26 +62,34 @@ class GraphedStep:
         self._model = model
         with torch.cuda.device(device):
             self._tokens_B1 = torch.zeros(cache.rows, 1, dtype=torch.int64, device=device)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
+            side, current = _side_stream(device), torch.cuda.current_stream()
+            side.wait_stream(current)
             with torch.cuda.stream(side):
                 for _ in range(_REHEARSALS):
                     model(self._tokens_B1, cache=cache.rehearsal())
-            torch.cuda.current_stream().wait_stream(side)
+            current.wait_stream(side)
             lengths, columns = cache.lengths, cache.columns
             self._graph = torch.cuda.CUDAGraph()
+            first: Exception | None = None
             try:
                 # Other threads (a data loader that pins memory, say) may go on while this one records.
-                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                    output = model(self._tokens_B1, cache=cache)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
+                with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+                    try:
+                        output = model(self._tokens_B1, cache=cache)
+                    except Exception as error:
+                        first = error  # ending the capture then fails too, with an error that does not say why
+                        raise
+            except Exception as error:
+                torch.cuda.set_stream(current)  # a capture whose end fails leaves its own in place
+                cause = first or error
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from None
                 raise RuntimeError(
-                    f"the decoding step of {cache.rows} rows cannot be recorded as a CUDA graph: {error}; eager steps "
+                    f"the decoding step of {cache.rows} rows cannot be recorded as a CUDA graph: {cause}; eager steps "
                     f"give the same tokens: generate(graphs=False), or generate.py without --graphs"
-                ) from error
-            cache.lengths, cache.columns = lengths, columns  # recording counted a token that was not computed
+                ) from cause
+            finally:
+                cache.lengths, cache.columns = lengths, columns  # recording counted a token that was not computed
         self._logits_BSV = output.logits_BSV
 
     def __call__(self, tokens_B1: Tensor) -> Tensor:

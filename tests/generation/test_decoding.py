@@ -8,12 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusiontree.generation import decoding
 from fusiontree.generation.decoding import NewToken, generate, pad_left
 from fusiontree.generation.sampling import SamplingConfig, sample
 from fusiontree.utils.errors import UserError
 from tests.helpers import tiny_model
-from tests.models.recording import RecordedStep
+from tests.models.recording import pretend_gpu
 
 PATTERNS = ["FFF", "MMM", "AAA", "FMA", "MAMF"]
 WINDOWS = [3, 64]
@@ -261,20 +260,17 @@ def test_replayed_steps_draw_the_same_tokens_while_rows_finish_at_different_time
     eager = run(stop)
     assert eager.graphed_steps == 0
     assert len({len(row.tokens) for row in eager.rows}) >= 3
-    monkeypatch.setattr(decoding, "recordable", lambda device: True)
-    monkeypatch.setattr(decoding, "GraphedStep", RecordedStep)
-    RecordedStep.made = 0
+    recorded = pretend_gpu(monkeypatch)
     replayed = run(stop)
     for want, got in zip(eager.rows, replayed.rows, strict=True):
         assert (got.tokens, got.finish_reason) == (want.tokens, want.finish_reason)
         assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
-    assert RecordedStep.made == 1 and replayed.graphed_steps == max(len(row.tokens) for row in eager.rows) - 1
+    assert len(recorded) == 1 and replayed.graphed_steps == max(len(row.tokens) for row in eager.rows) - 1
     assert generate(model, prompts, max_new_tokens=40, graphs=False).graphed_steps == 0
 
 
 def test_few_tokens_are_decoded_eagerly(monkeypatch):
-    monkeypatch.setattr(decoding, "recordable", lambda device: True)
-    monkeypatch.setattr(decoding, "GraphedStep", RecordedStep)
+    pretend_gpu(monkeypatch)
     model = tiny_model()
     counts = [generate(model, PROMPTS, max_new_tokens=n, graphs=True).graphed_steps for n in (1, 16, 17)]
     assert counts == [0, 0, 16]

@@ -1,15 +1,21 @@
-"""What a CUDA graph does to a step, on the CPU: operations are recorded once and replayed on the same tensors.
+"""CUDA graphs on the CPU: a capture's operations are noted and undone, and done again on the same tensors by a replay.
 
-Shape legend: B rows, S tokens, V vocabulary.
+With :func:`pretend_gpu` the code that records and replays steps runs as it does on a GPU.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fusiontree.generation import decoding
+from fusiontree.models import graphs
 
 # What a capture refuses: reading a value on the host, and bringing one from it.
 _FORBIDDEN = {"_local_scalar_dense", "item", "lift_fresh", "nonzero", "is_nonzero", "equal"}
@@ -19,49 +25,88 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._made: set[int] = set()
+        self._written: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        assert name not in _FORBIDDEN, f"{name} cannot be part of a graph"
+        if name in _FORBIDDEN:
+            raise RuntimeError(f"{name} cannot be part of a graph")
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and _place(value) not in self._made:
+                self._written.append((value, value.clone()))
         out = func(*args, **(kwargs or {}))
+        self._made |= _places(out) - _places((args, kwargs))
         self.calls.append((func, args, kwargs or {}, out))
         return out
 
-
-class RecordedStep:
-    """The interface of :class:`fusiontree.models.graphs.GraphedStep`, without a GPU."""
-
-    made = 0
-
-    def __init__(self, model: Any, cache: Any) -> None:
-        type(self).made += 1
-        assert cache.fixed_columns is not None
-        self.cache = cache
-        self._tokens_B1 = torch.zeros(cache.rows, 1, dtype=torch.int64)
-        self._model = model
-        model(self._tokens_B1, cache=cache.rehearsal())
-        lengths, columns = cache.lengths, cache.columns
-        # A capture computes nothing, so what the recording changes is put back.
-        kept = [(tensor, tensor.clone()) for tensor in tensors_of(cache)]
-        with _Recorder() as recorder:
-            self._logits_BSV = model(self._tokens_B1, cache=cache).logits_BSV
-        for tensor, before in kept:
+    def undo(self) -> None:
+        """Put back what was written to tensors from before: a capture computes nothing."""
+        for tensor, before in reversed(self._written):
             tensor.copy_(before)
-        cache.lengths, cache.columns = lengths, columns
-        self._calls = recorder.calls
 
-    def __call__(self, tokens_B1: torch.Tensor) -> torch.Tensor:
-        self.cache.check_room(1)
-        assert tokens_B1.shape == self._tokens_B1.shape
-        self._tokens_B1.copy_(tokens_B1)
-        for func, args, kwargs, recorded in self._calls:
-            inputs = {_place(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+
+class _Graph:
+    """In the place of ``torch.cuda.CUDAGraph``."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def replay(self) -> None:
+        for func, args, kwargs, recorded in self.calls:
+            inputs = _places((args, kwargs))
             again = func(*args, **kwargs)
             for old, new in zip(tree_leaves(recorded), tree_leaves(again), strict=True):
                 if isinstance(old, torch.Tensor) and _place(old) not in inputs:
                     old.copy_(new)
-        self.cache.count([1] * self.cache.rows, 1)
-        return self._logits_BSV[:, -1]
+
+
+class _Capture:
+    """In the place of ``torch.cuda.graph``; as that one, it ends a failed capture with an error of its own."""
+
+    def __init__(self, graph: _Graph, stream: Any = None, capture_error_mode: str = "global") -> None:
+        assert stream is not None and capture_error_mode == "thread_local"
+        self._graph, self._recorder, self._stream = graph, _Recorder(), stream
+
+    def __enter__(self) -> None:
+        torch.cuda.set_stream(self._stream)
+        self._recorder.__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._recorder.__exit__(kind, error, trace)
+        self._recorder.undo()
+        if error is not None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self._graph.calls = self._recorder.calls
+        torch.cuda.set_stream(torch.cuda.default_stream())
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> list[_Graph]:
+    """Let steps be recorded on the CPU; return the list of the graphs that will be made."""
+    made: list[_Graph] = []
+    main = SimpleNamespace(wait_stream=lambda other: None)
+    current = [main]
+
+    def graph() -> _Graph:
+        made.append(_Graph())
+        return made[-1]
+
+    pretended = {
+        "device": lambda device: nullcontext(),
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": lambda stream: nullcontext(),
+        "default_stream": lambda: main,
+        "current_stream": lambda: current[0],
+        "set_stream": lambda stream: current.__setitem__(0, stream),
+        "CUDAGraph": graph,
+        "graph": _Capture,
+    }
+    for name, value in pretended.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for module in (graphs, decoding):
+        monkeypatch.setattr(module, "recordable", lambda device: True)
+    monkeypatch.setattr(graphs, "_side_stream", graphs._side_stream.__wrapped__)
+    return made
 
 
 def tensors_of(cache: Any) -> list[torch.Tensor]:
@@ -78,3 +123,7 @@ def tensors_of(cache: Any) -> list[torch.Tensor]:
 
 def _place(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _places(values: Any) -> set[int]:
+    return {_place(leaf) for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}

@@ -12,7 +12,7 @@ from fusiontree.models.graphs import GraphedStep
 from fusiontree.ops.dispatch import Backend, anywhere
 from fusiontree.ops.elementwise import ELEMENTWISE
 from tests.helpers import tiny_model
-from tests.models.recording import RecordedStep, tensors_of
+from tests.models.recording import pretend_gpu, tensors_of
 from tests.models.test_decoding import tokens
 from tests.models.test_padding import LENGTHS, pad, texts
 from tests.models.variants import VARIANTS
@@ -40,14 +40,15 @@ def expected(model, following_BS):
 @pytest.mark.parametrize("replayed", [False, True])
 @pytest.mark.parametrize("kind", VARIANTS)
 @torch.no_grad()
-def test_steps_of_a_fixed_cache_equal_the_full_forward(kind, replayed):
+def test_steps_of_a_fixed_cache_equal_the_full_forward(kind, replayed, monkeypatch):
+    pretend_gpu(monkeypatch)
     model = tiny_model(**VARIANTS[kind])
     cache, following_BS = filled(model)
     want = expected(model, following_BS)
     columns = cache.columns
     cache.fix(columns + STEPS)
     places = [tensor.data_ptr() for tensor in tensors_of(cache)]
-    step = RecordedStep(model, cache) if replayed else None
+    step = GraphedStep(model, cache) if replayed else None
     for i in range(STEPS):
         tokens_B1 = following_BS[:, i : i + 1]
         logits_BV = step(tokens_B1) if step else model(tokens_B1, cache=cache).logits_BSV[:, -1]
@@ -59,7 +60,8 @@ def test_steps_of_a_fixed_cache_equal_the_full_forward(kind, replayed):
 
 @pytest.mark.parametrize("window", [4, 60])
 @torch.no_grad()
-def test_rows_of_a_fixed_cache_can_be_selected_and_more_room_made(window):
+def test_rows_of_a_fixed_cache_can_be_selected_and_more_room_made(window, monkeypatch):
+    pretend_gpu(monkeypatch)
     model = tiny_model(layer_pattern="FMA", window_size=window)
     cache, following_BS = filled(model)
     want = expected(model, following_BS)
@@ -71,7 +73,7 @@ def test_rows_of_a_fixed_cache_can_be_selected_and_more_room_made(window):
     with pytest.raises(ValueError, match="all are there"):
         model(following_BS[rows, 5:6], cache=chosen)
     chosen.fix(chosen.columns + STEPS)
-    step = RecordedStep(model, chosen)
+    step = GraphedStep(model, chosen)
     for i in range(5, STEPS):
         torch.testing.assert_close(step(following_BS[rows, i : i + 1]), want[rows, i], atol=1e-4, rtol=0)
     assert cache.lengths == [length + 5 for length in LENGTHS]
@@ -115,6 +117,41 @@ def test_misuse_of_a_fixed_cache_is_refused():
     model(following_BS[:, :1], cache=cache)
     with pytest.raises(ValueError, match="all are there"):
         model(following_BS[:, 1:2], cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected_error", "words"),
+    [
+        (lambda x: x.sum().item(), RuntimeError, "_local_scalar_dense cannot be part of a graph.*--graphs"),
+        (lambda x: [][0], RuntimeError, "list index out of range.*--graphs"),
+        (lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")), torch.OutOfMemoryError, "no room"),
+    ],
+)
+@torch.no_grad()
+def test_a_step_that_cannot_be_recorded_leaves_the_cache_usable(problem, expected_error, words, monkeypatch):
+    pretend_gpu(monkeypatch)
+    model = tiny_model(layer_pattern="FA")
+    cache, following_BS = filled(model)
+    want = expected(model, following_BS)
+    cache.fix(cache.columns + STEPS)
+    before = torch.cuda.current_stream()
+    rehearsals = []
+
+    def fail_when_recorded(module, inputs, output):
+        rehearsals.append(module)
+        if len(rehearsals) == 3:
+            problem(output)
+
+    hook = model.norm.register_forward_hook(fail_when_recorded)
+    with pytest.raises(expected_error, match=words):
+        GraphedStep(model, cache)
+    hook.remove()
+    assert torch.cuda.current_stream() is before
+    for step in (None, GraphedStep(model, cache)):
+        at = cache.lengths[0] - LENGTHS[0]
+        tokens_B1 = following_BS[:, at : at + 1]
+        got = step(tokens_B1) if step else model(tokens_B1, cache=cache).logits_BSV[:, -1]
+        torch.testing.assert_close(got, want[:, at], atol=1e-4, rtol=0)
 
 
 def test_recording_compiles_nothing_that_the_rehearsals_did_not(monkeypatch):
