@@ -95,17 +95,26 @@ def check_options(config: Config, args: argparse.Namespace) -> None:
             raise UserError("--profile traces the kernels of a GPU, and this run is on the CPU; leave it out")
         if not Path(args.profile).absolute().parent.is_dir():
             raise UserError(f"--profile {args.profile}: its folder does not exist; make it first")
-    if (args.peers or args.decode) and (device.type == "cpu" or place.world_size > 1):
+    if not (args.peers or args.decode):
+        return
+    from fusiontree.benchmarking.peers import columns_to_decode, require_falcon
+
+    if device.type == "cpu" or place.world_size > 1:
         raise UserError(
             f"--peers and --decode run on one GPU, and this run has {place.world_size} process(es) on {device.type}; "
             f"start one on a machine with a GPU"
         )
     if args.peers:
-        from fusiontree.benchmarking.peers import require_falcon
-
         require_falcon()
         if not args.one_document:
             log.warning("--peers takes each row as one document; only with --one-document does our training as well")
+    if args.decode and config.model.srte_encoding == "learnable":
+        columns, limit = columns_to_decode(config.training.seq_len, args.decode), config.model.max_position_embeddings
+        if columns > limit:
+            raise UserError(
+                f"--decode {args.decode} goes on to {columns} tokens, and the learnable SRTE's table ends at "
+                f"model.max_position_embeddings={limit}; raise that for the benchmark"
+            )
 
 
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
@@ -309,12 +318,12 @@ def others(config: Config, args: argparse.Namespace, micro: Any, mesh: Any, devi
         if not asked:
             continue
         try:
+            gc.collect()
+            torch.cuda.empty_cache()
             found[name] = measure()
         except RuntimeError as error:  # of which torch.OutOfMemoryError is one
             log.warning("%s failed", name, exc_info=True)
             found[name] = {"error": f"{type(error).__name__}: {error}"}
-        gc.collect()
-        torch.cuda.empty_cache()
         print_others({name: found[name]})
     return found
 

@@ -26,6 +26,8 @@ from fusiontree.utils.errors import UserError
 
 WARMUP_STEPS = 4
 """Tokens decoded before the clock starts."""
+EAGER_STEPS = 64
+"""Tokens that our eager decoding is timed for at most."""
 
 _CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
@@ -164,12 +166,18 @@ def train_falcon(
 
 @torch.no_grad()
 def decode_falcon(config: ModelConfig, ids_BS: Tensor, device: torch.device, *, tokens: int) -> dict[str, Any]:
-    """Fill the peer's cache with ``ids_BS`` and time steady decoding after it, in bf16."""
+    """Fill the peer's cache with ``ids_BS`` and time steady decoding after it, in bf16.
+
+    Raises:
+        RuntimeError: a version of transformers that keeps no cache unasked; its steps would see one token alone.
+    """
     model = build_falcon(config, ids_BS.shape[1], device).to(torch.bfloat16).eval()
     ids_BS = ids_BS.to(device)
     torch.cuda.reset_peak_memory_stats()
     with sdpa_kernel([*_CUDNN_FIRST, SDPBackend.MATH], set_priority=True):
         out = model(input_ids=ids_BS, use_cache=True, logits_to_keep=1)
+        if out.past_key_values is None:
+            raise RuntimeError("Falcon-H1 returned no cache; its decoding needs transformers 5 or newer")
 
         def step(state: Any) -> Any:
             return model(
@@ -179,22 +187,39 @@ def decode_falcon(config: ModelConfig, ids_BS: Tensor, device: torch.device, *, 
                 logits_to_keep=1,
             )
 
-        figures = timed_decoding(out, step, ids_BS.shape[0], tokens)
-    return {"steps": "eager", **figures}
+        return {"steps": "eager", **timed_decoding(out, step, ids_BS.shape[0], tokens)}
+
+
+def columns_to_decode(length: int, tokens: int) -> int:
+    """Return the length of the text that :func:`decode_ours` makes of ``length`` tokens."""
+    return length + min(tokens, EAGER_STEPS) + tokens + 2 * WARMUP_STEPS
 
 
 @torch.no_grad()
 def decode_ours(model: Any, ids_BS: Tensor, device: torch.device, *, tokens: int) -> dict[str, Any]:
-    """Fill our cache with ``ids_BS`` and time steady decoding after it by a CUDA graph, as ``generate --graphs``."""
+    """Fill our cache with ``ids_BS`` and time steady decoding after it by a CUDA graph, as ``generate --graphs``.
+
+    Some eager steps are timed before: ``eager_tokens_per_s``. Should the step not be recordable, the figures are of
+    those, with the ``error``.
+    """
     ids_BS = ids_BS.to(device)
+    rows, length = ids_BS.shape
     torch.cuda.reset_peak_memory_stats()
-    columns = ids_BS.shape[1] + tokens + WARMUP_STEPS
-    cache = model.new_cache(ids_BS.shape[0], columns, dtype=torch.bfloat16, device=device)
+    columns = columns_to_decode(length, tokens)
+    cache = model.new_cache(rows, columns, dtype=torch.bfloat16, device=device)
     logits_BV = model(ids_BS, cache=cache, logits_to_keep=1).logits_BSV[:, -1]
+
+    def eager_step(state: Tensor) -> Tensor:
+        return model(state.argmax(-1, keepdim=True), cache=cache).logits_BSV[:, -1]
+
+    eager = timed_decoding(logits_BV, eager_step, rows, min(tokens, EAGER_STEPS))
     cache.fix(columns)
-    step = GraphedStep(model, cache)
-    figures = timed_decoding(logits_BV, lambda state: step(state.argmax(-1, keepdim=True)), ids_BS.shape[0], tokens)
-    return {"steps": "cuda graph", **figures}
+    try:
+        step = GraphedStep(model, cache)
+    except RuntimeError as error:
+        return {"steps": "eager", **eager, "error": str(error)}
+    graphed = timed_decoding(logits_BV, lambda state: step(state.argmax(-1, keepdim=True)), rows, tokens)
+    return {"steps": "cuda graph", **graphed, "eager_tokens_per_s": eager["tokens_per_s"]}
 
 
 def timed_decoding(state: Any, step: Any, rows: int, tokens: int) -> dict[str, Any]:

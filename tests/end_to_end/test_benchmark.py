@@ -93,6 +93,14 @@ def test_what_cannot_be_done_is_refused_before_any_step(
     assert words in capsys.readouterr().err
 
 
+def test_decoding_beyond_a_learned_table_is_refused(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusiontree.parallel.layout.choose_device", lambda *_: torch.device("cuda"))
+    args = benchmark.build_parser().parse_args(["--config", config, "--decode", "10"])
+    benchmark.check_options(load_config(config, []), args)
+    with pytest.raises(benchmark.UserError, match="max_position_embeddings=64"):
+        benchmark.check_options(load_config(config, ["model.srte_encoding=learnable"]), args)
+
+
 def test_the_peer_needs_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(benchmark.UserError, match=r"fusiontree\[hf\]"):
