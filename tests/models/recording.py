@@ -109,6 +109,20 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> list[_Graph]:
     return made
 
 
+class SeenTensors(TorchDispatchMode):
+    """Notes the tensors that operations take and return, with the operation's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, out))
+        self.found += [(str(func), leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return out
+
+
 def tensors_of(cache: Any) -> list[torch.Tensor]:
     """Every tensor of a fixed cache."""
     found = [cache.positions_B, cache.column_1]

@@ -5,14 +5,17 @@ Shape legend: B rows, S tokens.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from fusiontree.models.graphs import GraphedStep
+from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.dispatch import Backend, anywhere
 from fusiontree.ops.elementwise import ELEMENTWISE
-from tests.helpers import tiny_model
-from tests.models.recording import pretend_gpu, tensors_of
+from tests.helpers import tiny_config, tiny_model
+from tests.models.recording import SeenTensors, pretend_gpu, tensors_of
 from tests.models.test_decoding import tokens
 from tests.models.test_padding import LENGTHS, pad, texts
 from tests.models.variants import VARIANTS
@@ -152,6 +155,28 @@ def test_a_step_that_cannot_be_recorded_leaves_the_cache_usable(problem, expecte
         tokens_B1 = following_BS[:, at : at + 1]
         got = step(tokens_B1) if step else model(tokens_B1, cache=cache).logits_BSV[:, -1]
         torch.testing.assert_close(got, want[:, at], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+@torch.inference_mode()
+def test_a_step_off_the_cpu_brings_nothing_from_it_and_copies_no_keys(kind):
+    """The meta device takes the place of a GPU: it mixes with no tensor of the host, and has no values to read."""
+    length, columns = 20, 2300
+    with torch.device("meta"):
+        model = FusionTreeModel(tiny_config(**{**VARIANTS[kind], "max_position_embeddings": columns}))
+    model.bfloat16().eval()
+    ids_BS = torch.zeros(2, length, dtype=torch.int64, device="meta")
+    cache = model.new_cache(2, columns)
+    model(ids_BS, cache=cache, logits_to_keep=1)
+    cache.fix(columns)
+    with SeenTensors() as seen:
+        logits_BSV = model(ids_BS[:, :1], cache=cache).logits_BSV
+    assert logits_BSV.dtype == torch.bfloat16
+    assert not [name for name, tensor in seen.found if tensor.device.type != "meta"]
+    kept = [layer.attention.everything._buffer for layer in cache.layers if layer.attention]
+    keys = min((buffer.k_BTKD.numel() for buffer in kept if buffer), default=math.inf)
+    assert keys > columns
+    assert not [name for name, tensor in seen.found if tensor.dtype == torch.float32 and tensor.numel() >= keys]
 
 
 def test_recording_compiles_nothing_that_the_rehearsals_did_not(monkeypatch):

@@ -75,10 +75,10 @@ def single_query_attention(
 
 
 def _product(a_nXY: Tensor, b_nYZ: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the products in ``dtype`` or better; factors of 16 bits stay so on GPUs, which add up in fp32."""
+    """Return the products in ``dtype`` or better; factors of 16 bits stay so off the CPU: GPUs add up in fp32."""
     if b_nYZ.dtype not in _HALF:
         return torch.bmm(a_nXY.to(b_nYZ.dtype), b_nYZ)
-    if b_nYZ.is_cuda:
+    if b_nYZ.device.type != "cpu":
         a_nXY = a_nXY.to(b_nYZ.dtype)
         return torch.bmm(a_nXY, b_nYZ) if dtype == b_nYZ.dtype else torch.bmm(a_nXY, b_nYZ, out_dtype=dtype)
     return torch.bmm(a_nXY.float(), b_nYZ.float())
