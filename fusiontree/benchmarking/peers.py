@@ -2,8 +2,10 @@
 
 The peer has our layer sizes (hidden size, heads, state, groups, MLP width) and as many layers as come nearest to our
 number of parameters; all its heads are global. It gets the same data, AdamW with fp32 master weights, FSDP2's mixed
-precision, recomputation of every layer, cuDNN attention, mamba_ssm's scan, and our Triton convolution and chunked
-loss (its own need a package that is hard to build and the whole logits). Shape legend: B rows, S tokens, C channels.
+precision, recomputation of every layer, cuDNN attention (decoding steps: flash attention), mamba_ssm's scan, and our
+Triton convolution and chunked loss (its own need a package that is hard to build and the whole logits).
+
+Shape legend: B rows, S tokens, C channels.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ EAGER_STEPS = 64
 """Tokens that our eager decoding is timed for at most."""
 
 _CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+# cuDNN makes a plan for each number of keys, and those of decoding grow by one a token.
+_CUDNN_LAST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
 def falcon_layer_parameters(config: ModelConfig) -> int:
@@ -176,17 +180,18 @@ def decode_falcon(config: ModelConfig, ids_BS: Tensor, device: torch.device, *, 
     torch.cuda.reset_peak_memory_stats()
     with sdpa_kernel([*_CUDNN_FIRST, SDPBackend.MATH], set_priority=True):
         out = model(input_ids=ids_BS, use_cache=True, logits_to_keep=1)
-        if out.past_key_values is None:
-            raise RuntimeError("Falcon-H1 returned no cache; its decoding needs transformers 5 or newer")
+    if out.past_key_values is None:
+        raise RuntimeError("Falcon-H1 returned no cache; its decoding needs transformers 5 or newer")
 
-        def step(state: Any) -> Any:
-            return model(
-                input_ids=state.logits[:, -1:].argmax(-1),
-                past_key_values=state.past_key_values,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+    def step(state: Any) -> Any:
+        return model(
+            input_ids=state.logits[:, -1:].argmax(-1),
+            past_key_values=state.past_key_values,
+            use_cache=True,
+            logits_to_keep=1,
+        )
 
+    with sdpa_kernel([*_CUDNN_LAST, SDPBackend.MATH], set_priority=True):
         return {"steps": "eager", **timed_decoding(out, step, ids_BS.shape[0], tokens)}
 
 

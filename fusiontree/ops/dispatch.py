@@ -37,9 +37,15 @@ def anywhere(device: torch.device) -> str | None:
 class Operation:
     """The backends of one operation, fastest first."""
 
-    def __init__(self, name: str, backends: list[Backend]) -> None:
-        """Register; nothing is imported before the first use."""
-        self.name = name
+    def __init__(self, name: str, backends: list[Backend], shown: str | None = None) -> None:
+        """Register; nothing is imported before the first use.
+
+        Args:
+            name: the setting under ``model.kernels`` that chooses.
+            backends: fastest first.
+            shown: what the operation is called where a choice is logged, if several share the setting.
+        """
+        self.name, self.shown = name, shown or name
         self.backends = {backend.name: backend for backend in backends}
         # One choice for each (asked name, device type): this is in every layer of every step.
         self.choose = functools.lru_cache(maxsize=None)(self._choose)
@@ -49,7 +55,7 @@ class Operation:
         if wanted == "auto":
             for backend in self.backends.values():
                 if backend.unavailable(device) is None:
-                    log.info("%s on %s: %s", self.name, device_type, backend.name)
+                    log.info("%s on %s: %s", self.shown, device_type, backend.name)
                     return backend.load()
             raise UserError(f"no backend of {self.name} runs on {device_type}: {self.reasons(device)}")
         if wanted not in self.backends:

@@ -22,6 +22,15 @@ def test_auto_takes_the_first_that_runs_and_says_so_once(caplog: pytest.LogCaptu
     assert [r.getMessage() for r in caplog.records] == ["thing on cpu: reference"]
 
 
+def test_operations_of_one_setting_are_told_apart(caplog):
+    caplog.set_level(logging.INFO)
+    other = Operation("thing", [Backend("reference", lambda: sum, anywhere)], shown="other thing")
+    other.choose("auto", "cpu")
+    assert [r.getMessage() for r in caplog.records] == ["other thing on cpu: reference"]
+    with pytest.raises(UserError, match=r"kernels\.thing=x"):
+        other.choose("x", "cpu")
+
+
 def test_a_named_backend_is_never_replaced() -> None:
     with pytest.raises(UserError, match=r"kernels\.thing=fast cannot run on cpu: its package is not installed"):
         operation().choose("fast", "cpu")

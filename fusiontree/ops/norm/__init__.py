@@ -30,6 +30,7 @@ GATED_NORM = Operation(
         Backend("compiled", lambda: compiled(reference.gated_rms_norm), needs_gpu),
         Backend("reference", lambda: reference.gated_rms_norm, anywhere),
     ],
+    shown="gated norm",
 )
 
 
