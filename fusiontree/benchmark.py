@@ -163,8 +163,9 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                 if args.one_document:
                     whole = torch.arange(training.seq_len).expand_as(micro_batches[0].positions_BS).contiguous()
                     micro_batches = [replace(micro, positions_BS=whole) for micro in micro_batches]
-                    batch = replace(batch, micro_batches=micro_batches)
-                yield micro_batches, document_lengths(batch)
+                # Rows without weight (damaged, or filling up the last pass) are computed and are none of the batch.
+                counted = [replace(m, positions_BS=m.positions_BS[m.row_weight_B > 0]) for m in micro_batches]
+                yield micro_batches, document_lengths(replace(batch, micro_batches=counted))
 
         stream = batches()
         ready = [next(stream)]

@@ -25,9 +25,9 @@ def config(data: Path, tmp_path: Path) -> str:
     return str(write_config(tmp_path, data))
 
 
-def lengths_of_rows(path: str, steps: int) -> list[int]:
+def lengths_of_rows(path: str, steps: int, *overrides: str) -> list[int]:
     """Tokens of the documents in the rows that ``steps`` steps after one of warm-up read, counted one by one."""
-    config = load_config(path, [])
+    config = load_config(path, overrides)
     training = config.training
     data = TrainingData(
         config.data,
@@ -42,7 +42,7 @@ def lengths_of_rows(path: str, steps: int) -> list[int]:
     stream = data.steps()
     for step in range(1 + steps):
         for micro in next(stream)[0].micro_batches:
-            for position in micro.positions_BS.flatten().tolist():
+            for position in micro.positions_BS[micro.row_weight_B > 0].flatten().tolist():
                 if step == 0:
                     continue
                 if position == 0:
@@ -72,6 +72,16 @@ def test_packed_rows_and_whole_rows(config: str, capsys: pytest.CaptureFixture[s
     assert packed["model_flops_per_token"] == training_flops_per_token(model, lengths) < whole["model_flops_per_token"]
     assert whole["model_flops_per_token"] == training_flops_per_token(model, 64)
     assert whole["documents_per_row"] == 1
+
+
+def test_rows_that_only_fill_the_last_pass_are_not_counted(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    override = "training.micro_batch_size=3"  # eight rows in three passes
+    assert benchmark.main(["--config", config, "--steps", "1", "--warmup", "1", override]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lengths = lengths_of_rows(config, 1, override)
+    assert sum(lengths) == 8 * 64
+    assert sum(group["documents"] for group in result["document_histogram"]) == len(lengths)
+    assert result["documents_per_row"] == pytest.approx(len(lengths) / 8)
 
 
 @pytest.mark.parametrize(
