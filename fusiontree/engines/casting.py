@@ -26,13 +26,13 @@ def compute_in(dtype: torch.dtype, units: Iterator[list[Unit]]) -> None:
         return
     done: set[int] = set()
     for block in units:
+        cast: list[nn.Module] = []
         for unit in block:
-            if unit.keep_fp32:
-                done |= {id(module) for kept in unit.modules for module in kept.modules()}
+            owners = [module for owner in unit.modules for module in owner.modules() if id(module) not in done]
+            done |= {id(module) for module in owners}
+            cast += [] if unit.keep_fp32 else owners
         (outer,) = block[-1].modules
-        owners = [module for module in outer.modules() if id(module) not in done]
-        done |= {id(module) for module in owners}
-        outer.forward = partial(_forward_cast, outer.forward, owners, dtype)
+        outer.forward = partial(_forward_cast, outer.forward, cast, dtype)
 
 
 def _forward_cast(

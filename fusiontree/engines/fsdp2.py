@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class FSDP2Engine(OnLayout):
         self._shard = shard
         self._settings = optimizer
         self._own = OwnParameters()
+        self._root: Any = self.module
         self._distribute(model, materialize, PRECISION[precision])
         self.parameters = {name: self._own.masters.get(p, p) for name, p in self.module.named_parameters()}
         self.optimizer = self._build_optimizer(decays)
@@ -72,28 +74,42 @@ class FSDP2Engine(OnLayout):
     ) -> None:
         """Materialise the model block by block and shard what is not this rank's alone."""
         layout, shard = self.layout, self._shard
+        few = nn.ModuleList()  # modules of a handful of parameters, which go with the root's
         for units in units_inside_out(model):
             materialize(units[-1])
+            in_block = not units[-1].is_root
             for unit in units:
                 dtype = torch.float32 if unit.keep_fp32 else compute_dtype
                 mesh = layout.parameter_mesh(shard, unit.tp_split)
                 if _is_own(mesh):
                     self._own.add(unit.modules, dtype)
                     continue
+                if in_block and unit.keep_fp32 and not unit.tp_split:
+                    few.extend(unit.modules)
+                    continue
+                modules = list(unit.modules)
+                if unit.is_root:
+                    self._root = _Root(self.module, few)
+                    modules = [self._root]
                 fully_shard(
-                    list(unit.modules) if len(unit.modules) > 1 else unit.modules[0],
+                    modules if len(modules) > 1 else modules[0],
                     mesh=mesh,
                     mp_policy=MixedPrecisionPolicy(
                         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
                     ),
-                    reshard_after_forward=shard and not unit.is_root,
-                    ignored_params=set(self._own.masters),
+                    # Embedding, head and root are at work where one pass ends and the other begins.
+                    reshard_after_forward=shard and in_block,
+                    ignored_params={*self._own.masters, *(few.parameters() if in_block else ())},
                 )
-        for module in self.module.modules():
+        for module in self._root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # the loss is already divided by the global token count
                 if layout.backend == "gloo":
                     module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+        # The next parameters travel while this module computes, even where the host is not ahead of the device.
+        order = [self._root, self.module.embed, *self.module.layers, self.module.head]
+        for now, after in pairwise(module for module in order if isinstance(module, FSDPModule)):
+            now.set_modules_to_forward_prefetch([after])
 
     def _build_optimizer(self, decays: Callable[[str, nn.Parameter], bool]) -> torch.optim.AdamW:
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -121,22 +137,22 @@ class FSDP2Engine(OnLayout):
     def forward(self, inputs: StepInputs) -> StepOutputs:
         """Run the model on one micro batch."""
         self._own.begin(training=True)
-        return run_model(self.module, inputs, self.layout)
+        return run_model(self._root, inputs, self.layout)
 
     @torch.no_grad()
     def evaluate(self, inputs: StepInputs) -> Tensor:
         """Return the summed cross entropy of this rank's tokens."""
         self._own.begin(training=False)
         self.module.eval()
-        loss_sum = run_model(self.module, inputs, self.layout).loss_sum
+        loss_sum = run_model(self._root, inputs, self.layout).loss_sum
         self.module.train()
         return loss_sum
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss``; gradients are reduced in fp32 over the ranks."""
-        if not self._shard and isinstance(self.module, FSDPModule):
+        if not self._shard and isinstance(self._root, FSDPModule):
             # Whole gradients fit anyway: add them up locally (in fp32) and reduce once a step.
-            self.module.set_requires_gradient_sync(last)
+            self._root.set_requires_gradient_sync(last)
         if self.loss_scale:
             loss = loss * self.loss_scale.scale
         loss.backward()
@@ -236,6 +252,21 @@ class FSDP2Engine(OnLayout):
         if self.loss_scale and "loss_scale" in values:
             self.loss_scale.scale = values["loss_scale"]["scale"]
             self.loss_scale.good_steps = values["loss_scale"]["good_steps"]
+
+
+class _Root(nn.Module):
+    """The model, and beside it the modules inside its blocks whose few parameters are gathered with its own.
+
+    Each block would otherwise gather and reduce its state space parameters by themselves: they stay in fp32, and the
+    parameters that ``fully_shard`` gathers together are of one type.
+    """
+
+    def __init__(self, model: nn.Module, few: nn.ModuleList) -> None:
+        super().__init__()
+        self.model, self.few = model, few
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
 
 
 def _is_own(mesh: DeviceMesh) -> bool:

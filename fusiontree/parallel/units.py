@@ -37,7 +37,8 @@ class Unit:
     prefixes: tuple[str, ...]
     """Names of the modules in the model; empty for the root."""
     keep_fp32: bool = False
-    """True where the forward must see fp32 parameters whatever the precision (the state space's A, D and dt)."""
+    """True where the forward sees fp32 parameters whatever the precision: the state space's A, D and dt, which must,
+    and the root's last norm, which costs nothing."""
     tp_split: bool = False
     """True where tensor parallel ranks hold different parts: the group is sharded over dp x cp, not over all ranks."""
 
@@ -71,7 +72,7 @@ def build_model(config: ModelConfig, layout: Layout) -> DistributedModel:
 
 
 def units_inside_out(model: DistributedModel) -> Iterator[list[Unit]]:
-    """Yield the model's units block by block, inner units before outer, the root (norms, time encoding …) last.
+    """Yield the model's units block by block, inner units before outer, the root (with the last norm) last.
 
     A caller that materialises and shards one list before it asks for the next never holds a whole model. The last unit
     of a list contains the others.
@@ -81,13 +82,14 @@ def units_inside_out(model: DistributedModel) -> Iterator[list[Unit]]:
         prefix = f"layers.{index}"
         yield [*_inner_units(block, prefix, split), Unit((block,), (prefix,))]
     root = model.module
-    inner = []
-    if split:  # the vocabulary is cut, so embedding and head are sharded over other ranks than the norms
-        if root.config.tie_word_embeddings:
-            inner = [Unit((root.embed, root.head), ("embed", "head"), tp_split=True)]
-        else:
-            inner = [Unit((root.embed,), ("embed",), tp_split=True), Unit((root.head,), ("head",), tp_split=True)]
-    yield [*inner, Unit((root,), ("",))]
+    cut = bool(split)  # the vocabulary
+    if root.config.tie_word_embeddings:
+        ends = [Unit((root.embed, root.head), ("embed", "head"), tp_split=cut)]
+    else:
+        ends = [Unit((root.embed,), ("embed",), tp_split=cut), Unit((root.head,), ("head",), tp_split=cut)]
+    if root.srte.kind == "learnable":
+        ends.append(Unit((root.srte,), ("srte",)))
+    yield [*ends, Unit((root,), ("",), keep_fp32=True)]
 
 
 def _inner_units(block: nn.Module, prefix: str, split: set[str]) -> Iterator[Unit]:

@@ -34,11 +34,11 @@ def micro_batch(number: int, layers: int) -> StepInputs:
 
 
 def dtypes_seen(engine: Any) -> dict[str, str]:
-    """What a forward finds in the state space's parameters and in the others."""
+    """What a forward finds in the parameters that stay fp32 (state space, last norm) and in the others."""
     seen: dict[str, str] = {}
 
     def note(module: Any, inputs: Any, output: Any) -> None:
-        kind = "ssm" if isinstance(module, SSMParameters) else "other"
+        kind = "kept" if isinstance(module, SSMParameters) or module is engine.module.norm else "other"
         for leaf in list(module._parameters) or [k for k in ("weight", "A_log") if k in module.__dict__]:
             value = getattr(module, leaf)
             if value is not None and value.numel():

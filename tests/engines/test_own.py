@@ -25,7 +25,7 @@ def train(own: bool, precision: str, tied: bool, poison: bool) -> tuple[list[Any
         patch.setattr(fsdp2, "_is_own", lambda mesh: own)
         engine = build.build_engine(model, SimpleNamespace(engine="fsdp2"), training, layout)
         assert isinstance(engine, fsdp2.FSDP2Engine)
-        assert isinstance(engine.module, FSDPModule) is not own
+        assert isinstance(engine.module.layers[0], FSDPModule) is not own
         seen: list[Any] = []
         for step in range(3):
             for micro in range(2):

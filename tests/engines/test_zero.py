@@ -99,11 +99,11 @@ def test_waiting_in_cpu_memory_changes_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_is_the_same_under_every_engine(start: tuple[Path, Path], tmp_path: Path, precision: str) -> None:
-    """The state space's parameters stay fp32, the others are cast, and nothing else is."""
+    """The state space's parameters and the last norm's stay fp32, the others are cast, and nothing else is."""
     common = (f"training.precision={precision}", "training.activation_checkpointing=full")
     reference = probe(start, tmp_path / "fsdp2", "parallel.engine=fsdp2", *common)
     assert reference["dtypes"] == {
-        "ssm": "torch.float32",
+        "kept": "torch.float32",
         "other": {"bf16": "torch.bfloat16"}.get(precision, "torch.float16"),
     }
     for engine in ("zero1", "zero2", "zero3"):
