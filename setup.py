@@ -16,7 +16,7 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],  # ZeRO-1, 2 and 3 engines; install with DS_BUILD_OPS=0
-        "cuda": ["mamba-ssm>=2.3.0,<3"],  # the scan's GPU kernels, built from source
+        "cuda": ["mamba-ssm>=2.3.0,<3"],  # another set of GPU kernels for the scan, built from source; the peer's too
         "megatron": ["megatron-core>=0.12,<0.20"],  # import of .bin/.idx corpora by its own reader
         "s3": ["s3fs>=2024.6,<2028"],  # shards at s3://
         "gs": ["gcsfs>=2024.6,<2028"],  # shards at gs://
@@ -30,6 +30,7 @@ setup(
             "ruff>=0.17,<0.18",
             "mypy>=1.13,<3",
             "types-PyYAML>=6,<7",
+            "triton>=3.4,<4; sys_platform == 'linux'",  # its interpreter runs our GPU kernels on the CPU
             "deepspeed>=0.19.8,<0.20",  # the ZeRO engines are held to the parity table
             "megatron-core>=0.12,<0.20",  # writes the corpora that its import is tested with
             "webdataset>=1.0.2,<2",  # our shards must be readable by it

@@ -14,6 +14,7 @@ COMPONENTS = (
     ("attention: one triangle a row", ("flash", "fmha", "cudnn_generated", "sdpa")),  # global heads
     ("convolution", ("causal_conv",)),
     ("loss", ("logsumexp", "nll_loss")),
+    ("copies", ("chunk_cat",)),
     ("scan", ("chunk_", "_bmm", "state_passing")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas")),
     ("optimizer", ("adam", "FusedOptimizer", "multi_tensor")),

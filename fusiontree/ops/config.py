@@ -10,7 +10,7 @@ from fusiontree.utils.section import Section, setting
 class KernelsConfig(Section):
     """Backends of the operations in ``ops/``. ``auto`` takes the fastest that is installed and fits the device."""
 
-    ssd: Literal["auto", "reference", "mamba_ssm"] = setting("auto", "State space scan.")
+    ssd: Literal["auto", "reference", "mamba_ssm", "triton"] = setting("auto", "State space scan.")
     conv: Literal["auto", "reference", "compiled", "triton"] = setting("auto", "Depthwise causal convolution.")
     attention: Literal["auto", "reference", "sdpa", "flex"] = setting("auto", "Local and global attention.")
     elementwise: Literal["auto", "reference", "compiled"] = setting(

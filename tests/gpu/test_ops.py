@@ -25,6 +25,7 @@ from tests.ops.test_ssd import positions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 needs_mamba = pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="mamba_ssm is not installed")
+scans = pytest.mark.parametrize("scan", ["triton", pytest.param("mamba_ssm", marks=needs_mamba)])
 
 
 def documents(length: int, packed: bool) -> Documents:
@@ -58,11 +59,11 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
 
 
-@needs_mamba
+@scans
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("decay", [(1.0, 16.0), (0.01, 0.02)])
 @pytest.mark.parametrize("length", [1024, 1000])
-def test_ssd(packed: bool, decay: tuple[float, float], length: int) -> None:
+def test_ssd(packed: bool, decay: tuple[float, float], length: int, scan: str) -> None:
     docs = documents(length, packed)
     heads, width, size, groups = 8, 64, 128, 2
     low, high = decay
@@ -79,12 +80,12 @@ def test_ssd(packed: bool, decay: tuple[float, float], length: int) -> None:
     def run(backend: str) -> Callable:
         return lambda x, dt, A, b, c, D: ssd_scan(x, dt, A, b, c, D, chunk_size=256, documents=docs, backend=backend)
 
-    check(run("mamba_ssm"), run("reference"), [x, dt, A, b, c, D], floor=6e-3)
+    check(run(scan), run("reference"), [x, dt, A, b, c, D], floor=6e-3)
 
 
-@needs_mamba
+@scans
 @pytest.mark.parametrize("starts", [[[0]], [[0, 300], [0, 100, 700]], [[0, 256, 511], [0, 512]]])
-def test_ssd_pieces_that_exchange_states(starts: list[list[int]]) -> None:
+def test_ssd_pieces_that_exchange_states(starts: list[list[int]], scan: str) -> None:
     """Three pieces of a row, the state folded from left to right, equal the whole row: outputs and gradients."""
     length, piece, heads = 768, 256, 8
     p = positions(2, length, starts)
@@ -105,9 +106,7 @@ def test_ssd_pieces_that_exchange_states(starts: list[list[int]]) -> None:
                 return before + 0 * reached  # on one rank the state before does not depend on this piece
 
             docs = Documents.from_positions(p[:, part].contiguous()).to("cuda")
-            y, state = ssd_scan(
-                x, dt, A, B, C, D, chunk_size=64, documents=docs, state_exchange=exchange, backend="mamba_ssm"
-            )
+            y, state = ssd_scan(x, dt, A, B, C, D, chunk_size=64, documents=docs, state_exchange=exchange, backend=scan)
             outputs.append(y)
             state = state.detach()
         return torch.cat(outputs, 1)
@@ -132,8 +131,8 @@ def test_ssd_pieces_that_exchange_states(starts: list[list[int]]) -> None:
         assert error(found[index].grad[:, last], inputs[index].grad[:, last]) < 2e-2, f"gradient {index}"
 
 
-@needs_mamba
-def test_ssd_gradient_through_an_exchange() -> None:
+@scans
+def test_ssd_gradient_through_an_exchange(scan: str) -> None:
     """The state to begin with is a function of what the piece reaches and of its decay, as under cp."""
     heads, length = 4, 256
     leaves = [draw(1, length, heads, 64), torch.rand(1, length, heads, device="cuda") * 0.05]
@@ -145,7 +144,7 @@ def test_ssd_gradient_through_an_exchange() -> None:
         return other.to(reached.dtype) * decay[..., None, None] + 0.3 * reached.flip(1)
 
     grads = []
-    for backend, dtype in (("reference", torch.float64), ("mamba_ssm", torch.bfloat16)):
+    for backend, dtype in (("reference", torch.float64), (scan, torch.bfloat16)):
         inputs = [v.bfloat16().double().requires_grad_() for v in leaves]
         low = [v.to(dtype) if v.dim() == 4 else v.to(torch.promote_types(dtype, torch.float32)) for v in inputs]
         y, state = ssd_scan(*low, chunk_size=64, state_exchange=exchange, backend=backend)
@@ -155,8 +154,8 @@ def test_ssd_gradient_through_an_exchange() -> None:
         assert error(mine, theirs) < 2e-2, f"result {index}"
 
 
-@needs_mamba
-def test_ssd_of_a_row_of_128k_equals_its_halves() -> None:
+@scans
+def test_ssd_of_a_row_of_128k_equals_its_halves(scan: str) -> None:
     """The benchmark's sizes: offsets of every kernel stay within 32 bits, or a half would differ from the whole."""
     length, half = 1 << 17, 1 << 16
     x = draw(1, length, 64, 64).bfloat16()
@@ -167,7 +166,7 @@ def test_ssd_of_a_row_of_128k_equals_its_halves() -> None:
 
     def run(part: slice, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         x, dt, B, C = (v[:, part] for v in inputs)
-        return ssd_scan(x, dt, A, B, C, D, chunk_size=256, initial_state_BHPN=state, backend="mamba_ssm")
+        return ssd_scan(x, dt, A, B, C, D, chunk_size=256, initial_state_BHPN=state, backend=scan)
 
     whole, _ = run(slice(None), None)
     first, state = run(slice(0, half), None)

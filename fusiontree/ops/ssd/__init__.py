@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
@@ -22,6 +24,18 @@ def _reference() -> Callable:
     return ssd_chunked
 
 
+def _triton() -> Callable:
+    from fusiontree.ops.ssd.triton import ssd_triton
+
+    return ssd_triton
+
+
+def _triton_unavailable(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "its kernels need a GPU"
+    return None if find_spec("triton") is not None else "triton is not installed"
+
+
 def _mamba_ssm() -> Callable:
     keep_tuning()
     from fusiontree.ops.ssd.mamba_ssm import ssd_mamba_ssm
@@ -30,7 +44,12 @@ def _mamba_ssm() -> Callable:
 
 
 SSD = Operation(
-    "ssd", [Backend("mamba_ssm", _mamba_ssm, mamba_ssm_unavailable), Backend("reference", _reference, anywhere)]
+    "ssd",
+    [
+        Backend("triton", _triton, _triton_unavailable),
+        Backend("mamba_ssm", _mamba_ssm, mamba_ssm_unavailable),
+        Backend("reference", _reference, anywhere),
+    ],
 )
 
 
@@ -60,7 +79,7 @@ def ssd_scan(
         B_BSGN: input projections; G groups of heads share them, N is the state's size.
         C_BSGN: output projections.
         D_H: skip weights.
-        chunk_size: tokens handled as one matrix product.
+        chunk_size: tokens handled as one matrix product; "triton" chooses by itself. The result is the same.
         documents: where the state restarts; None means each row is one document.
         initial_state_BHPN: state before the first token; tokens before the first document start continue it.
         state_exchange: called with the state this piece reaches from zero [B, H, P, N] and the piece's total decay

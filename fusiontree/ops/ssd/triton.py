@@ -1,0 +1,261 @@
+"""The scan by this project's Triton kernels (GPU): three launches forward, five backward, nothing to tune.
+
+Shape legend: B rows, S tokens, T tokens padded to whole chunks, c chunks, Q tokens of a chunk, H heads, G groups,
+P channels of a head, N state size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fusiontree.ops.documents import Documents
+from fusiontree.ops.ssd import kernels, kernels_backward
+from fusiontree.ops.ssd.chunked import ssd_chunked
+from fusiontree.ops.ssd.exchange import Exchange
+
+_SIZES = (16, 32, 64, 128)
+"""Channels of a head and sizes of a state that the kernels know: powers of two whose tiles fit a processor."""
+_HEADS_A_PROGRAM = 8
+_ENOUGH = 128
+"""Programs that keep a large GPU busy."""
+_WALK = {"num_warps": 4, "num_stages": 3}
+_OUTPUTS = {"num_warps": 8, "num_stages": 3}
+_INPUTS = {"num_warps": 4, "num_stages": 1}
+_SCORES = {"num_warps": 4, "num_stages": 3}
+_GROUP = {"num_warps": 8, "num_stages": 3}
+
+
+def ssd_triton(
+    x_BSHP: Tensor,
+    dt_BSH: Tensor,
+    A_H: Tensor,
+    B_BSGN: Tensor,
+    C_BSGN: Tensor,
+    D_H: Tensor,
+    *,
+    chunk_size: int,
+    documents: Documents | None = None,
+    initial_state_BHPN: Tensor | None = None,
+    state_exchange: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`fusiontree.ops.ssd.ssd_scan`; float64 and other sizes go through the plain formula.
+
+    The kernels choose their own chunks: the result does not depend on ``chunk_size``.
+    """
+    if x_BSHP.shape[-1] not in _SIZES or B_BSGN.shape[-1] not in _SIZES or x_BSHP.dtype == torch.float64:
+        return ssd_chunked(
+            x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, chunk_size=chunk_size, documents=documents,
+            initial_state_BHPN=initial_state_BHPN, state_exchange=state_exchange,
+        )  # fmt: skip
+    whole_rows = documents is not None and documents.whole_rows
+    # Segment 0 continues the initial state. Without starts inside the row there is nothing to compare.
+    segments_BS = None if documents is None or documents.tokens_before is not None else documents.segments_BS
+    initial = None if whole_rows or initial_state_BHPN is None else initial_state_BHPN.float()
+    return _Scan.apply(
+        x_BSHP, dt_BSH.float(), A_H.float(), B_BSGN, C_BSGN, D_H.float(), initial, segments_BS, whole_rows,
+        state_exchange,
+    )  # fmt: skip
+
+
+class _Sizes(NamedTuple):
+    """Sizes of one call."""
+
+    rows: int
+    length: int
+    heads: int
+    groups: int
+    width: int
+    size: int
+    Q: int
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a row."""
+        return -(-self.length // self.Q)
+
+    @property
+    def blocks(self) -> int:
+        """Programs that share the heads of a group."""
+        heads = self.heads // self.groups
+        return next(n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= _HEADS_A_PROGRAM)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the state that one program carries along a row; the fewer, the more often inputs are read."""
+        many = self.rows * self.heads * self.size // 64 >= _ENOUGH
+        return min(self.size, 64 if many else 32)
+
+    @property
+    def tile(self) -> dict[str, int]:
+        """The kernels' constants."""
+        return {"Q": self.Q, "P": self.width, "N": self.size}
+
+    @classmethod
+    def of(cls, x_BSHP: Tensor, B_BSGN: Tensor) -> _Sizes:
+        """Choose the chunks: two tiles of Q x Q values stay in registers, four of Q x N or Q x P in fast memory."""
+        rows, length, heads, width = x_BSHP.shape
+        Q = 128 if x_BSHP.dtype.itemsize == 2 and width <= 64 else 64
+        return cls(rows, length, heads, B_BSGN.shape[2], width, B_BSGN.shape[3], Q)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BSHP: Tensor,
+        dt_BSH: Tensor,
+        A_H: Tensor,
+        B_BSGN: Tensor,
+        C_BSGN: Tensor,
+        D_H: Tensor,
+        initial_BHPN: Tensor | None,
+        segments_BS: Tensor | None,
+        whole_rows: bool,
+        state_exchange: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        x_BSHP, B_BSGN, C_BSGN, dt_BSH = (_rows_of_channels(t) for t in (x_BSHP, B_BSGN, C_BSGN, dt_BSH))
+        sizes = _Sizes.of(x_BSHP, B_BSGN)
+        decay_BHT, step_BHT = x_BSHP.new_empty(
+            2, sizes.rows, sizes.heads, sizes.chunks * sizes.Q, dtype=torch.float32
+        ).unbind()
+        kernels.chunk_decay[(sizes.chunks, triton.cdiv(sizes.heads, 16), sizes.rows)](
+            dt_BSH, A_H, decay_BHT, step_BHT, dt_BSH.stride(0), dt_BSH.stride(1), sizes.length, sizes.chunks,
+            sizes.heads, Q=sizes.Q, BH=16,
+        )  # fmt: skip
+        decays = (decay_BHT, step_BHT, segments_BS)
+        states_BcHPN, final_BHPN, kept_BHc, total_BH = _walk(sizes, x_BSHP, B_BSGN, decays, initial_BHPN)
+        exchange = None
+        if state_exchange is not None:
+            exchange = Exchange(state_exchange, final_BHPN, torch.zeros_like(total_BH) if whole_rows else total_BH)
+            if not whole_rows:  # a whole row begins with a document, which must not see what came before
+                _add(sizes, states_BcHPN, exchange.initial_BHPN, kept_BHc)
+                final_BHPN = torch.addcmul(final_BHPN, total_BH[..., None, None], exchange.initial_BHPN.float())
+        y_BSHP = torch.empty(x_BSHP.shape, dtype=x_BSHP.dtype, device=x_BSHP.device)
+        heads_a_group = sizes.heads // sizes.groups
+        kernels.chunk_outputs[(sizes.groups * sizes.blocks, sizes.chunks, sizes.rows)](
+            x_BSHP, B_BSGN, C_BSGN, D_H, decay_BHT, step_BHT, _or(segments_BS, x_BSHP), states_BcHPN, y_BSHP,
+            *x_BSHP.stride()[:3], *B_BSGN.stride()[:3], *C_BSGN.stride()[:3],
+            sizes.length, sizes.chunks, sizes.heads, heads_a_group,
+            packed=segments_BS is not None, **sizes.tile, HEADS=heads_a_group // sizes.blocks, **_OUTPUTS,
+        )  # fmt: skip
+        ctx.save_for_backward(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, segments_BS, decay_BHT, step_BHT, states_BcHPN)
+        ctx.sizes, ctx.has_initial, ctx.exchange = sizes, initial_BHPN is not None, exchange
+        ctx.set_materialize_grads(False)
+        return y_BSHP, final_BHPN
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, segments_BS, decay_BHT, step_BHT, states_BcHPN = ctx.saved_tensors
+        sizes, exchange = ctx.sizes, ctx.exchange
+        dy_BSHP, dfinal_BHPN = grads
+        dy_BSHP = torch.zeros_like(x_BSHP) if dy_BSHP is None else _rows_of_channels(dy_BSHP)
+        decays = (decay_BHT, step_BHT, segments_BS)
+        dkeep_BHcnP = x_BSHP.new_empty(
+            sizes.rows, sizes.heads, sizes.chunks, sizes.size // sizes.columns, sizes.width, dtype=torch.float32
+        )
+        back = (states_BcHPN, dkeep_BHcnP)
+        dstates_BcHPN, dinitial_BHPN, kept_BHc, _ = _walk(sizes, dy_BSHP, C_BSGN, decays, dfinal_BHPN, back)
+        more_BH = None
+        if exchange is not None:
+            # All ranks are here, also those whose own initial state counts for nothing.
+            dreached_BHPN, more_BH = exchange.backward(dinitial_BHPN)
+            _add(sizes, dstates_BcHPN, dreached_BHPN, kept_BHc, back)
+
+        heads_a_group, blocks, packed = sizes.heads // sizes.groups, sizes.blocks, segments_BS is not None
+        segments = _or(segments_BS, x_BSHP)
+        dx_BSHP = torch.empty(x_BSHP.shape, dtype=x_BSHP.dtype, device=x_BSHP.device)
+        dB_BSGN, dC_BSGN = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (B_BSGN, C_BSGN))
+        dscores = x_BSHP.new_empty(sizes.rows, sizes.chunks, sizes.groups * blocks, sizes.Q, sizes.Q)
+        dstep, ddecay, dlater, to_state, from_state, skip = x_BSHP.new_empty(
+            6, *step_BHT.shape, dtype=torch.float32
+        ).unbind()
+        shape = (
+            *x_BSHP.stride()[:3], *dy_BSHP.stride()[:3], *B_BSGN.stride()[:3], *C_BSGN.stride()[:3],
+            sizes.length, sizes.chunks, sizes.heads, heads_a_group,
+        )  # fmt: skip
+        grid = (2 * sizes.groups * blocks, sizes.chunks, sizes.rows)
+        constants = {"packed": packed, **sizes.tile}
+        kernels_backward.chunk_inputs_backward[grid](
+            x_BSHP, dy_BSHP, B_BSGN, C_BSGN, D_H, decay_BHT, step_BHT, segments, dstates_BcHPN,
+            dx_BSHP, dstep, to_state, skip, *shape, **constants, HEADS=heads_a_group // blocks, **_INPUTS,
+        )  # fmt: skip
+        kernels_backward.chunk_scores_backward[grid](
+            x_BSHP, dy_BSHP, B_BSGN, C_BSGN, decay_BHT, step_BHT, segments, dscores, ddecay, dlater, *shape,
+            **constants, HEADS=heads_a_group // blocks, **_SCORES,
+        )  # fmt: skip
+        for of_C in (True, False):
+            x, w, other = (dy_BSHP, C_BSGN, B_BSGN) if of_C else (x_BSHP, B_BSGN, C_BSGN)
+            kernels_backward.chunk_group_backward[(sizes.groups, sizes.chunks, sizes.rows)](
+                x, w, other, decay_BHT, step_BHT, segments, states_BcHPN if of_C else dstates_BcHPN, dscores,
+                dC_BSGN if of_C else dB_BSGN, from_state,
+                *x.stride()[:3], *w.stride()[:3], *other.stride()[:3],
+                sizes.length, sizes.chunks, sizes.heads, heads_a_group, blocks, of_C=of_C, **constants, **_GROUP,
+            )  # fmt: skip
+        ddt_BSH = torch.empty(dt_BSH.shape, dtype=dt_BSH.dtype, device=dt_BSH.device)
+        dA_BcH = x_BSHP.new_empty(sizes.rows, sizes.chunks, sizes.heads, dtype=torch.float32)
+        kernels_backward.chunk_decay_backward[(sizes.chunks, triton.cdiv(sizes.heads, 16), sizes.rows)](
+            ddecay, dlater, from_state, to_state, dstep, dkeep_BHcnP, _or(more_BH, x_BSHP), decay_BHT, step_BHT, A_H,
+            segments, ddt_BSH, dA_BcH, sizes.length, sizes.chunks, sizes.heads,
+            has_more=more_BH is not None, packed=packed, Q=sizes.Q, BH=16, PARTS=dkeep_BHcnP[0, 0, 0].numel(),
+        )  # fmt: skip
+        dA_H, dD_H = dA_BcH.sum((0, 1)), skip.sum((0, 2))
+        dinitial = dinitial_BHPN if ctx.has_initial else None
+        return dx_BSHP, ddt_BSH, dA_H, dB_BSGN, dC_BSGN, dD_H, dinitial, None, None, None
+
+
+def _walk(
+    sizes: _Sizes,
+    x_BSHP: Tensor,
+    w_BSGN: Tensor,
+    decays: tuple[Tensor, Tensor, Tensor | None],
+    begin_BHPN: Tensor | None,
+    back: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return states ``[B, c, H, P, N]``, the last one (fp32), and what each and the last have of ``begin``.
+
+    ``back``, for the states' gradients: the states, and where parts of the gradient of what chunks keep go.
+    """
+    decay_BHT, step_BHT, segments_BS = decays
+    shape = (sizes.rows, sizes.heads, sizes.width, sizes.size)
+    states_BcHPN = x_BSHP.new_empty(sizes.rows, sizes.chunks, *shape[1:])
+    end_BHPN = x_BSHP.new_empty(shape, dtype=torch.float32)
+    kept_BHc = x_BSHP.new_empty(*shape[:2], sizes.chunks, dtype=torch.float32)
+    total_BH = x_BSHP.new_empty(shape[:2], dtype=torch.float32)
+    begin = _or(None if begin_BHPN is None else begin_BHPN.contiguous(), end_BHPN)
+    kernels.chunk_walk[(sizes.size // sizes.columns, sizes.heads, sizes.rows)](
+        x_BSHP, w_BSGN, decay_BHT, step_BHT, _or(segments_BS, x_BSHP), begin, states_BcHPN, end_BHPN, kept_BHc,
+        total_BH, *(back or (states_BcHPN, end_BHPN)), *x_BSHP.stride()[:3], *w_BSGN.stride()[:3],
+        sizes.length, sizes.chunks, sizes.heads, sizes.heads // sizes.groups,
+        backward=back is not None, has_begin=begin_BHPN is not None, packed=segments_BS is not None,
+        **sizes.tile, BN=sizes.columns, **_WALK,
+    )  # fmt: skip
+    return states_BcHPN, end_BHPN, kept_BHc, total_BH
+
+
+def _add(
+    sizes: _Sizes,
+    states_BcHPN: Tensor,
+    begin_BHPN: Tensor,
+    kept_BHc: Tensor,
+    back: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Add to the states of a walk from zero what they would have had of ``begin``; ``back`` as in :func:`_walk`."""
+    before_BcHPN, dkeep_BHcnP = back or (states_BcHPN, kept_BHc)
+    kernels.chunk_add_state[(sizes.chunks, sizes.heads, sizes.rows)](
+        states_BcHPN, begin_BHPN.float().contiguous(), kept_BHc, before_BcHPN, dkeep_BHcnP, sizes.chunks, sizes.heads,
+        dkeep_BHcnP[0, 0, 0].numel(), backward=back is not None, SIZE=sizes.width * sizes.size, num_warps=8,
+    )  # fmt: skip
+
+
+def _rows_of_channels(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
+    """A pointer for an argument that a kernel does not read."""
+    return unused if tensor is None else tensor
