@@ -258,12 +258,12 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             result["operations"] = time_operations(
                 model, training.seq_len, PRECISION[training.precision], layout.device
             )
+        garbage.take_back()
         if layout.is_main:
             print_table(result)
         if args.peers or args.decode:
             micro = ready.pop()[0][0]
             mesh = layout.parameter_mesh(True)
-            garbage.take_back()
             del engine  # its memory is the peer's
             gc.collect()
             torch.cuda.empty_cache()
