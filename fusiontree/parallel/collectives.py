@@ -91,15 +91,15 @@ def gather_stack(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _GatherStack.apply(x, group)
 
 
-def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return ``[R, …]``."""
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the ranks' tensors as ``[R, …]``; no gradient."""
     stacked = x.new_empty(dist.get_world_size(group), *x.shape)
     getattr(dist, ALL_GATHER)(stacked.view(-1), x.contiguous().view(-1), group=group)
     return stacked
 
 
-def _reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum ``[R, …]`` over the ranks and return this rank's entry."""
+def reduce_scatter(stacked: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum ``[R, …]`` over the ranks and return this rank's entry; no gradient."""
     mine = stacked.new_empty(stacked.shape[1:])
     getattr(dist, REDUCE_SCATTER)(mine.view(-1), stacked.contiguous().view(-1), group=group)
     return mine
@@ -215,22 +215,22 @@ class _ScatterTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _reduce_scatter(_part(x_BS, dist.get_world_size(group)), group)
+        return reduce_scatter(_part(x_BS, dist.get_world_size(group)), group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _join(_all_gather(grads[0], ctx.group)), None
+        return _join(all_gather(grads[0], ctx.group)), None
 
 
 class _GatherStack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _all_gather(x, group)
+        return all_gather(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grads[0], ctx.group), None
+        return reduce_scatter(grads[0], ctx.group), None
 
 
 class _SumIdentity(torch.autograd.Function):
@@ -253,72 +253,76 @@ class _Swap:
 
     def send(self, *inputs: Tensor) -> tuple[Tensor, dist.Work]:
         self.shape = tuple(inputs[0].shape)
-        return _exchange({self.mirror: inputs[0]}, {self.mirror: inputs[0].numel()}, inputs[0], self.group)
+        return _exchange({self.mirror: [inputs[0]]}, {self.mirror: inputs[0].numel()}, inputs[0], self.group)
 
     def land(self, arrived: Tensor) -> tuple[Tensor, ...]:
         return (arrived.view(self.shape),)
 
     def send_back(self, *grads: Tensor) -> tuple[Tensor, dist.Work]:
-        return _exchange({self.mirror: grads[0]}, {self.mirror: grads[0].numel()}, grads[0], self.group)
+        return _exchange({self.mirror: [grads[0]]}, {self.mirror: grads[0].numel()}, grads[0], self.group)
 
     def land_back(self, arrived: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (arrived.view(self.shape),)
 
 
 class _LeftHalos:
+    """A message holds piece after piece, each flat: what arrives needs no copy where one neighbour holds a halo."""
+
     passes = True
 
     def __init__(self, length: int, group: dist.ProcessGroup, shapes: list[tuple[int, ...]]) -> None:
         self.length, self.group, self.shapes = length, group, shapes
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.rows, self.size = shapes[0][:2]
-        self.counts = _halo_counts(length, self.size)
         self.widths = [math.prod(shape[2:]) for shape in shapes]
+        counts = enumerate(_halo_counts(length, self.size), start=1)
+        self.left, self.right = {}, {}  # tokens of a halo, by the rank that holds them or that wants them
+        for back, count in counts:
+            if self.rank - back >= 0:
+                self.left[self.rank - back] = count
+            if self.rank + back < self.ranks:
+                self.right[self.rank + back] = count
 
     def send(self, *inputs: Tensor) -> tuple[Tensor, dist.Work]:
-        most = self.counts[0]
-        last_BSC = torch.cat([piece[:, self.size - most :].flatten(2) for piece in inputs], dim=-1)
-        send, sizes = {}, {}
-        for back, count in enumerate(self.counts, start=1):
-            if self.rank + back < self.ranks:
-                send[self.rank + back] = last_BSC[:, most - count :]
-            if self.rank - back >= 0:
-                sizes[self.rank - back] = self.rows * count * sum(self.widths)
-        return _exchange(send, sizes, last_BSC, self.group)
+        send = {rank: [piece[:, self.size - count :] for piece in inputs] for rank, count in self.right.items()}
+        return _exchange(send, self._sizes(self.left), inputs[0], self.group)
 
     def land(self, arrived: Tensor) -> tuple[Tensor, ...]:
         # Of the farthest neighbour first, and zeros for those that do not exist.
-        width = sum(self.widths)
-        counts = [count for back, count in enumerate(self.counts, start=1) if self.rank - back >= 0][::-1]
-        parts = arrived.split([self.rows * count * width for count in counts]) if counts else ()
-        there = [part.view(self.rows, count, width) for part, count in zip(parts, counts, strict=True)]
-        missing = arrived.new_zeros(self.rows, self.length - sum(counts), width)
-        halos = torch.cat([missing, *there], dim=1).split(self.widths, dim=-1)
-        return tuple(
-            halo.contiguous().view(self.rows, self.length, *shape[2:])
-            for halo, shape in zip(halos, self.shapes, strict=True)
-        )
+        messages = [self._pieces(*part) for part in self._parts(arrived, self.left)]
+        missing = self.length - sum(self.left.values())
+        if missing:
+            messages.insert(0, self._pieces(arrived.new_zeros(self.rows * missing * sum(self.widths)), missing))
+        return tuple(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in zip(*messages, strict=True))
 
     def send_back(self, *grads: Tensor) -> tuple[Tensor, dist.Work]:
-        grad_BSC = torch.cat([grad.flatten(2) for grad in grads], dim=-1)
-        send, sizes = {}, {}
-        end = self.length
-        for back, count in enumerate(self.counts, start=1):
-            if self.rank - back >= 0:
-                send[self.rank - back] = grad_BSC[:, end - count : end]
-            if self.rank + back < self.ranks:
-                sizes[self.rank + back] = self.rows * count * grad_BSC.shape[2]
-            end -= count
-        return _exchange(send, sizes, grad_BSC, self.group)
+        send = {}
+        begin = self.length - sum(self.left.values())
+        for rank, count in sorted(self.left.items()):
+            send[rank] = [grad[:, begin : begin + count] for grad in grads]
+            begin += count
+        return _exchange(send, self._sizes(self.right), grads[0], self.group)
 
     def land_back(self, arrived: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         totals = tuple(grad.contiguous() for grad in grads)  # an expanded one could not be added to
-        counts = [count for back, count in enumerate(self.counts, start=1) if self.rank + back < self.ranks]
-        for part, count in zip(arrived.split([self.rows * c * sum(self.widths) for c in counts]), counts, strict=True):
-            values = part.view(self.rows, count, -1).split(self.widths, dim=-1)
-            for total, own in zip(totals, values, strict=True):
-                total[:, self.size - count :] += own.reshape(self.rows, count, *total.shape[2:])
+        for part, count in self._parts(arrived, self.right):
+            for total, own in zip(totals, self._pieces(part, count), strict=True):
+                total[:, self.size - count :] += own
         return totals
+
+    def _sizes(self, counts: dict[int, int]) -> dict[int, int]:
+        return {rank: self.rows * count * sum(self.widths) for rank, count in counts.items()}
+
+    def _parts(self, arrived: Tensor, counts: dict[int, int]) -> list[tuple[Tensor, int]]:
+        """Cut what arrived into the messages of each rank, in their order, each with its number of tokens."""
+        sizes = self._sizes(counts)
+        ranks = sorted(counts)
+        return list(zip(arrived.split([sizes[rank] for rank in ranks]), [counts[rank] for rank in ranks], strict=True))
+
+    def _pieces(self, message: Tensor, count: int) -> list[Tensor]:
+        """Cut a message of ``count`` tokens into its pieces ``[B, count, …]``."""
+        flat = message.split([self.rows * count * width for width in self.widths])
+        return [part.view(self.rows, count, *shape[2:]) for part, shape in zip(flat, self.shapes, strict=True)]
 
 
 def _halo_counts(length: int, piece: int) -> list[int]:
@@ -327,17 +331,17 @@ def _halo_counts(length: int, piece: int) -> list[int]:
 
 
 def _exchange(
-    send: dict[int, Tensor], sizes: dict[int, int], like: Tensor, group: dist.ProcessGroup
+    send: dict[int, list[Tensor]], sizes: dict[int, int], like: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, dist.Work]:
     """Begin to send tensors to ranks of the group and to receive so many elements; all ranks call this together.
 
-    Returns what arrives, flat, in the order of the ranks. One call of the library, where pairs of sends and receives
-    would cost the host several.
+    Returns what arrives, flat, in the order of the ranks; each rank's tensors are one message, flat, one after the
+    other. One call of the library, where pairs of sends and receives would cost the host several.
     """
     ranks = range(dist.get_world_size(group))
-    flat = [send[rank].reshape(-1) if rank in send else like.new_empty(0) for rank in ranks]
+    flat = [part.reshape(-1) for rank in ranks for part in send.get(rank, ())]
+    message = flat[0] if len(flat) == 1 else torch.cat(flat) if flat else like.new_empty(0)
+    given = [sum(part.numel() for part in send.get(rank, ())) for rank in ranks]
     expected = [sizes.get(rank, 0) for rank in ranks]
     arrived = like.new_empty(sum(expected))
-    given = [part.numel() for part in flat]
-    work = dist.all_to_all_single(arrived, torch.cat(flat), expected, given, group=group, async_op=True)
-    return arrived, work
+    return arrived, dist.all_to_all_single(arrived, message, expected, given, group=group, async_op=True)

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,11 +28,12 @@ from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.attention import attention
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel.collectives import (
+    all_gather,
     begin_gather_tokens,
     begin_left_halos,
     begin_swap_with_mirror,
-    gather_stack,
     left_halos,
+    reduce_scatter,
 )
 from fusiontree.parallel.layout import Layout
 
@@ -97,15 +100,42 @@ class PassingScan(SSDScan):
             reached_BHPN: the state this piece reaches from zero, S_r.
             decay_BH: what remains of a state over the piece, P_r; 0 where a document starts in it.
         """
+        return pass_states(reached_BHPN, decay_BH, self.group)
+
+
+def pass_states(reached_BHPN: Tensor, decay_BH: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the state before this rank's piece; see :meth:`PassingScan.state_before`."""
+    return _PassStates.apply(reached_BHPN, decay_BH, group)
+
+
+class _PassStates(torch.autograd.Function):
+    """States and decays in one message. Each rank folds the pieces before its own; the first does no arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, reached_BHPN: Tensor, decay_BH: Tensor, group: dist.ProcessGroup) -> Tensor:
         packed = torch.cat([reached_BHPN.flatten(2), decay_BH.unsqueeze(-1)], dim=-1)
-        stacked = gather_stack(packed, self.group)
-        rank = dist.get_rank(self.group)
-        state_BHX = torch.zeros_like(stacked[0, ..., :-1])
-        for index, piece in enumerate(stacked.unbind(0)):
-            after_BHX = piece[..., -1:] * state_BHX + piece[..., :-1]
-            # Pieces at or after this one count nothing, yet stay in the graph: every rank joins the backward.
-            state_BHX = torch.lerp(state_BHX, after_BHX, float(index < rank))
-        return state_BHX.view_as(reached_BHPN)
+        before = all_gather(packed, group)[: dist.get_rank(group)]
+        states: list[Tensor] = []  # after each piece before this one
+        for piece in before.unbind(0):
+            state, kept = piece[..., :-1], piece[..., -1:]
+            states.append(torch.addcmul(state, kept, states[-1]) if states else state)
+        ctx.save_for_backward(before, *states)
+        ctx.group, ctx.shape = group, reached_BHPN.shape
+        return states[-1].reshape(ctx.shape) if states else torch.zeros_like(reached_BHPN)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        before, *states = ctx.saved_tensors
+        dstate = grads[0].flatten(2)
+        # Every rank joins, also the first, whose gradient goes nowhere.
+        dpacked = dstate.new_zeros(dist.get_world_size(ctx.group), *dstate.shape[:2], dstate.shape[2] + 1)
+        for index in reversed(range(len(states))):
+            dpacked[index, ..., :-1] = dstate
+            if index:
+                dpacked[index, ..., -1] = (dstate * states[index - 1]).sum(-1)
+                dstate = dstate * before[index, ..., -1:]
+        mine = reduce_scatter(dpacked, ctx.group)
+        return mine[..., :-1].reshape(ctx.shape), mine[..., -1], None
 
 
 class WindowCore(AttentionCore):
@@ -153,23 +183,44 @@ class RowCore(AttentionCore):
         length = q_BSHD.shape[1]
         half = first_half(length)
         gathered = begin_gather_tokens(torch.cat([k_BSKD, v_BSKD], dim=-1), self.group)
+        first, second = q_BSHD.split([half, length - half], dim=1)
         # A piece of one token has no second half.
-        mirrored = begin_swap_with_mirror(q_BSHD[:, half:], self.group) if half < length else None
+        mirrored = begin_swap_with_mirror(second, self.group) if half < length else None
+        attend = partial(attention, backend=self.backend)
 
         def finish() -> Tensor:
-            k_BTKD, v_BTKD = gathered().chunk(2, dim=-1)
-
-            def attend(queries: Tensor, end: int, part: Documents) -> Tensor:
-                return attention(queries, k_BTKD[:, :end], v_BTKD[:, :end], documents=part, backend=self.backend)
-
+            ends = (rank * length + half, (ranks - rank) * length)
+            k_own, v_own, k_mirror, v_mirror = _KeysUpTo.apply(gathered(), *ends)
             theirs = None
             if mirrored is not None:  # first, so that the results travel while this rank computes its own
-                mirror = attend(mirrored(), (ranks - rank) * length, mirror_documents)
+                mirror = attend(mirrored(), k_mirror, v_mirror, documents=mirror_documents)
                 theirs = begin_swap_with_mirror(mirror, self.group)
-            own = attend(q_BSHD[:, :half], rank * length + half, own_documents)
+            own = attend(first, k_own, v_own, documents=own_documents)
             return own if theirs is None else torch.cat([own, theirs()], dim=1)
 
         return finish
+
+
+class _KeysUpTo(torch.autograd.Function):
+    """Keys and values ``[B, end, K, D]`` of a row's first tokens, for two ends; ``kv_BTKD`` holds both side by side.
+
+    Backward, the longer gradient is the beginning of the row's own and the shorter is added to it in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kv_BTKD: Tensor, *ends: int) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.ends = kv_BTKD.shape, ends
+        return tuple(part for end in ends for part in kv_BTKD[:, :end].chunk(2, dim=-1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (short, dshort), (long, dlong) = sorted(zip(ctx.ends, (grads[:2], grads[2:]), strict=True), key=itemgetter(0))
+        total = grads[0].new_empty(ctx.shape)
+        total[:, long:] = 0.0
+        for part, first, second in zip(total.chunk(2, dim=-1), dlong, dshort, strict=True):
+            part[:, :long] = first
+            part[:, :short] += second
+        return total, None, None
 
 
 def apply_context_parallel(model: FusionTreeModel, layout: Layout) -> None:

@@ -120,7 +120,7 @@ def by_part(recorder: Recorder) -> Iterator[None]:
 
     parts = {
         "left_halos": whole(context_parallel.left_halos, "conv"),
-        "gather_stack": whole(context_parallel.gather_stack, "scan"),
+        "pass_states": whole(context_parallel.pass_states, "scan"),
         "begin_left_halos": begun(context_parallel.begin_left_halos, "local heads"),
         "begin_gather_tokens": begun(context_parallel.begin_gather_tokens, "global heads"),
         "begin_swap_with_mirror": begun(context_parallel.begin_swap_with_mirror, "global heads"),

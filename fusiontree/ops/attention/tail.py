@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusiontree.ops.elementwise import fused
+
 _ATEN = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -42,9 +44,7 @@ class _CausalTail(torch.autograd.Function):
             outputs.append(out_BHSD)
             lses.append(lse.view(*out_BHSD.shape[:3], 1))
             others.append(rest)
-        lse_BHS1 = torch.logaddexp(*lses)
-        out_BHSD = sum(out.float() * (part - lse_BHS1).exp() for out, part in zip(outputs, lses, strict=True))
-        out_BHSD = out_BHSD.to(q_BHSD.dtype)
+        out_BHSD, lse_BHS1 = fused(_merged, "auto", q_BHSD.device.type)(*outputs, *lses)
         ctx.save_for_backward(q_BHSD, k_BKTD, v_BKTD, out_BHSD, lse_BHS1.view_as(lse))
         ctx.before, ctx.scale, ctx.others = before, scale, others
         return out_BHSD
@@ -61,6 +61,13 @@ class _CausalTail(torch.autograd.Function):
             for of_all, of_part in zip((dq, dk, dv), found, strict=True):
                 of_all.append(of_part)
         return dq[0] + dq[1], torch.cat(dk, dim=2), torch.cat(dv, dim=2), None
+
+
+def _merged(out_0: Tensor, out_1: Tensor, lse_0: Tensor, lse_1: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outputs' average and the lse of both; outputs ``[B, H, S, D]``, lse ``[B, H, S, 1]`` in fp32."""
+    lse = torch.logaddexp(lse_0, lse_1)
+    out = out_0.float() * (lse_0 - lse).exp() + out_1.float() * (lse_1 - lse).exp()
+    return out.to(out_0.dtype), lse
 
 
 def _parts(k_BKTD: Tensor, v_BKTD: Tensor, before: int) -> list[tuple[Tensor, Tensor, bool]]:
