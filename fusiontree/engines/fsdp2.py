@@ -24,6 +24,8 @@ from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shards import GlobalTensor
 from fusiontree.parallel.units import DistributedModel, Unit, units_inside_out
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's, by their names in its state."""
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -65,6 +67,13 @@ class FSDP2Engine(OnLayout):
         self._root: Any = self.module
         self._distribute(model, materialize, PRECISION[precision])
         self.parameters = {name: self._own.masters.get(p, p) for name, p in self.module.named_parameters()}
+        with torch.no_grad():
+            self._parts = {name: _local(parameter) for name, parameter in self.parameters.items()}
+        self._moments = {
+            (kind, name): torch.zeros_like(parameter, requires_grad=False)
+            for kind in MOMENTS
+            for name, parameter in self.parameters.items()
+        }
         self.optimizer = self._build_optimizer(decays)
         self.loss_scale = LossScale() if precision == "fp16" else None
         self._watch = GradientWatch(self.module.embed)
@@ -112,25 +121,24 @@ class FSDP2Engine(OnLayout):
             now.set_modules_to_forward_prefetch([after])
 
     def _build_optimizer(self, decays: Callable[[str, nn.Parameter], bool]) -> torch.optim.AdamW:
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.parameters.items():
-            # AdamW's kernel takes sharded tensors or plain ones, not both at once.
-            groups.setdefault((decays(name, parameter), isinstance(parameter, DTensor)), []).append(parameter)
+        """Return AdamW over this rank's parts as plain tensors: sharded ones cost the host several times the calls."""
+        decayed = [self._parts[name] for name, parameter in self.parameters.items() if decays(name, parameter)]
+        plain = [self._parts[name] for name, parameter in self.parameters.items() if not decays(name, parameter)]
+        groups = [
+            {"params": decayed, "weight_decay": self._settings.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.AdamW(
-            [
-                {"params": parameters, "weight_decay": self._settings.weight_decay if decayed else 0.0}
-                for (decayed, _), parameters in groups.items()
-            ],
+            [group for group in groups if group["params"]],
             betas=(self._settings.beta1, self._settings.beta2),
             eps=self._settings.eps,
             fused=True,
         )
         # AdamW makes its moments in the first step; a checkpoint to load needs them before.
-        for parameter in self.parameters.values():
-            optimizer.state[parameter] = {
+        for name, part in self._parts.items():
+            optimizer.state[part] = {
                 "step": torch.zeros((), dtype=torch.float32, device=self.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+                **{kind: _local(self._moments[kind, name]) for kind in MOMENTS},
             }
         return optimizer
 
@@ -161,7 +169,7 @@ class FSDP2Engine(OnLayout):
     def step(self, learning_rate: float) -> StepResult:
         """Clip by the global norm, apply AdamW, clear the gradient; the device decides by itself whether to skip."""
         norm = self._global_norm()
-        self._own.hand_over()
+        self._hand_over()
         divisor = torch.ones_like(norm)
         if self.loss_scale:
             norm = norm / self.loss_scale.scale
@@ -189,7 +197,8 @@ class FSDP2Engine(OnLayout):
     def discard(self) -> None:
         """Clear the gradient."""
         self._own.discard()
-        self.optimizer.zero_grad(set_to_none=True)
+        for name, parameter in self.parameters.items():
+            parameter.grad = self._parts[name].grad = None
         self._watch.end_step()
 
     def finite_passes(self) -> list[bool]:
@@ -204,6 +213,13 @@ class FSDP2Engine(OnLayout):
                 yield from ((name, offset, values) for offset, values in placed.pieces)
             else:
                 yield name, _offset(placed), _local(placed)
+
+    def _hand_over(self) -> None:
+        """Give the gradients to the optimizer's tensors."""
+        self._own.hand_over()
+        for name, parameter in self.parameters.items():
+            if isinstance(parameter, DTensor) and parameter.grad is not None:
+                self._parts[name].grad = _local(parameter.grad)
 
     def _global_norm(self) -> Tensor:
         kinds: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
@@ -221,10 +237,9 @@ class FSDP2Engine(OnLayout):
         """Live tensors: ``model.NAME``, ``optimizer.exp_avg.NAME``, ``optimizer.exp_avg_sq.NAME``."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
             tensors[f"model.{name}"] = self._placed(name, parameter.detach())
-            tensors[f"optimizer.exp_avg.{name}"] = self._placed(name, state["exp_avg"])
-            tensors[f"optimizer.exp_avg_sq.{name}"] = self._placed(name, state["exp_avg_sq"])
+            for kind in MOMENTS:
+                tensors[f"optimizer.{kind}.{name}"] = self._placed(name, self._moments[kind, name])
         return tensors
 
     def _placed(self, name: str, tensor: Tensor) -> Tensor:
