@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
 
@@ -25,13 +26,26 @@ def needs_gpu(device: torch.device) -> str | None:
 
 @functools.cache
 def compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``formula`` compiled; forward and backward become fused kernels."""
+    """Return ``formula`` compiled; forward and backward become fused kernels.
+
+    Also in sight of a mode that watches operations, as full recomputation has one: torch would silently run the formula
+    step by step there.
+    """
     from torch._dynamo import config as limits  # takes a second to import, which CPU runs need not wait for
 
     # One row or several, one token or several, each width of heads, each dtype: more kinds than the eight after which
     # torch would run a formula uncompiled.
     limits.recompile_limit = max(limits.recompile_limit, _KINDS)
-    return torch.compile(formula)
+    fast = torch.compile(formula)
+
+    @functools.wraps(formula)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not is_in_torch_dispatch_mode():
+            return fast(*args, **kwargs)
+        with _disable_current_modes():
+            return fast(*args, **kwargs)
+
+    return run
 
 
 def _as_it_is(formula: Callable[..., Any]) -> Callable[..., Any]:

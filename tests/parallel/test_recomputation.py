@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusiontree.ops.attention.flex import attention_flex
 from fusiontree.ops.attention.reference import attention_reference
 from fusiontree.ops.documents import Documents
+from fusiontree.ops.elementwise import compiled
+from fusiontree.ops.norm.reference import rms_norm
 from fusiontree.parallel.recomputation import _keeping, checkpoint_activations
 from tests.helpers import tiny_model
 
@@ -61,3 +66,22 @@ def test_flex_attention_compiles_inside_a_recomputed_block() -> None:
         with keep:
             got = attention_flex(q, k, v, window=100)
         torch.testing.assert_close(got, attention_reference(q, k, v, window=100), rtol=1e-4, atol=1e-5)
+
+
+def test_formulas_stay_compiled_inside_a_recomputed_block() -> None:
+    """torch runs a compiled function step by step where a mode watches; at 128K tokens that cost a tenth of a step."""
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, weight = torch.randn(4, 16, requires_grad=True), torch.ones(16)
+    norm = compiled(rms_norm)
+    with Watch():
+        got = norm(x, weight, 1e-5)
+    assert not seen
+    got.sum().backward()
+    torch.testing.assert_close(got, rms_norm(x, weight, 1e-5))
+    assert x.grad is not None
