@@ -66,4 +66,5 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
         precision=training.precision,
         optimizer=optimizer,
         shard=parallel.engine == "fsdp2",
+        reshard_after_forward=parallel.reshard_after_forward,
     )

@@ -46,6 +46,7 @@ class FSDP2Engine(OnLayout):
         precision: str,
         optimizer: OptimizerSettings,
         shard: bool,
+        reshard_after_forward: bool = True,
     ) -> None:
         """Materialise, initialise and shard ``model`` (on the meta device) one block at a time.
 
@@ -57,11 +58,13 @@ class FSDP2Engine(OnLayout):
             precision: bf16 | fp16 | fp32, the type of activations and matrix products.
             optimizer: AdamW's settings.
             shard: True shards over all data parallel ranks, False keeps whole parameters (ddp).
+            reshard_after_forward: whether a block's parameters are gathered again for its backward pass, or kept.
         """
         super().__init__(layout)
         self.module: Any = model.module
         self.specs = model.specs
         self._shard = shard
+        self._reshard = shard and reshard_after_forward
         self._settings = optimizer
         self._own = OwnParameters()
         self._root: Any = self.module
@@ -107,7 +110,7 @@ class FSDP2Engine(OnLayout):
                         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
                     ),
                     # Embedding, head and root are at work where one pass ends and the other begins.
-                    reshard_after_forward=shard and in_block,
+                    reshard_after_forward=self._reshard and in_block,
                     ignored_params={*self._own.masters, *(few.parameters() if in_block else ())},
                 )
         for module in self._root.modules():
@@ -154,6 +157,9 @@ class FSDP2Engine(OnLayout):
         self.module.eval()
         loss_sum = run_model(self._root, inputs, self.layout).loss_sum
         self.module.train()
+        for module in self._root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what no backward pass gives up: the sharded parameters may be loaded anew
         return loss_sum
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

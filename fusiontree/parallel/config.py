@@ -26,6 +26,11 @@ class ParallelConfig(Section):
         unit="elements",
         ge=0,
     )
+    reshard_after_forward: bool = setting(
+        True,
+        "fsdp2 only: give a block's gathered parameters up after its forward pass and gather them again for its "
+        "backward pass. false keeps them until then: half the gathers, for the memory of all 16-bit parameters.",
+    )
     tp: int = setting(
         1,
         "Tensor parallel size: heads and vocabulary are split over so many neighbouring ranks, and the tokens between "

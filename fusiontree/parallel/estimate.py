@@ -151,7 +151,9 @@ def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: 
         "zero2": half * on_rank + 16 * share,
     }.get(engine, 16 * share)
     # The block at work, the one fetched ahead, and the gradients of one, in half precision.
-    gathered = 0 if whole_weights or gpus == 1 else 3 * half * block
+    gathered = 0.0 if whole_weights or gpus == 1 else 3.0 * half * block
+    if gathered and not parallel.reshard_after_forward:  # all blocks, and the gradients of one
+        gathered = half * (on_rank + block)
     length, rows = training.seq_len, training.micro_batch_size
     tokens = rows * length / cp
     layers = model.pattern
@@ -241,8 +243,9 @@ def _communication_s(
     shard = parallel.shard_size or gpus
     seconds = 0.0
     if parallel.engine in ("fsdp2", "zero3"):
-        # Gathered for forward and for backward, gradients scattered in fp32, in every pass.
-        seconds += passes * on_rank * (2 * half + 4) * moved(shard) / link(shard)
+        # Gathered for forward and, unless kept, for backward; gradients scattered in fp32, in every pass.
+        gathers = 2 if parallel.reshard_after_forward else 1
+        seconds += passes * on_rank * (gathers * half + 4) * moved(shard) / link(shard)
         if shard < gpus:
             seconds += passes * on_rank / shard * 8 * moved(gpus // shard) / link(gpus)
     else:

@@ -127,6 +127,11 @@ def _check_engine_settings(parallel: ParallelConfig) -> None:
         raise UserError(
             f"parallel.keep_below is for engine zero3, and parallel.engine is {engine}; remove it or use zero3"
         )
+    if not parallel.reshard_after_forward and engine != "fsdp2":
+        raise UserError(
+            f"parallel.reshard_after_forward is for engine fsdp2, and parallel.engine is {engine}; remove it or use "
+            f"fsdp2"
+        )
 
 
 def _divisors(number: int) -> list[int]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from fusiontree.engines import build, fsdp2
 from fusiontree.engines.base import StepInputs
+from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.layout import Layout
 from fusiontree.training.config import TrainingConfig
 from tests.helpers import tiny_config
@@ -23,7 +24,7 @@ def train(own: bool, precision: str, tied: bool, poison: bool) -> tuple[list[Any
     model = tiny_config(tie_word_embeddings=tied)
     with Layout("cpu") as layout, pytest.MonkeyPatch.context() as patch:
         patch.setattr(fsdp2, "_is_own", lambda mesh: own)
-        engine = build.build_engine(model, SimpleNamespace(engine="fsdp2"), training, layout)
+        engine = build.build_engine(model, ParallelConfig(), training, layout)
         assert isinstance(engine, fsdp2.FSDP2Engine)
         assert isinstance(engine.module.layers[0], FSDPModule) is not own
         seen: list[Any] = []
@@ -59,3 +60,26 @@ def test_equals_fully_shard_over_one_rank(precision: str, rtol: float, tied: boo
         # AdamW turns the rounding of a gradient near zero into a step of either sign; few elements are.
         distance = (tensor - wanted_state[name]).norm() / wanted_state[name].norm().clamp(min=1e-6)
         assert distance < (2e-2 if precision == "bf16" else 1e-4), f"{name}: {distance:.1e}"
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_blocks_are_kept_from_forward_to_backward_where_asked(reshard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"seq_len": 16, "max_steps": 3, "global_batch_size": 1, "micro_batch_size": 1}
+    training = TrainingConfig.model_validate(values)
+    monkeypatch.setattr(fsdp2, "_is_own", lambda mesh: False)
+    ids = torch.arange(16)[None]
+    inputs = StepInputs(ids, ids.roll(-1, 1), ids, torch.ones(1), None)
+    with Layout("cpu") as layout:
+        parallel = ParallelConfig(reshard_after_forward=reshard)
+        engine: Any = build.build_engine(tiny_config(), parallel, training, layout)
+
+        def sharded() -> list[bool]:
+            return [isinstance(p, DTensor) for p in engine.module.layers.parameters()]
+
+        engine.evaluate(inputs)
+        assert all(sharded())
+        loss = engine.forward(inputs).loss_sum
+        few = sum("ssm." in name for name, _ in engine.module.layers.named_parameters())  # with the root's
+        assert sum(sharded()) == (len(sharded()) - few if reshard else 0)
+        engine.backward(loss, last=True)
+        assert all(sharded())

@@ -43,8 +43,8 @@ PARALLEL: dict[str, tuple[str, ...]] = {
 BATCHES: dict[str, tuple[str, ...]] = {  # of the speed figures; the curves' global batch is the same for all
     "one-gpu": (),
     "fsdp2-dp2": ("training.global_batch_size=2", "training.checkpointed_layers=8"),
-    "fsdp2-tp2": ("training.activation_checkpointing=none",),
-    "fsdp2-cp2": ("training.activation_checkpointing=none",),
+    "fsdp2-tp2": ("training.activation_checkpointing=none", "parallel.reshard_after_forward=false"),
+    "fsdp2-cp2": ("training.activation_checkpointing=none", "parallel.reshard_after_forward=false"),
     "zero3-dp2": ("training.global_batch_size=2",),
     "fsdp2-cp2-128k": (
         "training.seq_len=131072",

@@ -118,6 +118,7 @@ ALL = [
     Cell("zero2", 1, 2, 2, "selective"),
     Cell("zero2", 2, 1, 2, "full"),
     Cell("fsdp2", 2, 1, 2, extra=("parallel.shard_size=2",)),
+    Cell("fsdp2", 1, 2, 2, "full", extra=("parallel.reshard_after_forward=false",)),
     Cell("fsdp2", 1, 2, 2, extra=OTHER_MODEL),
     Cell("zero3", 2, 1, 2, extra=("parallel.keep_below=200",)),
     Cell("zero3", 1, 2, 2, "full", extra=("parallel.offload=all",)),

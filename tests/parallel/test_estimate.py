@@ -68,6 +68,9 @@ def test_what_layouts_do_to_memory_and_passes() -> None:
     assert states == sorted(states, reverse=True)
     slices = estimated("bench/hybrid_7b_32k", 16, "parallel.shard_size=8", "parallel.engine=fsdp2")
     assert slices.states_gib == pytest.approx(eight.states_gib, rel=1e-6)
+    kept = estimated("bench/hybrid_7b_32k", 8, "parallel.engine=fsdp2", "parallel.reshard_after_forward=false")
+    assert kept.total_gib > eight.total_gib + 10  # 7 G parameters of two bytes, less what is gathered anyway
+    assert kept.communication_s < eight.communication_s
 
 
 def test_the_command_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
