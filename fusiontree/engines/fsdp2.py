@@ -1,4 +1,4 @@
-"""PyTorch FSDP2: parameters, gradients and optimizer sharded, or whole on every rank (``ddp``)."""
+"""PyTorch FSDP2: parameters, gradients and optimizer sharded; or whole on every rank (``ddp``)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fusiontree.engines.loss_scale import LossScale
 from fusiontree.engines.on_layout import OnLayout
 from fusiontree.engines.own import OwnParameters
 from fusiontree.engines.step import run_model
+from fusiontree.engines.summed import SummedGradients
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shards import GlobalTensor
 from fusiontree.parallel.units import DistributedModel, Unit, units_inside_out
@@ -32,8 +33,8 @@ PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float3
 class FSDP2Engine(OnLayout):
     """Trains a model with ``fully_shard``, block by block; what no other rank shares, it leaves as it is.
 
-    ``ddp`` is the same machinery on a mesh whose sharding axis has one rank: parameters stay whole, gradients are
-    all-reduced while the backward pass runs, and mixed precision means the same as under ``fsdp2``.
+    Under ``ddp`` everything lies whole on every rank (:class:`OwnParameters`), and a block's gradients are summed over
+    the ranks while the backward pass goes on. Mixed precision means the same as under ``fsdp2``.
     """
 
     def __init__(
@@ -90,11 +91,18 @@ class FSDP2Engine(OnLayout):
         for units in units_inside_out(model):
             materialize(units[-1])
             in_block = not units[-1].is_root
+            sums: dict[tuple[Any, ...], SummedGradients] = {}
             for unit in units:
                 dtype = torch.float32 if unit.keep_fp32 else compute_dtype
                 mesh = layout.parameter_mesh(shard, unit.tp_split)
                 if _is_own(mesh):
                     self._own.add(unit.modules, dtype)
+                    continue
+                if not shard:
+                    # A block's gradients travel together; embedding and head get theirs at different ends of the pass.
+                    key = (unit.tp_split, in_block or unit.prefixes)
+                    copies = sums.setdefault(key, SummedGradients(mesh.get_group("replicate")))
+                    self._own.add(unit.modules, dtype, copies)
                     continue
                 if in_block and unit.keep_fp32 and not unit.tp_split:
                     few.extend(unit.modules)
@@ -164,16 +172,16 @@ class FSDP2Engine(OnLayout):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss``; gradients are reduced in fp32 over the ranks."""
-        if not self._shard and isinstance(self._root, FSDPModule):
-            # Whole gradients fit anyway: add them up locally (in fp32) and reduce once a step.
-            self._root.set_requires_gradient_sync(last)
         if self.loss_scale:
             loss = loss * self.loss_scale.scale
+        self._own.last_pass = last
         loss.backward()
+        self._own.end_pass()
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepResult:
         """Clip by the global norm, apply AdamW, clear the gradient; the device decides by itself whether to skip."""
+        self._own.await_sums()
         norm = self._global_norm()
         self._hand_over()
         divisor = torch.ones_like(norm)

@@ -37,6 +37,8 @@ PARALLEL: dict[str, tuple[str, ...]] = {
     "fsdp2-dp2": ("parallel.engine=fsdp2",),
     "fsdp2-tp2": ("parallel.engine=fsdp2", "parallel.tp=2"),
     "fsdp2-cp2": ("parallel.engine=fsdp2", "parallel.cp=2"),
+    "ddp-tp2": ("parallel.engine=ddp", "parallel.tp=2"),
+    "ddp-cp2": ("parallel.engine=ddp", "parallel.cp=2"),
     "zero3-dp2": ("parallel.engine=zero3",),
     "fsdp2-cp2-128k": ("parallel.engine=fsdp2", "parallel.cp=2"),
 }
@@ -45,6 +47,8 @@ BATCHES: dict[str, tuple[str, ...]] = {  # of the speed figures; the curves' glo
     "fsdp2-dp2": ("training.global_batch_size=2", "training.checkpointed_layers=8"),
     "fsdp2-tp2": ("training.activation_checkpointing=none", "parallel.reshard_after_forward=false"),
     "fsdp2-cp2": ("training.activation_checkpointing=none", "parallel.reshard_after_forward=false"),
+    "ddp-tp2": ("training.activation_checkpointing=none",),
+    "ddp-cp2": ("training.activation_checkpointing=none",),
     "zero3-dp2": ("training.global_batch_size=2",),
     "fsdp2-cp2-128k": (
         "training.seq_len=131072",
