@@ -111,8 +111,7 @@ class LocalGlobalAttention(nn.Module):
         )
         local, local_kv = self.local_part(q.shape[2], k.shape[2])
         # Local and global heads part here: each kind is attended to by itself.
-        queries = rotate_and_cut(q, cos_BSD, sin_BSD, local, backend=self.backend)
-        keys = rotate_and_cut(k, cos_BSD, sin_BSD, local_kv, backend=self.backend)
+        queries, keys = rotate_and_cut(q, k, cos_BSD, sin_BSD, (local, local_kv), backend=self.backend)
         values = v.split([local_kv, v.shape[2] - local_kv], dim=2)
         cores = (self.local_core, self.global_core)
         caches = (cache.local, cache.everything) if cache else (None, None)

@@ -52,8 +52,8 @@ class _GateMix(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(logits_BSC, branches_BSC, counted_BS)
         ctx.kind, ctx.backend = kind, backend
-        sums = fused(reference.sums, backend, logits_BSC.device.type)(logits_BSC, counted_BS)
-        return _mixed(logits_BSC, branches_BSC, kind, backend), *sums
+        compute = fused(reference.mix_and_sums, backend, logits_BSC.device.type)
+        return compute(logits_BSC, branches_BSC, counted_BS, kind)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -30,6 +30,13 @@ def sums(logits_BSC: Tensor, counted_BS: Tensor | None) -> tuple[Tensor, Tensor,
     )
 
 
+def mix_and_sums(
+    logits_BSC: Tensor, branches_BSC: Tensor, counted_BS: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return :func:`mix` and :func:`sums`."""
+    return mix(logits_BSC, branches_BSC, kind), *sums(logits_BSC, counted_BS)
+
+
 def gradients(
     logits_BSC: Tensor,
     branches_BSC: Tensor,

@@ -17,11 +17,15 @@ def apply_rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, *, backend: s
 
 
 def rotate_and_cut(
-    x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, first_heads: int, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Return :func:`apply_rotary` of the first so many heads and of the others; backward they are put together."""
-    heads = x_BSHD.shape[2]
-    if first_heads in (0, heads):
-        rotated, empty = apply_rotary(x_BSHD, cos_BSD, sin_BSD, backend=backend), x_BSHD[:, :, :0]
-        return (rotated, empty) if first_heads else (empty, rotated)
-    return fused(reference.rotate_and_cut, backend, x_BSHD.device.type)(x_BSHD, cos_BSD, sin_BSD, first_heads)
+    q_BSHD: Tensor, k_BSKD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, first: tuple[int, int], *, backend: str = "auto"
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return :func:`apply_rotary` of queries and keys, each cut into its first so many heads and the others.
+
+    Backward, the parts are put together. One call for both: it costs the host more than the device.
+    """
+    if first[0] in (0, q_BSHD.shape[2]):  # heads of one kind
+        q, k = (apply_rotary(x, cos_BSD, sin_BSD, backend=backend) for x in (q_BSHD, k_BSKD))
+        none = q[:, :, :0], k[:, :, :0]
+        return ((q, none[0]), (k, none[1])) if first[0] else ((none[0], q), (none[1], k))
+    rotate = fused(reference.rotate_and_cut, backend, q_BSHD.device.type)
+    return rotate(q_BSHD, k_BSKD, cos_BSD, sin_BSD, first)

@@ -24,7 +24,11 @@ def apply_rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x_BSHD.dtype)
 
 
-def rotate_and_cut(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, first_heads: int) -> tuple[Tensor, Tensor]:
-    """Rotate the first so many heads and the rest, each into memory of its own."""
-    first, rest = x_BSHD.split([first_heads, x_BSHD.shape[2] - first_heads], dim=2)
-    return apply_rotary(first, cos_BSD, sin_BSD), apply_rotary(rest, cos_BSD, sin_BSD)
+def rotate_and_cut(
+    q_BSHD: Tensor, k_BSKD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, first: tuple[int, int]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Rotate the first so many heads of queries and of keys and the rest, each into memory of its own."""
+    q_first, q_rest = q_BSHD.split([first[0], q_BSHD.shape[2] - first[0]], dim=2)
+    k_first, k_rest = k_BSKD.split([first[1], k_BSKD.shape[2] - first[1]], dim=2)
+    queries = apply_rotary(q_first, cos_BSD, sin_BSD), apply_rotary(q_rest, cos_BSD, sin_BSD)
+    return queries, (apply_rotary(k_first, cos_BSD, sin_BSD), apply_rotary(k_rest, cos_BSD, sin_BSD))
