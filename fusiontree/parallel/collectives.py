@@ -307,7 +307,7 @@ class _LeftHalos:
         totals = tuple(grad.contiguous() for grad in grads)  # an expanded one could not be added to
         for part, count in self._parts(arrived, self.right):
             for total, own in zip(totals, self._pieces(part, count), strict=True):
-                total[:, self.size - count :] += own
+                total[:, self.size - count :].add_(own)  # += would copy the slice onto itself
         return totals
 
     def _sizes(self, counts: dict[int, int]) -> dict[int, int]:

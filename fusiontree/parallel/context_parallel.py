@@ -219,7 +219,7 @@ class _KeysUpTo(torch.autograd.Function):
         total[:, long:] = 0.0
         for part, first, second in zip(total.chunk(2, dim=-1), dlong, dshort, strict=True):
             part[:, :long] = first
-            part[:, :short] += second
+            part[:, :short].add_(second)
         return total, None, None
 
 

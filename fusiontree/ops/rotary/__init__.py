@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fusiontree.ops.elementwise import fused
@@ -27,5 +30,26 @@ def rotate_and_cut(
         q, k = (apply_rotary(x, cos_BSD, sin_BSD, backend=backend) for x in (q_BSHD, k_BSKD))
         none = q[:, :, :0], k[:, :, :0]
         return ((q, none[0]), (k, none[1])) if first[0] else ((none[0], q), (none[1], k))
-    rotate = fused(reference.rotate_and_cut, backend, q_BSHD.device.type)
-    return rotate(q_BSHD, k_BSKD, cos_BSD, sin_BSD, first)
+    q_first, q_rest, k_first, k_rest = _RotateAndCut.apply(q_BSHD, k_BSKD, cos_BSD, sin_BSD, first, backend)
+    return (q_first, q_rest), (k_first, k_rest)
+
+
+class _RotateAndCut(torch.autograd.Function):
+    """Both directions by hand: a compiled call that records a graph costs the host more than one that does not, and
+    copies gradients that lie in memory otherwise than its outputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BSHD: Tensor, k_BSKD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, first: tuple[int, int], backend: str
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos_BSD, sin_BSD)
+        ctx.backend = backend
+        rotate = fused(reference.rotate_and_cut, backend, q_BSHD.device.type)
+        queries, keys = rotate(q_BSHD, k_BSKD, cos_BSD, sin_BSD, first)
+        return *queries, *keys
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rotate_back = fused(reference.rotate_back, ctx.backend, grads[0].device.type)
+        return *rotate_back(*grads, *ctx.saved_tensors), None, None, None, None

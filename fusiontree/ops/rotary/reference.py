@@ -32,3 +32,12 @@ def rotate_and_cut(
     k_first, k_rest = k_BSKD.split([first[1], k_BSKD.shape[2] - first[1]], dim=2)
     queries = apply_rotary(q_first, cos_BSD, sin_BSD), apply_rotary(q_rest, cos_BSD, sin_BSD)
     return queries, (apply_rotary(k_first, cos_BSD, sin_BSD), apply_rotary(k_rest, cos_BSD, sin_BSD))
+
+
+def rotate_back(
+    q_first: Tensor, q_rest: Tensor, k_first: Tensor, k_rest: Tensor, cos_BSD: Tensor, sin_BSD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Put heads together that :func:`rotate_and_cut` returned, turned back: also its gradient, a rotation being one."""
+    q_BSHD = torch.cat([apply_rotary(q_first, cos_BSD, -sin_BSD), apply_rotary(q_rest, cos_BSD, -sin_BSD)], dim=2)
+    k_BSKD = torch.cat([apply_rotary(k_first, cos_BSD, -sin_BSD), apply_rotary(k_rest, cos_BSD, -sin_BSD)], dim=2)
+    return q_BSHD, k_BSKD
