@@ -63,9 +63,16 @@ class Documents:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Documents:
         """Copy the tensors to ``device``."""
         return Documents(
-            self.positions_BS.to(device, non_blocking=non_blocking),
-            self.segments_BS.to(device, non_blocking=non_blocking),
-            self.cu_seqlens.to(device, non_blocking=non_blocking),
+            send(self.positions_BS, device, non_blocking),
+            send(self.segments_BS, device, non_blocking),
+            send(self.cu_seqlens, device, non_blocking),
             self.max_seqlen,
             self.tokens_before,
         )
+
+
+def send(tensor: Tensor, device: torch.device | str, non_blocking: bool) -> Tensor:
+    """Copy a tensor of the CPU to ``device``; one that is not to wait for GPU work goes by way of page-locked memory."""
+    if non_blocking and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=non_blocking)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.models.model import GateSums
-from fusiontree.ops.documents import Documents
+from fusiontree.ops.documents import Documents, send
 from fusiontree.parallel.collectives import sum_identity
 from fusiontree.parallel.context_parallel import PieceDocuments
 from fusiontree.parallel.layout import Layout
@@ -34,21 +34,16 @@ def place_inputs(
     length = input_ids_BS.shape[1] // layout.cp_size
     piece = slice(layout.cp_rank * length, (layout.cp_rank + 1) * length)
 
-    def send(tensor: Tensor) -> Tensor:
-        if device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(device, non_blocking=True)
-
     # Boundaries are found on the CPU, where that costs no wait for the device.
     if layout.cp_size > 1:
         documents: Documents = PieceDocuments.from_row(positions_BS, layout.cp_rank, layout.cp_size)
     else:
         documents = Documents.from_positions(positions_BS)
     return {
-        "input_ids_BS": send(input_ids_BS[:, piece]),
-        "labels_BS": send(labels_BS[:, piece]),
+        "input_ids_BS": send(input_ids_BS[:, piece], device, non_blocking=True),
+        "labels_BS": send(labels_BS[:, piece], device, non_blocking=True),
         "documents": documents.to(device, non_blocking=True),
-        "branch_scale_LB2": None if branch_scale_LB2 is None else send(branch_scale_LB2),
+        "branch_scale_LB2": None if branch_scale_LB2 is None else send(branch_scale_LB2, device, non_blocking=True),
     }
 
 
