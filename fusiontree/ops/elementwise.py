@@ -7,7 +7,9 @@ arithmetic of the layer's smaller products.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -61,6 +63,28 @@ ELEMENTWISE = Operation(
 )
 
 
-def fused(formula: Callable[..., Any], backend: str, device_type: str) -> Callable[..., Any]:
-    """Return ``formula`` as the backend computes it on a device."""
+def fused(formula: Callable[..., Any], backend: str, device_type: str, kernel: str | None = None) -> Callable[..., Any]:
+    """Return ``formula`` as the backend computes it on a device.
+
+    Args:
+        formula: the reference.
+        backend: a name of :data:`ELEMENTWISE` or "auto".
+        device_type: cpu or cuda.
+        kernel: ``module:function`` of a Triton kernel for the same formula. "auto" prefers it: the kernel is no
+            faster, but a compiled call costs the host four times a launch, and a layer split over ranks waits for its
+            host.
+    """
+    if kernel is not None and backend == "auto" and device_type == "cuda" and _has_triton():
+        return _load(kernel)
     return ELEMENTWISE.choose(backend, device_type)(formula)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@functools.cache
+def _load(kernel: str) -> Callable[..., Any]:
+    module, _, name = kernel.partition(":")
+    return getattr(importlib.import_module(module), name)

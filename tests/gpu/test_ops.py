@@ -17,7 +17,7 @@ from fusiontree.ops.cross_entropy import linear_cross_entropy
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.gate import gate_mix
 from fusiontree.ops.norm import gated_rms_norm, rms_norm
-from fusiontree.ops.rotary import apply_rotary, rotary_tables
+from fusiontree.ops.rotary import apply_rotary, rotary_tables, rotate_and_cut
 from fusiontree.ops.ssd import ssd_scan
 from fusiontree.parallel.recomputation import checkpoint_activations
 from tests.helpers import tiny_model
@@ -229,11 +229,12 @@ def test_conv(name: str, packed: bool) -> None:
 
 def test_norms_and_rotary() -> None:
     x, z, weight = draw(2, 500, 256), draw(2, 500, 256, seed=1), draw(256, seed=2)
-    check(
-        lambda x, w: rms_norm(x, w, 1e-5, backend="compiled"),
-        lambda x, w: rms_norm(x, w, 1e-5, backend="reference"),
-        [x, weight],
-    )
+    for name in ("auto", "compiled"):
+        check(
+            lambda x, w, name=name: rms_norm(x, w, 1e-5, backend=name),
+            lambda x, w: rms_norm(x, w, 1e-5, backend="reference"),
+            [x, weight],
+        )
 
     def gated(backend: str) -> Callable:
         return lambda y, z, w: gated_rms_norm(y, z, w, groups=4, eps=1e-5, backend=backend)
@@ -246,6 +247,16 @@ def test_norms_and_rotary() -> None:
         return lambda q: apply_rotary(q, cos, sin, backend=backend)
 
     check(rotated("compiled"), rotated("reference"), [draw(2, 500, 4, 64)])
+
+    def cut(backend: str) -> Callable:
+        def parts(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            queries, keys = rotate_and_cut(q, k, cos, sin, (3, 1), backend=backend)
+            return *queries, *keys
+
+        return parts
+
+    for name in ("auto", "compiled"):
+        check(cut(name), cut("reference"), [draw(2, 500, 4, 64), draw(2, 500, 2, 64, seed=1)])
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -284,7 +295,9 @@ def test_gate_mix(kind: str, padded: bool) -> None:
 
         return mixed
 
-    check(run("compiled"), run("reference"), [3 * draw(2, 100, 64), draw(2, 100, 128 if kind == "F" else 64, seed=1)])
+    inputs = [3 * draw(2, 100, 64), draw(2, 100, 128 if kind == "F" else 64, seed=1)]
+    for name in ("auto", "compiled"):
+        check(run(name), run("reference"), inputs)
 
 
 def test_selective_checkpointing_keeps_the_gradients() -> None:

@@ -44,7 +44,8 @@ class _CausalTail(torch.autograd.Function):
             outputs.append(out_BHSD)
             lses.append(lse.view(*out_BHSD.shape[:3], 1))
             others.append(rest)
-        out_BHSD, lse_BHS1 = fused(_merged, "auto", q_BHSD.device.type)(*outputs, *lses)
+        merge = fused(_merged, "auto", q_BHSD.device.type, "fusiontree.ops.attention.merge:merged")
+        out_BHSD, lse_BHS1 = merge(*outputs, *lses)
         ctx.save_for_backward(q_BHSD, k_BKTD, v_BKTD, out_BHSD, lse_BHS1.view_as(lse))
         ctx.before, ctx.scale, ctx.others = before, scale, others
         return out_BHSD

@@ -12,6 +12,8 @@ from fusiontree.ops.elementwise import fused
 from fusiontree.ops.gate import reference
 from fusiontree.ops.recompute import mark
 
+_KERNELS = "fusiontree.ops.gate.triton"
+
 
 def gate_mix(
     logits_BSC: Tensor,
@@ -42,7 +44,7 @@ def gate_mix(
 
 
 def _mixed(logits_BSC: Tensor, branches_BSC: Tensor, kind: str, backend: str) -> Tensor:
-    return fused(reference.mix, backend, logits_BSC.device.type)(logits_BSC, branches_BSC, kind)
+    return fused(reference.mix, backend, logits_BSC.device.type, f"{_KERNELS}:mix")(logits_BSC, branches_BSC, kind)
 
 
 class _GateMix(torch.autograd.Function):
@@ -52,11 +54,11 @@ class _GateMix(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(logits_BSC, branches_BSC, counted_BS)
         ctx.kind, ctx.backend = kind, backend
-        compute = fused(reference.mix_and_sums, backend, logits_BSC.device.type)
+        compute = fused(reference.mix_and_sums, backend, logits_BSC.device.type, f"{_KERNELS}:mix_and_sums")
         return compute(logits_BSC, branches_BSC, counted_BS, kind)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits_BSC, branches_BSC, counted_BS = ctx.saved_tensors
-        compute = fused(reference.gradients, ctx.backend, logits_BSC.device.type)
+        compute = fused(reference.gradients, ctx.backend, logits_BSC.device.type, f"{_KERNELS}:gradients")
         return *compute(logits_BSC, branches_BSC, counted_BS, *grads, ctx.kind), None, None, None

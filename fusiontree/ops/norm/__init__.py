@@ -36,7 +36,8 @@ GATED_NORM = Operation(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in x's dtype (Zhang and Sennrich 2019)."""
-    return fused(reference.rms_norm, backend, x.device.type)(x, weight, eps)
+    compute = fused(reference.rms_norm, backend, x.device.type, "fusiontree.ops.norm.triton:rms_norm_triton")
+    return compute(x, weight, eps)
 
 
 def gated_rms_norm(

@@ -1,4 +1,4 @@
-"""The gated norm as one Triton kernel a direction (GPU): nothing is read twice, nothing but the inputs is kept.
+"""The norms as one Triton kernel a direction (GPU): nothing is read twice, nothing but the inputs is kept.
 
 Shape legend: B rows, S tokens, C channels.
 """
@@ -37,7 +37,7 @@ def _gated_norm_forward(
     first = tl.program_id(1).to(tl.int64) * TOKENS
     for i in range(TOKENS):
         t = first + i
-        mask = (within < WIDTH) & (t < tokens)
+        mask = within < tl.where(t < tokens, WIDTH, 0)
         y = tl.load(y_ptr + t * y_stride + c, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + t * z_stride + c, mask=mask, other=0.0).to(tl.float32)
         gated = y * z * tl.sigmoid(z)
@@ -57,7 +57,7 @@ def _gated_norm_backward(
     first = tl.program_id(1).to(tl.int64) * TOKENS
     for i in range(TOKENS):
         t = first + i
-        mask = (within < WIDTH) & (t < tokens)
+        mask = within < tl.where(t < tokens, WIDTH, 0)
         y = tl.load(y_ptr + t * y_stride + c, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + t * z_stride + c, mask=mask, other=0.0).to(tl.float32)
         dout = tl.load(dout_ptr + t * dout_stride + c, mask=mask, other=0.0).to(tl.float32)
@@ -73,6 +73,79 @@ def _gated_norm_backward(
         tl.store(dy_ptr + t * channels + c, (dgated * silu).to(dy_ptr.dtype.element_ty), mask=mask)
         tl.store(dz_ptr + t * channels + c, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     tl.store(dw_ptr + tl.program_id(1).to(tl.int64) * channels + c, dweight, mask=within < WIDTH)
+
+
+@triton.jit
+def _norm_forward(
+    x_ptr, w_ptr, out_ptr, x_stride, tokens, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    c = tl.arange(0, BLOCK)
+    weight = tl.load(w_ptr + c, mask=c < WIDTH, other=0.0).to(tl.float32)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    for i in range(TOKENS):
+        t = first + i
+        mask = c < tl.where(t < tokens, WIDTH, 0)
+        x = tl.load(x_ptr + t * x_stride + c, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
+        tl.store(out_ptr + t * WIDTH + c, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_backward(
+    x_ptr, w_ptr, dout_ptr, dx_ptr, dw_ptr, x_stride, dout_stride, tokens, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    c = tl.arange(0, BLOCK)
+    weight = tl.load(w_ptr + c, mask=c < WIDTH, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], dtype=tl.float32)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    for i in range(TOKENS):
+        t = first + i
+        mask = c < tl.where(t < tokens, WIDTH, 0)
+        x = tl.load(x_ptr + t * x_stride + c, mask=mask, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + t * dout_stride + c, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
+        normed = x * scale
+        dweight += dout * normed
+        dnormed = dout * weight
+        dx = scale * (dnormed - normed * (tl.sum(dnormed * normed, axis=0) / WIDTH))
+        tl.store(dx_ptr + t * WIDTH + c, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * WIDTH + c, dweight, mask=c < WIDTH)
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute :func:`fusiontree.ops.norm.rms_norm`; very many channels and float64 take the compiled formula."""
+    if x.shape[-1] > _WIDEST or x.dtype == torch.float64:
+        return compiled(reference.rms_norm)(x, weight, eps)
+    return _Norm.apply(x, weight, eps)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+        rows = _rows(x)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _norm_forward[(triton.cdiv(rows.shape[0], _FORWARD_TOKENS),)](
+            rows, weight_C, out, rows.stride(0), rows.shape[0], eps, TOKENS=_FORWARD_TOKENS, **_shape(rows.shape[1])
+        )
+        ctx.save_for_backward(x, weight_C)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_C = ctx.saved_tensors
+        rows, dout = _rows(x), _rows(grads[0])
+        tokens, channels = rows.shape
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        programs = triton.cdiv(tokens, _BACKWARD_TOKENS)
+        partial = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
+        _norm_backward[(programs,)](
+            rows, weight_C, dout, dx, partial, rows.stride(0), dout.stride(0), tokens, ctx.eps,
+            TOKENS=_BACKWARD_TOKENS, **_shape(channels),
+        )  # fmt: skip
+        return dx, partial.sum(0).to(weight_C.dtype), None
 
 
 def _rows(tensor: Tensor) -> Tensor:

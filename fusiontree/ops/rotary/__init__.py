@@ -13,6 +13,8 @@ from fusiontree.ops.rotary.reference import rotary_tables
 
 __all__ = ["apply_rotary", "rotary_tables", "rotate_and_cut"]
 
+_KERNELS = "fusiontree.ops.rotary.triton"
+
 
 def apply_rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, *, backend: str = "auto") -> Tensor:
     """Rotate channel i with channel i + D/2 by the tables' angles; same dtype out, rotation in fp32 or better."""
@@ -45,11 +47,11 @@ class _RotateAndCut(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos_BSD, sin_BSD)
         ctx.backend = backend
-        rotate = fused(reference.rotate_and_cut, backend, q_BSHD.device.type)
+        rotate = fused(reference.rotate_and_cut, backend, q_BSHD.device.type, f"{_KERNELS}:rotate_and_cut")
         queries, keys = rotate(q_BSHD, k_BSKD, cos_BSD, sin_BSD, first)
         return *queries, *keys
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rotate_back = fused(reference.rotate_back, ctx.backend, grads[0].device.type)
+        rotate_back = fused(reference.rotate_back, ctx.backend, grads[0].device.type, f"{_KERNELS}:rotate_back")
         return *rotate_back(*grads, *ctx.saved_tensors), None, None, None, None

@@ -1,4 +1,4 @@
-"""The scan's Triton kernels without a GPU, by Triton's interpreter, against the plain formula in float64."""
+"""The Triton kernels' arithmetic without a GPU, by Triton's interpreter, against the reference formulas."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_kernels_equal_the_formula() -> None:
+@pytest.mark.parametrize(("script", "results"), [("interpreted_ssd", 45), ("interpreted_elementwise", 57)])
+def test_kernels_equal_the_formulas(script: str, results: int) -> None:
     """In a process of its own: Triton decides when a kernel is defined whether it will be interpreted."""
     run = subprocess.run(
-        [sys.executable, "-m", "tests.ops.interpreted_ssd"],
+        [sys.executable, "-m", f"tests.ops.{script}"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -22,6 +23,6 @@ def test_kernels_equal_the_formula() -> None:
     )
     assert run.returncode == 0, run.stderr[-2000:]
     lines = [line.rsplit(" ", 2) for line in run.stdout.splitlines()]
-    assert len(lines) == 5 * 9
+    assert len(lines) == results
     wrong = [f"{what} is off by {error}" for what, error, bar in lines if not float(error) < float(bar)]
     assert not wrong, "; ".join(wrong)

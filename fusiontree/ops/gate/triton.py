@@ -1,0 +1,140 @@
+"""The gate mix and the gates' sums as one Triton kernel a direction (GPU).
+
+Shape legend: B rows, S tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusiontree.ops.elementwise import compiled
+from fusiontree.ops.gate import reference
+
+_BLOCK = {"TOKENS": 4, "BC": 1024, "num_warps": 4}  # tokens and channels of a program
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _mix_forward(
+    logits_ptr, branches_ptr, counted_ptr, mixed_ptr, sums_ptr, length, channels, width,
+    kind: tl.constexpr, padded: tl.constexpr, TOKENS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    mask = (t[:, None] < length) & (c[None, :] < channels)
+    token = row * length + t.to(tl.int64)
+    logits = tl.load(logits_ptr + token[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate = tl.sigmoid(logits)
+    first = tl.load(branches_ptr + token[:, None] * width + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if kind == 0:
+        second = tl.load(branches_ptr + token[:, None] * width + channels + c[None, :], mask=mask, other=0.0)
+        mixed = gate * first + (1.0 - gate) * second.to(tl.float32)
+    elif kind == 1:
+        mixed = gate * first
+    else:
+        mixed = (1.0 - gate) * first
+    tl.store(mixed_ptr + token[:, None] * channels + c[None, :], mixed.to(mixed_ptr.dtype.element_ty), mask=mask)
+    weight = tl.where(mask, 1.0, 0.0)
+    if padded:
+        weight *= tl.load(counted_ptr + token, mask=t < length, other=0).to(tl.float32)[:, None]
+    part = (row * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(sums_ptr + part * 3, tl.sum(tl.sum(gate * weight, 1), 0))
+    tl.store(sums_ptr + part * 3 + 1, tl.sum(tl.sum((_softplus(logits) - logits * gate) * weight, 1), 0))
+    tl.store(sums_ptr + part * 3 + 2, tl.sum(tl.sum(gate * gate * weight, 1), 0))
+
+
+@triton.jit
+def _mix_backward(
+    logits_ptr, branches_ptr, counted_ptr, dmixed_ptr, dgate_ptr, dentropy_ptr, dsquare_ptr, dlogits_ptr, dbranches_ptr,
+    length, channels, width,
+    kind: tl.constexpr, padded: tl.constexpr, TOKENS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    mask = (t[:, None] < length) & (c[None, :] < channels)
+    token = row * length + t.to(tl.int64)
+    own = token[:, None] * channels + c[None, :]
+    pair = token[:, None] * width + c[None, :]
+    logits = tl.load(logits_ptr + own, mask=mask, other=0.0).to(tl.float32)
+    dmixed = tl.load(dmixed_ptr + own, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.sigmoid(logits)
+    # d softplus(l) - l g = -l dg, and dg = g (1 - g) dl.
+    dgate = tl.load(dgate_ptr + row) + 2.0 * gate * tl.load(dsquare_ptr + row) - logits * tl.load(dentropy_ptr + row)
+    if padded:
+        dgate *= tl.load(counted_ptr + token, mask=t < length, other=0).to(tl.float32)[:, None]
+    first = tl.load(branches_ptr + pair, mask=mask, other=0.0).to(tl.float32)
+    if kind == 0:
+        second = tl.load(branches_ptr + pair + channels, mask=mask, other=0.0).to(tl.float32)
+        dgate += dmixed * (first - second)
+        tl.store(dbranches_ptr + pair, (dmixed * gate).to(dbranches_ptr.dtype.element_ty), mask=mask)
+        rest = (dmixed * (1.0 - gate)).to(dbranches_ptr.dtype.element_ty)
+        tl.store(dbranches_ptr + pair + channels, rest, mask=mask)
+    elif kind == 1:
+        dgate += dmixed * first
+        tl.store(dbranches_ptr + pair, (dmixed * gate).to(dbranches_ptr.dtype.element_ty), mask=mask)
+    else:
+        dgate -= dmixed * first
+        tl.store(dbranches_ptr + pair, (dmixed * (1.0 - gate)).to(dbranches_ptr.dtype.element_ty), mask=mask)
+    tl.store(dlogits_ptr + own, (gate * (1.0 - gate) * dgate).to(dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+def mix(logits_BSC: Tensor, branches_BSC: Tensor, kind: str) -> Tensor:
+    """Compute :func:`fusiontree.ops.gate.reference.mix`, bit for bit as :func:`mix_and_sums` does."""
+    return mix_and_sums(logits_BSC, branches_BSC, None, kind)[0]
+
+
+def mix_and_sums(
+    logits_BSC: Tensor, branches_BSC: Tensor, counted_BS: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute :func:`fusiontree.ops.gate.reference.mix_and_sums`; float64 takes the compiled formula."""
+    if logits_BSC.dtype == torch.float64:
+        return compiled(reference.mix_and_sums)(logits_BSC, branches_BSC, counted_BS, kind)
+    logits, branches = logits_BSC.contiguous(), branches_BSC.contiguous()
+    mixed_BSC = torch.empty(logits.shape, dtype=branches.dtype, device=logits.device)
+    grid = _grid(logits)
+    sums = torch.empty(grid[2], grid[1] * grid[0], 3, dtype=torch.float32, device=logits.device)
+    _mix_forward[grid](
+        logits, branches, logits if counted_BS is None else counted_BS.contiguous(), mixed_BSC, sums,
+        *logits.shape[1:], branches.shape[2], kind="FMA".index(kind), padded=counted_BS is not None, **_BLOCK,
+    )  # fmt: skip
+    gate_B, entropy_B, square_B = sums.sum(1).unbind(1)
+    return mixed_BSC, gate_B, entropy_B, square_B
+
+
+def gradients(
+    logits_BSC: Tensor,
+    branches_BSC: Tensor,
+    counted_BS: Tensor | None,
+    mixed_grad_BSC: Tensor,
+    gate_grad_B: Tensor,
+    entropy_grad_B: Tensor,
+    square_grad_B: Tensor,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`fusiontree.ops.gate.reference.gradients`; float64 takes the compiled formula."""
+    if logits_BSC.dtype == torch.float64:
+        grads = (mixed_grad_BSC, gate_grad_B, entropy_grad_B, square_grad_B)
+        return compiled(reference.gradients)(logits_BSC, branches_BSC, counted_BS, *grads, kind)
+    logits, branches = logits_BSC.contiguous(), branches_BSC.contiguous()
+    dlogits, dbranches = torch.empty_like(logits), torch.empty_like(branches)
+    _mix_backward[_grid(logits)](
+        logits, branches, logits if counted_BS is None else counted_BS.contiguous(), mixed_grad_BSC.contiguous(),
+        gate_grad_B.float().contiguous(), entropy_grad_B.float().contiguous(), square_grad_B.float().contiguous(),
+        dlogits, dbranches, *logits.shape[1:], branches.shape[2],
+        kind="FMA".index(kind), padded=counted_BS is not None, **_BLOCK,
+    )  # fmt: skip
+    return dlogits, dbranches
+
+
+def _grid(logits_BSC: Tensor) -> tuple[int, int, int]:
+    rows, length, channels = logits_BSC.shape
+    return triton.cdiv(channels, _BLOCK["BC"]), triton.cdiv(length, _BLOCK["TOKENS"]), rows

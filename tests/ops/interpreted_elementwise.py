@@ -1,0 +1,90 @@
+"""The elementwise Triton kernels by Triton's interpreter, each result beside its reference formula's.
+
+``TRITON_INTERPRET=1 python -m tests.ops.interpreted_elementwise`` prints one line a result: name, relative error, bar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusiontree.ops.attention import merge, tail
+from fusiontree.ops.gate import reference as gate_reference
+from fusiontree.ops.gate import triton as gate_triton
+from fusiontree.ops.norm import reference as norm_reference
+from fusiontree.ops.norm import triton as norm_triton
+from fusiontree.ops.rotary import reference as rotary_reference
+from fusiontree.ops.rotary import triton as rotary_triton
+
+_g = torch.Generator().manual_seed(0)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=_g)
+
+
+def say(name: str, got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+    for index, (mine, theirs) in enumerate(zip(got, want, strict=True)):
+        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+        error = float((mine - theirs).double().norm() / theirs.double().norm().clamp(min=1e-9))
+        print(f"{name} {index} {error:.2e} 2e-06", flush=True)
+
+
+def norms() -> None:
+    y, z, w, dout = draw(2, 20, 2 * 48)[..., :48], draw(2, 20, 48), draw(48), draw(2, 20, 48)
+    leaves = [t.detach().clone().requires_grad_() for t in (y, z, w)]
+    plain = [norm_reference.rms_norm(leaves[0], leaves[2], 1e-5)]
+    plain += torch.autograd.grad(plain[0], (leaves[0], leaves[2]), dout)
+    fast = [norm_triton.rms_norm_triton(leaves[0], leaves[2], 1e-5)]
+    fast += torch.autograd.grad(fast[0], (leaves[0], leaves[2]), dout)
+    say("norm", fast, plain)
+    settings = {"groups": 2, "eps": 1e-5}
+    plain = [norm_reference.gated_rms_norm(*leaves, **settings)]
+    plain += torch.autograd.grad(plain[0], leaves, dout)
+    fast = [norm_triton.gated_rms_norm_triton(*leaves, **settings)]
+    fast += torch.autograd.grad(fast[0], leaves, dout)
+    say("gated norm", fast, plain)
+
+
+def gates() -> None:
+    for kind, width in (("F", 2), ("M", 1), ("A", 1)):
+        for padded in (False, True):
+            counted = torch.rand(2, 9, generator=_g) > 0.3 if padded else None
+            inputs = (4 * draw(2, 9, 40), draw(2, 9, 40 * width), counted)
+            name = f"gate {kind} {padded}"
+            say(name, gate_triton.mix_and_sums(*inputs, kind), gate_reference.mix_and_sums(*inputs, kind))
+            grads = (draw(2, 9, 40), draw(2), draw(2), draw(2))
+            fast, plain = gate_triton.gradients(*inputs, *grads, kind), gate_reference.gradients(*inputs, *grads, kind)
+            say(f"{name} gradient", fast, plain)
+
+
+def rotations() -> None:
+    q, k = draw(2, 37, 6 * 24 + 5)[..., : 6 * 24].unflatten(-1, (6, 24)), draw(2, 37, 3, 24)
+    for rows in (1, 2):
+        positions = torch.arange(37).repeat(rows, 1)
+        positions[-1, 11:] -= 11
+        tables = rotary_reference.rotary_tables(positions, 24, 1e4)
+        fast = rotary_triton.rotate_and_cut(q, k, *tables, (4, 2))
+        plain = rotary_reference.rotate_and_cut(q, k, *tables, (4, 2))
+        say(f"rotation {rows}", [*fast[0], *fast[1]], [*plain[0], *plain[1]])
+        parts = [part + 1 for part in (*plain[0], *plain[1])]
+        say(
+            f"rotation back {rows}",
+            rotary_triton.rotate_back(*parts, *tables),
+            rotary_reference.rotate_back(*parts, *tables),
+        )
+
+
+def merges() -> None:
+    outputs = [draw(2, 70, 3, 24).transpose(1, 2) for _ in range(2)]  # in memory as cuDNN leaves them
+    lses = [3 * draw(2, 3, 70, 1) for _ in range(2)]
+    say("merge", merge.merged(*outputs, *lses), tail._merged(*outputs, *lses))
+
+
+if __name__ == "__main__":
+    norms()
+    gates()
+    rotations()
+    merges()
