@@ -72,7 +72,7 @@ class Documents:
 
 
 def send(tensor: Tensor, device: torch.device | str, non_blocking: bool) -> Tensor:
-    """Copy a tensor of the CPU to ``device``; one that is not to wait for GPU work goes by way of page-locked memory."""
+    """Copy a tensor of the CPU to ``device``; a copy that must not wait for the GPU begins in page-locked memory."""
     if non_blocking and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=non_blocking)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,17 +107,21 @@ class TrainStep:
                 self.settings.loss_weights,
                 counts,
             )
-            with self.watchdog.section(f"backward of micro batch {index}", limit):
-                engine.backward(terms.total, last=index == len(batch.micro_batches) - 1)
-            losses.append(terms.lm.detach())
+            last = index == len(batch.micro_batches) - 1
             token_terms += torch.stack([terms.lm.detach(), terms.z.detach()])
+            if last:  # before the backward pass, so that nobody waits for it to end
+                with self.watchdog.section("sum of the loss over the ranks", limit):
+                    loss_of_all = _on_its_way(engine.sum_over_tokens(token_terms))
+            with self.watchdog.section(f"backward of micro batch {index}", limit):
+                engine.backward(terms.total, last=last)
+            losses.append(terms.lm.detach())
             row_terms += torch.stack([terms.load_balance.detach(), terms.entropy.detach()])
             share_B = out.row_weight_B / out.count_B.clamp(min=1)
             sums_3LB = torch.stack([out.gate_sum_LB, out.square_sum_LB, out.entropy_sum_LB]).detach()
             gate_sums_3L += (sums_3LB * share_B).sum(-1)
         rate = learning_rate(step, config)
         # Before the optimizer step: a spike must not get into the weights.
-        lm, z = engine.sum_over_tokens(token_terms).tolist()
+        lm, z = loss_of_all()
         spike = self._agree_on_spike(lm, batch.seq_len)
         with self.watchdog.section("optimizer step", limit):
             if spike:
@@ -174,6 +179,21 @@ class TrainStep:
             "data_wait_s": batch.wait_s,
             "peak_memory_gib": peak_memory_gib(self.engine.device),
         }
+
+
+def _on_its_way(values: Tensor) -> Callable[[], list[float]]:
+    """Begin to bring values to the host; the result waits for them, and for nothing that is queued after them."""
+    if values.device.type != "cuda":
+        return values.tolist
+    here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        return here.tolist()
+
+    return read
 
 
 def step_inputs(micro: MicroBatch, settings: RunSettings, step: int | None) -> StepInputs:
