@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 COMPONENTS = (
     ("communication", ("nccl",)),
     ("attention: FlexAttention", ("flex_attention",)),  # windows, and packed documents
-    ("attention: one triangle a row", ("flash", "fmha", "cudnn_generated", "sdpa")),  # global heads
+    ("attention: one triangle a row", ("flash", "fmha", "cudnn", "sdpa", "_merge")),  # global heads
     ("convolution", ("causal_conv",)),
     ("loss", ("logsumexp", "nll_loss")),
     ("copies", ("chunk_cat",)),
@@ -19,7 +19,7 @@ COMPONENTS = (
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas")),
     ("optimizer", ("adam", "FusedOptimizer", "multi_tensor")),
     ("copies", ("Memcpy", "Memset", "copy_kernel", "split_with_sizes_copy", "CatArray")),
-    ("fused elementwise", ("triton_", "_gated_norm")),
+    ("fused elementwise", ("triton_", "_norm_forward", "_norm_backward", "_mix_forward", "_mix_backward", "_rotate")),
     ("elementwise", ("at::native",)),
 )
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from fusiontree.ops.attention.flex import attention_flex
 from fusiontree.ops.attention.reference import attention_reference
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import compiled
 from fusiontree.ops.norm.reference import rms_norm
+from fusiontree.ops.ssd.exchange import Exchange
 from fusiontree.parallel.recomputation import _keeping, checkpoint_activations
 from tests.helpers import tiny_model
 
@@ -85,3 +87,33 @@ def test_formulas_stay_compiled_inside_a_recomputed_block() -> None:
     got.sum().backward()
     torch.testing.assert_close(got, rms_norm(x, weight, 1e-5))
     assert x.grad is not None
+
+
+class _Exchanged(torch.autograd.Function):
+    """As a scan by kernels treats a state that comes from outside: its gradient is a backward pass inside another."""
+
+    @staticmethod
+    def forward(ctx: Any, reached: Tensor, decay: Tensor) -> Tensor:
+        ctx.exchange = Exchange(lambda z, kept: z.exp() * kept[..., None, None], reached, decay)
+        return reached + ctx.exchange.initial_BHPN
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        dreached, _ = ctx.exchange.backward(grads[0])
+        return grads[0] + dreached, torch.zeros(2, 3)
+
+
+def test_a_block_whose_scan_exchanges_states_is_recomputed_once() -> None:
+    runs: list[int] = []
+
+    def block(x: Tensor) -> Tensor:
+        runs.append(1)
+        return _Exchanged.apply(x.sin(), torch.ones(2, 3)).cos()
+
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    (want,) = torch.autograd.grad(block(x).sum(), x)
+    runs.clear()
+    y = checkpoint(block, x, use_reentrant=False, context_fn=_keeping)
+    (got,) = torch.autograd.grad(y.sum(), x)
+    assert len(runs) == 2  # the forward and one recomputation
+    torch.testing.assert_close(got, want)

@@ -16,14 +16,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 
 class Exchange:
     """One call of a ``state_exchange``, kept for its backward pass."""
 
     def __init__(self, state_exchange: Callable[[Tensor, Tensor], Tensor], z_BHPN: Tensor, decay_BH: Tensor) -> None:
-        """Call ``state_exchange`` with what the piece reaches from zero and its total decay."""
-        with torch.enable_grad():
+        """Call ``state_exchange`` with what the piece reaches from zero and its total decay.
+
+        What it saves for :meth:`backward` is kept as it is: that pass is one of its own inside the block's, and a
+        recomputation of the block that it asked for would be a second one.
+        """
+        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
             self._z_BHPN = z_BHPN.detach().requires_grad_()
             self._decay_BH = decay_BH.detach().requires_grad_()
             self._initial_BHPN = state_exchange(self._z_BHPN, self._decay_BH)
@@ -42,3 +47,7 @@ class Exchange:
         )
         through_initial_BH = (dz * self.initial_BHPN).sum((-2, -1))
         return dz, self._decay_BH.detach() * (dP - through_initial_BH)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
