@@ -11,7 +11,7 @@ and its gradients are those of these two lines. One program walks along the row 
 chunks. C.B never leaves a program, its gradient once a group of heads and in 16 bits.
 
 Where documents start inside a row, terms between tokens of different segments vanish: no log decay of minus infinity is
-ever summed. Offsets of rows, chunks and heads are 64-bit.
+ever summed. Offsets of rows, tokens and chunks are 64-bit; heads and channels of a token lie side by side.
 
 Logarithms are to base 2 (``decay``), for exp2. Padded tokens at a row's end have dt = 0 and load as zeros.
 

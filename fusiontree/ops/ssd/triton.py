@@ -118,7 +118,8 @@ class _Scan(torch.autograd.Function):
         whole_rows: bool,
         state_exchange: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        x_BSHP, B_BSGN, C_BSGN, dt_BSH = (_rows_of_channels(t) for t in (x_BSHP, B_BSGN, C_BSGN, dt_BSH))
+        x_BSHP, B_BSGN, C_BSGN = (_side_by_side(t) for t in (x_BSHP, B_BSGN, C_BSGN))
+        dt_BSH = dt_BSH if dt_BSH.stride(-1) == 1 else dt_BSH.contiguous()
         sizes = _Sizes.of(x_BSHP, B_BSGN)
         decay_BHT, step_BHT = x_BSHP.new_empty(
             2, sizes.rows, sizes.heads, sizes.chunks * sizes.Q, dtype=torch.float32
@@ -143,17 +144,17 @@ class _Scan(torch.autograd.Function):
             sizes.length, sizes.chunks, sizes.heads, heads_a_group,
             packed=segments_BS is not None, **sizes.tile, HEADS=heads_a_group // sizes.blocks, **_OUTPUTS,
         )  # fmt: skip
-        ctx.save_for_backward(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, segments_BS, decay_BHT, step_BHT, states_BcHPN)
-        ctx.sizes, ctx.has_initial, ctx.exchange = sizes, initial_BHPN is not None, exchange
+        ctx.save_for_backward(x_BSHP, A_H, B_BSGN, C_BSGN, D_H, segments_BS, decay_BHT, step_BHT, states_BcHPN)
+        ctx.sizes, ctx.has_initial, ctx.exchange, ctx.whole_rows = sizes, initial_BHPN is not None, exchange, whole_rows
         ctx.set_materialize_grads(False)
         return y_BSHP, final_BHPN
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, segments_BS, decay_BHT, step_BHT, states_BcHPN = ctx.saved_tensors
+        x_BSHP, A_H, B_BSGN, C_BSGN, D_H, segments_BS, decay_BHT, step_BHT, states_BcHPN = ctx.saved_tensors
         sizes, exchange = ctx.sizes, ctx.exchange
         dy_BSHP, dfinal_BHPN = grads
-        dy_BSHP = torch.zeros_like(x_BSHP) if dy_BSHP is None else _rows_of_channels(dy_BSHP)
+        dy_BSHP = torch.zeros_like(x_BSHP) if dy_BSHP is None else _side_by_side(dy_BSHP)
         decays = (decay_BHT, step_BHT, segments_BS)
         dkeep_BHcnP = x_BSHP.new_empty(
             sizes.rows, sizes.heads, sizes.chunks, sizes.size // sizes.columns, sizes.width, dtype=torch.float32
@@ -163,7 +164,7 @@ class _Scan(torch.autograd.Function):
         more_BH = None
         if exchange is not None:
             # All ranks are here, also those whose own initial state counts for nothing.
-            dreached_BHPN, more_BH = exchange.backward(dinitial_BHPN)
+            dreached_BHPN, more_BH = exchange.backward(dinitial_BHPN.zero_() if ctx.whole_rows else dinitial_BHPN)
             _add(sizes, dstates_BcHPN, dreached_BHPN, kept_BHc, back)
 
         heads_a_group, blocks, packed = sizes.heads // sizes.groups, sizes.blocks, segments_BS is not None
@@ -196,7 +197,7 @@ class _Scan(torch.autograd.Function):
                 *x.stride()[:3], *w.stride()[:3], *other.stride()[:3],
                 sizes.length, sizes.chunks, sizes.heads, heads_a_group, blocks, of_C=of_C, **constants, **_GROUP,
             )  # fmt: skip
-        ddt_BSH = torch.empty(dt_BSH.shape, dtype=dt_BSH.dtype, device=dt_BSH.device)
+        ddt_BSH = x_BSHP.new_empty(x_BSHP.shape[:3], dtype=torch.float32)
         dA_BcH = x_BSHP.new_empty(sizes.rows, sizes.chunks, sizes.heads, dtype=torch.float32)
         kernels_backward.chunk_decay_backward[(sizes.chunks, triton.cdiv(sizes.heads, 16), sizes.rows)](
             ddecay, dlater, from_state, to_state, dstep, dkeep_BHcnP, _or(more_BH, x_BSHP), decay_BHT, step_BHT, A_H,
@@ -252,8 +253,10 @@ def _add(
     )  # fmt: skip
 
 
-def _rows_of_channels(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _side_by_side(tensor: Tensor) -> Tensor:
+    """Heads (or groups) and channels of a token lie side by side; a slice of a wider projection stays where it is."""
+    fits = tensor.stride(3) == 1 and (tensor.stride(2) == tensor.shape[3] or tensor.shape[2] == 1)
+    return tensor if fits else tensor.contiguous()
 
 
 def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
