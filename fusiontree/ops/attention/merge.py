@@ -20,7 +20,7 @@ def _merge(
     TOKENS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     d = tl.arange(0, BLOCK)
     inside = t < length

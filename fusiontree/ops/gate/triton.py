@@ -26,9 +26,10 @@ def _mix_forward(
     logits_ptr, branches_ptr, counted_ptr, mixed_ptr, sums_ptr, length, channels, width,
     kind: tl.constexpr, padded: tl.constexpr, TOKENS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    row = tl.program_id(1).to(tl.int64)
+    columns = tl.cdiv(channels, BC)
+    t = tl.program_id(0) // columns * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(0) % columns * BC + tl.arange(0, BC)
     mask = (t[:, None] < length) & (c[None, :] < channels)
     token = row * length + t.to(tl.int64)
     logits = tl.load(logits_ptr + token[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -45,7 +46,7 @@ def _mix_forward(
     weight = tl.where(mask, 1.0, 0.0)
     if padded:
         weight *= tl.load(counted_ptr + token, mask=t < length, other=0).to(tl.float32)[:, None]
-    part = (row * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    part = row * tl.num_programs(0) + tl.program_id(0)
     tl.store(sums_ptr + part * 3, tl.sum(tl.sum(gate * weight, 1), 0))
     tl.store(sums_ptr + part * 3 + 1, tl.sum(tl.sum((_softplus(logits) - logits * gate) * weight, 1), 0))
     tl.store(sums_ptr + part * 3 + 2, tl.sum(tl.sum(gate * gate * weight, 1), 0))
@@ -57,9 +58,10 @@ def _mix_backward(
     length, channels, width,
     kind: tl.constexpr, padded: tl.constexpr, TOKENS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    row = tl.program_id(1).to(tl.int64)
+    columns = tl.cdiv(channels, BC)
+    t = tl.program_id(0) // columns * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(0) % columns * BC + tl.arange(0, BC)
     mask = (t[:, None] < length) & (c[None, :] < channels)
     token = row * length + t.to(tl.int64)
     own = token[:, None] * channels + c[None, :]
@@ -101,7 +103,7 @@ def mix_and_sums(
     logits, branches = logits_BSC.contiguous(), branches_BSC.contiguous()
     mixed_BSC = torch.empty(logits.shape, dtype=branches.dtype, device=logits.device)
     grid = _grid(logits)
-    sums = torch.empty(grid[2], grid[1] * grid[0], 3, dtype=torch.float32, device=logits.device)
+    sums = torch.empty(grid[1], grid[0], 3, dtype=torch.float32, device=logits.device)
     _mix_forward[grid](
         logits, branches, logits if counted_BS is None else counted_BS.contiguous(), mixed_BSC, sums,
         *logits.shape[1:], branches.shape[2], kind="FMA".index(kind), padded=counted_BS is not None, **_BLOCK,
@@ -135,6 +137,7 @@ def gradients(
     return dlogits, dbranches
 
 
-def _grid(logits_BSC: Tensor) -> tuple[int, int, int]:
+def _grid(logits_BSC: Tensor) -> tuple[int, int]:
+    """Tokens and channels on one axis: a grid's others end at 65,535, which four tokens a program pass at 256K."""
     rows, length, channels = logits_BSC.shape
-    return triton.cdiv(channels, _BLOCK["BC"]), triton.cdiv(length, _BLOCK["TOKENS"]), rows
+    return triton.cdiv(channels, _BLOCK["BC"]) * triton.cdiv(length, _BLOCK["TOKENS"]), rows

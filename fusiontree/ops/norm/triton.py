@@ -31,10 +31,11 @@ def _gated_norm_forward(
     y_ptr, z_ptr, w_ptr, out_ptr, y_stride, z_stride, tokens, channels, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
+    groups = channels // WIDTH  # on one axis with the tokens: a grid's others end at 65,535
     within = tl.arange(0, BLOCK)
-    c = tl.program_id(0) * WIDTH + within
+    c = tl.program_id(0) % groups * WIDTH + within
     weight = tl.load(w_ptr + c, mask=within < WIDTH, other=0.0).to(tl.float32)
-    first = tl.program_id(1).to(tl.int64) * TOKENS
+    first = (tl.program_id(0) // groups).to(tl.int64) * TOKENS
     for i in range(TOKENS):
         t = first + i
         mask = within < tl.where(t < tokens, WIDTH, 0)
@@ -50,11 +51,12 @@ def _gated_norm_backward(
     y_ptr, z_ptr, w_ptr, dout_ptr, dy_ptr, dz_ptr, dw_ptr, y_stride, z_stride, dout_stride, tokens, channels, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
+    groups = channels // WIDTH  # on one axis with the tokens: a grid's others end at 65,535
     within = tl.arange(0, BLOCK)
-    c = tl.program_id(0) * WIDTH + within
+    c = tl.program_id(0) % groups * WIDTH + within
     weight = tl.load(w_ptr + c, mask=within < WIDTH, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK], dtype=tl.float32)
-    first = tl.program_id(1).to(tl.int64) * TOKENS
+    first = (tl.program_id(0) // groups).to(tl.int64) * TOKENS
     for i in range(TOKENS):
         t = first + i
         mask = within < tl.where(t < tokens, WIDTH, 0)
@@ -72,7 +74,7 @@ def _gated_norm_backward(
         dz = dgated * y * sigmoid * (1.0 + z * (1.0 - sigmoid))
         tl.store(dy_ptr + t * channels + c, (dgated * silu).to(dy_ptr.dtype.element_ty), mask=mask)
         tl.store(dz_ptr + t * channels + c, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-    tl.store(dw_ptr + tl.program_id(1).to(tl.int64) * channels + c, dweight, mask=within < WIDTH)
+    tl.store(dw_ptr + (tl.program_id(0) // groups).to(tl.int64) * channels + c, dweight, mask=within < WIDTH)
 
 
 @triton.jit
@@ -160,7 +162,7 @@ class _GatedNorm(torch.autograd.Function):
         y, z = _rows(y_BSC), _rows(z_BSC)
         tokens, channels = y.shape
         out_BSC = torch.empty(y_BSC.shape, dtype=y_BSC.dtype, device=y_BSC.device)
-        _gated_norm_forward[(groups, triton.cdiv(tokens, _FORWARD_TOKENS))](
+        _gated_norm_forward[(groups * triton.cdiv(tokens, _FORWARD_TOKENS),)](
             y, z, weight_C, out_BSC, y.stride(0), z.stride(0), tokens, channels, eps,
             TOKENS=_FORWARD_TOKENS, **_shape(channels // groups),
         )  # fmt: skip
@@ -177,7 +179,7 @@ class _GatedNorm(torch.autograd.Function):
         dz_BSC = torch.empty(z_BSC.shape, dtype=z_BSC.dtype, device=z_BSC.device)
         programs = triton.cdiv(tokens, _BACKWARD_TOKENS)
         partial = torch.empty(programs, channels, dtype=torch.float32, device=y_BSC.device)
-        _gated_norm_backward[(ctx.groups, programs)](
+        _gated_norm_backward[(ctx.groups * programs,)](
             y, z, weight_C, dout, dy_BSC, dz_BSC, partial, y.stride(0), z.stride(0), dout.stride(0), tokens, channels,
             ctx.eps, TOKENS=_BACKWARD_TOKENS, **_shape(channels // ctx.groups),
         )  # fmt: skip
