@@ -35,3 +35,14 @@ def test_a_row_of_256k_tokens_has_a_grid() -> None:
 
     first, *others = _grid(torch.empty(1, 1 << 18, 2048, device="meta"))
     assert first > 65_535 >= max(others)
+
+
+def test_tiles_of_the_scan_fit_what_a_gpu_has() -> None:
+    from fusiontree.ops.ssd.triton import tiles
+
+    h100, a100, consumer = 228 * 1024, 164 * 1024, 100 * 1024
+    assert tiles(2, 64, h100) == (128, 3)
+    assert tiles(2, 128, h100) == (64, 3)
+    assert [tiles(2, 64, room) for room in (a100, consumer)] == [(64, 2), (64, 2)]
+    assert [tiles(4, 64, room) for room in (h100, a100, consumer)] == [(64, 3), (64, 2), (32, 2)]
+    assert [tiles(4, 128, room) for room in (h100, a100, consumer)] == [(32, 2), (32, 2), None]

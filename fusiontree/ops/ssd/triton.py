@@ -6,6 +6,7 @@ P channels of a head, N state size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,11 +24,9 @@ _SIZES = (16, 32, 64, 128)
 _HEADS_A_PROGRAM = 8
 _ENOUGH = 128
 """Programs that keep a large GPU busy."""
-_WALK = {"num_warps": 4, "num_stages": 3}
-_OUTPUTS = {"num_warps": 8, "num_stages": 3}
 _INPUTS = {"num_warps": 4, "num_stages": 1}
-_SCORES = {"num_warps": 4, "num_stages": 3}
-_GROUP = {"num_warps": 8, "num_stages": 3}
+"""The kernel that has no registers left to load ahead."""
+_KIB = 1024
 
 
 def ssd_triton(
@@ -43,11 +42,12 @@ def ssd_triton(
     initial_state_BHPN: Tensor | None = None,
     state_exchange: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`fusiontree.ops.ssd.ssd_scan`; float64 and other sizes go through the plain formula.
+    """Compute :func:`fusiontree.ops.ssd.ssd_scan`; float64 and sizes that do not fit go through the plain formula.
 
     The kernels choose their own chunks: the result does not depend on ``chunk_size``.
     """
-    if x_BSHP.shape[-1] not in _SIZES or B_BSGN.shape[-1] not in _SIZES or x_BSHP.dtype == torch.float64:
+    fits = x_BSHP.shape[-1] in _SIZES and B_BSGN.shape[-1] in _SIZES and x_BSHP.dtype != torch.float64
+    if not fits or tiles(x_BSHP.dtype.itemsize, x_BSHP.shape[-1], _fast_memory(x_BSHP.device)) is None:
         return ssd_chunked(
             x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, chunk_size=chunk_size, documents=documents,
             initial_state_BHPN=initial_state_BHPN, state_exchange=state_exchange,
@@ -62,6 +62,34 @@ def ssd_triton(
     )  # fmt: skip
 
 
+def tiles(itemsize: int, width: int, room: int) -> tuple[int, int] | None:
+    """Return the tokens of a chunk and how many loads a kernel begins ahead, or None where a tile does not fit.
+
+    Two tiles of chunk x chunk values lie in registers, four of chunk x state or channels in fast memory; the limits are
+    those that Triton 3.6 reports for states of 128.
+
+    Args:
+        itemsize: bytes of an input.
+        width: channels of a head.
+        room: bytes of fast (shared) memory of a processor.
+    """
+    narrow = width <= 64
+    if itemsize == 2:
+        chunk = 128 if narrow and room >= 200 * _KIB else 64
+    else:
+        chunk = 64 if narrow and room >= 150 * _KIB else 32
+    if itemsize > 2 and not narrow and room < 120 * _KIB:
+        return None
+    return chunk, 3 if room >= 200 * _KIB and (itemsize == 2 or narrow) else 2
+
+
+@functools.cache
+def _fast_memory(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter
+        return 256 * _KIB
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
 class _Sizes(NamedTuple):
     """Sizes of one call."""
 
@@ -72,6 +100,8 @@ class _Sizes(NamedTuple):
     width: int
     size: int
     Q: int
+    ahead: int
+    """Loads that a kernel begins before their turn."""
 
     @property
     def chunks(self) -> int:
@@ -95,12 +125,17 @@ class _Sizes(NamedTuple):
         """The kernels' constants."""
         return {"Q": self.Q, "P": self.width, "N": self.size}
 
+    def launch(self, warps: int) -> dict[str, int]:
+        """Return a kernel's launch options."""
+        return {"num_warps": warps, "num_stages": self.ahead}
+
     @classmethod
     def of(cls, x_BSHP: Tensor, B_BSGN: Tensor) -> _Sizes:
-        """Choose the chunks: two tiles of Q x Q values stay in registers, four of Q x N or Q x P in fast memory."""
+        """Read them off the inputs."""
         rows, length, heads, width = x_BSHP.shape
-        Q = 128 if x_BSHP.dtype.itemsize == 2 and width <= 64 else 64
-        return cls(rows, length, heads, B_BSGN.shape[2], width, B_BSGN.shape[3], Q)
+        fitting = tiles(x_BSHP.dtype.itemsize, width, _fast_memory(x_BSHP.device))
+        assert fitting is not None, "the caller takes the formula where nothing fits"
+        return cls(rows, length, heads, B_BSGN.shape[2], width, B_BSGN.shape[3], *fitting)
 
 
 class _Scan(torch.autograd.Function):
@@ -142,7 +177,7 @@ class _Scan(torch.autograd.Function):
             x_BSHP, B_BSGN, C_BSGN, D_H, decay_BHT, step_BHT, _or(segments_BS, x_BSHP), states_BcHPN, y_BSHP,
             *x_BSHP.stride()[:3], *B_BSGN.stride()[:3], *C_BSGN.stride()[:3],
             sizes.length, sizes.chunks, sizes.heads, heads_a_group,
-            packed=segments_BS is not None, **sizes.tile, HEADS=heads_a_group // sizes.blocks, **_OUTPUTS,
+            packed=segments_BS is not None, **sizes.tile, HEADS=heads_a_group // sizes.blocks, **sizes.launch(8),
         )  # fmt: skip
         ctx.save_for_backward(x_BSHP, A_H, B_BSGN, C_BSGN, D_H, segments_BS, decay_BHT, step_BHT, states_BcHPN)
         ctx.sizes, ctx.has_initial, ctx.exchange, ctx.whole_rows = sizes, initial_BHPN is not None, exchange, whole_rows
@@ -187,7 +222,7 @@ class _Scan(torch.autograd.Function):
         )  # fmt: skip
         kernels_backward.chunk_scores_backward[grid](
             x_BSHP, dy_BSHP, B_BSGN, C_BSGN, decay_BHT, step_BHT, segments, dscores, ddecay, dlater, *shape,
-            **constants, HEADS=heads_a_group // blocks, **_SCORES,
+            **constants, HEADS=heads_a_group // blocks, **sizes.launch(4),
         )  # fmt: skip
         for of_C in (True, False):
             x, w, other = (dy_BSHP, C_BSGN, B_BSGN) if of_C else (x_BSHP, B_BSGN, C_BSGN)
@@ -195,7 +230,8 @@ class _Scan(torch.autograd.Function):
                 x, w, other, decay_BHT, step_BHT, segments, states_BcHPN if of_C else dstates_BcHPN, dscores,
                 dC_BSGN if of_C else dB_BSGN, from_state,
                 *x.stride()[:3], *w.stride()[:3], *other.stride()[:3],
-                sizes.length, sizes.chunks, sizes.heads, heads_a_group, blocks, of_C=of_C, **constants, **_GROUP,
+                sizes.length, sizes.chunks, sizes.heads, heads_a_group, blocks,
+                of_C=of_C, **constants, **sizes.launch(8),
             )  # fmt: skip
         ddt_BSH = x_BSHP.new_empty(x_BSHP.shape[:3], dtype=torch.float32)
         dA_BcH = x_BSHP.new_empty(sizes.rows, sizes.chunks, sizes.heads, dtype=torch.float32)
@@ -233,7 +269,7 @@ def _walk(
         total_BH, *(back or (states_BcHPN, end_BHPN)), *x_BSHP.stride()[:3], *w_BSGN.stride()[:3],
         sizes.length, sizes.chunks, sizes.heads, sizes.heads // sizes.groups,
         backward=back is not None, has_begin=begin_BHPN is not None, packed=segments_BS is not None,
-        **sizes.tile, BN=sizes.columns, **_WALK,
+        **sizes.tile, BN=sizes.columns, **sizes.launch(4),
     )  # fmt: skip
     return states_BcHPN, end_BHPN, kept_BHc, total_BH
 
