@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from fusiontree.engines.fsdp2 import FSDP2Engine
+from fusiontree.engines.summed import SummedGradients
 from fusiontree.engines.zero import ZeroEngine
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel import context_parallel
@@ -104,6 +105,10 @@ def _mean_gradient(right: Callable) -> Callable:
     return lambda self, factor: right(self, 2.0 * factor)
 
 
+def _halved_sums(right: Callable) -> Callable:
+    return lambda self: {master: gradient * 0.5 for master, gradient in right(self).items()}
+
+
 def _without_tags(right: Callable) -> Callable:
     def partition(self: ZeroEngine, unit: Unit, config: dict[str, Any]) -> None:
         for _, parameter in unit.named_parameters():
@@ -127,6 +132,7 @@ MUTATIONS: dict[str, Mutation] = {
     "one halo token lost": Mutation(CP2, context_parallel, "left_halos", _halo_token_lost),
     "one key of the window lost": Mutation(CP2, context_parallel, "begin_left_halos", _window_key_lost),
     "gradient averaged": Mutation(CP2, FSDPModule, "set_gradient_divide_factor", _mean_gradient),
+    "gradient averaged (ddp)": Mutation(Cell("ddp", 1, 2, 1), SummedGradients, "wait", _halved_sums),
     "tp tag removed (zero3)": Mutation(Cell("zero3", 1, 1, 2), ZeroEngine, "_partition", _without_tags),
     "gradient averaged (zero3)": Mutation(Cell("zero3", 1, 2, 1), ZeroEngine, "_sum_gradients", _left_out),
     "no gradient sum over tp (zero1)": Mutation(Cell("zero1", 1, 1, 2), ZeroEngine, "_sum_over_tp", _left_out),

@@ -114,6 +114,8 @@ ALL = [
     ),
     Cell("ddp", 2, 1, 2),
     Cell("ddp", 1, 2, 2, "full"),
+    Cell("ddp", 2, 2, 1, "selective"),
+    Cell("ddp", 1, 2, 2, extra=OTHER_MODEL),
     Cell("zero1", 2, 1, 2),
     Cell("zero2", 1, 2, 2, "selective"),
     Cell("zero2", 2, 1, 2, "full"),
