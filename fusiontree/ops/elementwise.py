@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
+
+log = logging.getLogger(__name__)
 
 _KINDS = 64
 """Kinds of inputs that a formula may be compiled for in one process."""
@@ -75,7 +78,7 @@ def fused(formula: Callable[..., Any], backend: str, device_type: str, kernel: s
             host.
     """
     if kernel is not None and backend == "auto" and device_type == "cuda" and _has_triton():
-        return _load(kernel)
+        return _load(kernel, formula.__name__.strip("_"))
     return ELEMENTWISE.choose(backend, device_type)(formula)
 
 
@@ -85,6 +88,7 @@ def _has_triton() -> bool:
 
 
 @functools.cache
-def _load(kernel: str) -> Callable[..., Any]:
+def _load(kernel: str, formula: str) -> Callable[..., Any]:
+    log.info("%s on cuda: triton", formula)
     module, _, name = kernel.partition(":")
     return getattr(importlib.import_module(module), name)
