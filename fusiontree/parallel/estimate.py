@@ -146,13 +146,16 @@ def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: 
     engine = parallel.engine
     whole_weights = engine in ("ddp", "zero1", "zero2")
     states = {
-        "ddp": 16 * on_rank,
+        # One process keeps gradients as the backward pass made them; several add them up in fp32.
+        "ddp": (16 if gpus == 1 or half == 4 else 16 + half) * on_rank,
         "zero1": half * on_rank + 4 * on_rank + 12 * share,
         "zero2": half * on_rank + 16 * share,
     }.get(engine, 16 * share)
     # The block at work, the one fetched ahead, and the gradients of one, in half precision.
     gathered = 0.0 if whole_weights or gpus == 1 else 3.0 * half * block
-    if gathered and not parallel.reshard_after_forward:  # all blocks, and the gradients of one
+    if engine == "ddp" and gpus > 1:  # a block's gradients wait for the last of them
+        gathered = half * block
+    elif gathered and not parallel.reshard_after_forward:  # all blocks, and the gradients of one
         gathered = half * (on_rank + block)
     length, rows = training.seq_len, training.micro_batch_size
     tokens = rows * length / cp
@@ -249,7 +252,8 @@ def _communication_s(
         if shard < gpus:
             seconds += passes * on_rank / shard * 8 * moved(gpus // shard) / link(gpus)
     else:
-        seconds += passes * on_rank * 8 * moved(gpus) / link(gpus)
+        once = parallel.engine in ("ddp", "zero1")  # after the last pass
+        seconds += (1 if once else passes) * on_rank * 8 * moved(gpus) / link(gpus)
     hidden = model.hidden_size
     if tp > 1:
         # A block gathers its input and scatters both outputs, forward; the duals backward.

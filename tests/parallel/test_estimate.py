@@ -66,6 +66,12 @@ def test_what_layouts_do_to_memory_and_passes() -> None:
     }
     states = [engines[e].states_gib for e in ("ddp", "zero1", "zero2", "zero3")]
     assert states == sorted(states, reverse=True)
+    # 16-bit copies, and gradients in fp32 that are summed once a step, however many passes it has.
+    ddp = [
+        estimated("bench/hybrid_7b_32k", 8, "parallel.engine=ddp", f"training.global_batch_size={n}") for n in (8, 64)
+    ]
+    assert ddp[0].states_gib == pytest.approx(one.states_gib * 18 / 16, rel=1e-6)
+    assert (ddp[1].accumulation, ddp[1].communication_s) == (8, ddp[0].communication_s)
     slices = estimated("bench/hybrid_7b_32k", 16, "parallel.shard_size=8", "parallel.engine=fsdp2")
     assert slices.states_gib == pytest.approx(eight.states_gib, rel=1e-6)
     kept = estimated("bench/hybrid_7b_32k", 8, "parallel.engine=fsdp2", "parallel.reshard_after_forward=false")
