@@ -19,7 +19,9 @@ class MambaConfig(Section):
     norm_groups: int = setting(1, "Groups of channels the gated norm normalises apart; a multiple of tp.", ge=1)
     d_conv: int = setting(4, "Width of the causal convolution, this token included.", unit="tokens", ge=2)
     expand: int = setting(2, "Inner width as a multiple of hidden_size.", ge=1)
-    chunk_size: int = setting(256, "Tokens the scan handles as one matrix product.", unit="tokens", ge=1)
+    chunk_size: int = setting(
+        256, "Tokens the scan handles as one matrix product; kernels.ssd=triton chooses by itself.", unit="tokens", ge=1
+    )
     A_init_range: list[float] = setting([1.0, 16.0], "Range from which -A is drawn.", min_length=2, max_length=2)
     dt_init_range: list[float] = setting(
         [0.001, 0.1], "Range of the initial step size, log-uniform.", min_length=2, max_length=2

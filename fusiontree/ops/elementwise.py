@@ -1,4 +1,4 @@
-"""Fusing what lies between the matrix products: on GPUs torch.compile makes one kernel of each reference formula.
+"""Fusing what lies between the matrix products: on GPUs each formula is one kernel, of our own or of torch.compile.
 
 Unfused, each step of such a formula reads and writes the whole activation; at 32K tokens that costs more than the
 arithmetic of the layer's smaller products.

@@ -114,7 +114,7 @@ def tell_deepspeed(local_rank: int, device_type: str) -> None:
 def keep_tuning() -> None:
     """Let Triton write down which variant of a kernel it found the fastest, unless the user decided.
 
-    Before the kernels are imported. Tuning the scan takes one to two minutes; the next process reads the result from
-    Triton's cache folder.
+    Before the kernels are imported. Tuning mamba_ssm's scan takes one to two minutes; the next process reads the result
+    from Triton's cache folder.
     """
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")

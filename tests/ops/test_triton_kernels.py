@@ -46,3 +46,13 @@ def test_tiles_of_the_scan_fit_what_a_gpu_has() -> None:
     assert [tiles(2, 64, room) for room in (a100, consumer)] == [(64, 2), (64, 2)]
     assert [tiles(4, 64, room) for room in (h100, a100, consumer)] == [(64, 3), (64, 2), (32, 2)]
     assert [tiles(4, 128, room) for room in (h100, a100, consumer)] == [(32, 2), (32, 2), None]
+
+
+def test_sizes_without_a_kernel_are_computed_and_complained_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    from fusiontree.ops.ssd.triton import ssd_triton
+
+    for _ in range(2):
+        x, bc = torch.ones(1, 4, 2, 16), torch.ones(1, 4, 1, 24)
+        y, _state = ssd_triton(x, torch.ones(1, 4, 2), -torch.ones(2), bc, bc, torch.ones(2), chunk_size=4)
+        assert y.shape == x.shape
+    assert [record.message.count("states of 24") for record in caplog.records] == [1]

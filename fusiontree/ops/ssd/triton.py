@@ -7,6 +7,7 @@ P channels of a head, N state size.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from fusiontree.ops.documents import Documents
 from fusiontree.ops.ssd import kernels, kernels_backward
 from fusiontree.ops.ssd.chunked import ssd_chunked
 from fusiontree.ops.ssd.exchange import Exchange
+
+log = logging.getLogger(__name__)
 
 _SIZES = (16, 32, 64, 128)
 """Channels of a head and sizes of a state that the kernels know: powers of two whose tiles fit a processor."""
@@ -48,6 +51,8 @@ def ssd_triton(
     """
     fits = x_BSHP.shape[-1] in _SIZES and B_BSGN.shape[-1] in _SIZES and x_BSHP.dtype != torch.float64
     if not fits or tiles(x_BSHP.dtype.itemsize, x_BSHP.shape[-1], _fast_memory(x_BSHP.device)) is None:
+        if x_BSHP.dtype != torch.float64:
+            _say_slow(x_BSHP.shape[-1], B_BSGN.shape[-1])
         return ssd_chunked(
             x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, chunk_size=chunk_size, documents=documents,
             initial_state_BHPN=initial_state_BHPN, state_exchange=state_exchange,
@@ -59,6 +64,16 @@ def ssd_triton(
     return _Scan.apply(
         x_BSHP, dt_BSH.float(), A_H.float(), B_BSGN, C_BSGN, D_H.float(), initial, segments_BS, whole_rows,
         state_exchange,
+    )  # fmt: skip
+
+
+@functools.cache
+def _say_slow(width: int, size: int) -> None:
+    """Once for each pair of sizes."""
+    log.warning(
+        "the scan has no kernel for heads of %d channels and states of %d in this precision on this GPU: the plain "
+        "formula computes it, many times slower; model.mamba.head_dim and d_state of %s have one",
+        width, size, ", ".join(map(str, _SIZES)),
     )  # fmt: skip
 
 
