@@ -1,7 +1,8 @@
 """What a run would need and how fast it would be, by arithmetic: no device, no process group.
 
 Memory is counted tensor by tensor. Time is operations over the rates of one profiled step (configs/bench/NOTES.md, one
-H100) plus the bytes that cross links. Both are held to that step by a test; nothing on several GPUs has been compared.
+H100) plus the bytes that cross links. Both are held to that step and to one of 128K tokens by a test. Measured on two
+GPUs, ddp with tp 2 and cp 2 came within 10%; fsdp2 with tp 2 and cp 2, which waits for its host, took up to half more.
 Unit of activations: elements of one token on one rank.
 """
 
@@ -21,20 +22,26 @@ from fusiontree.parallel.plans.hybrid import split_of
 
 GIB = 2**30
 # Rates of one H100 SXM in bf16, from the profiled step of hybrid_1b_32k (16 layers, 2,048 wide, 32,768 tokens):
-MATRIX_FLOPS = 700e12
-"""Matrix products of these shapes."""
-GLOBAL_ATTENTION_FLOPS = 500e12
-"""105 ms for 52.8 TFLOP (4 heads of 128, causal, forward and backward)."""
-LOCAL_ATTENTION_FLOPS = 174e12
-"""56 ms for 9.7 TFLOP (12 heads, window 1,024)."""
-SCAN_S = 129e-3 / (16 * 32768 * 4096)
-"""Seconds a token, layer and inner channel, forward, recomputation and backward."""
-ELEMENTWISE_S = (85 + 61 + 50 + 72) * 1e-3 / (16 * 32768 * 2048)
+MATRIX_FLOPS = 738e12
+"""Matrix products of these shapes: 390 ms for 288 TFLOP."""
+GLOBAL_ATTENTION_FLOPS = 467e12
+"""113 ms for 52.8 TFLOP (4 heads of 128, causal, forward and backward)."""
+LOCAL_ATTENTION_FLOPS = 206e12
+"""47 ms for 9.7 TFLOP (12 heads, window 1,024)."""
+SCAN_S = 53e-3 / (16 * 32768 * 4096)
+"""Seconds a token, layer and inner channel, forward and backward."""
+ELEMENTWISE_S = (42 + 45 + 17 + 19 + 2) * 1e-3 / (16 * 32768 * 2048)
 """Norms, gates, convolutions, copies: seconds a token, layer and channel of the residual stream."""
-OPTIMIZER_S = 24e-3 / 1.57e9
+OPTIMIZER_S = 25e-3 / 1.57e9
 """Seconds a parameter of the rank's share."""
-IDLE = 0.12
+IDLE = 0.03
 """Share of the step in which the device waits for the next kernel."""
+SCAN_CHUNK = 128
+"""Tokens between two states that the scan keeps for its backward pass (heads of 64 channels, 16 bits)."""
+LOSS_TOKENS = 8192
+"""Tokens whose logits, and their gradient, exist at one time."""
+PASSING_WIDTHS = 10
+"""Gradients inside the block at work, in widths of the residual stream: what measured peaks hold beside the rest."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,7 @@ def kept_elements(model: ModelConfig, letter: str, mode: str, tp: int) -> float:
     if letter in "FM":
         inner, bc = model.d_inner / tp, sum(b.size for b in bc_proj_rows(model)) / min(tp, model.mamba.n_groups)
         products += sum(b.size for b in in_proj_rows(model)) / tp + bc + between
+        products += inner * model.mamba.d_state / SCAN_CHUNK
         rest += (inner + bc) + inner + inner  # results of convolution, scan and gated norm
     if letter in "FA":
         width = model.attention_head_dim
@@ -166,13 +174,15 @@ def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: 
     per_layer = [
         kept_elements(model, letter, mode if index < recomputed else others, tp) for index, letter in enumerate(layers)
     ]
-    working = 0.0
-    if mode != "none" and recomputed:  # one block at a time is whole again
+    last = sum(per_layer[recomputed:])
+    if mode != "none" and recomputed:  # one block at a time is whole again, when the last ones are over
         working = max(
             kept_elements(model, letter, "none", tp) - kept_elements(model, letter, mode, tp)
             for letter in layers[:recomputed]
         )
-    activations = half * tokens * (sum(per_layer) + working)
+        last = max(last, working)
+    passing = PASSING_WIDTHS * model.hidden_size * tokens + 2 * model.vocab_size * min(tokens, LOSS_TOKENS)
+    activations = half * (tokens * (sum(per_layer[:recomputed]) + last) + passing / tp)
     total = states + gathered + activations
 
     passes = max(1, -(-training.global_batch_size // (dp * rows)))
@@ -208,18 +218,18 @@ def _pass_s(model: ModelConfig, training: Any, tokens: float, tp: int, mode: str
     keys_global = visible_keys(length) / length
     width = model.attention_head_dim
     matrices = 6.0 * matrix_parameters(model) / MATRIX_FLOPS
-    attention = scan = 0.0
+    once = again_too = 0.0  # attention to whole rows is kept by full recomputation; the rest of a block is not
     for index, letter in enumerate(model.pattern):
         if letter in "FA":
             keys_local = visible_keys(length, model.window_of_layer(index)) / length
-            attention += 12 * width * model.global_heads * keys_global / GLOBAL_ATTENTION_FLOPS
-            attention += 12 * width * model.local_heads * keys_local / LOCAL_ATTENTION_FLOPS
+            once += 12 * width * model.global_heads * keys_global / GLOBAL_ATTENTION_FLOPS
+            again_too += 12 * width * model.local_heads * keys_local / LOCAL_ATTENTION_FLOPS
         if letter in "FM":
-            scan += SCAN_S * model.d_inner
+            again_too += SCAN_S * model.d_inner
     elementwise = ELEMENTWISE_S * model.hidden_size * model.num_layers
     again = recomputed / model.num_layers if mode in ("full", "offload") else 0.0
     # A recomputed forward is a third of forward and backward; the profiled step already recomputes what is cheap.
-    seconds = (matrices + attention) * (1 + again / 3) + scan + elementwise
+    seconds = (matrices + again_too) * (1 + again / 3) + once + elementwise
     return tokens * seconds / tp / (1 - IDLE)
 
 
