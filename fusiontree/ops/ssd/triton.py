@@ -1,4 +1,4 @@
-"""The scan by this project's Triton kernels (GPU): three launches forward, five backward, nothing to tune.
+"""The scan by this project's Triton kernels (GPU): three launches forward, six backward, nothing to tune.
 
 Shape legend: B rows, S tokens, T tokens padded to whole chunks, c chunks, Q tokens of a chunk, H heads, G groups,
 P channels of a head, N state size.
@@ -16,13 +16,13 @@ import triton
 from torch import Tensor
 
 from fusiontree.ops.documents import Documents
-from fusiontree.ops.ssd import kernels, kernels_backward
+from fusiontree.ops.ssd import kernels, kernels_backward, mamba_ssm
 from fusiontree.ops.ssd.chunked import ssd_chunked
 from fusiontree.ops.ssd.exchange import Exchange
 
 log = logging.getLogger(__name__)
 
-_SIZES = (16, 32, 64, 128)
+_WIDTHS, _STATES = (16, 32, 64, 128), (16, 32, 64, 128, 256)
 """Channels of a head and sizes of a state that the kernels know: powers of two whose tiles fit a processor."""
 _HEADS_A_PROGRAM = 8
 _ENOUGH = 128
@@ -49,11 +49,11 @@ def ssd_triton(
 
     The kernels choose their own chunks: the result does not depend on ``chunk_size``.
     """
-    fits = x_BSHP.shape[-1] in _SIZES and B_BSGN.shape[-1] in _SIZES and x_BSHP.dtype != torch.float64
-    if not fits or tiles(x_BSHP.dtype.itemsize, x_BSHP.shape[-1], _fast_memory(x_BSHP.device)) is None:
-        if x_BSHP.dtype != torch.float64:
-            _say_slow(x_BSHP.shape[-1], B_BSGN.shape[-1])
-        return ssd_chunked(
+    width, size = x_BSHP.shape[-1], B_BSGN.shape[-1]
+    fits = width in _WIDTHS and size in _STATES and x_BSHP.dtype != torch.float64
+    if not fits or tiles(x_BSHP.dtype.itemsize, width, size, _fast_memory(x_BSHP.device)) is None:
+        scan = ssd_chunked if x_BSHP.dtype == torch.float64 else _without_kernels(width, size, x_BSHP.device)
+        return scan(
             x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, chunk_size=chunk_size, documents=documents,
             initial_state_BHPN=initial_state_BHPN, state_exchange=state_exchange,
         )  # fmt: skip
@@ -68,34 +68,40 @@ def ssd_triton(
 
 
 @functools.cache
-def _say_slow(width: int, size: int) -> None:
-    """Once for each pair of sizes."""
+def _without_kernels(width: int, size: int, device: torch.device) -> Callable:
+    """Return what computes sizes that have no kernel; said once for each pair of them."""
+    what = f"the scan has no kernel of ours for heads of {width} channels and states of {size} in this precision here"
+    if mamba_ssm.unavailable(device) is None:
+        log.warning("%s: mamba_ssm computes it", what)
+        return mamba_ssm.ssd_mamba_ssm
     log.warning(
-        "the scan has no kernel for heads of %d channels and states of %d in this precision on this GPU: the plain "
-        "formula computes it, many times slower; model.mamba.head_dim and d_state of %s have one",
-        width, size, ", ".join(map(str, _SIZES)),
+        "%s: the plain formula computes it, many times slower; model.mamba.head_dim of %s and d_state of %s have one",
+        what, ", ".join(map(str, _WIDTHS)), ", ".join(map(str, _STATES)),
     )  # fmt: skip
+    return ssd_chunked
 
 
-def tiles(itemsize: int, width: int, room: int) -> tuple[int, int] | None:
-    """Return the tokens of a chunk and how many loads a kernel begins ahead, or None where a tile does not fit.
+def tiles(itemsize: int, width: int, size: int, room: int) -> tuple[int, int] | None:
+    """Return the tokens of a chunk and how many loads a kernel begins ahead, or None where no tile fits.
 
-    Two tiles of chunk x chunk values lie in registers, four of chunk x state or channels in fast memory; the limits are
-    those that Triton 3.6 reports for states of 128.
+    Chunks of 128 tokens need the registers of Hopper and newer. The kernel of the outputs takes the most fast memory: C
+    of a chunk, and x and the state of each head it loads ahead. Triton 3.6 takes that much for 16-bit inputs on sm_90,
+    less elsewhere, and at most 0.83 of it for 32-bit ones.
 
     Args:
         itemsize: bytes of an input.
         width: channels of a head.
+        size: size of a head's state.
         room: bytes of fast (shared) memory of a processor.
     """
-    narrow = width <= 64
-    if itemsize == 2:
-        chunk = 128 if narrow and room >= 200 * _KIB else 64
-    else:
-        chunk = 64 if narrow and room >= 150 * _KIB else 32
-    if itemsize > 2 and not narrow and room < 120 * _KIB:
-        return None
-    return chunk, 3 if room >= 200 * _KIB and (itemsize == 2 or narrow) else 2
+    large = itemsize == 2 and width <= 64 and size <= 128 and room >= 200 * _KIB
+    share = 1.0 if itemsize == 2 else 0.85
+    for chunk, ahead in ((128, 3), (64, 3), (64, 2), (32, 2)):
+        values = max(chunk * size + ahead * (chunk + size) * width, 2 * chunk * size)  # or B and C of a chunk
+        need = share * itemsize * values + 4 * _KIB
+        if need <= room and (chunk < 128 or large):
+            return chunk, ahead
+    return None
 
 
 @functools.cache
@@ -148,7 +154,7 @@ class _Sizes(NamedTuple):
     def of(cls, x_BSHP: Tensor, B_BSGN: Tensor) -> _Sizes:
         """Read them off the inputs."""
         rows, length, heads, width = x_BSHP.shape
-        fitting = tiles(x_BSHP.dtype.itemsize, width, _fast_memory(x_BSHP.device))
+        fitting = tiles(x_BSHP.dtype.itemsize, width, B_BSGN.shape[3], _fast_memory(x_BSHP.device))
         assert fitting is not None, "the caller takes the formula where nothing fits"
         return cls(rows, length, heads, B_BSGN.shape[2], width, B_BSGN.shape[3], *fitting)
 
