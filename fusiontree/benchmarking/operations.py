@@ -20,9 +20,8 @@ from fusiontree.ops.attention import ATTENTION, attention
 from fusiontree.ops.conv import CONV, causal_conv1d
 from fusiontree.ops.cross_entropy import CROSS_ENTROPY, linear_cross_entropy
 from fusiontree.ops.dispatch import Operation
-from fusiontree.ops.elementwise import ELEMENTWISE
-from fusiontree.ops.gate import gate_mix
-from fusiontree.ops.norm import GATED_NORM, gated_rms_norm, rms_norm
+from fusiontree.ops.gate import MIX_AND_SUMS, gate_mix
+from fusiontree.ops.norm import GATED_NORM, NORM, gated_rms_norm, rms_norm
 from fusiontree.ops.ssd import SSD, ssd_scan
 
 # What an H100 reaches: 8192^3 bf16 products, and a large copy with bytes read and written.
@@ -83,7 +82,7 @@ def cases(config: ModelConfig, length: int, dtype: torch.dtype, device: torch.de
             )
     yield Case(
         "norm",
-        ELEMENTWISE,
+        NORM,
         lambda backend, x, w: rms_norm(x, w, config.norm_eps, backend=backend),
         [draw(1, length, hidden), draw(hidden)],
         0.0,
@@ -97,7 +96,7 @@ def cases(config: ModelConfig, length: int, dtype: torch.dtype, device: torch.de
     )
     yield Case(
         "gate mix",
-        ELEMENTWISE,
+        MIX_AND_SUMS,
         lambda backend, *x: gate_mix(*x, backend=backend),
         [draw(1, length, hidden), draw(1, length, 2 * hidden)],
         0.0,

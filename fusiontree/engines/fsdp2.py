@@ -65,7 +65,7 @@ class FSDP2Engine(OnLayout):
         self.module: Any = model.module
         self.specs = model.specs
         self._shard = shard
-        self._reshard = shard and reshard_after_forward
+        self._reshard = reshard_after_forward
         self._settings = optimizer
         self._own = OwnParameters()
         self._root: Any = self.module

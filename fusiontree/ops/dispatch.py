@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -32,6 +33,13 @@ class Backend:
 def anywhere(device: torch.device) -> str | None:
     """No reason not to run: plain PyTorch."""
     return None
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on ``device``, or None."""
+    if device.type != "cuda":
+        return "its kernels need a GPU"
+    return None if find_spec("triton") is not None else "triton is not installed"
 
 
 class Operation:

@@ -33,6 +33,11 @@ class Documents:
     all rows. Boundaries then need no masking. None otherwise."""
 
     @property
+    def inner_segments_BS(self) -> Tensor | None:
+        """``segments_BS`` where a document starts after a row's first token; None where there is nothing to compare."""
+        return None if self.tokens_before is not None else self.segments_BS
+
+    @property
     def whole_rows(self) -> bool:
         """True when each row is one document from its start."""
         return self.tokens_before == 0

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
-from fusiontree.ops.dispatch import Backend, Operation, anywhere
-
-log = logging.getLogger(__name__)
+from fusiontree.ops.dispatch import Backend, Operation, anywhere, triton_unavailable
 
 _KINDS = 64
 """Kinds of inputs that a formula may be compiled for in one process."""
@@ -66,29 +62,33 @@ ELEMENTWISE = Operation(
 )
 
 
-def fused(formula: Callable[..., Any], backend: str, device_type: str, kernel: str | None = None) -> Callable[..., Any]:
-    """Return ``formula`` as the backend computes it on a device.
-
-    Args:
-        formula: the reference.
-        backend: a name of :data:`ELEMENTWISE` or "auto".
-        device_type: cpu or cuda.
-        kernel: ``module:function`` of a Triton kernel for the same formula. "auto" prefers it: the kernel is no
-            faster, but a compiled call costs the host four times a launch, and a layer split over ranks waits for its
-            host.
-    """
-    if kernel is not None and backend == "auto" and device_type == "cuda" and _has_triton():
-        return _load(kernel, formula.__name__.strip("_"))
+def fused(formula: Callable[..., Any], backend: str, device_type: str) -> Callable[..., Any]:
+    """Return ``formula`` as the backend computes it on a device."""
     return ELEMENTWISE.choose(backend, device_type)(formula)
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def with_kernel(shown: str, formula: Callable[..., Any], kernel: str) -> Operation:
+    """Return the operation that computes ``formula``, by a Triton kernel of our own where there is a GPU.
 
+    The kernel is no faster than the compiled formula, but a compiled call costs the host four times a launch, and a
+    layer split over ranks waits for its host.
 
-@functools.cache
-def _load(kernel: str, formula: str) -> Callable[..., Any]:
-    log.info("%s on cuda: triton", formula)
-    module, _, name = kernel.partition(":")
-    return getattr(importlib.import_module(module), name)
+    Args:
+        shown: what it is called where a choice is logged.
+        formula: the reference.
+        kernel: ``module:function`` of the same signature, imported when it is first chosen.
+    """
+
+    def load() -> Callable[..., Any]:
+        module, _, name = kernel.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    return Operation(
+        "elementwise",
+        [
+            Backend("triton", load, triton_unavailable),
+            Backend("compiled", lambda: compiled(formula), needs_gpu),
+            Backend("reference", lambda: formula, anywhere),
+        ],
+        shown=shown,
+    )

@@ -64,3 +64,11 @@ def test_sizes_without_a_kernel_are_computed_and_complained_of_once(caplog: pyte
         y, _state = ssd_triton(x, torch.ones(1, 4, 2), -torch.ones(2), bc, bc, torch.ones(2), chunk_size=4)
         assert y.shape == x.shape
     assert [record.message.count("states of 24") for record in caplog.records] == [1]
+
+
+def test_sizes_without_a_kernel_go_to_the_next_backend(caplog: pytest.LogCaptureFixture) -> None:
+    from fusiontree.ops.ssd.chunked import ssd_chunked
+    from fusiontree.ops.ssd.triton import _without_kernels
+
+    assert _without_kernels(24, 40, torch.device("cpu")) is ssd_chunked
+    assert "heads of 24 channels and states of 40" in caplog.text and "backend reference" in caplog.text

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusiontree.ops.elementwise import fused
+from fusiontree.ops.elementwise import with_kernel
 
 _ATEN = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
@@ -44,7 +44,7 @@ class _CausalTail(torch.autograd.Function):
             outputs.append(out_BHSD)
             lses.append(lse.view(*out_BHSD.shape[:3], 1))
             others.append(rest)
-        merge = fused(_merged, "auto", q_BHSD.device.type, "fusiontree.ops.attention.merge:merged")
+        merge = MERGED.choose("auto", q_BHSD.device.type)
         out_BHSD, lse_BHS1 = merge(*outputs, *lses)
         ctx.save_for_backward(q_BHSD, k_BKTD, v_BKTD, out_BHSD, lse_BHS1.view_as(lse))
         ctx.before, ctx.scale, ctx.others = before, scale, others
@@ -69,6 +69,9 @@ def _merged(out_0: Tensor, out_1: Tensor, lse_0: Tensor, lse_1: Tensor) -> tuple
     lse = torch.logaddexp(lse_0, lse_1)
     out = out_0.float() * (lse_0 - lse).exp() + out_1.float() * (lse_1 - lse).exp()
     return out.to(out_0.dtype), lse
+
+
+MERGED = with_kernel("merged attention", _merged, "fusiontree.ops.attention.merge:merged")
 
 
 def _parts(k_BKTD: Tensor, v_BKTD: Tensor, before: int) -> list[tuple[Tensor, Tensor, bool]]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
-import torch
 from torch import Tensor
 
 from fusiontree.ops.conv.reference import one_token
-from fusiontree.ops.dispatch import Backend, Operation, anywhere
+from fusiontree.ops.dispatch import Backend, Operation, anywhere, triton_unavailable
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import fused, needs_gpu
 
@@ -32,14 +30,10 @@ def _triton() -> Callable:
     return causal_conv1d_triton
 
 
-def _triton_unavailable(device: torch.device) -> str | None:
-    return needs_gpu(device) or (None if find_spec("triton") else "triton is not installed")
-
-
 CONV = Operation(
     "conv",
     [
-        Backend("triton", _triton, _triton_unavailable),
+        Backend("triton", _triton, triton_unavailable),
         Backend("compiled", _compiled, needs_gpu),
         Backend("reference", _reference, anywhere),
     ],

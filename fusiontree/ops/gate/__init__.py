@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusiontree.ops.elementwise import fused
+from fusiontree.ops.elementwise import with_kernel
 from fusiontree.ops.gate import reference
 from fusiontree.ops.recompute import mark
 
 _KERNELS = "fusiontree.ops.gate.triton"
+MIX = with_kernel("gate mix, again", reference.mix, f"{_KERNELS}:mix")
+MIX_AND_SUMS = with_kernel("gate mix", reference.mix_and_sums, f"{_KERNELS}:mix_and_sums")
+GRADIENTS = with_kernel("gate mix, backward", reference.gradients, f"{_KERNELS}:gradients")
 
 
 def gate_mix(
@@ -32,7 +35,7 @@ def gate_mix(
         branches_BSC: the branches' outputs side by side: ``[B, S, 2C]`` for both, ``[B, S, C]`` for one.
         counted_BS: True on the tokens that the sums are over; None means all.
         kind: F both branches, Mamba first; M or A one of them, the other counting as zeros.
-        backend: a name of :data:`fusiontree.ops.elementwise.ELEMENTWISE` or "auto".
+        backend: a name of :data:`MIX_AND_SUMS` or "auto".
 
     Returns:
         ``g m + (1 - g) a`` in the branches' dtype, and the sums of g, of its binary entropy (nats) and of g² over
@@ -44,7 +47,7 @@ def gate_mix(
 
 
 def _mixed(logits_BSC: Tensor, branches_BSC: Tensor, kind: str, backend: str) -> Tensor:
-    return fused(reference.mix, backend, logits_BSC.device.type, f"{_KERNELS}:mix")(logits_BSC, branches_BSC, kind)
+    return MIX.choose(backend, logits_BSC.device.type)(logits_BSC, branches_BSC, kind)
 
 
 class _GateMix(torch.autograd.Function):
@@ -54,11 +57,11 @@ class _GateMix(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(logits_BSC, branches_BSC, counted_BS)
         ctx.kind, ctx.backend = kind, backend
-        compute = fused(reference.mix_and_sums, backend, logits_BSC.device.type, f"{_KERNELS}:mix_and_sums")
+        compute = MIX_AND_SUMS.choose(backend, logits_BSC.device.type)
         return compute(logits_BSC, branches_BSC, counted_BS, kind)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits_BSC, branches_BSC, counted_BS = ctx.saved_tensors
-        compute = fused(reference.gradients, ctx.backend, logits_BSC.device.type, f"{_KERNELS}:gradients")
+        compute = GRADIENTS.choose(ctx.backend, logits_BSC.device.type)
         return *compute(logits_BSC, branches_BSC, counted_BS, *grads, ctx.kind), None, None, None

@@ -22,16 +22,21 @@ def _softplus(x):
 
 
 @triton.jit
-def _mix_forward(
-    logits_ptr, branches_ptr, counted_ptr, mixed_ptr, sums_ptr, length, channels, width,
-    kind: tl.constexpr, padded: tl.constexpr, TOKENS: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+def _place(length, channels, TOKENS: tl.constexpr, BC: tl.constexpr):
+    """A program's row, its tokens in the row, its channels, the tokens among all rows', and which of them exist."""
     row = tl.program_id(1).to(tl.int64)
     columns = tl.cdiv(channels, BC)
     t = tl.program_id(0) // columns * TOKENS + tl.arange(0, TOKENS)
     c = tl.program_id(0) % columns * BC + tl.arange(0, BC)
-    mask = (t[:, None] < length) & (c[None, :] < channels)
-    token = row * length + t.to(tl.int64)
+    return row, t, c, row * length + t.to(tl.int64), (t[:, None] < length) & (c[None, :] < channels)
+
+
+@triton.jit
+def _mix_forward(
+    logits_ptr, branches_ptr, counted_ptr, mixed_ptr, sums_ptr, length, channels, width,
+    kind: tl.constexpr, padded: tl.constexpr, TOKENS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    row, t, c, token, mask = _place(length, channels, TOKENS, BC)
     logits = tl.load(logits_ptr + token[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
     gate = tl.sigmoid(logits)
     first = tl.load(branches_ptr + token[:, None] * width + c[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -58,12 +63,7 @@ def _mix_backward(
     length, channels, width,
     kind: tl.constexpr, padded: tl.constexpr, TOKENS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    columns = tl.cdiv(channels, BC)
-    t = tl.program_id(0) // columns * TOKENS + tl.arange(0, TOKENS)
-    c = tl.program_id(0) % columns * BC + tl.arange(0, BC)
-    mask = (t[:, None] < length) & (c[None, :] < channels)
-    token = row * length + t.to(tl.int64)
+    row, t, c, token, mask = _place(length, channels, TOKENS, BC)
     own = token[:, None] * channels + c[None, :]
     pair = token[:, None] * width + c[None, :]
     logits = tl.load(logits_ptr + own, mask=mask, other=0.0).to(tl.float32)

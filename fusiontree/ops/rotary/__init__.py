@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusiontree.ops.elementwise import fused
+from fusiontree.ops.elementwise import fused, with_kernel
 from fusiontree.ops.rotary import reference
 from fusiontree.ops.rotary.reference import rotary_tables
 
 __all__ = ["apply_rotary", "rotary_tables", "rotate_and_cut"]
 
 _KERNELS = "fusiontree.ops.rotary.triton"
+ROTATE = with_kernel("rotation", reference.rotate_and_cut, f"{_KERNELS}:rotate_and_cut")
+ROTATE_BACK = with_kernel("rotation, backward", reference.rotate_back, f"{_KERNELS}:rotate_back")
 
 
 def apply_rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, *, backend: str = "auto") -> Tensor:
@@ -47,11 +49,11 @@ class _RotateAndCut(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos_BSD, sin_BSD)
         ctx.backend = backend
-        rotate = fused(reference.rotate_and_cut, backend, q_BSHD.device.type, f"{_KERNELS}:rotate_and_cut")
+        rotate = ROTATE.choose(backend, q_BSHD.device.type)
         queries, keys = rotate(q_BSHD, k_BSKD, cos_BSD, sin_BSD, first)
         return *queries, *keys
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rotate_back = fused(reference.rotate_back, ctx.backend, grads[0].device.type, f"{_KERNELS}:rotate_back")
+        rotate_back = ROTATE_BACK.choose(ctx.backend, grads[0].device.type)
         return *rotate_back(*grads, *ctx.saved_tensors), None, None, None, None

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
-import torch
 from torch import Tensor
 
-from fusiontree.ops.dispatch import Backend, Operation, anywhere
+from fusiontree.ops.dispatch import Backend, Operation, anywhere, triton_unavailable
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import fused
 from fusiontree.ops.ssd.mamba_ssm import unavailable as mamba_ssm_unavailable
@@ -30,12 +28,6 @@ def _triton() -> Callable:
     return ssd_triton
 
 
-def _triton_unavailable(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "its kernels need a GPU"
-    return None if find_spec("triton") is not None else "triton is not installed"
-
-
 def _mamba_ssm() -> Callable:
     keep_tuning()
     from fusiontree.ops.ssd.mamba_ssm import ssd_mamba_ssm
@@ -46,7 +38,7 @@ def _mamba_ssm() -> Callable:
 SSD = Operation(
     "ssd",
     [
-        Backend("triton", _triton, _triton_unavailable),
+        Backend("triton", _triton, triton_unavailable),
         Backend("mamba_ssm", _mamba_ssm, mamba_ssm_unavailable),
         Backend("reference", _reference, anywhere),
     ],

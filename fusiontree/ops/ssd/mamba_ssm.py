@@ -57,7 +57,7 @@ def ssd_mamba_ssm(
             f"use shorter rows, fewer rows a micro batch, or kernels.ssd=reference"
         )
     # Segment 0 continues the initial state, which is what the kernels take a first seq_idx of 0 to mean.
-    seq_idx = None if documents is None or documents.tokens_before is not None else documents.segments_BS
+    seq_idx = None if documents is None else documents.inner_segments_BS
     initial = initial_state_BHPN
     if documents is not None and documents.whole_rows:
         initial = None  # every row begins with a document of its own

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from fusiontree.ops.documents import Documents
-from fusiontree.ops.ssd import kernels, kernels_backward, mamba_ssm
+from fusiontree.ops.ssd import kernels, kernels_backward
 from fusiontree.ops.ssd.chunked import ssd_chunked
 from fusiontree.ops.ssd.exchange import Exchange
 
@@ -49,36 +49,37 @@ def ssd_triton(
 
     The kernels choose their own chunks: the result does not depend on ``chunk_size``.
     """
-    width, size = x_BSHP.shape[-1], B_BSGN.shape[-1]
-    fits = width in _WIDTHS and size in _STATES and x_BSHP.dtype != torch.float64
-    if not fits or tiles(x_BSHP.dtype.itemsize, width, size, _fast_memory(x_BSHP.device)) is None:
+    sizes = _Sizes.of(x_BSHP, B_BSGN)
+    if sizes is None:
+        width, size = x_BSHP.shape[-1], B_BSGN.shape[-1]
         scan = ssd_chunked if x_BSHP.dtype == torch.float64 else _without_kernels(width, size, x_BSHP.device)
         return scan(
             x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, chunk_size=chunk_size, documents=documents,
             initial_state_BHPN=initial_state_BHPN, state_exchange=state_exchange,
         )  # fmt: skip
     whole_rows = documents is not None and documents.whole_rows
-    # Segment 0 continues the initial state. Without starts inside the row there is nothing to compare.
-    segments_BS = None if documents is None or documents.tokens_before is not None else documents.segments_BS
+    # Segment 0 continues the initial state.
+    segments_BS = None if documents is None else documents.inner_segments_BS
     initial = None if whole_rows or initial_state_BHPN is None else initial_state_BHPN.float()
     return _Scan.apply(
-        x_BSHP, dt_BSH.float(), A_H.float(), B_BSGN, C_BSGN, D_H.float(), initial, segments_BS, whole_rows,
+        x_BSHP, dt_BSH.float(), A_H.float(), B_BSGN, C_BSGN, D_H.float(), initial, segments_BS, sizes, whole_rows,
         state_exchange,
     )  # fmt: skip
 
 
 @functools.cache
 def _without_kernels(width: int, size: int, device: torch.device) -> Callable:
-    """Return what computes sizes that have no kernel; said once for each pair of them."""
-    what = f"the scan has no kernel of ours for heads of {width} channels and states of {size} in this precision here"
-    if mamba_ssm.unavailable(device) is None:
-        log.warning("%s: mamba_ssm computes it", what)
-        return mamba_ssm.ssd_mamba_ssm
+    """Return the next backend that computes sizes without a kernel; said once for each pair of them."""
+    from fusiontree.ops.ssd import SSD
+
+    others = (backend for name, backend in SSD.backends.items() if name != "triton")
+    other = next(backend for backend in others if backend.unavailable(device) is None)
     log.warning(
-        "%s: the plain formula computes it, many times slower; model.mamba.head_dim of %s and d_state of %s have one",
-        what, ", ".join(map(str, _WIDTHS)), ", ".join(map(str, _STATES)),
+        "the scan has no kernel of ours for heads of %d channels and states of %d in this precision here: backend %s "
+        "computes it, slower; model.mamba.head_dim of %s and d_state of %s have one",
+        width, size, other.name, ", ".join(map(str, _WIDTHS)), ", ".join(map(str, _STATES)),
     )  # fmt: skip
-    return ssd_chunked
+    return other.load()
 
 
 def tiles(itemsize: int, width: int, size: int, room: int) -> tuple[int, int] | None:
@@ -151,12 +152,14 @@ class _Sizes(NamedTuple):
         return {"num_warps": warps, "num_stages": self.ahead}
 
     @classmethod
-    def of(cls, x_BSHP: Tensor, B_BSGN: Tensor) -> _Sizes:
-        """Read them off the inputs."""
+    def of(cls, x_BSHP: Tensor, B_BSGN: Tensor) -> _Sizes | None:
+        """Read them off the inputs; None where there is no kernel."""
         rows, length, heads, width = x_BSHP.shape
-        fitting = tiles(x_BSHP.dtype.itemsize, width, B_BSGN.shape[3], _fast_memory(x_BSHP.device))
-        assert fitting is not None, "the caller takes the formula where nothing fits"
-        return cls(rows, length, heads, B_BSGN.shape[2], width, B_BSGN.shape[3], *fitting)
+        groups, size = B_BSGN.shape[2:]
+        if x_BSHP.dtype == torch.float64 or width not in _WIDTHS or size not in _STATES:
+            return None
+        fitting = tiles(x_BSHP.dtype.itemsize, width, size, _fast_memory(x_BSHP.device))
+        return None if fitting is None else cls(rows, length, heads, groups, width, size, *fitting)
 
 
 class _Scan(torch.autograd.Function):
@@ -171,12 +174,12 @@ class _Scan(torch.autograd.Function):
         D_H: Tensor,
         initial_BHPN: Tensor | None,
         segments_BS: Tensor | None,
+        sizes: _Sizes,
         whole_rows: bool,
         state_exchange: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         x_BSHP, B_BSGN, C_BSGN = (_side_by_side(t) for t in (x_BSHP, B_BSGN, C_BSGN))
         dt_BSH = dt_BSH if dt_BSH.stride(-1) == 1 else dt_BSH.contiguous()
-        sizes = _Sizes.of(x_BSHP, B_BSGN)
         decay_BHT, step_BHT = x_BSHP.new_empty(
             2, sizes.rows, sizes.heads, sizes.chunks * sizes.Q, dtype=torch.float32
         ).unbind()
@@ -263,7 +266,7 @@ class _Scan(torch.autograd.Function):
         )  # fmt: skip
         dA_H, dD_H = dA_BcH.sum((0, 1)), skip.sum((0, 2))
         dinitial = dinitial_BHPN if ctx.has_initial else None
-        return dx_BSHP, ddt_BSH, dA_H, dB_BSGN, dC_BSGN, dD_H, dinitial, None, None, None
+        return dx_BSHP, ddt_BSH, dA_H, dB_BSGN, dC_BSGN, dD_H, dinitial, None, None, None, None
 
 
 def _walk(
