@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,9 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Time training steps, print the figures and return them."""
     import torch
 
+    from fusiontree.benchmarking.clock import StepClock
     from fusiontree.data.loader import TrainingData
-    from fusiontree.engines.base import StepInputs
+    from fusiontree.engines.base import StepInputs, StepResult
     from fusiontree.engines.build import build_engine
     from fusiontree.models.flops import training_flops_per_token
     from fusiontree.parallel.layout import Layout
@@ -170,7 +172,8 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         stream = batches()
         ready = [next(stream)]
 
-        def step() -> float:
+        def step(before: StepResult | None) -> StepResult:
+            """Queue a step as training does, which reads what became of the one before while the device is busy."""
             micro_batches, new_lengths = ready.pop()
             lengths.extend(new_lengths)
             for index, micro in enumerate(micro_batches):
@@ -187,28 +190,28 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                     counts,
                 )
                 engine.backward(terms.total, last=index == len(micro_batches) - 1)
-            ready.append(next(stream))  # while the device works
-            return engine.step(training.learning_rate).grad_norm
+            ready.append(next(stream))
+            if before is not None:
+                before.wait()
+            return engine.step(training.learning_rate)
 
-        def synchronize() -> None:
-            if on_gpu:
-                torch.cuda.synchronize()
+        def steps(number: int) -> tuple[list[float], float]:
+            """Return the seconds between the ends of steps, and the last one's gradient norm."""
+            clock, result = StepClock(layout.device), None
+            for _ in range(number):
+                result = step(result)
+                clock.mark()
+            assert result is not None
+            return clock.seconds(), result.grad_norm
 
         began = time.perf_counter()
-        for _ in range(args.warmup):
-            step()
-        synchronize()
+        steps(args.warmup)
         garbage.set_aside()
         warmup_s = time.perf_counter() - began
         lengths.clear()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(args.steps):
-            began = time.perf_counter()
-            grad_norm = step()
-            synchronize()
-            times.append(time.perf_counter() - began)
+        times, grad_norm = steps(args.steps)
         seconds = sorted(times)[len(times) // 2]
         # Other dp ranks read other documents; of the ranks that share rows one counts.
         mine = lengths if layout.cp_rank == layout.tp_rank == 0 else []
@@ -247,9 +250,10 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
             def together() -> None:
                 engine.barrier()
-                synchronize()
+                torch.cuda.synchronize()
 
-            result["breakdown_ms"] = breakdown(step, together, args.profile if layout.is_main else None)
+            profiled = partial(steps, 1)  # waits for its end
+            result["breakdown_ms"] = breakdown(profiled, together, args.profile if layout.is_main else None)
             result["memory_gib"] = memory_by_kind(engine.state_tensors(), result["peak_memory_gib"])
         if args.ops:
             from fusiontree.benchmarking.operations import time_operations

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fusiontree.benchmarking.clock import StepClock
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.flops import matrix_parameters, visible_keys
 from fusiontree.models.graphs import GraphedStep
@@ -137,21 +138,21 @@ def train_falcon(
 
     # FSDP2 gathers the root's own parameters (the head) in the root's forward: put the loss there.
     model.forward = lambda _: loss_of(model)
-    times = []
+    clock = None
     with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
         for step in range(warmup + steps):
             if step == warmup:
+                clock = StepClock(device)
                 torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-            began = time.perf_counter()
             loss = model(ids_BS)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-    seconds = sorted(times[warmup:])[steps // 2]
+            if clock:
+                clock.mark()
+    assert clock is not None
+    seconds = sorted(clock.seconds())[steps // 2]
     flops = falcon_training_flops(config, ids_BS.shape[1])
     result = {
         "name": "Falcon-H1 (transformers)",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ class TrainingData:
         rows_of_rank = -(-global_batch_size // dp_size)
         self._step_bytes = rows_of_rank * seq_len * 3 * 8  # tokens, labels, positions
         self._check_cache()
-        self._began = self._position = DataState()
+        self._position = DataState()
+        self._recent: deque[DataState] = deque(maxlen=3)  # before and after each of the last two steps
         self._asked_row = 0
         self._last_state: dict[str, Any] = {}
 
@@ -143,6 +145,8 @@ class TrainingData:
                 (``on_damage: stop``), too many were skipped, or a place cannot be reached.
         """
         self._position = DataState.from_dict(state, self.order) if state is not None else DataState()
+        self._recent.clear()
+        self._recent.append(self._position)
         self._asked_row = self._position.row
         skipped_here = self._position.skipped_rows
         threads = _FETCH_THREADS if self.config.prefetch_shards and any(s.remote for s in self.sources) else 0
@@ -163,8 +167,8 @@ class TrainingData:
                         log.warning("skipped: %s", message)
                     skipped_here += batch.skipped_rows
                     self._check_skipped(skipped_here, batch.damage)
-                    self._began = self._position
                     self._position = replace(after, skipped_rows=self._position.skipped_rows)
+                    self._recent.append(self._position)
                     rows = self.mixture.rows_before(after.row)
                     self._last_state = self._position.to_dict(self.order, rows)
                     epochs = tuple(count / order.total for count, order in zip(rows, self.orders, strict=True))
@@ -173,14 +177,16 @@ class TrainingData:
                 workers.close()
 
     def describe_row(self, number: int) -> str:
-        """Say where a row of the last step comes from: its dataset, shard and place in the shard.
+        """Say where a row of the last two steps comes from: its dataset, shard and place in the shard.
 
         Raises:
-            ValueError: ``number``, as in ``MicroBatch.rows_B``, is no row of the last step.
+            ValueError: ``number``, as in ``MicroBatch.rows_B``, is no row of them.
         """
-        before, after = self._began, self._position
-        if not before.number <= number < after.number:
-            raise ValueError(f"row {number} is not one of the last step's, {before.number} to {after.number - 1}")
+        steps = [step for step in pairwise(self._recent) if step[0].number <= number < step[1].number]
+        if not steps:
+            known = f"{self._recent[0].number} to {self._recent[-1].number - 1}" if self._recent else "none"
+            raise ValueError(f"row {number} is not one of the last two steps', {known}")
+        before, after = steps[0]
         pieces = (after.number - before.number) // (after.row - before.row)
         row, piece = divmod(number - before.number, pieces)
         source = self.mixture.source(before.row + row)

@@ -7,8 +7,10 @@ global norm; a step whose gradient is not finite changes nothing and says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,14 +28,31 @@ class OptimizerSettings:
     max_grad_norm: float
 
 
-@dataclass(frozen=True)
 class StepResult:
-    """What became of one optimizer step."""
+    """What became of one optimizer step, on which the device may still be at work: looking at it waits for that."""
 
-    grad_norm: float
-    """Global norm before clipping, of the unscaled gradient."""
-    skipped: str | None = None
-    """Why the step changed nothing, or None."""
+    def __init__(self, read_norm: Callable[[], float], unless_finite: str) -> None:
+        """Read nothing yet.
+
+        Args:
+            read_norm: waits for the global norm before clipping, of the unscaled gradient.
+            unless_finite: why the step changed nothing, if the norm is not finite.
+        """
+        self._read_norm, self._unless_finite = read_norm, unless_finite
+
+    @cached_property
+    def grad_norm(self) -> float:
+        """Global norm before clipping, of the unscaled gradient."""
+        return self._read_norm()
+
+    def wait(self) -> None:
+        """Let the device finish the step."""
+        assert self.grad_norm is not None
+
+    @property
+    def skipped(self) -> str | None:
+        """Why the step changed nothing, or None."""
+        return None if math.isfinite(self.grad_norm) else self._unless_finite
 
 
 class StepInputs(NamedTuple):
@@ -117,7 +136,7 @@ class Engine(Protocol):
         ...
 
     def step(self, learning_rate: float) -> StepResult:
-        """Reduce, clip and apply the gradient, then clear it."""
+        """Reduce, clip and apply the gradient, then clear it; all of it may be queued only when this returns."""
         ...
 
     def discard(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -24,6 +23,7 @@ from fusiontree.engines.summed import SummedGradients
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shards import GlobalTensor
 from fusiontree.parallel.units import DistributedModel, Unit, units_inside_out
+from fusiontree.utils.device import on_its_way
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by their names in its state."""
@@ -80,6 +80,7 @@ class FSDP2Engine(OnLayout):
         }
         self.optimizer = self._build_optimizer(decays)
         self.loss_scale = LossScale() if precision == "fp16" else None
+        self._last_result: StepResult | None = None
         self._watch = GradientWatch(self.module.embed)
 
     def _distribute(
@@ -173,6 +174,7 @@ class FSDP2Engine(OnLayout):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss``; gradients are reduced in fp32 over the ranks."""
         if self.loss_scale:
+            self._adapt(self.loss_scale)
             loss = loss * self.loss_scale.scale
         self._own.last_pass = last
         loss.backward()
@@ -180,7 +182,10 @@ class FSDP2Engine(OnLayout):
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepResult:
-        """Clip by the global norm, apply AdamW, clear the gradient; the device decides by itself whether to skip."""
+        """Clip by the global norm, apply AdamW, clear the gradient; the device decides by itself whether to skip.
+
+        All of it is queued and none of it waited for: the host is free to prepare the next step.
+        """
         self._own.await_sums()
         norm = self._global_norm()
         self._hand_over()
@@ -197,16 +202,19 @@ class FSDP2Engine(OnLayout):
         optimizer.found_inf = (~norm.isfinite()).float()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        optimizer.step()  # the whole step is queued before anybody waits for the device
-        result = StepResult(float(norm))
-        if not math.isfinite(result.grad_norm):
-            scale = self.loss_scale
-            why = f"overflow at loss scale {scale.scale}" if scale else "non-finite gradient norm"
-            result = StepResult(result.grad_norm, skipped=why)
-        if self.loss_scale:
-            self.loss_scale.update(overflow=result.skipped is not None)
+        optimizer.step()
+        scale, read_norm = self.loss_scale, on_its_way(norm.view(1))
+        why = f"overflow at loss scale {scale.scale}" if scale else "non-finite gradient norm"
+        result = StepResult(lambda: read_norm()[0], unless_finite=why)
         self.discard()
+        self._last_result = result
         return result
+
+    def _adapt(self, scale: LossScale) -> None:
+        """Let the loss scale learn from the step before, once."""
+        if self._last_result is not None:
+            scale.update(overflow=self._last_result.skipped is not None)
+            self._last_result = None
 
     def discard(self) -> None:
         """Clear the gradient."""
@@ -271,6 +279,7 @@ class FSDP2Engine(OnLayout):
         step = next(iter(self.optimizer.state.values()))["step"]
         values: dict[str, Any] = {"optimizer_step": int(step)}
         if self.loss_scale:
+            self._adapt(self.loss_scale)
             values["loss_scale"] = {"scale": self.loss_scale.scale, "good_steps": self.loss_scale.good_steps}
         return values
 
@@ -278,6 +287,7 @@ class FSDP2Engine(OnLayout):
         """Take back :meth:`state_values`."""
         for state in self.optimizer.state.values():
             state["step"].fill_(values["optimizer_step"])
+        self._last_result = None
         if self.loss_scale and "loss_scale" in values:
             self.loss_scale.scale = values["loss_scale"]["scale"]
             self.loss_scale.good_steps = values["loss_scale"]["good_steps"]

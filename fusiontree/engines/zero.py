@@ -211,11 +211,11 @@ class ZeroEngine(OnLayout):
             self._sum_over_tp()
         skipped_before = self._engine.skipped_steps
         self._engine.step()
-        result = StepResult(float(self._engine.get_global_grad_norm()))
-        if self._engine.skipped_steps != skipped_before:  # DeepSpeed leaves out non-finite steps by itself
-            why = f"overflow at loss scale {self.loss_scale.scale}" if self.loss_scale else "non-finite gradient norm"
-            result = StepResult(result.grad_norm, skipped=why)
-        assert math.isfinite(result.grad_norm) or result.skipped, "DeepSpeed applied a gradient that is not finite"
+        norm = float(self._engine.get_global_grad_norm())
+        why = f"overflow at loss scale {self.loss_scale.scale}" if self.loss_scale else "non-finite gradient norm"
+        left_out = self._engine.skipped_steps != skipped_before  # DeepSpeed leaves out non-finite steps by itself
+        assert left_out or math.isfinite(norm), "DeepSpeed applied a gradient that is not finite"
+        result = StepResult(lambda: math.nan if left_out else norm, unless_finite=why)
         if self.loss_scale:
             self.loss_scale.update(overflow=result.skipped is not None)
         self._watch.end_step()

@@ -197,10 +197,14 @@ class Layout:
         return values
 
     def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum ``values`` in place over the ranks whose losses are of different tokens (other rows, other pieces)."""
-        if self.dp_size * self.cp_size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.dp_cp_group)
-        return values
+        """Sum ``values`` in place over the ranks whose losses are of different tokens (other rows, other pieces).
+
+        Every rank gets the same bits, so that all draw the same conclusions: sums over the groups of ranks with the
+        same share of the heads could differ between the groups in the last digit.
+        """
+        if self.tp_rank > 0:
+            values.zero_()  # one rank of those with the same tokens counts
+        return self.sum_over_ranks(values)
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum ``values`` in place over all ranks."""

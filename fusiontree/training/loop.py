@@ -20,7 +20,6 @@ import torch
 from fusiontree.checkpoint.folders import remove_partial
 from fusiontree.checkpoint.load import check_model, load_newest
 from fusiontree.checkpoint.saver import Saver
-from fusiontree.data.batch import StepBatch
 from fusiontree.engines.base import Engine
 from fusiontree.training.checks import RunChecks
 from fusiontree.training.last_words import collect_reports, explain
@@ -30,7 +29,7 @@ from fusiontree.training.restarts import count_starts
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.skips import check_skips, name_broken
 from fusiontree.training.spikes import Rewinds, SpikeFilter
-from fusiontree.training.step import StepDone, TrainStep, step_inputs
+from fusiontree.training.step import StepUnderWay, TrainStep, step_inputs
 from fusiontree.training.stop import StopRequest
 from fusiontree.training.watchdog import Watchdog, in_short
 from fusiontree.utils import garbage
@@ -88,11 +87,16 @@ class Trainer:
         self._validated: tuple[int, float] = (-1, math.nan)
         self._train_seconds = 0.0
         self._saved_train_seconds = 0.0
+        self._unread: tuple[StepUnderWay, dict[str, Any]] | None = None
         self.watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)
         self.checks = RunChecks(engine, settings.training, self.records)
         self.spikes = SpikeFilter(settings.training)
         self.step = TrainStep(settings, engine, train_data, self.watchdog, self.spikes)
         self.rewinds = Rewinds(settings.run_dir, settings.training.max_spikes)
+        self.progress = Progress(settings.training.max_steps)
+        self._last_step = min(
+            settings.training.max_steps, settings.training.exit_at_step or settings.training.max_steps
+        )
 
     def run(self) -> Outcome:
         """Resume if there is a checkpoint, train, validate, save; return how it ended.
@@ -126,9 +130,8 @@ class Trainer:
             self.records.open_mirror(self.settings.logging.wandb, run_dir, values, self.position.step)
             self.checks.at_start(run_dir, values)
             watch.silent_hosts = Peers(self.engine.gather_text(own_place())).silent
-        progress = Progress(config.max_steps)
-        progress.mark(self.position.step)
-        last_step = min(config.max_steps, config.exit_at_step or config.max_steps)
+        self.progress.mark(self.position.step)
+        last_step = self._last_step
         interrupted, settled, limit = False, False, config.slow_timeout_s
         batches = self.train_data.steps(self.position.data)
         while True:
@@ -137,34 +140,37 @@ class Trainer:
             with watch.section("wait for data", limit):
                 batch, data_state = next(batches)
             with watch.section("step", limit):
-                stop_wanted, tokens = stop.signal_name is not None, self.position.tokens
-                done = self.step.run(step, batch, tokens_before=tokens, stop_wanted=stop_wanted, limit=limit)
+                wanted = stop.signal_name is not None
+                done = self.step.run(step, batch, stop_wanted=wanted, limit=limit, meanwhile=self._read_step)
             if done.spike and config.spike_policy == "rewind" and self._rewind(step, data_state, done.spike):
                 batches.close()
                 batches, limit = self.train_data.steps(self.position.data), config.slow_timeout_s
-                progress = Progress(config.max_steps)
+                self.progress = Progress(config.max_steps)
                 continue
-            self._note_skip(step, done, batch)
             if not settled:  # the first step is over, in which kernels were compiled
                 garbage.set_aside()
-                settled = True
-            interrupted, limit = done.stop, config.hang_timeout_s
+            self.position.step, self.position.data = step, data_state
+            interrupted = done.stop
+            stopping = interrupted or step >= last_step
+            saving = self._due(self.settings.checkpoint.save_interval) or stopping
+            validating = self._due(config.eval_interval) or (config.eval_interval and step == config.max_steps)
+            pausing = saving or validating or not settled  # otherwise the device goes on while the step is read
+            if pausing:
+                with watch.section("end of the step", limit):
+                    done.wait()
             seconds = time.perf_counter() - began
             self._train_seconds += seconds
-            self.position.step, self.position.tokens, self.position.data = step, done.tokens, data_state
-            progress.mark(step)
-            values = done.values | self.step.speed(batch, seconds)
-            if self._due(self.settings.logging.log_interval) or step == last_step:
-                with watch.section("log", config.slow_timeout_s):
-                    self.records.metrics(values)
-                self._say(progress.line(values))
+            self.progress.mark(step)
+            self._unread = (done, self.step.speed(batch, seconds))
+            if pausing:
+                self._read_step()
+            settled, limit = True, config.hang_timeout_s
             with watch.section("checks", config.slow_timeout_s):
                 self.checks.after_step(step, done.arrived - began, seconds)
-            if self._due(config.eval_interval) or (config.eval_interval and step == config.max_steps):
+            if validating:
                 with watch.section("validate", config.slow_timeout_s):
                     self._validate()
-            stopping = interrupted or step >= last_step
-            if self._due(self.settings.checkpoint.save_interval) or stopping:
+            if saving:
                 with watch.section("save", config.slow_timeout_s):
                     self._save(wait=stopping)
             self._note_saves()
@@ -190,13 +196,35 @@ class Trainer:
         self._say(f"{why} at step {self.position.step}/{config.max_steps}; everything is in {self.settings.run_dir}")
         return outcome
 
-    def _note_skip(self, step: int, done: StepDone, batch: StepBatch) -> None:
-        if done.skipped is None:
-            self.position.skipped_in_a_row = 0
+    def _read_step(self) -> None:
+        """Read what became of the last step, as soon as the device is done with it, and write it down.
+
+        All ranks do so at the same place.
+
+        Raises:
+            UserError: too many steps in a row had to be left out.
+        """
+        if self._unread is None:
             return
-        reason = done.skipped
+        (done, speed), self._unread = self._unread, None
+        step = done.number
+        if done.result.skipped is None:
+            self.position.tokens += int(done.read_counts()[0])
+            self.position.skipped_in_a_row = 0
+            self.spikes.accept(done.read_loss()[0], done.batch.seq_len)
+        else:
+            self._note_skip(done, done.result.skipped)
+        interval = self.settings.logging.log_interval
+        if (interval and step % interval == 0) or step == self._last_step:
+            with self.watchdog.section("log", self.settings.training.slow_timeout_s):
+                values = self.step.values(done, self.position.tokens) | speed
+                self.records.metrics(values)
+            self._say(self.progress.line(values))
+
+    def _note_skip(self, done: StepUnderWay, reason: str) -> None:
+        step = done.number
         if not done.spike:  # all ranks skip together, so all are here
-            named = name_broken(self.engine, self.train_data, batch, done.losses)
+            named = name_broken(self.engine, self.train_data, done.batch, done.losses)
             reason += f"; {named}" if named else ""
         self.records.event("step_skipped", step=step, reason=reason)
         self._say(f"step {step} skipped: {reason}")

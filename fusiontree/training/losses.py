@@ -24,12 +24,12 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class GlobalCounts:
-    """What the sums of one optimizer step are divided by; over all ranks and micro batches."""
+    """What the sums of one optimizer step are divided by; over all ranks and micro batches, each at least 1."""
 
-    tokens: float
-    """Labels that count."""
-    rows: float
-    """Rows that count, fillers excluded."""
+    tokens: Tensor | float
+    """Labels that count; on the device (scalar, fp32), so that no host has to wait for the others' counts."""
+    rows: Tensor | float
+    """Rows that count, fillers excluded; likewise."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ def loss_terms(
     """
     layers = gate_sum_LB.shape[0]
     per_row = 1.0 / count_B.clamp(min=1)
-    share_B = row_weight_B / (layers * max(counts.rows, 1.0))
+    share_B = row_weight_B / (layers * counts.rows)
     distance_LB = (gate_sum_LB * per_row - weights.gate_target).abs() - weights.gate_margin
     load_balance = (distance_LB.clamp(min=0) * share_B).sum()
     entropy = (entropy_sum_LB * per_row * share_B).sum()
-    lm = loss_sum / max(counts.tokens, 1.0)
-    z = z_sum / max(counts.tokens, 1.0)
+    lm = loss_sum / counts.tokens
+    z = z_sum / counts.tokens
     total = lm + weights.z_loss * z + weights.load_balance * load_balance + weights.entropy * entropy
     return LossTerms(total, lm, z, load_balance, entropy)

@@ -1,5 +1,8 @@
 """One optimizer step: count, forward and backward of every micro batch, judge the loss, apply.
 
+Everything is queued for the device, and what comes of it is read one step later: a host that waited for the end of each
+step would leave the device idle while it prepares the next one.
+
 Shape legend: L layers, B rows of a micro batch, S tokens of a row.
 """
 
@@ -23,26 +26,37 @@ from fusiontree.training.schedule import learning_rate
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.spikes import SpikeFilter
 from fusiontree.training.watchdog import Watchdog
+from fusiontree.utils.device import on_its_way
 
 
 @dataclass(frozen=True)
-class StepDone:
-    """What became of one step on this rank."""
+class StepUnderWay:
+    """One step on this rank, queued; whatever is read of its outcome waits for the device to get there."""
 
-    values: dict[str, Any]
-    """Its metrics."""
-    tokens: int
-    """Tokens that the run trained on so far, with its own where it was not skipped."""
-    skipped: str | None
-    """Why its gradient was not applied, or None."""
-    spike: str | None
-    """The same where the reason was the loss's height alone."""
-    losses: list[Tensor]
-    """This rank's own, one a micro batch; after the reduction every rank's is broken if one is."""
-    stop: bool
-    """All ranks agreed to stop after it."""
+    number: int
+    batch: StepBatch
+    rate: float
+    """The learning rate."""
     arrived: float
     """When this rank came to the first collective, as ``time.perf_counter`` counts."""
+    losses: list[Tensor]
+    """This rank's own, one a micro batch; after the reduction every rank's is broken if one is."""
+    spike: str | None
+    """Why its gradient was not applied, where the reason was the loss's height."""
+    stop: bool
+    """All ranks agreed to stop after it."""
+    result: StepResult
+    """What the optimizer made of it."""
+    read_counts: Callable[[], list[float]]
+    """Over all ranks: tokens, rows, skipped rows, hash of the tokens, wishes to stop."""
+    read_loss: Callable[[], list[float]]
+    """Over all ranks: cross entropy, z-loss."""
+    read_gates: Callable[[], list[float]]
+    """Over all ranks: load balance and entropy loss, sums of gates, squares and entropies by layer."""
+
+    def wait(self) -> None:
+        """Let the device finish it."""
+        self.read_gates()
 
 
 class TrainStep:
@@ -63,15 +77,18 @@ class TrainStep:
         self.settings, self.engine, self.train_data = settings, engine, train_data
         self.watchdog, self.spikes = watchdog, spikes
 
-    def run(self, step: int, batch: StepBatch, *, tokens_before: int, stop_wanted: bool, limit: float) -> StepDone:
-        """Do one optimizer step, or leave it out where its loss or gradient forbids it; all ranks together.
+    def run(
+        self, step: int, batch: StepBatch, *, stop_wanted: bool, limit: float, meanwhile: Callable[[], None]
+    ) -> StepUnderWay:
+        """Queue one optimizer step, or leave it out where its loss or gradient forbids it; all ranks together.
 
         Args:
             step: its number; the first is 1.
             batch: this rank's part of the global batch.
-            tokens_before: tokens that the run trained on so far.
             stop_wanted: whether this rank was asked to stop.
             limit: seconds that any part of it may take.
+            meanwhile: what is to be done of the step before, once the device has enough of this one to go on with and
+                before this one is judged.
         """
         config, engine = self.settings.training, self.engine
         # Valid tokens of the whole window are counted before its first backward: every share has one denominator.
@@ -79,15 +96,12 @@ class TrainStep:
         rows = sum(float(micro.row_weight_B.sum()) for micro in batch.micro_batches)
         # fp64 holds the sum of 32-bit hashes exactly. Ranks that share rows count them alike, each once; the wish to
         # stop may be any rank's own, and all must hear of it.
-        values_of_rank = [float(stop_wanted), tokens, rows, batch.skipped_rows, batch.tokens_hash]
-        local = torch.tensor(values_of_rank, dtype=torch.float64).to(engine.device)
-        arrived = time.perf_counter()
-        stop, *sums = engine.sum_over_ranks(local).tolist()
+        of_rank = torch.tensor([tokens, rows, batch.skipped_rows, batch.tokens_hash, float(stop_wanted)]).double()
         sharing = engine.world_size // engine.dp_size
-        all_tokens, all_rows, all_skipped, tokens_hash = (value / sharing for value in sums)
-        counts = GlobalCounts(tokens=all_tokens, rows=all_rows)
-        skipped_rows = int(all_skipped)
-        self.train_data.count_skipped(skipped_rows)
+        arrived = time.perf_counter()
+        sums = engine.sum_over_ranks(of_rank.to(engine.device)) / sharing
+        read_counts = on_its_way(sums)
+        counts = GlobalCounts(*sums[:2].clamp(min=1).float())
 
         layers = self.settings.num_layers
         token_terms = torch.zeros(2, device=engine.device)  # lm, z
@@ -111,7 +125,7 @@ class TrainStep:
             token_terms += torch.stack([terms.lm.detach(), terms.z.detach()])
             if last:  # before the backward pass, so that nobody waits for it to end
                 with self.watchdog.section("sum of the loss over the ranks", limit):
-                    loss_of_all = _on_its_way(engine.sum_over_tokens(token_terms))
+                    read_loss = on_its_way(engine.sum_over_tokens(token_terms))
             with self.watchdog.section(f"backward of micro batch {index}", limit):
                 engine.backward(terms.total, last=last)
             losses.append(terms.lm.detach())
@@ -119,50 +133,47 @@ class TrainStep:
             share_B = out.row_weight_B / out.count_B.clamp(min=1)
             sums_3LB = torch.stack([out.gate_sum_LB, out.square_sum_LB, out.entropy_sum_LB]).detach()
             gate_sums_3L += (sums_3LB * share_B).sum(-1)
+        meanwhile()
         rate = learning_rate(step, config)
-        # Before the optimizer step: a spike must not get into the weights.
-        lm, z = loss_of_all()
-        spike = self._agree_on_spike(lm, batch.seq_len)
         with self.watchdog.section("optimizer step", limit):
+            *_, skipped_rows, _, stop = read_counts()
+            self.train_data.count_skipped(int(skipped_rows))
+            spike = None
+            if config.spike_policy != "off":  # before the optimizer step: a spike must not get into the weights
+                spike = self.spikes.judge(read_loss()[0], batch.seq_len)
             if spike:
                 engine.discard()
-                result = StepResult(math.nan, skipped=spike)
+                result = StepResult(lambda: math.nan, unless_finite=spike)
             else:
                 result = engine.step(rate)
-        trained = tokens_before
-        if result.skipped is None:
-            trained += int(counts.tokens)
-            self.spikes.accept(lm, batch.seq_len)
+        read_gates = on_its_way(engine.sum_over_rows(torch.cat([row_terms, gate_sums_3L.flatten()])))
+        return StepUnderWay(
+            step, batch, rate, arrived, losses, spike, stop > 0, result, read_counts, read_loss, read_gates
+        )
 
-        reduced = engine.sum_over_rows(torch.cat([row_terms, gate_sums_3L.flatten()])).cpu()
-        load_balance, entropy = reduced[:2].tolist()
+    def values(self, done: StepUnderWay, tokens: int) -> dict[str, Any]:
+        """Return the metrics of a step; ``tokens`` were trained on so far, its own included where it was applied."""
+        lm, z = done.read_loss()
+        load_balance, entropy, *gate_sums = done.read_gates()
+        _, rows, skipped_rows, tokens_hash, _ = done.read_counts()
         weights = self.settings.loss_weights
-        total = lm + weights.z_loss * z + weights.load_balance * load_balance + weights.entropy * entropy
-        values = {
-            "step": step,
-            "tokens": trained,
-            "loss": total,
+        means_3L = torch.tensor(gate_sums).view(3, self.settings.num_layers) / max(rows, 1.0)
+        return {
+            "step": done.number,
+            "tokens": tokens,
+            "loss": lm + weights.z_loss * z + weights.load_balance * load_balance + weights.entropy * entropy,
             "lm_loss": lm,
             "load_balance_loss": load_balance,
             "entropy_loss": entropy,
             "z_loss": z,
-            "grad_norm": result.grad_norm,
-            "lr": rate,
-            "seq_len": batch.seq_len,
-            "skipped_rows": skipped_rows,
+            "grad_norm": done.result.grad_norm,
+            "lr": done.rate,
+            "seq_len": done.batch.seq_len,
+            "skipped_rows": int(skipped_rows),
             "tokens_hash": f"{int(tokens_hash) & 0xFFFF_FFFF:08x}",
-            "epochs": list(batch.epochs),
-            "gates": gate_statistics(reduced[2:].view(3, layers) / max(counts.rows, 1.0)),
+            "epochs": list(done.batch.epochs),
+            "gates": gate_statistics(means_3L),
         }
-        return StepDone(values, trained, result.skipped, spike, losses, stop > 0, arrived)
-
-    def _agree_on_spike(self, loss: float, seq_len: int) -> str | None:
-        """Return what all ranks think of the loss; sums may differ in their last digit between ranks."""
-        if self.settings.training.spike_policy == "off":
-            return None
-        mine = self.spikes.judge(loss, seq_len)
-        anyone = self.engine.sum_over_ranks(torch.tensor([float(mine is not None)], device=self.engine.device))
-        return (mine or "loss spike on another rank") if float(anyone) else None
 
     def speed(self, batch: StepBatch, seconds: float) -> dict[str, Any]:
         """Throughput of the step: all tokens of its rows count, as every one is computed."""
@@ -179,21 +190,6 @@ class TrainStep:
             "data_wait_s": batch.wait_s,
             "peak_memory_gib": peak_memory_gib(self.engine.device),
         }
-
-
-def _on_its_way(values: Tensor) -> Callable[[], list[float]]:
-    """Begin to bring values to the host; the result waits for them, and for nothing that is queued after them."""
-    if values.device.type != "cuda":
-        return values.tolist
-    here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def read() -> list[float]:
-        arrived.synchronize()
-        return here.tolist()
-
-    return read
 
 
 def step_inputs(micro: MicroBatch, settings: RunSettings, step: int | None) -> StepInputs:

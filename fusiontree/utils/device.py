@@ -1,8 +1,11 @@
-"""The one device that a program without peers computes on."""
+"""The one device that a program without peers computes on, and values on their way from a device."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from fusiontree.utils.errors import UserError
 
@@ -38,3 +41,18 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is unknown; use auto, {', '.join(DTYPES)}")
     return chosen, DTYPES[dtype]
+
+
+def on_its_way(values: Tensor) -> Callable[[], list[float]]:
+    """Begin to bring values (1-D) to the host; the result waits for them, and for nothing that is queued after them."""
+    if values.device.type != "cuda":
+        return values.tolist
+    here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        return here.tolist()
+
+    return read

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fusiontree.data.batch import StepBatch
 from fusiontree.data.config import DataConfig
 from fusiontree.data.format import TokenizerInfo, read_dataset
 from fusiontree.data.loader import TrainingData, ValidationData
@@ -158,20 +159,22 @@ def test_validation_is_told_apart_from_training(folders: list[Path], tmp_path: P
 
 
 def test_a_row_says_where_it_comes_from(folders: list[Path]) -> None:
-    """In every stage; compared with the shards read without the loader."""
+    """In every stage, in the newest step and in the one before; compared with the shards read without the loader."""
     from fusiontree.data.verify import open_shard
 
     data = open_data(DataConfig(train=str(folders[0]), num_workers=1), curriculum=[[4, 2]])
     info = read_dataset(folders[0])
+    newest: list[StepBatch] = []
     for batch, _ in itertools.islice(data.steps(), 4):
-        for micro in batch.micro_batches:
+        newest = [*newest[-1:], batch]
+        for batch, micro in [(step, micro) for step in newest for micro in step.micro_batches]:
             for number, ids in zip(micro.rows_B.tolist(), micro.input_ids_BS, strict=True):
                 text = data.describe_row(number)
                 place, token = text.removeprefix(f"row {number} (").removesuffix(")").split(", from token ")
                 shard = next(s for s in info.shards if place == f"{folders[0]}/{s.name}")
                 read = open_shard(folders[0], shard).read(int(token), int(token) + batch.seq_len)
                 assert ids.tolist() == read.tokens.tolist()
-    with pytest.raises(ValueError, match="row 0 is not one of the last step's"):
+    with pytest.raises(ValueError, match="row 0 is not one of the last two steps'"):
         data.describe_row(0)
 
 

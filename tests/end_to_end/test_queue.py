@@ -1,0 +1,54 @@
+"""What a training step queues for the device is not waited for before the next step is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusiontree.config.load import load_config
+from fusiontree.engines import fsdp2
+from fusiontree.train import train
+from fusiontree.training import step
+from tests.end_to_end.runs import metrics, write_config
+
+pytestmark = pytest.mark.xdist_group("training")
+
+
+@pytest.mark.parametrize("spike_policy", ["off", "skip"])
+def test_a_step_is_read_while_the_device_has_the_next(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spike_policy: str
+) -> None:
+    forwards = 0
+    early: list[int] = []  # steps that were waited for
+
+    def on_its_way(values: torch.Tensor) -> Callable[[], list[float]]:
+        queued = forwards
+
+        def read() -> list[float]:
+            # Counts are queued before a step's first forward, and the loss is judged before the step is applied.
+            judged = spike_policy != "off" and values.numel() == 2
+            if queued % 4 == 0 and queued == forwards and not judged and values.numel() != 5:
+                early.append(queued // 4)
+            return values.tolist()
+
+        return read
+
+    def forward(self: fsdp2.FSDP2Engine, inputs: object) -> object:
+        nonlocal forwards
+        forwards += 1
+        return original(self, inputs)
+
+    original = fsdp2.FSDP2Engine.forward
+    monkeypatch.setattr(fsdp2.FSDP2Engine, "forward", forward)
+    monkeypatch.setattr(fsdp2, "on_its_way", on_its_way)
+    monkeypatch.setattr(step, "on_its_way", on_its_way)
+    settings = ["training.max_steps=9", "training.eval_interval=0", "checkpoint.save_interval=4"]
+    config = load_config(str(write_config(tmp_path, data)), [*settings, f"training.spike_policy={spike_policy}"])
+    assert train(config) == 0
+    assert forwards == 9 * 4
+    # The first step, in which kernels are compiled, saves, and the last one.
+    assert sorted(set(early)) == [1, 4, 8, 9]
+    assert len(metrics(tmp_path / "run")) == 9
