@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusiontree.utils.device import send
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -74,10 +76,3 @@ class Documents:
             self.max_seqlen,
             self.tokens_before,
         )
-
-
-def send(tensor: Tensor, device: torch.device | str, non_blocking: bool) -> Tensor:
-    """Copy a tensor of the CPU to ``device``; a copy that must not wait for the GPU begins in page-locked memory."""
-    if non_blocking and torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=non_blocking)

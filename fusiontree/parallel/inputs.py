@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fusiontree.models.model import GateSums
-from fusiontree.ops.documents import Documents, send
+from fusiontree.ops.documents import Documents
 from fusiontree.parallel.collectives import sum_identity
 from fusiontree.parallel.context_parallel import PieceDocuments
 from fusiontree.parallel.layout import Layout
+from fusiontree.utils.device import send
 
 
 def place_inputs(

@@ -26,7 +26,7 @@ from fusiontree.training.schedule import learning_rate
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.spikes import SpikeFilter
 from fusiontree.training.watchdog import Watchdog
-from fusiontree.utils.device import on_its_way
+from fusiontree.utils.device import on_its_way, send
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class TrainStep:
         of_rank = torch.tensor([tokens, rows, batch.skipped_rows, batch.tokens_hash, float(stop_wanted)]).double()
         sharing = engine.world_size // engine.dp_size
         arrived = time.perf_counter()
-        sums = engine.sum_over_ranks(of_rank.to(engine.device)) / sharing
+        sums = engine.sum_over_ranks(send(of_rank, engine.device, non_blocking=True)) / sharing
         read_counts = on_its_way(sums)
         counts = GlobalCounts(*sums[:2].clamp(min=1).float())
 

@@ -1,4 +1,4 @@
-"""The one device that a program without peers computes on, and values on their way from a device."""
+"""The one device that a program without peers computes on, and values on their way to and from a device."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is unknown; use auto, {', '.join(DTYPES)}")
     return chosen, DTYPES[dtype]
+
+
+def send(tensor: Tensor, device: torch.device | str, non_blocking: bool) -> Tensor:
+    """Copy a tensor of the CPU to ``device``; a copy that must not wait for the GPU begins in page-locked memory."""
+    if non_blocking and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=non_blocking)
 
 
 def on_its_way(values: Tensor) -> Callable[[], list[float]]:
