@@ -14,7 +14,7 @@ from fusiontree.models.gate import Alignment, FusionGate, RowGateSums
 from fusiontree.models.layer_cache import LayerCache
 from fusiontree.models.mamba import Mamba2Mixer
 from fusiontree.models.mlp import MLP
-from fusiontree.models.norm import RMSNorm
+from fusiontree.models.norm import ResidualRMSNorm
 from fusiontree.models.positions import TokenPlaces
 from fusiontree.ops.gate import gate_mix
 from fusiontree.ops.recompute import cheap
@@ -36,7 +36,7 @@ class FusionBlock(nn.Module):
         self.kind = letter
         self.has_mamba, self.has_attention = letter in "FM", letter in "FA"
         hidden = config.hidden_size
-        self.norm = RMSNorm(hidden, config.norm_eps, config.kernels.elementwise)
+        self.norm = ResidualRMSNorm(hidden, config.norm_eps, config.kernels.elementwise)
         self.backend = config.kernels.elementwise
         self.gather_tokens: nn.Module = nn.Identity()
         if self.has_mamba:
@@ -64,7 +64,8 @@ class FusionBlock(nn.Module):
             branch_scale_B2: factors of each row's (Mamba, attention) outputs; 0 drops a branch.
             cache: what the branches keep for decoding; updated.
         """
-        ma_BSC = self.branches(self.gather_tokens(self.norm(x_BSC)), places, cache)
+        u_BSC, x_BSC = self.norm(x_BSC)
+        ma_BSC = self.branches(self.gather_tokens(u_BSC), places, cache)
         return self.mix(x_BSC, self.scatter_tokens(ma_BSC), branch_scale_B2, places.padding_mask_BS)
 
     def branches(self, u_BSC: Tensor, places: TokenPlaces, cache: LayerCache | None = None) -> Tensor:

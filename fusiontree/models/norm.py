@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fusiontree.ops.norm import gated_rms_norm, rms_norm
-from fusiontree.ops.recompute import cheap
+from fusiontree.ops.norm import gated_rms_norm, residual_rms_norm, rms_norm
+from fusiontree.ops.recompute import cheap, mark
 
 
 class RMSNorm(nn.Module):
@@ -23,6 +23,16 @@ class RMSNorm(nn.Module):
     def forward(self, x_BSC: Tensor) -> Tensor:
         """Return ``[B, S, C]``."""
         return cheap(partial(rms_norm, eps=self.eps, backend=self.backend), x_BSC, self.weight)
+
+
+class ResidualRMSNorm(RMSNorm):
+    """:class:`RMSNorm` of a residual stream, which goes on beside it."""
+
+    def forward(self, x_BSC: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return the norm and the stream to go on with, each ``[B, S, C]``."""
+        normed_BSC, stream_BSC = residual_rms_norm(x_BSC, self.weight, self.eps, backend=self.backend)
+        mark(normed_BSC, partial(rms_norm, eps=self.eps, backend=self.backend), x_BSC, self.weight)
+        return normed_BSC, stream_BSC
 
 
 class GatedRMSNorm(nn.Module):

@@ -16,7 +16,7 @@ from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.cross_entropy import linear_cross_entropy
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.gate import gate_mix
-from fusiontree.ops.norm import gated_rms_norm, rms_norm
+from fusiontree.ops.norm import gated_rms_norm, residual_rms_norm, rms_norm
 from fusiontree.ops.rotary import apply_rotary, rotary_tables, rotate_and_cut
 from fusiontree.ops.ssd import ssd_scan
 from fusiontree.parallel.recomputation import checkpoint_activations
@@ -233,6 +233,11 @@ def test_norms_and_rotary() -> None:
         check(
             lambda x, w, name=name: rms_norm(x, w, 1e-5, backend=name),
             lambda x, w: rms_norm(x, w, 1e-5, backend="reference"),
+            [x, weight],
+        )
+        check(
+            lambda x, w, name=name: residual_rms_norm(x + 0, w, 1e-5, backend=name),
+            lambda x, w: residual_rms_norm(x + 0, w, 1e-5, backend="reference"),
             [x, weight],
         )
 

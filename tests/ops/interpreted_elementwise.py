@@ -40,6 +40,12 @@ def norms() -> None:
     fast = [norm_triton.rms_norm_triton(leaves[0], leaves[2], 1e-5)]
     fast += torch.autograd.grad(fast[0], (leaves[0], leaves[2]), dout)
     say("norm", fast, plain)
+    grads = (dout, draw(2, 20, 48))
+    plain = [*norm_reference.residual_rms_norm(leaves[0] + 0, leaves[2], 1e-5)]
+    plain += torch.autograd.grad(plain, (leaves[0], leaves[2]), grads)
+    fast = [*norm_triton.residual_rms_norm_triton(leaves[0] + 0, leaves[2], 1e-5)]
+    fast += torch.autograd.grad(fast, (leaves[0], leaves[2]), grads)
+    say("residual norm", fast, plain)
     settings = {"groups": 2, "eps": 1e-5}
     plain = [norm_reference.gated_rms_norm(*leaves, **settings)]
     plain += torch.autograd.grad(plain[0], leaves, dout)

@@ -9,12 +9,22 @@ from fusiontree.ops.norm import reference
 
 _KERNELS = "fusiontree.ops.norm.triton"
 NORM = with_kernel("norm", reference.rms_norm, f"{_KERNELS}:rms_norm_triton")
+RESIDUAL_NORM = with_kernel("residual norm", reference.residual_rms_norm, f"{_KERNELS}:residual_rms_norm_triton")
 GATED_NORM = with_kernel("gated norm", reference.gated_rms_norm, f"{_KERNELS}:gated_rms_norm_triton")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in x's dtype (Zhang and Sennrich 2019)."""
     return NORM.choose(backend, x.device.type)(x, weight, eps)
+
+
+def residual_rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Return :func:`rms_norm` of a residual stream, and the stream to go on with.
+
+    Going on with the returned stream lets its gradient be added where the norm's own is computed, instead of by a sum
+    of two activations afterwards.
+    """
+    return RESIDUAL_NORM.choose(backend, x.device.type)(x, weight, eps)
 
 
 def gated_rms_norm(

@@ -13,6 +13,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.to(compute), x.shape[-1:], weight.to(compute), eps).to(x.dtype)
 
 
+def residual_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return :func:`rms_norm` of x, and x itself for who goes on with it."""
+    return rms_norm(x, weight, eps), x
+
+
 def gated_rms_norm(y_BSC: Tensor, z_BSC: Tensor, weight_C: Tensor, *, groups: int, eps: float) -> Tensor:
     """Return RMSNorm(y * silu(z)), each of ``groups`` equal blocks of channels normalised apart, in y's dtype.
 

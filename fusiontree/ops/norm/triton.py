@@ -95,8 +95,8 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    x_ptr, w_ptr, dout_ptr, dx_ptr, dw_ptr, x_stride, dout_stride, tokens, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    x_ptr, w_ptr, dout_ptr, dstream_ptr, dx_ptr, dw_ptr, x_stride, dout_stride, dstream_stride, tokens, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     c = tl.arange(0, BLOCK)
     weight = tl.load(w_ptr + c, mask=c < WIDTH, other=0.0).to(tl.float32)
@@ -112,6 +112,8 @@ def _norm_backward(
         dweight += dout * normed
         dnormed = dout * weight
         dx = scale * (dnormed - normed * (tl.sum(dnormed * normed, axis=0) / WIDTH))
+        if STREAM:
+            dx += tl.load(dstream_ptr + t * dstream_stride + c, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + t * WIDTH + c, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * WIDTH + c, dweight, mask=c < WIDTH)
 
@@ -120,12 +122,19 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute :func:`fusiontree.ops.norm.rms_norm`; very many channels and float64 take the compiled formula."""
     if x.shape[-1] > _WIDEST or x.dtype == torch.float64:
         return compiled(reference.rms_norm)(x, weight, eps)
+    return _Norm.apply(x, weight, eps)[0]
+
+
+def residual_rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute :func:`fusiontree.ops.norm.residual_rms_norm`; the same limits as of the plain norm."""
+    if x.shape[-1] > _WIDEST or x.dtype == torch.float64:
+        return compiled(reference.rms_norm)(x, weight, eps), x
     return _Norm.apply(x, weight, eps)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         rows = _rows(x)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _norm_forward[(triton.cdiv(rows.shape[0], _FORWARD_TOKENS),)](
@@ -133,19 +142,24 @@ class _Norm(torch.autograd.Function):
         )
         ctx.save_for_backward(x, weight_C)
         ctx.eps = eps
-        return out
+        ctx.set_materialize_grads(False)
+        return out, x
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight_C = ctx.saved_tensors
-        rows, dout = _rows(x), _rows(grads[0])
+        dnormed, dstream = grads
+        if dnormed is None:
+            return dstream, None, None
+        rows, dout = _rows(x), _rows(dnormed)
+        added = dout if dstream is None else _rows(dstream)
         tokens, channels = rows.shape
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         programs = triton.cdiv(tokens, _BACKWARD_TOKENS)
         partial = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
         _norm_backward[(programs,)](
-            rows, weight_C, dout, dx, partial, rows.stride(0), dout.stride(0), tokens, ctx.eps,
-            TOKENS=_BACKWARD_TOKENS, **_shape(channels),
+            rows, weight_C, dout, added, dx, partial, rows.stride(0), dout.stride(0), added.stride(0), tokens, ctx.eps,
+            TOKENS=_BACKWARD_TOKENS, STREAM=dstream is not None, **_shape(channels),
         )  # fmt: skip
         return dx, partial.sum(0).to(weight_C.dtype), None
 
