@@ -16,6 +16,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's, by their names in its state."""
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:

@@ -1,4 +1,4 @@
-"""PyTorch FSDP2: parameters, gradients and optimizer sharded; or whole on every rank (``ddp``)."""
+"""PyTorch FSDP2: parameters, gradients and optimizer sharded; or parameters whole on every rank (``ddp``)."""
 
 from __future__ import annotations
 
@@ -13,28 +13,26 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fusiontree.engines.base import OptimizerSettings, StepInputs, StepOutputs, StepResult
+from fusiontree.engines.base import MOMENTS, OptimizerSettings, StepInputs, StepOutputs, StepResult
 from fusiontree.engines.finite import GradientWatch
 from fusiontree.engines.loss_scale import LossScale
 from fusiontree.engines.on_layout import OnLayout
 from fusiontree.engines.own import OwnParameters
+from fusiontree.engines.replicated import ReplicatedParameters
 from fusiontree.engines.step import run_model
-from fusiontree.engines.summed import SummedGradients
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shards import GlobalTensor
 from fusiontree.parallel.units import DistributedModel, Unit, units_inside_out
 from fusiontree.utils.device import on_its_way
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's, by their names in its state."""
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class FSDP2Engine(OnLayout):
     """Trains a model with ``fully_shard``, block by block; what no other rank shares, it leaves as it is.
 
-    Under ``ddp`` everything lies whole on every rank (:class:`OwnParameters`), and a block's gradients are summed over
-    the ranks while the backward pass goes on. Mixed precision means the same as under ``fsdp2``.
+    Under ``ddp`` the model's parameters are whole on every rank, gradients and optimizer state are cut over the ranks
+    (:class:`ReplicatedParameters`). Mixed precision means the same as under ``fsdp2``.
     """
 
     def __init__(
@@ -58,7 +56,7 @@ class FSDP2Engine(OnLayout):
             decays: tells from name and parameter whether weight decay applies.
             precision: bf16 | fp16 | fp32, the type of activations and matrix products.
             optimizer: AdamW's settings.
-            shard: True shards over all data parallel ranks, False keeps whole parameters (ddp).
+            shard: True shards over all data parallel ranks, False keeps the model's parameters whole (ddp).
             reshard_after_forward: whether a block's parameters are gathered again for its backward pass, or kept.
         """
         super().__init__(layout)
@@ -67,10 +65,14 @@ class FSDP2Engine(OnLayout):
         self._shard = shard
         self._reshard = reshard_after_forward
         self._settings = optimizer
-        self._own = OwnParameters()
+        self._own, self._replicated = OwnParameters(self.module), ReplicatedParameters(self.module, decays)
         self._root: Any = self.module
         self._distribute(model, materialize, PRECISION[precision])
-        self.parameters = {name: self._own.masters.get(p, p) for name, p in self.module.named_parameters()}
+        replicated = {view for group in self._replicated.groups for view in group.views.values()}
+        self.parameters = {
+            name: self._own.masters.get(p, p) for name, p in self.module.named_parameters() if p not in replicated
+        }
+        """The optimizer's, by name, but for those that lie in flat groups."""
         with torch.no_grad():
             self._parts = {name: _local(parameter) for name, parameter in self.parameters.items()}
         self._moments = {
@@ -89,21 +91,24 @@ class FSDP2Engine(OnLayout):
         """Materialise the model block by block and shard what is not this rank's alone."""
         layout, shard = self.layout, self._shard
         few = nn.ModuleList()  # modules of a handful of parameters, which go with the root's
+        taken: set[str] = set()
         for units in units_inside_out(model):
             materialize(units[-1])
             in_block = not units[-1].is_root
-            sums: dict[tuple[Any, ...], SummedGradients] = {}
             for unit in units:
                 dtype = torch.float32 if unit.keep_fp32 else compute_dtype
                 mesh = layout.parameter_mesh(shard, unit.tp_split)
+                mine = {name: p for name, p in unit.named_parameters() if name not in taken}
+                taken |= mine.keys()
                 if _is_own(mesh):
-                    self._own.add(unit.modules, dtype)
+                    self._own.add(mine, dtype)
                     continue
                 if not shard:
-                    # A block's gradients travel together; embedding and head get theirs at different ends of the pass.
-                    key = (unit.tp_split, in_block or unit.prefixes)
-                    copies = sums.setdefault(key, SummedGradients(mesh.get_group("replicate")))
-                    self._own.add(unit.modules, dtype, copies)
+                    # A block's parameters travel together, and so do the few of all blocks that stay in fp32;
+                    # embedding and head are at work at different ends of the pass.
+                    used_by = units[-1].modules if in_block else unit.modules
+                    used_by = (self.module,) if unit.keep_fp32 else used_by
+                    self._replicated.collect(mine, dtype, mesh.get_group("replicate"), used_by)
                     continue
                 if in_block and unit.keep_fp32 and not unit.tp_split:
                     few.extend(unit.modules)
@@ -122,13 +127,17 @@ class FSDP2Engine(OnLayout):
                     reshard_after_forward=self._reshard and in_block,
                     ignored_params={*self._own.masters, *(few.parameters() if in_block else ())},
                 )
+            self._replicated.build(later=self.module)
+        self._replicated.build()
+        blocks = self.module.layers
+        self._replicated.in_order([self.module, self.module.embed, self.module.srte, *blocks, self.module.head])
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # the loss is already divided by the global token count
                 if layout.backend == "gloo":
                     module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
         # The next parameters travel while this module computes, even where the host is not ahead of the device.
-        order = [self._root, self.module.embed, *self.module.layers, self.module.head]
+        order = [self._root, self.module.embed, *blocks, self.module.head]
         for now, after in pairwise(module for module in order if isinstance(module, FSDPModule)):
             now.set_modules_to_forward_prefetch([after])
 
@@ -136,6 +145,12 @@ class FSDP2Engine(OnLayout):
         """Return AdamW over this rank's parts as plain tensors: sharded ones cost the host several times the calls."""
         decayed = [self._parts[name] for name, parameter in self.parameters.items() if decays(name, parameter)]
         plain = [self._parts[name] for name, parameter in self.parameters.items() if not decays(name, parameter)]
+        moments = {part: {k: _local(self._moments[k, name]) for k in MOMENTS} for name, part in self._parts.items()}
+        for group in self._replicated.groups:
+            for (leaf, of_leaf), leaves in zip(group.optimized(), (decayed, plain), strict=True):
+                if leaf.numel():
+                    leaves.append(leaf)
+                    moments[leaf] = of_leaf
         groups = [
             {"params": decayed, "weight_decay": self._settings.weight_decay},
             {"params": plain, "weight_decay": 0.0},
@@ -147,22 +162,21 @@ class FSDP2Engine(OnLayout):
             fused=True,
         )
         # AdamW makes its moments in the first step; a checkpoint to load needs them before.
-        for name, part in self._parts.items():
-            optimizer.state[part] = {
-                "step": torch.zeros((), dtype=torch.float32, device=self.device),
-                **{kind: _local(self._moments[kind, name]) for kind in MOMENTS},
-            }
+        for part, of_part in moments.items():
+            optimizer.state[part] = {"step": torch.zeros((), dtype=torch.float32, device=self.device), **of_part}
         return optimizer
 
     def forward(self, inputs: StepInputs) -> StepOutputs:
         """Run the model on one micro batch."""
         self._own.begin(training=True)
+        self._replicated.begin()
         return run_model(self._root, inputs, self.layout)
 
     @torch.no_grad()
     def evaluate(self, inputs: StepInputs) -> Tensor:
         """Return the summed cross entropy of this rank's tokens."""
         self._own.begin(training=False)
+        self._replicated.begin()
         self.module.eval()
         loss_sum = run_model(self._root, inputs, self.layout).loss_sum
         self.module.train()
@@ -176,9 +190,9 @@ class FSDP2Engine(OnLayout):
         if self.loss_scale:
             self._adapt(self.loss_scale)
             loss = loss * self.loss_scale.scale
-        self._own.last_pass = last
+        self._replicated.last_pass = last
         loss.backward()
-        self._own.end_pass()
+        self._replicated.end_pass()
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepResult:
@@ -186,7 +200,7 @@ class FSDP2Engine(OnLayout):
 
         All of it is queued and none of it waited for: the host is free to prepare the next step.
         """
-        self._own.await_sums()
+        self._replicated.await_gradients()
         norm = self._global_norm()
         self._hand_over()
         divisor = torch.ones_like(norm)
@@ -219,6 +233,7 @@ class FSDP2Engine(OnLayout):
     def discard(self) -> None:
         """Clear the gradient."""
         self._own.discard()
+        self._replicated.discard()
         for name, parameter in self.parameters.items():
             parameter.grad = self._parts[name].grad = None
         self._watch.end_step()
@@ -228,9 +243,12 @@ class FSDP2Engine(OnLayout):
         return self._watch.finite()
 
     def parameter_pieces(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-        """Yield name, offset and values of this rank's part of each parameter."""
-        for name, parameter in self.parameters.items():
-            placed = self._placed(name, parameter.detach())
+        """Yield name, offset and values of this rank's part of each parameter.
+
+        Where other ranks hold copies, it is what the last forward pass computed with.
+        """
+        for name, held in self.module.named_parameters():
+            placed = self._placed(name, self.parameters.get(name, held).detach())
             if isinstance(placed, GlobalTensor):
                 yield from ((name, offset, values) for offset, values in placed.pieces)
             else:
@@ -239,21 +257,21 @@ class FSDP2Engine(OnLayout):
     def _hand_over(self) -> None:
         """Give the gradients to the optimizer's tensors."""
         self._own.hand_over()
+        self._replicated.hand_over()
         for name, parameter in self.parameters.items():
             if isinstance(parameter, DTensor) and parameter.grad is not None:
                 self._parts[name].grad = _local(parameter.grad)
 
     def _global_norm(self) -> Tensor:
-        kinds: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
-        for name, parameter in self.parameters.items():
-            grad = self._own.gradients.get(parameter, parameter.grad)
+        grads = [self._own.gradients.get(parameter, parameter.grad) for parameter in self.parameters.values()]
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for grad in [*grads, *self._replicated.gradients()]:
             if grad is not None:
-                kinds.setdefault((self.specs[name].is_split, grad.dtype), []).append(_local(grad))
-        squares = torch.zeros(2, dtype=torch.float64, device=self.device)  # of parameters cut over tp, of whole ones
-        for (split, _), grads in kinds.items():
-            norms = torch.stack(torch._foreach_norm(grads, 2, torch.float32))
-            squares[0 if split else 1] += norms.double().square().sum()
-        return self.layout.sum_over_copies(squares[0], squares[1], self._shard).sqrt()
+                kinds.setdefault(grad.dtype, []).append(_local(grad))
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        for alike in kinds.values():
+            square += torch.stack(torch._foreach_norm(alike, 2, torch.float32)).double().square().sum()
+        return self.layout.sum_over_parts(square).sqrt()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Live tensors: ``model.NAME``, ``optimizer.exp_avg.NAME``, ``optimizer.exp_avg_sq.NAME``."""
@@ -262,6 +280,12 @@ class FSDP2Engine(OnLayout):
             tensors[f"model.{name}"] = self._placed(name, parameter.detach())
             for kind in MOMENTS:
                 tensors[f"optimizer.{kind}.{name}"] = self._placed(name, self._moments[kind, name])
+        for group in self._replicated.groups:
+            for kind, part, values in group.state():
+                spec = self.specs[part.name]
+                pieces = spec.pieces(values, part.start)
+                tensors[f"{kind}.{part.name}"] = GlobalTensor(spec.global_shape, pieces, values.dtype, values.device)
+        self._replicated.changed()  # whoever has them may write to them
         return tensors
 
     def _placed(self, name: str, tensor: Tensor) -> Tensor:
@@ -288,6 +312,7 @@ class FSDP2Engine(OnLayout):
         for state in self.optimizer.state.values():
             state["step"].fill_(values["optimizer_step"])
         self._last_result = None
+        self._replicated.changed()
         if self.loss_scale and "loss_scale" in values:
             self.loss_scale.scale = values["loss_scale"]["scale"]
             self.loss_scale.good_steps = values["loss_scale"]["good_steps"]

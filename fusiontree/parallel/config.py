@@ -12,7 +12,8 @@ class ParallelConfig(Section):
 
     engine: Literal["fsdp2", "zero3", "zero2", "zero1", "ddp"] = setting(
         "fsdp2",
-        "fsdp2 shards parameters, gradients and optimizer; ddp keeps whole parameters on every rank. Of DeepSpeed: "
+        "fsdp2 shards parameters, gradients and optimizer; ddp keeps whole parameters on every rank and shards "
+        "gradients and optimizer. Of DeepSpeed: "
         "zero3 shards like fsdp2, zero2 keeps whole parameters, zero1 whole gradients too.",
     )
     offload: Literal["none", "optimizer", "all"] = setting(

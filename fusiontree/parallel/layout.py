@@ -171,24 +171,22 @@ class Layout:
             self._copies[key] = mesh["replicate", "shard"]
         return self._copies[key]
 
-    def sum_over_copies(self, square_tp: torch.Tensor, square_whole: torch.Tensor, shard: bool) -> torch.Tensor:
-        """Add up squares of gradients, each parameter's once.
+    def sum_over_parts(self, square: torch.Tensor) -> torch.Tensor:
+        """Add up the squares of the ranks' parts of the gradient, each element's once; ``square`` is an fp64 scalar.
 
-        Args:
-            square_tp: sum over this rank's parts of parameters that are split over tp; fp64 scalar.
-            square_whole: the same of the other parameters.
-            shard: whether the parts are sharded by the engine (see :meth:`parameter_mesh`) or whole.
+        One copy of the gradient lies in parts over the ranks that are summed over. A parameter that tp splits has a
+        tp-th on each tensor parallel rank, which the engine cuts over dp x cp; any other the engine cuts over
+        dp x cp x tp. So of either kind each element is on one rank: under (dp, cp, tp) = (2, 2, 1) every rank has a
+        quarter of everything; under (1, 2, 2) and (2, 1, 2) half of its half of what is split, and a quarter of the
+        rest; under (1, 1, 4) its whole quarter of what is split, which no other rank has. ``shard_size`` leaves
+        copies: of ranks that share one copy, and these hold tp, the parts are added up.
         """
-        if not shard:
-            if self.tp_size > 1:
-                dist.all_reduce(square_tp, group=self.tp_group)
-            return square_tp + square_whole
-        total = square_tp + square_whole
-        group = self.world_group
-        if self.shard_size != self.place.world_size:
-            group = self.parameter_mesh(shard=True).get_group("shard")  # holds tp too: one whole copy of the model
-        dist.all_reduce(total, group=group)
-        return total
+        group, size = self.world_group, self.place.world_size
+        if self.shard_size != size:
+            group, size = self.parameter_mesh(shard=True).get_group("shard"), self.shard_size
+        if size > 1:
+            dist.all_reduce(square, group=group)
+        return square
 
     def sum_over_rows(self, values: torch.Tensor) -> torch.Tensor:
         """Sum ``values`` in place over the ranks that read different rows."""

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from fusiontree.checkpoint.pieces import pieces_of
 from fusiontree.engines import build, fsdp2
 from fusiontree.engines.base import StepInputs
 from fusiontree.parallel.config import ParallelConfig
@@ -17,16 +18,18 @@ from fusiontree.training.config import TrainingConfig
 from tests.helpers import tiny_config
 
 
-def train(own: bool, precision: str, tied: bool, poison: bool) -> tuple[list[Any], dict[str, torch.Tensor]]:
+def train(
+    own: bool, precision: str, tied: bool, poison: bool, engine_name: Any = "fsdp2"
+) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """Two micro batches a step, clipped; return norms, losses and the state after three steps."""
     values = {"seq_len": 16, "max_steps": 3, "global_batch_size": 2, "micro_batch_size": 1, "precision": precision}
     training = TrainingConfig.model_validate(values | {"max_grad_norm": 0.5, "activation_checkpointing": "selective"})
     model = tiny_config(tie_word_embeddings=tied)
     with Layout("cpu") as layout, pytest.MonkeyPatch.context() as patch:
         patch.setattr(fsdp2, "_is_own", lambda mesh: own)
-        engine = build.build_engine(model, ParallelConfig(), training, layout)
+        engine = build.build_engine(model, ParallelConfig(engine=engine_name), training, layout)
         assert isinstance(engine, fsdp2.FSDP2Engine)
-        assert isinstance(engine.module.layers[0], FSDPModule) is not own
+        assert isinstance(engine.module.layers[0], FSDPModule) is (not own and engine_name == "fsdp2")
         seen: list[Any] = []
         for step in range(3):
             for micro in range(2):
@@ -41,10 +44,16 @@ def train(own: bool, precision: str, tied: bool, poison: bool) -> tuple[list[Any
             assert (result.skipped is not None) == (poison and step == 1)
         seen.append(float(engine.evaluate(inputs)))
         seen.append(engine.state_values()["optimizer_step"])
-        state = {
-            n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in engine.state_tensors().items()
-        }
+        state = {name: whole(tensor) for name, tensor in engine.state_tensors().items()}
     return seen, state
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Values of a tensor of which this rank has all."""
+    values = torch.full(tensor.shape, torch.nan)
+    for offset, piece in pieces_of(tensor):
+        values[tuple(slice(at, at + size) for at, size in zip(offset, piece.shape, strict=True))] = piece
+    return values
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -13,14 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from fusiontree.engines.fsdp2 import FSDP2Engine
-from fusiontree.engines.summed import SummedGradients
+from fusiontree.engines.flat_group import FlatGroup
 from fusiontree.engines.zero import ZeroEngine
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel import context_parallel
 from fusiontree.parallel.context_parallel import PassingScan
 from fusiontree.parallel.layout import Layout
-from fusiontree.parallel.shards import ShardSpec
 from fusiontree.parallel.units import Unit
 from tests.parallel.table import Cell
 
@@ -47,16 +45,8 @@ def mutated(name: str | None) -> Iterator[None]:
         yield
 
 
-def _untagged(right: Callable) -> Callable:
-    def global_norm(self: FSDP2Engine) -> Tensor:
-        specs = self.specs
-        self.specs = {name: ShardSpec(spec.global_shape) for name, spec in specs.items()}
-        try:
-            return right(self)
-        finally:
-            self.specs = specs
-
-    return global_norm
+def _not_summed(right: Callable) -> Callable:
+    return lambda self, square: square
 
 
 def _no_sum_over_tp(right: Callable) -> Callable:
@@ -106,7 +96,12 @@ def _mean_gradient(right: Callable) -> Callable:
 
 
 def _halved_sums(right: Callable) -> Callable:
-    return lambda self: {master: gradient * 0.5 for master, gradient in right(self).items()}
+    def land(self: FlatGroup) -> None:
+        right(self)
+        if self.gradient is not None:
+            self.gradient.mul_(0.5)
+
+    return land
 
 
 def _without_tags(right: Callable) -> Callable:
@@ -124,7 +119,6 @@ def _left_out(right: Callable) -> Callable:
 
 CP2, CP4, TP2 = Cell("fsdp2", 1, 2, 1), Cell("fsdp2", 1, 4, 1), Cell("fsdp2", 1, 1, 2)
 MUTATIONS: dict[str, Mutation] = {
-    "tp tag removed": Mutation(Cell("ddp", 1, 1, 2), FSDP2Engine, "_global_norm", _untagged),
     "no gradient sum of sequence parallel weights": Mutation(TP2, Layout, "parameter_mesh", _no_sum_over_tp),
     "no document reset at a border": Mutation(CP4, Documents, "from_positions", _border_start_forgotten),
     "state passes over documents": Mutation(CP4, PassingScan, "state_before", _passes_documents),
@@ -132,7 +126,8 @@ MUTATIONS: dict[str, Mutation] = {
     "one halo token lost": Mutation(CP2, context_parallel, "left_halos", _halo_token_lost),
     "one key of the window lost": Mutation(CP2, context_parallel, "begin_left_halos", _window_key_lost),
     "gradient averaged": Mutation(CP2, FSDPModule, "set_gradient_divide_factor", _mean_gradient),
-    "gradient averaged (ddp)": Mutation(Cell("ddp", 1, 2, 1), SummedGradients, "wait", _halved_sums),
+    "gradient averaged (ddp)": Mutation(Cell("ddp", 1, 2, 1), FlatGroup, "land", _halved_sums),
+    "norm of one rank's part (ddp)": Mutation(Cell("ddp", 1, 1, 2), Layout, "sum_over_parts", _not_summed),
     "tp tag removed (zero3)": Mutation(Cell("zero3", 1, 1, 2), ZeroEngine, "_partition", _without_tags),
     "gradient averaged (zero3)": Mutation(Cell("zero3", 1, 2, 1), ZeroEngine, "_sum_gradients", _left_out),
     "no gradient sum over tp (zero1)": Mutation(Cell("zero1", 1, 1, 2), ZeroEngine, "_sum_over_tp", _left_out),

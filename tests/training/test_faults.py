@@ -67,7 +67,8 @@ def test_poison_on_one_rank_is_named_with_its_shard(tmp_path: Path, corpus: Path
 
 
 def test_a_copy_that_differs_stops_the_run_and_is_named(tmp_path: Path, corpus: Path) -> None:
-    codes = go(tmp_path, corpus, Fault("flip", rank=1, entry=5, section="wait for data"), engine="ddp")
+    # In a step that is checked: the next one brings the copies anew.
+    codes = go(tmp_path, corpus, Fault("flip", rank=1, entry=8, section="optimizer step"), engine="ddp")
     assert codes == [2, 2]
     (event,) = events(tmp_path, "replica_mismatch")
     assert event["step"] == 8
