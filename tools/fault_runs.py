@@ -130,7 +130,12 @@ def write_config(
     folder: Path, data: Path, engine: str, run_dir: Path | None = None, **sections: dict[str, Any]
 ) -> Path:
     """Write the configuration of a run in ``run_dir``, by default ``folder / run``."""
-    values = {**CONFIG, **sections, "run_dir": str(run_dir or folder / "run"), "parallel": {"engine": engine}}
+    values = {
+        **CONFIG,
+        **sections,
+        "run_dir": str(run_dir or folder / "run"),
+        "parallel": {"engine": engine, **sections.get("parallel", {})},
+    }
     values["data"] = {"train": str(data / "train"), "validation": str(data / "validation")}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))

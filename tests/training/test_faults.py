@@ -22,9 +22,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_corpus(tmp_path_factory.mktemp("faults"))
 
 
-def go(folder: Path, corpus: Path, *faults: Fault, world: int = 2, engine: str = "fsdp2", **training: Any) -> list[int]:
+def go(
+    folder: Path, corpus: Path, *faults: Fault, world: int = 2, parallel: dict[str, Any] | None = None, **training: Any
+) -> list[int]:
     folder.mkdir(exist_ok=True)
-    config = write_config(folder, corpus, engine, training={**CONFIG["training"], **TRAINING, **training})
+    training = {**CONFIG["training"], **TRAINING, **training}
+    config = write_config(folder, corpus, "fsdp2", parallel=parallel or {}, training=training)
     return start(folder, config, world, list(faults), {})
 
 
@@ -66,9 +69,17 @@ def test_poison_on_one_rank_is_named_with_its_shard(tmp_path: Path, corpus: Path
     assert "max_skipped_steps 0" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_copy_that_differs_stops_the_run_and_is_named(tmp_path: Path, corpus: Path) -> None:
-    # In a step that is checked: the next one brings the copies anew.
-    codes = go(tmp_path, corpus, Fault("flip", rank=1, entry=8, section="optimizer step"), engine="ddp")
+@pytest.mark.parametrize(
+    ("parallel", "entry", "section"),
+    [
+        ({"shard_size": 1}, 5, "wait for data"),
+        ({"engine": "ddp"}, 8, "optimizer step"),  # of the step that is checked: the next one brings the copies anew
+    ],
+)
+def test_a_copy_that_differs_stops_the_run_and_is_named(
+    tmp_path: Path, corpus: Path, parallel: dict[str, Any], entry: int, section: str
+) -> None:
+    codes = go(tmp_path, corpus, Fault("flip", rank=1, entry=entry, section=section), parallel=parallel)
     assert codes == [2, 2]
     (event,) = events(tmp_path, "replica_mismatch")
     assert event["step"] == 8
