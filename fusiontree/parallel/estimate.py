@@ -153,16 +153,21 @@ def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: 
     share = split / shard + whole / shard  # a split parameter has shard/tp owners of its tp-th part
     engine = parallel.engine
     whole_weights = engine in ("ddp", "zero1", "zero2")
+    passes = max(1, -(-training.global_batch_size // (dp * training.micro_batch_size)))
+    # One process keeps gradients as the backward pass made them. Several add up those of several passes in fp32; of one
+    # pass each rank keeps its part.
+    one_pass = half * on_rank + 16 * share
     states = {
-        # One process keeps gradients as the backward pass made them; several add them up in fp32.
-        "ddp": (16 if gpus == 1 or half == 4 else 16 + half) * on_rank,
+        "ddp": 16 * on_rank if gpus == 1 else one_pass if passes == 1 else (half + 4) * on_rank + 12 * share,
         "zero1": half * on_rank + 4 * on_rank + 12 * share,
         "zero2": half * on_rank + 16 * share,
     }.get(engine, 16 * share)
     # The block at work, the one fetched ahead, and the gradients of one, in half precision.
     gathered = 0.0 if whole_weights or gpus == 1 else 3.0 * half * block
-    if engine == "ddp" and gpus > 1:  # a block's gradients wait for the last of them
-        gathered = half * block
+    if (
+        engine == "ddp" and gpus > 1
+    ):  # a block's gradients wait for the last of them; those of two more are on their way
+        gathered = half * block + (3 * 4 * block if passes == 1 else 0)
     elif gathered and not parallel.reshard_after_forward:  # all blocks, and the gradients of one
         gathered = half * (on_rank + block)
     length, rows = training.seq_len, training.micro_batch_size
@@ -185,10 +190,7 @@ def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: 
     activations = half * (tokens * (sum(per_layer[:recomputed]) + last) + passing / tp)
     total = states + gathered + activations
 
-    passes = max(1, -(-training.global_batch_size // (dp * rows)))
-    compute = passes * _pass_s(model, training, tokens, tp, mode, recomputed) + OPTIMIZER_S * (
-        share if engine != "ddp" else on_rank
-    )
+    compute = passes * _pass_s(model, training, tokens, tp, mode, recomputed) + OPTIMIZER_S * share
     communication = _communication_s(model, parallel, gpus, passes, on_rank, tokens, half, hardware)
     step = max(compute, communication) + 0.5 * min(compute, communication) if communication else compute
     per_step = training.global_batch_size * length
@@ -261,8 +263,10 @@ def _communication_s(
         seconds += passes * on_rank * (gathers * half + 4) * moved(shard) / link(shard)
         if shard < gpus:
             seconds += passes * on_rank / shard * 8 * moved(gpus // shard) / link(gpus)
+    elif parallel.engine == "ddp":  # gradients scattered in fp32 after the last pass, parameters gathered
+        seconds += on_rank * (4 + half) * moved(gpus) / link(gpus)
     else:
-        once = parallel.engine in ("ddp", "zero1")  # after the last pass
+        once = parallel.engine == "zero1"  # after the last pass
         seconds += (1 if once else passes) * on_rank * 8 * moved(gpus) / link(gpus)
     hidden = model.hidden_size
     if tp > 1:
