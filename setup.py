@@ -16,7 +16,12 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],  # ZeRO-1, 2 and 3 engines; install with DS_BUILD_OPS=0
-        "cuda": ["mamba-ssm>=2.3.0,<3"],  # another set of GPU kernels for the scan, built from source; the peer's too
+        "cuda": [
+            "flash-attn-4[cu13]>=4.0.0b36,<4.1"
+        ],  # the fastest attention on Hopper and Blackwell; only pre-releases
+        # Another set of GPU kernels for the scan, built from source; the peer's too. 2.3.2 and newer want an older
+        # apache-tvm-ffi than flash-attn-4 does, so that both could not be installed.
+        "mamba-ssm": ["mamba-ssm>=2.3.0,<2.3.2"],
         "megatron": ["megatron-core>=0.12,<0.20"],  # import of .bin/.idx corpora by its own reader
         "s3": ["s3fs>=2024.6,<2028"],  # shards at s3://
         "gs": ["gcsfs>=2024.6,<2028"],  # shards at gs://

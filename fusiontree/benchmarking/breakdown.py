@@ -10,6 +10,7 @@ log = logging.getLogger(__name__)
 # The first pattern found in a kernel's name decides what it counts as.
 COMPONENTS = (
     ("communication", ("nccl",)),
+    ("attention: flash-attn-4", ("FlashAttention",)),  # all of it where the package is installed
     ("attention: FlexAttention", ("flex_attention",)),  # windows, and packed documents
     ("attention: one triangle a row", ("flash", "fmha", "cudnn", "sdpa", "_merge")),  # global heads
     ("convolution", ("causal_conv",)),

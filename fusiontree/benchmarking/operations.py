@@ -7,6 +7,7 @@ K key/value heads, D channels of a head, G groups, P channels and N state size o
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ from fusiontree.ops.dispatch import Operation
 from fusiontree.ops.gate import MIX_AND_SUMS, gate_mix
 from fusiontree.ops.norm import GATED_NORM, NORM, gated_rms_norm, rms_norm
 from fusiontree.ops.ssd import SSD, ssd_scan
+from fusiontree.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # What an H100 reaches: 8192^3 bf16 products, and a large copy with bytes read and written.
 _RATES = {"H100": (700e12, 3.0e12), "H200": (700e12, 4.2e12)}
@@ -116,14 +120,19 @@ def time_operations(
 ) -> list[dict[str, Any]]:
     """Return name, backend, milliseconds forward and backward, and the least milliseconds (None: rates not known).
 
-    On GPUs the references are left out: at these sizes some need more memory than there is.
+    Backends without a kernel for the sizes are left out, and on GPUs the references: at these sizes some need more
+    memory than there is.
     """
     found = []
     for case in cases(config, length, dtype, device):
         for name, backend in case.operation.backends.items():
             if backend.unavailable(device) is not None or (device.type == "cuda" and name == "reference"):
                 continue
-            forward, backward = _time(case, name, device, repeats)
+            try:
+                forward, backward = _time(case, name, device, repeats)
+            except UserError as error:
+                log.info("%s: %s", case.name, error)
+                continue
             least = _least_ms(case, device)
             found.append(
                 {"operation": case.name, "backend": name, "forward_ms": forward, "backward_ms": backward, **least}

@@ -12,7 +12,9 @@ class KernelsConfig(Section):
 
     ssd: Literal["auto", "reference", "mamba_ssm", "triton"] = setting("auto", "State space scan.")
     conv: Literal["auto", "reference", "compiled", "triton"] = setting("auto", "Depthwise causal convolution.")
-    attention: Literal["auto", "reference", "sdpa", "flex"] = setting("auto", "Local and global attention.")
+    attention: Literal["auto", "reference", "sdpa", "varlen", "flash2", "flex", "flash3", "flash4"] = setting(
+        "auto", "Local and global attention; flash4, flash3 and flash2 are packages of their own, varlen is torch's."
+    )
     elementwise: Literal["auto", "reference", "compiled"] = setting(
         "auto", "Norms, rotary positions, gate mix: what lies between the matrix products."
     )

@@ -17,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fusiontree.models.model import FusionTreeModel
+from fusiontree.ops.attention.flash4 import ALL_BEFORE
 from fusiontree.ops.recompute import Recomputed
 
 _ATEN = torch.ops.aten
 KEPT = {
+    ALL_BEFORE,
     _ATEN._scaled_dot_product_cudnn_attention.default,
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,

@@ -10,8 +10,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from fusiontree.ops.attention import attention
+from fusiontree.ops.attention import ATTENTION, attention, flash4
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.cross_entropy import linear_cross_entropy
 from fusiontree.ops.documents import Documents
@@ -19,12 +20,22 @@ from fusiontree.ops.gate import gate_mix
 from fusiontree.ops.norm import gated_rms_norm, residual_rms_norm, rms_norm
 from fusiontree.ops.rotary import apply_rotary, rotary_tables, rotate_and_cut
 from fusiontree.ops.ssd import ssd_scan
-from fusiontree.parallel.recomputation import checkpoint_activations
+from fusiontree.parallel.recomputation import _keeping, checkpoint_activations
 from tests.helpers import tiny_model
 from tests.ops.test_ssd import positions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 needs_mamba = pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="mamba_ssm is not installed")
+
+
+def _attention_backends() -> list:
+    there = torch.cuda.is_available()
+    device, names = torch.device("cuda"), [name for name in ATTENTION.backends if name != "reference"]
+    why = {name: ATTENTION.backends[name].unavailable(device) if there else None for name in names}
+    return [pytest.param(n, marks=pytest.mark.skipif(bool(why[n]), reason=f"{n}: {why[n]}")) for n in names]
+
+
+attentions = pytest.mark.parametrize("name", _attention_backends())
 scans = pytest.mark.parametrize("scan", ["triton", pytest.param("mamba_ssm", marks=needs_mamba)])
 
 
@@ -53,6 +64,10 @@ def check(fast: Callable, reference: Callable, inputs: list[torch.Tensor], floor
     got = [error(r, w) for r, w in zip(results(fast, torch.bfloat16), want, strict=True)]
     for index, (mine, theirs) in enumerate(zip(got, bar, strict=True)):
         assert mine <= 2 * theirs + floor, f"result {index}: error {mine:.2e}, the reference's own {theirs:.2e}"
+
+
+def attending(name: str, window: int | None, docs: Documents | None) -> Callable:
+    return lambda q, k, v: attention(q, k, v, window=window, documents=docs, backend=name)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -189,30 +204,116 @@ def test_ssd_refuses_rows_beyond_its_offsets() -> None:
         ssd_scan(x, dt, -vector, bc, bc, vector, chunk_size=256, backend="mamba_ssm")
 
 
+@attentions
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 128, 300])
-def test_attention(packed: bool, window: int | None) -> None:
-    docs = documents(1024, packed)
-    q, k, v = draw(2, 1024, 4, 64), draw(2, 1024, 2, 64, seed=1), draw(2, 1024, 2, 64, seed=2)
+@pytest.mark.parametrize(("length", "heads", "kv_heads", "width"), [(1024, 4, 2, 64), (1024, 4, 4, 128)])
+def test_attention(
+    name: str, packed: bool, window: int | None, length: int, heads: int, kv_heads: int, width: int
+) -> None:
+    docs = documents(length, packed)
+    q = draw(2, length, heads, width)
+    k, v = (draw(2, length, kv_heads, width, seed=seed) for seed in (1, 2))
+    check(attending(name, window, docs), attending("reference", window, docs), [q, k, v])
 
-    def run(backend: str) -> Callable:
-        return lambda q, k, v: attention(q, k, v, window=window, documents=docs, backend=backend)
 
-    check(run("flex"), run("reference"), [q, k, v])
+@attentions
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "window"), [(12, 6, 1024), (4, 2, None)])
+def test_attention_of_the_benchmarks_heads(
+    name: str, heads: int, kv_heads: int, window: int | None, packed: bool
+) -> None:
+    docs = documents(4096, packed)
+    q = draw(2, 4096, heads, 128)
+    k, v = (draw(2, 4096, kv_heads, 128, seed=seed) for seed in (1, 2))
+    check(attending(name, window, docs), attending("reference", window, docs), [q, k, v])
 
 
+@attentions
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("before", [256, 3072])
-def test_attention_of_a_rows_last_tokens(before: int, window: int | None) -> None:
+def test_attention_of_a_rows_last_tokens(name: str, before: int, window: int | None) -> None:
     queries = 1024
     pieces = Documents.from_positions(torch.arange(before, before + queries).expand(2, -1).contiguous()).to("cuda")
     q = draw(2, queries, 4, 128)
     k, v = (draw(2, before + queries, 2, 128, seed=seed) for seed in (1, 2))
+    check(attending(name, window, pieces), attending("reference", window, pieces), [q, k, v])
 
-    def run(backend: str) -> Callable:
-        return lambda q, k, v: attention(q, k, v, window=window, documents=pieces, backend=backend)
 
-    check(run("flex"), run("reference"), [q, k, v])
+@attentions
+@pytest.mark.parametrize("window", [None, 200])
+@pytest.mark.parametrize("before", [256, 1000])
+def test_attention_of_a_piece_of_packed_rows(name: str, before: int, window: int | None) -> None:
+    """Keys of other documents before the queries get no gradient, whatever lay in the memory that it is written to."""
+    queries = 1024
+    p = positions(2, queries, [[0, 300, 301, 900], [0, 640]])
+    p[0, :300] += 100  # continues a document of which not all keys before the queries are
+    p[1, :640] += 5000
+    pieces = Documents.from_positions(p).to("cuda")
+    q = draw(2, queries, 4, 128)
+    k, v = (draw(2, before + queries, 2, 128, seed=seed) for seed in (1, 2))
+    dirty = [torch.full((1 << 24,), float("nan"), device="cuda") for _ in range(4)]
+    del dirty
+    check(attending(name, window, pieces), attending("reference", window, pieces), [q, k, v])
+    leaf = k.bfloat16().requires_grad_()
+    attending(name, window, pieces)(q.bfloat16(), leaf, v.bfloat16()).float().sum().backward()
+    assert leaf.grad is not None
+    assert not leaf.grad[0, : before - 100].any()
+
+
+@attentions
+@pytest.mark.parametrize("length", [77, 1000])
+def test_attention_of_prompts_of_odd_lengths(name: str, length: int) -> None:
+    if name == "flex":
+        pytest.skip("attention() does not ask it: it would compile for each length")
+    q = draw(2, length, 4, 128)
+    k, v = (draw(2, length, 2, 128, seed=seed) for seed in (1, 2))
+    for window in (None, 64):
+        check(attending(name, window, None), attending("reference", window, None), [q, k, v])
+
+
+@attentions
+@pytest.mark.parametrize("window", [None, 1024])
+def test_attention_of_a_row_of_128k(name: str, window: int | None) -> None:
+    """Its last tokens, against the definition computed for them alone, and the gradients against FlexAttention's."""
+    length, tail = 1 << 17, 256
+    q = draw(1, length, 2, 128).bfloat16().requires_grad_()
+    k, v = (draw(1, length, 1, 128, seed=seed).bfloat16().requires_grad_() for seed in (1, 2))
+    g = draw(1, length, 2, 128, seed=3).bfloat16()
+    out = attending(name, window, None)(q, k, v)
+    last = attending("reference", window, None)(q[:, -tail:].float(), k.float(), v.float())
+    assert error(out[:, -tail:], last) < 1e-2
+    got = torch.autograd.grad(out, (q, k, v), g)
+    want = torch.autograd.grad(attending("flex", window, None)(q, k, v), (q, k, v), g)
+    for mine, theirs in zip(got, want, strict=True):
+        assert error(mine, theirs) < 2e-2
+
+
+def test_full_recomputation_keeps_flash_attention() -> None:
+    missing = ATTENTION.backends["flash4"].unavailable(torch.device("cuda"))
+    if missing:
+        pytest.skip(missing)
+    q, k, v = (draw(1, 1024, h, 128, seed=h).bfloat16().requires_grad_() for h in (4, 2, 2))
+
+    def block(*x: torch.Tensor) -> torch.Tensor:
+        return attending("flash4", None, None)(*(t * 2 for t in x)) * 3
+
+    want = torch.autograd.grad(block(q, k, v).float().sum(), (q, k, v))
+    calls = 0
+    kept = checkpoint(block, q, k, v, use_reentrant=False, context_fn=_keeping)
+    forward = flash4._package()._flash_attn_fwd
+
+    def count(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        return forward(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash4._package(), "_flash_attn_fwd", count)
+        got = torch.autograd.grad(kept.float().sum(), (q, k, v))
+    assert calls == 0
+    for mine, theirs in zip(got, want, strict=True):
+        assert error(mine, theirs) < 1e-2
 
 
 @pytest.mark.parametrize("packed", [False, True])

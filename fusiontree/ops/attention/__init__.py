@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fusiontree.ops.attention.flash import PACKAGES, load
 from fusiontree.ops.attention.reference import masked_attention
 from fusiontree.ops.attention.single import key_bias, roomy, single_query_attention
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
 from fusiontree.ops.documents import Documents
+from fusiontree.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 __all__ = ["ATTENTION", "attention", "cached_attention", "key_bias", "roomy", "single_query_attention"]
 
@@ -37,10 +43,18 @@ def _flex_unavailable(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "its kernels are compiled for GPUs"
 
 
+def _package(name: str) -> Backend:
+    return Backend(name, functools.partial(load, name), PACKAGES[name].unavailable)
+
+
 ATTENTION = Operation(
     "attention",
     [
+        _package("flash4"),
+        _package("flash3"),
         Backend("flex", _flex, _flex_unavailable),
+        _package("flash2"),
+        _package("varlen"),
         Backend("sdpa", _sdpa, anywhere),
         Backend("reference", _reference, anywhere),
     ],
@@ -69,18 +83,43 @@ def attention(
         window: tokens a query sees, its own included; None means its whole document.
         documents: boundaries of the queries' tokens; None means each row is one document that begins with the keys.
         scale: factor on the scores; None means 1 / sqrt(D).
-        backend: a name of :data:`ATTENTION` or "auto".
+        backend: a name of :data:`ATTENTION` or "auto", the first of those that run here and have kernels for the sizes.
 
     Returns:
         Outputs [B, S, H, D].
+
+    Raises:
+        UserError: a backend asked for by name cannot run here, or has no kernel for such heads.
     """
     if k_BTKD.shape[1] < q_BSHD.shape[1]:
         raise ValueError(f"{k_BTKD.shape[1]} keys are fewer than {q_BSHD.shape[1]} queries")
-    if backend == "auto" and (q_BSHD.shape[-1] < 16 or q_BSHD.shape[1] % 128):
-        # FlexAttention needs 16 channels a head, and compiles anew for each of the odd lengths that prompts have.
-        backend = "sdpa"
-    attend = ATTENTION.choose(backend, q_BSHD.device.type)
+    name = _fitting(backend, q_BSHD.device.type, q_BSHD.dtype, q_BSHD.shape[-1], q_BSHD.shape[1] % 128 == 0)
+    attend = ATTENTION.choose(name, q_BSHD.device.type)
     return attend(q_BSHD, k_BTKD, v_BTKD, window=window, documents=documents, scale=scale)
+
+
+@functools.cache
+def _fitting(backend: str, device_type: str, dtype: torch.dtype, width: int, whole_tiles: bool) -> str:
+    """Return the backend that computes heads of ``width`` channels in ``dtype``; a change of "auto" is said once."""
+    if backend in PACKAGES:
+        why = PACKAGES[backend].unfit(dtype, width)
+        if why is not None:
+            raise UserError(f"kernels.attention={backend} cannot compute this: {why}; kernels.attention=auto can")
+    if backend != "auto":
+        return backend
+    device, passed_over = torch.device(device_type), False
+    for name, candidate in ATTENTION.backends.items():
+        if candidate.unavailable(device) is not None:
+            continue
+        if name == "flex" and (width < 16 or not whole_tiles):
+            # FlexAttention needs 16 channels a head, and compiles anew for each of the odd lengths that prompts have.
+            return "sdpa"
+        why = PACKAGES[name].unfit(dtype, width) if name in PACKAGES else None
+        if why is None:
+            return name if passed_over else "auto"
+        log.info("attention on %s: not by %s; %s", device_type, name, why)
+        passed_over = True
+    raise AssertionError("the reference runs anywhere")
 
 
 def cached_attention(

@@ -26,7 +26,7 @@ def unavailable(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "its kernels need a GPU"
     missing = [name for name in ("mamba_ssm", "triton", "einops") if find_spec(name) is None]
-    return f"{', '.join(missing)} is not installed (pip install 'fusiontree[cuda]')" if missing else None
+    return f"{', '.join(missing)} is not installed (pip install 'fusiontree[mamba-ssm]')" if missing else None
 
 
 def ssd_mamba_ssm(

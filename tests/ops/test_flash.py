@@ -1,0 +1,161 @@
+"""What the flash-attn packages are asked for is what attention means: windows, documents, keys before the queries."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fusiontree.ops import attention as rooms
+from fusiontree.ops.attention import ATTENTION, attention
+from fusiontree.ops.attention.flash import PACKAGES, load
+from fusiontree.ops.attention.reference import attention_reference
+from fusiontree.ops.documents import Documents
+from fusiontree.parallel.recomputation import _keeping
+from fusiontree.utils.errors import UserError
+from tests.ops.flash_packages import Flash4, functions, install, varlen_attn
+from tests.ops.test_attention import inputs
+from tests.ops.test_ssd import positions
+
+
+@pytest.fixture(params=PACKAGES)
+def attend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if request.param == "flash4":
+        Flash4(monkeypatch)
+    elif request.param == "varlen":
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    else:
+        install(monkeypatch, PACKAGES[request.param].module, **functions(request.param == "flash3"))
+    return load(request.param)
+
+
+def compare(attend: Any, tensors: list[Tensor], **kind: Any) -> None:
+    got, want = attend(*tensors, **kind), attention_reference(*tensors, **kind)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    grads = [torch.autograd.grad(out.square().sum(), tensors) for out in (got, want)]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("starts", [None, [[0], [0]], [[0, 3, 16, 17, 40], [0]]])
+@pytest.mark.parametrize("window", [None, 1, 7, 16, 49, 50, 64])
+def test_windows_and_documents(attend: Any, window: int | None, starts: list[list[int]] | None) -> None:
+    documents = None if starts is None else Documents.from_positions(positions(2, 50, starts))
+    compare(attend, inputs(50, 50), window=window, documents=documents)
+    compare(attend, inputs(50, 50, 6, 3), window=window, documents=documents, scale=0.3)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 8])
+@pytest.mark.parametrize("halo", [1, 4, 7, 30])
+def test_keys_before_the_queries(attend: Any, window: int | None, halo: int) -> None:
+    kind = {"window": window}
+    compare(attend, inputs(20, 20 + halo), documents=None, **kind)
+    for before in (0, 3, 100):  # of the one document's tokens lie before the piece, in every row
+        p = torch.arange(before, before + 20).expand(2, -1).contiguous()
+        compare(attend, inputs(20, 20 + halo), documents=Documents.from_positions(p), **kind)
+    p = positions(2, 20, [[0, 6, 15], [0]])
+    for begins in ((3, 100), (0, 2), (100, 0)):  # differently in each row
+        p[0, :6], p[1] = torch.arange(6) + begins[0], torch.arange(20) + begins[1]
+        compare(attend, inputs(20, 20 + halo), documents=Documents.from_positions(p), **kind)
+
+
+def test_slices_of_one_product(attend: Any) -> None:
+    """As the projections give them: queries, keys and values side by side."""
+    joint = torch.randn(2, 20, 8, 8, dtype=torch.float64, requires_grad=True)
+    documents = Documents.from_positions(positions(2, 20, [[0, 6], [0]]))
+    compare(attend, list(joint.split([4, 2, 2], dim=2)), documents=documents, window=5)
+
+
+@pytest.fixture
+def fake4(monkeypatch: pytest.MonkeyPatch) -> Flash4:
+    return Flash4(monkeypatch)
+
+
+@pytest.mark.parametrize(("window", "forwards"), [(None, 1), (5, 2)])
+def test_full_recomputation_keeps_global_attention(fake4: Flash4, window: int | None, forwards: int) -> None:
+    tensors, attend = inputs(20, 24), load("flash4")
+
+    def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q.sin(), k.sin(), v.sin(), window=window).cos()
+
+    want = torch.autograd.grad(block(*tensors).sum(), tensors)
+    fake4.forwards.clear()
+    out = checkpoint(block, *tensors, use_reentrant=False, context_fn=_keeping)
+    got = torch.autograd.grad(out.sum(), tensors)
+    assert len(fake4.forwards) == forwards
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_step_after_an_evaluation_of_the_same_rows(fake4: Flash4) -> None:
+    documents = Documents.from_positions(positions(2, 20, [[0, 6], [0]]))
+    with torch.inference_mode():
+        load("flash4")(*(t.detach() for t in inputs(20, 23)), documents=documents)
+    compare(load("flash4"), inputs(20, 23), documents=documents)
+
+
+def test_torch_compile_sees_an_operation(fake4: Flash4) -> None:
+    tensors, attend = inputs(20, 24), load("flash4")
+
+    def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q * 2, k, v, window=5) * 3
+
+    want = torch.autograd.grad(block(*tensors).sum(), tensors)
+    got = torch.autograd.grad(torch.compile(block, backend="aot_eager", fullgraph=True)(*tensors).sum(), tensors)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("installed", "dtype", "width", "length", "name"),
+    [
+        ("flash4", torch.bfloat16, 128, 256, "flash4"),
+        ("flash4", torch.bfloat16, 128, 77, "flash4"),
+        ("flash4", torch.bfloat16, 256, 256, "flex"),
+        ("flash4", torch.bfloat16, 12, 256, "sdpa"),
+        ("flash4", torch.float32, 128, 256, "flex"),
+        ("flash4", torch.float32, 128, 77, "sdpa"),
+        ("flash2", torch.bfloat16, 128, 256, "flex"),
+        ("flash2", torch.bfloat16, 128, 77, "sdpa"),
+    ],
+)
+def test_auto_takes_the_fastest_with_kernels_for_the_heads(
+    monkeypatch: pytest.MonkeyPatch, installed: str, dtype: torch.dtype, width: int, length: int, name: str
+) -> None:
+    def chosen(wanted: str, device_type: str) -> Any:
+        runs = [n for n, b in ATTENTION.backends.items() if b.unavailable(torch.device("cpu")) is None]
+        return lambda q, *others, **kind: runs[0] if wanted == "auto" else wanted
+
+    for key, backend in ATTENTION.backends.items():
+        there = key in (installed, "flex", "sdpa", "reference")
+        monkeypatch.setitem(vars(backend), "unavailable", lambda device, there=there: None if there else "missing")
+    monkeypatch.setattr(ATTENTION, "choose", chosen)
+    rooms._fitting.cache_clear()
+    try:
+        q = torch.zeros(1, length, 2, width, dtype=dtype)
+        assert attention(q, q, q) == name
+    finally:
+        rooms._fitting.cache_clear()
+
+
+def test_a_named_package_without_such_kernels_is_an_error() -> None:
+    q = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(UserError, match=r"kernels\.attention=flash4 .* not in float32; kernels\.attention=auto can"):
+        attention(q, q, q, backend="flash4")
+    with pytest.raises(UserError, match="multiple of 8 channels up to 128, not 136"):
+        attention(*[torch.zeros(1, 4, 2, 136).bfloat16()] * 3, backend="flash4")
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    why = partial(PACKAGES["flash4"].unavailable, torch.device("cuda"))
+    assert why() == "flash_attn.cute is not installed (pip install 'fusiontree[cuda]')"
+    Flash4(monkeypatch)
+    assert why() is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert why() == "it has no kernels for GPUs of compute capability 8.0"
+    assert PACKAGES["flash4"].unavailable(torch.device("cpu")) == "its kernels need a GPU"
