@@ -15,8 +15,9 @@ from fusiontree.ops.attention import ATTENTION, attention
 from fusiontree.ops.attention.flash import PACKAGES, load
 from fusiontree.ops.attention.reference import attention_reference
 from fusiontree.ops.documents import Documents
-from fusiontree.parallel.recomputation import _keeping
+from fusiontree.parallel.recomputation import _keeping, checkpoint_activations
 from fusiontree.utils.errors import UserError
+from tests.helpers import tiny_model
 from tests.ops.flash_packages import Flash4, functions, install, varlen_attn
 from tests.ops.test_attention import inputs
 from tests.ops.test_ssd import positions
@@ -89,6 +90,29 @@ def test_full_recomputation_keeps_global_attention(fake4: Flash4, window: int | 
     assert len(fake4.forwards) == forwards
     for mine, theirs in zip(got, want, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_a_model_trains_alike_whatever_is_recomputed(fake4: Flash4, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusiontree.ops.attention.flash._HALF", (torch.float32,))
+    monkeypatch.setitem(vars(ATTENTION.backends["flash4"]), "unavailable", lambda device: None)
+    monkeypatch.setattr(rooms, "_fitting", rooms._fitting.__wrapped__)  # which remembers what there is
+    monkeypatch.setattr(ATTENTION, "choose", ATTENTION._choose)
+    ids = torch.arange(64).view(2, 32) % 40
+    documents = Documents.from_positions(positions(2, 32, [[0, 11, 20], [0]]))
+
+    def gradients(mode: str, backend: str) -> list[Tensor]:
+        model = tiny_model(layer_pattern="FA", window_size=8, head_dim=16, kernels={"attention": backend})
+        checkpoint_activations(model, mode)
+        model(ids, labels_BS=ids, documents=documents).loss_sum.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain = gradients("none", "flash4")
+    torch.testing.assert_close(plain, gradients("none", "reference"), rtol=1e-3, atol=1e-5)
+    for mode in ("selective", "full"):
+        fake4.forwards.clear()
+        assert all(torch.equal(mine, other) for mine, other in zip(gradients(mode, "flash4"), plain, strict=True))
+        # Two layers, each with a window of 8 and a part that sees everything.
+        assert fake4.forwards == [7, None, 7, None] + ([7, 7] if mode == "full" else [])
 
 
 def test_a_step_after_an_evaluation_of_the_same_rows(fake4: Flash4) -> None:
