@@ -57,8 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allow-longer", action="store_true", help="go beyond the length the model was made for")
     add(
         "--graphs",
-        action="store_true",
-        help="on a GPU, record a step as a CUDA graph and replay it for every token; the tokens are the same",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a GPU, record a step as a CUDA graph and replay it for every token (default); the tokens are the same",
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is one)")
     add(

@@ -203,7 +203,7 @@ def columns_to_decode(length: int, tokens: int) -> int:
 
 @torch.no_grad()
 def decode_ours(model: Any, ids_BS: Tensor, device: torch.device, *, tokens: int) -> dict[str, Any]:
-    """Fill our cache with ``ids_BS`` and time steady decoding after it by a CUDA graph, as ``generate --graphs``.
+    """Fill our cache with ``ids_BS`` and time steady decoding after it by a CUDA graph, as ``generate`` does.
 
     Some eager steps are timed before: ``eager_tokens_per_s``. Should the step not be recordable, the figures are of
     those, with the ``error``.

@@ -90,7 +90,7 @@ def generate(
     decode: Callable[[list[int]], str] | None = None,
     on_token: Callable[[NewToken], None] | None = None,
     allow_longer: bool = False,
-    graphs: bool = False,
+    graphs: bool = True,
 ) -> Generation:
     """Continue every prompt; a row's tokens are those it would get alone.
 

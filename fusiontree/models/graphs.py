@@ -86,7 +86,7 @@ class GraphedStep:
                     raise cause from None
                 raise RuntimeError(
                     f"the decoding step of {cache.rows} rows cannot be recorded as a CUDA graph: {cause}; eager steps "
-                    f"give the same tokens: generate(graphs=False), or generate.py without --graphs"
+                    f"give the same tokens: generate(graphs=False), or generate.py with --no-graphs"
                 ) from cause
             finally:
                 cache.lengths, cache.columns = lengths, columns  # recording counted a token that was not computed

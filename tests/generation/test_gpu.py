@@ -9,7 +9,11 @@ from fusiontree.generation.decoding import generate
 from fusiontree.generation.sampling import SamplingConfig, sample
 from tests.helpers import tiny_model
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("exact_products"),
+]
 
 PROMPTS = [[3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 3, 2, 38, 4], [1], [27, 18, 28, 18, 28]]
 KERNELS = {"attention": "sdpa"}  # heads of 8 channels are too narrow for the fast kernels

@@ -19,7 +19,11 @@ from fusiontree.ops.ssd.reference import ssd_sequential
 from fusiontree.ops.ssd.step import ssd_step
 from tests.helpers import tiny_model
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("exact_products"),
+]
 
 PROMPTS = [[3, 14, 15, 9, 2, 6, 5, 35, 8, 9, 7, 9, 3, 2, 38, 4], [1], [27, 18, 28, 18, 28], [7] * 9, [11, 12]]
 SAMPLING = {
@@ -38,14 +42,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "mamba": {"head_dim": 64, "d_state": 64, "n_groups": 2, "norm_groups": 2, "chunk_size": 64},
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def both(model: Any, **arguments: Any) -> tuple[Any, Any]:

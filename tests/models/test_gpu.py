@@ -12,19 +12,15 @@ from fusiontree.ops.documents import Documents
 from tests.helpers import tiny_model
 from tests.models.variants import VARIANTS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("exact_products"),
+]
 
 
 def tokens(rows, length, seed=0):
     return torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
