@@ -51,7 +51,9 @@ def test_a_stopped_rank_ends_the_job_in_time_and_is_named(tmp_path: Path, corpus
     assert "backward" in (tmp_path / "run" / "hangs" / "rank-0.stacks.txt").read_text()
     assert go(tmp_path, corpus) == [0, 0]
     assert "rank 1 left no report" in events(tmp_path, "hang")[0]["reason"]
-    assert events(tmp_path, "resume")[0]["restarts"] == 1
+    # Whether the save of two steps before was over when the rank stopped is a matter of the machine's load.
+    begun = events(tmp_path, "start") + events(tmp_path, "resume")
+    assert [event["restarts"] for event in begun] == [0, 1]
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, corpus: Path) -> None:
