@@ -5,6 +5,7 @@ The bar in bf16: no further from the float32 reference than twice what the refer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -303,6 +304,7 @@ def test_full_recomputation_keeps_flash_attention() -> None:
     kept = checkpoint(block, q, k, v, use_reentrant=False, context_fn=_keeping)
     forward = flash4._package()._flash_attn_fwd
 
+    @functools.wraps(forward)
     def count(*args: object, **kwargs: object) -> object:
         nonlocal calls
         calls += 1
