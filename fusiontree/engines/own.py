@@ -33,19 +33,8 @@ class OwnParameters:
             copy = parameter if parameter.dtype == dtype else nn.Parameter(parameter.detach().to(dtype))
             copies[parameter] = copy
             self.masters[copy] = parameter
-            copy.register_post_accumulate_grad_hook(self._take(parameter))
+            copy.register_post_accumulate_grad_hook(_take(None if copy is parameter else parameter, self.gradients))
         put_in_place(self._model, {name: copies[parameter] for name, parameter in parameters.items()})
-
-    def _take(self, master: nn.Parameter) -> Callable[[Tensor], None]:
-        """Return what to do with a finished gradient: keep the first, add others in fp32."""
-
-        def take(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            before = self.gradients.get(master)
-            self.gradients[master] = parameter.grad if before is None else before.float().add_(parameter.grad)
-            parameter.grad = None
-
-        return take
 
     def begin(self, training: bool) -> None:
         """Copy the parameters, whoever changed them, to what the model computes with; once a step of training."""
@@ -74,3 +63,20 @@ def put_in_place(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def _take(master: nn.Parameter | None, gradients: dict[nn.Parameter, Tensor]) -> Callable[[nn.Parameter], None]:
+    """Return what to do with a finished gradient: keep the first, add others in fp32.
+
+    The hook must hold neither its own parameter (``master`` is None where that is the optimizer's too) nor what holds
+    it: Python does not see that circle, and would never free it.
+    """
+
+    def take(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        owner = parameter if master is None else master
+        before = gradients.get(owner)
+        gradients[owner] = parameter.grad if before is None else before.float().add_(parameter.grad)
+        parameter.grad = None
+
+    return take

@@ -7,6 +7,7 @@ the module that computes.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -92,12 +93,17 @@ class ReplicatedParameters:
             self._awaited += 1
 
     def _take(self, group: FlatGroup, place: int) -> Callable[[Tensor], None]:
-        """Return what to do with a finished gradient."""
+        """Return what to do with a finished gradient.
+
+        The hook must not hold what holds its parameter: Python does not see that circle, and would never free it.
+        """
+        me, its_group = weakref.ref(self), weakref.ref(group)
 
         def take(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            if group.arrive(place, parameter.grad):
-                self._end_pass_of(group)
+            gradient, owner, group = parameter.grad, me(), its_group()
+            assert gradient is not None and owner is not None and group is not None
+            if group.arrive(place, gradient):
+                owner._end_pass_of(group)
             parameter.grad = None
 
         return take

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -92,3 +94,26 @@ def test_blocks_are_kept_from_forward_to_backward_where_asked(reshard: bool, mon
         assert sum(sharded()) == (len(sharded()) - few if reshard else 0)
         engine.backward(loss, last=True)
         assert all(sharded())
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("own", [True, False])
+def test_an_engine_that_is_given_up_gives_back_its_memory(own: bool, precision: str, engine: str) -> None:
+    if not own and engine == "fsdp2":
+        pytest.skip("fully_shard's memory is torch's")
+    values = {"seq_len": 16, "max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "precision": precision}
+    with Layout("cpu") as layout, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsdp2, "_is_own", lambda mesh: own)
+        trainer: Any = build.build_engine(
+            tiny_config(), ParallelConfig(engine=engine), TrainingConfig.model_validate(values), layout
+        )
+        ids = torch.arange(16)[None]
+        loss = trainer.forward(StepInputs(ids, ids, ids, torch.ones(1), None)).loss_sum
+        trainer.backward(loss, last=True)
+        assert trainer.step(1e-3).grad_norm > 0
+        held = [weakref.ref(p) for p in (*trainer.module.parameters(), *trainer.parameters.values())]
+        assert len(held) > 40
+        del trainer, loss
+        gc.collect()
+        assert not any(parameter() is not None for parameter in held)
