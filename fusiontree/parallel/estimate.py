@@ -22,20 +22,20 @@ from fusiontree.parallel.plans.hybrid import split_of
 
 GIB = 2**30
 # Rates of one H100 SXM in bf16, from the profiled step of hybrid_1b_32k (16 layers, 2,048 wide, 32,768 tokens):
-MATRIX_FLOPS = 738e12
-"""Matrix products of these shapes: 390 ms for 288 TFLOP."""
-GLOBAL_ATTENTION_FLOPS = 467e12
-"""113 ms for 52.8 TFLOP (4 heads of 128, causal, forward and backward)."""
-LOCAL_ATTENTION_FLOPS = 206e12
-"""47 ms for 9.7 TFLOP (12 heads, window 1,024)."""
+MATRIX_FLOPS = 727e12
+"""Matrix products of these shapes: 396 ms for 288 TFLOP."""
+GLOBAL_ATTENTION_FLOPS = 545e12
+"""97 ms for 52.8 TFLOP (4 heads of 128, causal, forward and backward; flash-attn-4)."""
+LOCAL_ATTENTION_FLOPS = 308e12
+"""31.5 ms for 9.7 TFLOP (12 heads, window 1,024; flash-attn-4)."""
 SCAN_S = 53e-3 / (16 * 32768 * 4096)
 """Seconds a token, layer and inner channel, forward and backward."""
-ELEMENTWISE_S = (42 + 45 + 17 + 19 + 2) * 1e-3 / (16 * 32768 * 2048)
+ELEMENTWISE_S = (41 + 43 + 17 + 16 + 2) * 1e-3 / (16 * 32768 * 2048)
 """Norms, gates, convolutions, copies: seconds a token, layer and channel of the residual stream."""
 OPTIMIZER_S = 25e-3 / 1.57e9
 """Seconds a parameter of the rank's share."""
 IDLE = 0.03
-"""Share of the step in which the device waits for the next kernel."""
+"""Share of the step that the profiled kernels do not account for: gaps, and a clock that is lower in a long run."""
 SCAN_CHUNK = 128
 """Tokens between two states that the scan keeps for its backward pass (heads of 64 channels, 16 bits)."""
 LOSS_TOKENS = 8192
