@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,6 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Time training steps, print the figures and return them."""
     import torch
 
-    from fusiontree.benchmarking.clock import StepClock
     from fusiontree.data.loader import TrainingData
     from fusiontree.engines.base import StepInputs, StepResult
     from fusiontree.engines.build import build_engine
@@ -130,6 +130,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     from fusiontree.parallel.layout import Layout
     from fusiontree.training.losses import GlobalCounts, LossWeights, loss_terms
     from fusiontree.training.measurements import document_lengths
+    from fusiontree.utils.device import Mark
     from fusiontree.utils.hardware import peak_flops
 
     model, training = config.model, config.training
@@ -197,12 +198,14 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
         def steps(number: int) -> tuple[list[float], float]:
             """Return the seconds between the ends of steps, and the last one's gradient norm."""
-            clock, result = StepClock(layout.device), None
+            if on_gpu:
+                torch.cuda.synchronize()
+            ends, result = [Mark(layout.device)], None
             for _ in range(number):
                 result = step(result)
-                clock.mark()
+                ends.append(Mark(layout.device))
             assert result is not None
-            return clock.seconds(), result.grad_norm
+            return [end.seconds_since(before) for before, end in pairwise(ends)], result.grad_norm
 
         began = time.perf_counter()
         steps(args.warmup)

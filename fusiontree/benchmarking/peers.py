@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fusiontree.benchmarking.clock import StepClock
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.flops import matrix_parameters, visible_keys
 from fusiontree.models.graphs import GraphedStep
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.cross_entropy import linear_cross_entropy
+from fusiontree.utils.device import Mark
 from fusiontree.utils.errors import UserError
 
 WARMUP_STEPS = 4
@@ -138,21 +139,21 @@ def train_falcon(
 
     # FSDP2 gathers the root's own parameters (the head) in the root's forward: put the loss there.
     model.forward = lambda _: loss_of(model)
-    clock = None
+    ends: list[Mark] = []
     with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
         for step in range(warmup + steps):
             if step == warmup:
-                clock = StepClock(device)
+                torch.cuda.synchronize()
+                ends.append(Mark(device))
                 torch.cuda.reset_peak_memory_stats()
             loss = model(ids_BS)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if clock:
-                clock.mark()
-    assert clock is not None
-    seconds = sorted(clock.seconds())[steps // 2]
+            if ends:
+                ends.append(Mark(device))
+    seconds = sorted(end.seconds_since(before) for before, end in pairwise(ends))[steps // 2]
     flops = falcon_training_flops(config, ids_BS.shape[1])
     result = {
         "name": "Falcon-H1 (transformers)",

@@ -33,6 +33,7 @@ from fusiontree.training.step import StepUnderWay, TrainStep, step_inputs
 from fusiontree.training.stop import StopRequest
 from fusiontree.training.watchdog import Watchdog, in_short
 from fusiontree.utils import garbage
+from fusiontree.utils.device import Mark
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.flight_record import flight_record
 from fusiontree.utils.reach import Peers, own_place
@@ -87,7 +88,7 @@ class Trainer:
         self._validated: tuple[int, float] = (-1, math.nan)
         self._train_seconds = 0.0
         self._saved_train_seconds = 0.0
-        self._unread: tuple[StepUnderWay, dict[str, Any]] | None = None
+        self._unread: tuple[StepUnderWay, Mark] | None = None  # the last step, and when the device began it
         self.watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)
         self.checks = RunChecks(engine, settings.training, self.records)
         self.spikes = SpikeFilter(settings.training)
@@ -137,6 +138,8 @@ class Trainer:
         while True:
             step = watch.step = self.position.step + 1
             began = time.perf_counter()
+            # A step lasts from the end of the one before, which the device may still be at work on.
+            start = self._unread[0].ended if self._unread else Mark(self.engine.device)
             with watch.section("wait for data", limit):
                 batch, data_state = next(batches)
             with watch.section("step", limit):
@@ -161,7 +164,7 @@ class Trainer:
             seconds = time.perf_counter() - began
             self._train_seconds += seconds
             self.progress.mark(step)
-            self._unread = (done, self.step.speed(batch, seconds))
+            self._unread = (done, start)
             if pausing:
                 self._read_step()
             settled, limit = True, config.hang_timeout_s
@@ -206,7 +209,7 @@ class Trainer:
         """
         if self._unread is None:
             return
-        (done, speed), self._unread = self._unread, None
+        (done, start), self._unread = self._unread, None
         step = done.number
         if done.result.skipped is None:
             self.position.tokens += int(done.read_counts()[0])
@@ -217,7 +220,8 @@ class Trainer:
         interval = self.settings.logging.log_interval
         if (interval and step % interval == 0) or step == self._last_step:
             with self.watchdog.section("log", self.settings.training.slow_timeout_s):
-                values = self.step.values(done, self.position.tokens) | speed
+                values = self.step.values(done, self.position.tokens)
+                values |= self.step.speed(done.batch, done.ended.seconds_since(start))
                 self.records.metrics(values)
             self._say(self.progress.line(values))
 

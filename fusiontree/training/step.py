@@ -26,7 +26,7 @@ from fusiontree.training.schedule import learning_rate
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.spikes import SpikeFilter
 from fusiontree.training.watchdog import Watchdog
-from fusiontree.utils.device import on_its_way, send
+from fusiontree.utils.device import Mark, on_its_way, send
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class StepUnderWay:
     """Over all ranks: cross entropy, z-loss."""
     read_gates: Callable[[], list[float]]
     """Over all ranks: load balance and entropy loss, sums of gates, squares and entropies by layer."""
+    ended: Mark
+    """Its end."""
 
     def wait(self) -> None:
         """Let the device finish it."""
@@ -148,7 +150,18 @@ class TrainStep:
                 result = engine.step(rate)
         read_gates = on_its_way(engine.sum_over_rows(torch.cat([row_terms, gate_sums_3L.flatten()])))
         return StepUnderWay(
-            step, batch, rate, arrived, losses, spike, stop > 0, result, read_counts, read_loss, read_gates
+            number=step,
+            batch=batch,
+            rate=rate,
+            arrived=arrived,
+            losses=losses,
+            spike=spike,
+            stop=stop > 0,
+            result=result,
+            read_counts=read_counts,
+            read_loss=read_loss,
+            read_gates=read_gates,
+            ended=Mark(engine.device),
         )
 
     def values(self, done: StepUnderWay, tokens: int) -> dict[str, Any]:

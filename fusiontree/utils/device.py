@@ -1,7 +1,8 @@
-"""The one device that a program without peers computes on, and values on their way to and from a device."""
+"""The one device that a program without peers computes on; values on their way to and from it; moments in its work."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -63,3 +64,21 @@ def on_its_way(values: Tensor) -> Callable[[], list[float]]:
         return here.tolist()
 
     return read
+
+
+class Mark:
+    """A moment in the device's work; on the CPU, where work is done when it is called for, in the host's."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Mark the end of what the device was given so far."""
+        self._host_s = time.perf_counter()
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """Return the seconds from ``earlier``, of the same device, to here; waits for the device to get here."""
+        if self._event is None or earlier._event is None:
+            return self._host_s - earlier._host_s
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1e3
