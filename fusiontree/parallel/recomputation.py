@@ -27,7 +27,10 @@ KEPT = {
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
-"""Operations whose results are kept by full recomputation too: dear, and small beside the other activations."""
+"""Operations whose results are kept by full recomputation too: dear, and small beside the other activations.
+
+flash-attn 2 and 3 and torch's varlen_attn are not among them: what they return is computed again.
+"""
 
 
 def checkpoint_activations(model: FusionTreeModel, mode: str, layers: int | None = None) -> None:

@@ -180,6 +180,7 @@ class Trainer:
             if stopping:
                 break
             if (moved := self.rewinds.data_after(step)) is not None:
+                self._read_step()  # the data knows where its rows came from until other data begins
                 self.position.data = moved
                 batches.close()
                 batches = self.train_data.steps(moved)

@@ -11,7 +11,8 @@ import torch
 from fusiontree.config.load import load_config
 from fusiontree.engines import fsdp2
 from fusiontree.train import train
-from fusiontree.training import step
+from fusiontree.training import loop, step
+from fusiontree.utils.device import Mark
 from tests.end_to_end.runs import metrics, write_config
 
 pytestmark = pytest.mark.xdist_group("training")
@@ -52,3 +53,36 @@ def test_a_step_is_read_while_the_device_has_the_next(
     # The first step, in which kernels are compiled, saves, and the last one.
     assert sorted(set(early)) == [1, 4, 8, 9]
     assert len(metrics(tmp_path / "run")) == 9
+
+
+def test_a_step_lasts_from_the_end_of_the_one_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a pause it lasts from its own beginning: neither the pause nor the host's head start are in its time."""
+    measured: list[str] = []
+
+    class Numbered(Mark):
+        made = 0
+
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            type(self).made += 1
+            self.name = f"{type(self).__name__} {type(self).made}"
+
+        def seconds_since(self, earlier: Mark) -> float:
+            assert isinstance(earlier, Numbered)
+            measured.append(f"{earlier.name} to {self.name}")
+            return super().seconds_since(earlier)
+
+    class Begin(Numbered):
+        made = 0
+
+    class End(Numbered):
+        made = 0
+
+    monkeypatch.setattr(loop, "Mark", Begin)
+    monkeypatch.setattr(step, "Mark", End)
+    settings = ["training.max_steps=6", "training.eval_interval=0", "checkpoint.save_interval=4"]
+    assert train(load_config(str(write_config(tmp_path, data)), settings)) == 0
+    begins = ["Begin 1", "Begin 2", "End 2", "End 3", "Begin 3", "End 5"]
+    assert measured == [f"{begin} to End {number}" for number, begin in enumerate(begins, start=1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -177,9 +178,25 @@ def test_a_named_package_without_such_kernels_is_an_error() -> None:
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     why = partial(PACKAGES["flash4"].unavailable, torch.device("cuda"))
-    assert why() == "flash_attn.cute is not installed (pip install 'fusiontree[cuda]')"
+    install(monkeypatch, "flash_attn.cute.interface")  # flash-attn 2 has a folder of that name
+    assert why() == "flash-attn-4 is not installed (pip install 'fusiontree[cuda]')"
     Flash4(monkeypatch)
     assert why() is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert why() == "it has no kernels for GPUs of compute capability 8.0"
     assert PACKAGES["flash4"].unavailable(torch.device("cpu")) == "its kernels need a GPU"
+
+
+def test_flash_attn_2_over_4_is_named_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both bring a folder flash_attn/cute, and the one installed last is found."""
+    Flash4(monkeypatch)
+    load("flash4")
+
+    def older(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None: ...
+
+    install(monkeypatch, "flash_attn.cute.interface", _flash_attn_fwd=older)
+    with pytest.raises(UserError, match=r"is of another version, perhaps of flash-attn 2.*force-reinstall"):
+        load("flash4")
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", None)
+    with pytest.raises(UserError, match=r"cannot be used: import of flash_attn.cute.interface halted"):
+        load("flash4")

@@ -14,7 +14,7 @@ from tests.parallel.launch import free_ports, run_ranks
 from tests.parallel.mutations import MUTATIONS
 from tests.parallel.table import ALL, FAST, MODEL, NOISE, REFERENCE, TOLERANCE, TRAINING, Cell
 
-pytestmark = [pytest.mark.xdist_group("parity"), pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.xdist_group("parity"), pytest.mark.timeout(3600)]
 
 
 class Table:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fusiontree.ops.attention.flash4 import flash4
 from fusiontree.ops.documents import Documents
+from fusiontree.utils.errors import UserError
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -60,13 +61,15 @@ class Package:
     """Compute capability's last major number that it has kernels for."""
     widest: int
     """Channels of a head, at most."""
+    distribution: str | None = None
+    """What must be installed, where other distributions bring an older module of that name."""
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run on ``device``, or None."""
         if device.type != "cuda":
             return "its kernels need a GPU"
-        if not _installed(self.module):
-            return f"{self.module} is not installed ({self.install})"
+        if not _installed(self.module, self.distribution):
+            return f"{self.distribution or self.module} is not installed ({self.install})"
         capability = torch.cuda.get_device_capability(device)
         if capability < self.least or capability[0] > self.most:
             return f"it has no kernels for GPUs of compute capability {capability[0]}.{capability[1]}"
@@ -84,7 +87,7 @@ class Package:
 PACKAGES = {
     p.name: p
     for p in (
-        Package("flash4", "flash_attn.cute", "pip install 'fusiontree[cuda]'", (9, 0), 12, 128),
+        Package("flash4", "flash_attn.cute", "pip install 'fusiontree[cuda]'", (9, 0), 12, 128, "flash-attn-4"),
         Package("flash3", "flash_attn_interface", "built from flash-attention's folder hopper", (9, 0), 9, 256),
         Package("flash2", "flash_attn.flash_attn_interface", "pip install flash-attn", (8, 0), 99, 256),
         Package("varlen", "torch.nn.attention.varlen", "it comes with torch", (8, 0), 99, 256),
@@ -92,10 +95,12 @@ PACKAGES = {
 }
 
 
-def _installed(module: str) -> bool:
+def _installed(module: str, distribution: str | None) -> bool:
     try:
+        if distribution is not None:
+            metadata.version(distribution)
         return find_spec(module) is not None
-    except ImportError:  # of the package that the module lies in
+    except ImportError:  # no such distribution, or not the package that the module lies in
         return False
 
 
@@ -154,7 +159,17 @@ def _with_keys_before(positions_BS: Tensor, starts: Tensor, longest: int, before
 
 
 def _flash4(module: str) -> Attend:
-    import_module(module)  # takes seconds: here, not in the first step
+    try:
+        interface = import_module(f"{module}.interface")  # takes seconds: here, not in the first step
+        ours = "return_lse" in signature(interface._flash_attn_fwd).parameters
+        why = f"{interface.__name__} is of another version, perhaps of flash-attn 2, which brings that folder too"
+    except ImportError as error:
+        ours, why = False, str(error)
+    if not ours:
+        raise UserError(
+            f"flash-attn-4 is installed and cannot be used: {why}; install it again "
+            f"(pip install --force-reinstall --no-deps flash-attn-4) or set model.kernels.attention=flex"
+        )
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None, left: int, scale: float | None) -> Tensor:
         if sequences is None:
