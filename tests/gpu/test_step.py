@@ -13,7 +13,7 @@ from fusiontree.train import train
 from fusiontree.training.step import TrainStep
 from tests.end_to_end.runs import build_data, metrics, write_config
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
