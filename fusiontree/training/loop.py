@@ -132,7 +132,6 @@ class Trainer:
             self.checks.at_start(run_dir, values)
             watch.silent_hosts = Peers(self.engine.gather_text(own_place())).silent
         self.progress.mark(self.position.step)
-        last_step = self._last_step
         interrupted, settled, limit = False, False, config.slow_timeout_s
         batches = self.train_data.steps(self.position.data)
         while True:
@@ -154,7 +153,7 @@ class Trainer:
                 garbage.set_aside()
             self.position.step, self.position.data = step, data_state
             interrupted = done.stop
-            stopping = interrupted or step >= last_step
+            stopping = interrupted or step >= self._last_step
             saving = self._due(self.settings.checkpoint.save_interval) or stopping
             validating = self._due(config.eval_interval) or (config.eval_interval and step == config.max_steps)
             pausing = saving or validating or not settled  # otherwise the device goes on while the step is read

@@ -119,14 +119,12 @@ def _norm_backward(
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute :func:`fusiontree.ops.norm.rms_norm`; very many channels and float64 take the compiled formula."""
-    if x.shape[-1] > _WIDEST or x.dtype == torch.float64:
-        return compiled(reference.rms_norm)(x, weight, eps)
-    return _Norm.apply(x, weight, eps)[0]
+    """Compute :func:`fusiontree.ops.norm.rms_norm`: the residual norm without the stream."""
+    return residual_rms_norm_triton(x, weight, eps)[0]
 
 
 def residual_rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Compute :func:`fusiontree.ops.norm.residual_rms_norm`; the same limits as of the plain norm."""
+    """Compute :func:`fusiontree.ops.norm.residual_rms_norm`; many channels and float64 take the compiled formula."""
     if x.shape[-1] > _WIDEST or x.dtype == torch.float64:
         return compiled(reference.rms_norm)(x, weight, eps), x
     return _Norm.apply(x, weight, eps)
