@@ -212,7 +212,7 @@ class Trainer:
         (done, start), self._unread = self._unread, None
         step = done.number
         if done.result.skipped is None:
-            self.position.tokens += int(done.read_counts()[0])
+            self.position.tokens += done.read_counts().tokens
             self.position.skipped_in_a_row = 0
             self.spikes.accept(done.read_loss()[0], done.batch.seq_len)
         else:

@@ -25,6 +25,7 @@ from fusiontree.training.measurements import document_lengths, gate_statistics, 
 from fusiontree.training.schedule import learning_rate
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.spikes import SpikeFilter
+from fusiontree.training.step_counts import StepCounts, read_step_counts
 from fusiontree.training.watchdog import Watchdog
 from fusiontree.utils.device import Mark, on_its_way, send
 
@@ -47,8 +48,8 @@ class StepUnderWay:
     """All ranks agreed to stop after it."""
     result: StepResult
     """What the optimizer made of it."""
-    read_counts: Callable[[], list[float]]
-    """Over all ranks: tokens, rows, skipped rows, hash of the tokens, wishes to stop."""
+    read_counts: Callable[[], StepCounts]
+    """The counts of the global batch."""
     read_loss: Callable[[], list[float]]
     """Over all ranks: cross entropy, z-loss."""
     read_gates: Callable[[], list[float]]
@@ -95,15 +96,13 @@ class TrainStep:
         config, engine = self.settings.training, self.engine
         # Valid tokens of the whole window are counted before its first backward: every share has one denominator.
         tokens = sum(int((micro.labels_BS >= 0).sum()) for micro in batch.micro_batches)
-        rows = sum(float(micro.row_weight_B.sum()) for micro in batch.micro_batches)
-        # fp64 holds the sum of 32-bit hashes exactly. Ranks that share rows count them alike, each once; the wish to
-        # stop may be any rank's own, and all must hear of it.
-        of_rank = torch.tensor([tokens, rows, batch.skipped_rows, batch.tokens_hash, float(stop_wanted)]).double()
-        sharing = engine.world_size // engine.dp_size
+        rows = sum(int(micro.row_weight_B.count_nonzero()) for micro in batch.micro_batches)
+        of_rank = StepCounts(tokens, rows, batch.skipped_rows, batch.tokens_hash, int(stop_wanted))
         arrived = time.perf_counter()
-        sums = engine.sum_over_ranks(send(of_rank, engine.device, non_blocking=True)) / sharing
-        read_counts = on_its_way(sums)
-        counts = GlobalCounts(*sums[:2].clamp(min=1).float())
+        summed = engine.sum_over_ranks(send(of_rank.pack(), engine.device, non_blocking=True))
+        sharing = engine.world_size // engine.dp_size
+        read_counts = read_step_counts(summed, sharing)
+        counts = GlobalCounts(*StepCounts.denominators(summed, sharing))
 
         layers = self.settings.num_layers
         token_terms = torch.zeros(2, device=engine.device)  # lm, z
@@ -138,8 +137,8 @@ class TrainStep:
         meanwhile()
         rate = learning_rate(step, config)
         with self.watchdog.section("optimizer step", limit):
-            *_, skipped_rows, _, stop = read_counts()
-            self.train_data.count_skipped(int(skipped_rows))
+            summed_counts = read_counts()
+            self.train_data.count_skipped(summed_counts.skipped_rows)
             spike = None
             if config.spike_policy != "off":  # before the optimizer step: a spike must not get into the weights
                 spike = self.spikes.judge(read_loss()[0], batch.seq_len)
@@ -156,7 +155,7 @@ class TrainStep:
             arrived=arrived,
             losses=losses,
             spike=spike,
-            stop=stop > 0,
+            stop=summed_counts.stop_requests > 0,
             result=result,
             read_counts=read_counts,
             read_loss=read_loss,
@@ -168,9 +167,9 @@ class TrainStep:
         """Return the metrics of a step; ``tokens`` were trained on so far, its own included where it was applied."""
         lm, z = done.read_loss()
         load_balance, entropy, *gate_sums = done.read_gates()
-        _, rows, skipped_rows, tokens_hash, _ = done.read_counts()
+        counts = done.read_counts()
         weights = self.settings.loss_weights
-        means_3L = torch.tensor(gate_sums).view(3, self.settings.num_layers) / max(rows, 1.0)
+        means_3L = torch.tensor(gate_sums).view(3, self.settings.num_layers) / max(counts.rows, 1)
         return {
             "step": done.number,
             "tokens": tokens,
@@ -182,8 +181,8 @@ class TrainStep:
             "grad_norm": done.result.grad_norm,
             "lr": done.rate,
             "seq_len": done.batch.seq_len,
-            "skipped_rows": int(skipped_rows),
-            "tokens_hash": f"{int(tokens_hash) & 0xFFFF_FFFF:08x}",
+            "skipped_rows": counts.skipped_rows,
+            "tokens_hash": f"{counts.tokens_hash & 0xFFFF_FFFF:08x}",
             "epochs": list(done.batch.epochs),
             "gates": gate_statistics(means_3L),
         }

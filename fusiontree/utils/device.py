@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def send(tensor: Tensor, device: torch.device | str, non_blocking: bool) -> Tens
     return tensor.to(device, non_blocking=non_blocking)
 
 
-def on_its_way(values: Tensor) -> Callable[[], list[float]]:
+def on_its_way(values: Tensor) -> Callable[[], list[Any]]:
     """Begin to bring values (1-D) to the host; the result waits for them, and for nothing that is queued after them."""
     if values.device.type != "cuda":
         return values.tolist
@@ -59,7 +60,7 @@ def on_its_way(values: Tensor) -> Callable[[], list[float]]:
     arrived = torch.cuda.Event()
     arrived.record()
 
-    def read() -> list[float]:
+    def read() -> list[Any]:
         arrived.synchronize()
         return here.tolist()
 
