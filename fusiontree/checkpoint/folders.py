@@ -1,13 +1,12 @@
-"""The folders under RUN/checkpoints: names, which are complete, which to keep."""
+"""The folders under RUN/checkpoints: their names, which of them are complete, and their removal."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
 
-from fusiontree.checkpoint.config import CheckpointConfig
+from fusiontree.utils.files import fsync_directory
 
 MANIFEST = "manifest.json"
 """Written last: a folder without it is no checkpoint."""
@@ -17,6 +16,7 @@ STATE = "state.json"
 
 _STEP = re.compile(r"step-(\d{8})$")
 _PARTIAL = ".partial-"
+_DAMAGED = "damaged-"
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -64,26 +64,18 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def remove_old(checkpoints: Path, config: CheckpointConfig) -> list[Path]:
-    """Delete complete checkpoints that none of ``keep_last``, ``keep_every`` and ``keep_best`` keeps; return them."""
-    if not config.keep_last:
-        return []
-    complete = complete_checkpoints(checkpoints)
-    kept = set(complete[-config.keep_last :])
-    if config.keep_every:
-        kept |= {f for f in complete if folder_step(f) % config.keep_every == 0}
-    if config.keep_best:
-        losses = {f: loss for f in complete if (loss := validation_loss(f)) is not None}
-        kept |= set(sorted(losses, key=lambda f: (losses[f], folder_step(f)))[: config.keep_best])
-    removed = [f for f in complete if f not in kept]
-    for folder in removed:
-        remove_folder(folder)
-    return removed
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint to ``damaged-step-XXXXXXXX``, which no resume and no retention counts.
 
+    Nothing in it is changed: a repaired checkpoint is renamed back by hand.
 
-def validation_loss(folder: Path) -> float | None:
-    """Return the validation loss at a checkpoint's step, or None where there was no validation (or none readable)."""
-    try:
-        return float(json.loads((folder / STATE).read_text(encoding="utf-8"))["validation_loss"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    aside, number = folder.with_name(f"{_DAMAGED}{folder.name}"), 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{_DAMAGED}{folder.name}-{number}")
+    folder.rename(aside)
+    fsync_directory(folder.parent)
+    return aside

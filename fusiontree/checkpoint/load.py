@@ -32,8 +32,8 @@ def load_newest(
 ) -> tuple[Path, dict[str, Any]] | None:
     """Fill ``tensors`` from the newest good checkpoint; each byte is hashed while it is read.
 
-    A checkpoint that turns out damaged on any rank is passed over on all, loudly, and left in place; the next older one
-    then fills everything anew. All ranks call this together.
+    A checkpoint that turns out damaged on any rank is passed over on all, and the next older one then fills everything
+    anew. Nothing is renamed or deleted here. All ranks call this together.
 
     Args:
         checkpoints: RUN/checkpoints.

@@ -24,10 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusiontree.checkpoint.config import CheckpointConfig
-from fusiontree.checkpoint.folders import STATE, partial_folder, remove_folder, remove_old, step_folder
+from fusiontree.checkpoint.folders import STATE, partial_folder, remove_folder, step_folder
 from fusiontree.checkpoint.manifest import file_entries, write_manifest
 from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, metadata_bytes
 from fusiontree.checkpoint.plan import Rectangle, SavePlan, holdings_of, make_plan
+from fusiontree.checkpoint.retention import remove_old
 from fusiontree.checkpoint.snapshot import Snapshot, live_pieces
 from fusiontree.checkpoint.write import Written, write_files
 from fusiontree.utils.files import atomic_write, fsync_directory
@@ -199,7 +200,7 @@ class Saver:
                 if self._rank == 0 and error is None:
                     files = [file for files, _ in everyone for file in files]
                     error = self._commit(request, plan, partial, files)
-                    removed = self._remove_old() if error is None else []
+                    removed = self._remove_old(request.step) if error is None else []
                 error = self._first_error(error)
             if error and self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -280,9 +281,9 @@ class Saver:
             return _Failure(_explain(error, partial))
         return None
 
-    def _remove_old(self) -> list[str]:
+    def _remove_old(self, newest: int) -> list[str]:
         try:
-            return [folder.name for folder in remove_old(self.checkpoints, self.config)]
+            return [folder.name for folder in remove_old(self.checkpoints, self.config, newest)]
         except OSError:
             return []  # the next save, or the next start, tries again
 

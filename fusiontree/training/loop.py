@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fusiontree.checkpoint.folders import remove_partial
+from fusiontree.checkpoint.folders import complete_checkpoints, remove_partial, set_aside
 from fusiontree.checkpoint.load import check_model, load_newest
 from fusiontree.checkpoint.saver import Saver
 from fusiontree.engines.base import Engine
@@ -124,7 +124,10 @@ class Trainer:
             self._resume()
             self.saver.prepare(self.engine.state_tensors())
         if self.position.step >= config.max_steps:
-            self._say(f"already finished: {self.settings.run_dir} is at step {self.position.step}")
+            why = f"already finished: {self.settings.run_dir} is at step {self.position.step}"
+            self.records.event(Outcome.FINISHED.value, step=self.position.step, reason=why)  # this start did not fail
+            self.records.close()
+            self._say(why)
             return Outcome.FINISHED
         run_dir, values = self.settings.run_dir, self.settings.values
         with watch.section("health check", config.slow_timeout_s):
@@ -355,8 +358,12 @@ class Trainer:
         self._say(f"resumed at step {self.position.step} from {folder}")
 
     def _load_newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Fill the engine's tensors from the newest good checkpoint; return its folder and small values."""
-        return load_newest(
+        """Fill the engine's tensors from the newest good checkpoint; return its folder and small values.
+
+        Damaged newer checkpoints are renamed: they belong to no history from here on, and a later save of the same step
+        must not replace them.
+        """
+        found = load_newest(
             self.saver.checkpoints,
             self.engine.state_tensors(),
             group=self.saver.group,
@@ -364,6 +371,21 @@ class Trainer:
             on_damage=self._report_damage,
             report=spoken(self._say, "reading and verifying the checkpoint"),
         )
+        if found is not None and self.engine.is_main:
+            for folder in complete_checkpoints(self.saver.checkpoints):
+                if folder > found[0]:
+                    self._set_aside(folder)
+        self.engine.barrier()
+        return found
+
+    def _set_aside(self, folder: Path) -> None:
+        try:
+            aside = set_aside(folder)
+        except OSError as error:
+            log.warning("damaged checkpoint %s cannot be renamed: %s", folder, error)
+            return
+        self.records.event("checkpoint_set_aside", folder=folder.name, renamed=aside.name)
+        log.warning("damaged checkpoint %s is now %s; it can be deleted", folder, aside.name)
 
     def _report_damage(self, message: str) -> None:
         self.records.event("checkpoint_damaged", reason=message)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.runs import events, metrics, train, write_config
+from fusiontree.data.config import DataConfig
+from fusiontree.data.loader import TrainingData
+from fusiontree.training.records import read_records
+from fusiontree.training.restarts import failures_in_a_row
+from tests.end_to_end.runs import ROOT, environment, events, metrics, train, write_config
 
 pytestmark = pytest.mark.xdist_group("training")
 
@@ -52,7 +58,20 @@ def test_two_ranks_equal_one_process(reference: Path, data: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     for key in ("loss", "grad_norm", "load_balance_loss", "entropy_loss", "validation_loss"):
         assert metrics(tmp_path / "run", key) == pytest.approx(metrics(reference, key), rel=1e-5, abs=1e-7), key
-    assert metrics(tmp_path / "run", "tokens") == metrics(reference, "tokens")
+    for key in ("tokens", "tokens_hash"):  # counts, not measurements: exact
+        assert metrics(tmp_path / "run", key) == metrics(reference, key), key
+
+
+def test_the_token_hash_is_that_of_the_rows_that_were_read(reference: Path, data: Path) -> None:
+    """Exact to the last bit: float32 keeps 24 of its 32."""
+    config = DataConfig(train=str(data / "train"), validation=str(data / "validation"))
+    rows = TrainingData(
+        config, seq_len=64, global_batch_size=8, micro_batch_size=2, curriculum=[], seed=0, vocab_size=264
+    )
+    steps = rows.steps(None)
+    expected = [f"{next(steps)[0].tokens_hash & 0xFFFF_FFFF:08x}" for _ in range(20)]
+    steps.close()
+    assert metrics(reference, "tokens_hash") == expected
 
 
 def test_three_ranks_share_a_batch_of_eight(reference: Path, data: Path, tmp_path: Path) -> None:
@@ -80,19 +99,57 @@ def test_a_run_moves_to_another_number_of_ranks(reference: Path, data: Path, tmp
     assert metrics(tmp_path / "run") == pytest.approx(metrics(reference), rel=1e-5)
 
 
+def damage(checkpoint: Path) -> Path:
+    """Flip one bit of its largest file and return that file."""
+    weights = max(checkpoint.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    weights.write_bytes(content)
+    return weights
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(reference: Path, data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, data)
     assert train(config, "training.exit_at_step=9").returncode == 0
     newest = tmp_path / "run" / "checkpoints" / "step-00000009"
-    weights = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    weights.write_bytes(content)
+    weights = damage(newest)
     done = train(config)
     assert done.returncode == 0, done.stderr
     assert weights.name in done.stdout + done.stderr
     assert "resumed at step 7" in done.stdout
     assert metrics(tmp_path / "run") == metrics(reference)
+
+
+def test_progress_after_a_damaged_checkpoint_is_kept(reference: Path, data: Path, tmp_path: Path) -> None:
+    """A damaged newer checkpoint must not count for retention: the saves after it would be deleted at once."""
+    config, run = write_config(tmp_path, data), tmp_path / "run"
+    settings = ("checkpoint.save_interval=3", "checkpoint.keep_last=1")
+    assert train(config, *settings, "checkpoint.keep_every=6", "training.exit_at_step=11").returncode == 0
+    damage(run / "checkpoints" / "step-00000011")
+    for stop, resumed in (("training.exit_at_step=8", 6), ("training.exit_at_step=10", 8)):
+        done = train(config, *settings, stop)
+        assert done.returncode == 0, done.stderr
+        assert f"resumed at step {resumed}" in done.stdout
+    folders = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert folders == ["damaged-step-00000011", "step-00000010"]
+    done = train(config, *settings)
+    assert "resumed at step 10" in done.stdout
+    assert metrics(run) == metrics(reference)
+
+
+def test_relaunches_of_a_finished_run_are_no_failures(reference: Path, data: Path, tmp_path: Path) -> None:
+    """Ten starts of a run that is at its end, then one with a higher ``max_steps``, which trains on."""
+    config = write_config(tmp_path, data)
+    assert train(config, "training.max_steps=4").returncode == 0
+    arguments = ["--config", str(config), "training.max_steps=4"]
+    again = f"from fusiontree.train import main\nfor _ in range(10): assert main({arguments!r}) == 0"
+    done = subprocess.run([sys.executable, "-c", again], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert events(tmp_path / "run")[-3:] == ["finished", "resume", "finished"]
+    assert failures_in_a_row(read_records(tmp_path / "run" / "events.jsonl")) == 0
+    done = train(config)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(tmp_path / "run")) == 20
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
