@@ -6,14 +6,16 @@ BIN := $(VENV)/bin
 # A machine with an NVIDIA driver gets the CUDA build of torch, any other the pinned CPU environment.
 CONSTRAINTS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo .ci/constraints-cpu.txt)
 EXTRAS ?= dev
+SHARD ?= 0/4
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: help install quickstart test test-all test-gpu lint format clean
+.PHONY: help install quickstart test test-all test-slow-shard test-gpu lint format clean
 
 help:
 	@echo "make quickstart   install, build token shards, train, resume, generate, report (about 8 minutes on 2 cores)"
 	@echo "make test         install and run the CPU test suite"
 	@echo "make test-all     the same with the long tables and campaigns"
+	@echo "make test-slow-shard SHARD=K/N   shard K (from 0) of N of the long tables and campaigns alone"
 	@echo "make test-gpu     tests that need a CUDA device"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite the code"
@@ -34,6 +36,9 @@ test: install
 
 test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not gpu"
+
+test-slow-shard: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow and not gpu" --slow-shard $(SHARD) --durations=15
 
 test-gpu: install
 	$(BIN)/python -m pytest -q -m gpu tests

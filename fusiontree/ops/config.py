@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+from typing import Any, Literal
+
+from pydantic import field_validator
 
 from fusiontree.utils.section import Section, setting
+
+log = logging.getLogger(__name__)
+
+_REMOVED = {"flash2": "varlen", "flash3": "auto"}
+"""Attention backends of earlier versions, and the replacement for each in old configurations and checkpoints."""
 
 
 class KernelsConfig(Section):
@@ -12,10 +20,18 @@ class KernelsConfig(Section):
 
     ssd: Literal["auto", "reference", "mamba_ssm", "triton"] = setting("auto", "State space scan.")
     conv: Literal["auto", "reference", "compiled", "triton"] = setting("auto", "Depthwise causal convolution.")
-    attention: Literal["auto", "reference", "sdpa", "varlen", "flash2", "flex", "flash3", "flash4"] = setting(
-        "auto", "Local and global attention; flash4, flash3 and flash2 are packages of their own, varlen is torch's."
+    attention: Literal["auto", "reference", "sdpa", "varlen", "flex", "flash4"] = setting(
+        "auto", "Local and global attention; flash4 is the package flash-attn-4, varlen is torch's own."
     )
     elementwise: Literal["auto", "reference", "compiled"] = setting(
         "auto", "Norms, rotary positions, gate mix: what lies between the matrix products."
     )
     cross_entropy: Literal["auto", "reference", "chunked"] = setting("auto", "Loss over the vocabulary.")
+
+    @field_validator("attention", mode="before")
+    @classmethod
+    def _replace_removed(cls, value: Any) -> Any:
+        if value in _REMOVED:
+            log.warning("kernels.attention=%s no longer exists; %s is used in its place", value, _REMOVED[value])
+            return _REMOVED[value]
+        return value

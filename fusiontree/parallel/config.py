@@ -6,11 +6,13 @@ from typing import Literal
 
 from fusiontree.utils.section import Section, setting
 
+EngineName = Literal["fsdp2", "zero3", "zero2", "zero1", "ddp"]
+
 
 class ParallelConfig(Section):
     """The layout. Data parallel size is what is left of the world size after the other axes."""
 
-    engine: Literal["fsdp2", "zero3", "zero2", "zero1", "ddp"] = setting(
+    engine: EngineName = setting(
         "fsdp2",
         "fsdp2 shards parameters, gradients and optimizer; ddp keeps whole parameters on every rank and shards "
         "gradients and optimizer. Of DeepSpeed: "

@@ -29,7 +29,7 @@ KEPT = {
 }
 """Operations whose results are kept by full recomputation too: dear, and small beside the other activations.
 
-flash-attn 2 and 3 and torch's varlen_attn are not among them: what they return is computed again.
+torch's varlen_attn is not among them: what it returns is computed again.
 """
 
 

@@ -112,28 +112,6 @@ def _named(left: int | None, kind: dict[str, Any]) -> dict[str, Any]:
     return {"window": (left, None)} | {names[name]: value for name, value in kind.items()}
 
 
-def functions(with_sums: bool) -> dict[str, Any]:
-    """The functions of flash-attn 2, and of 3 whose early versions return the softmax's sums as well."""
-
-    def flash_attn_func(
-        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
-    ) -> Any:  # fmt: skip
-        found = sequences(q, k, v, softmax_scale, causal, window_size)
-        return found if with_sums else found[0]
-
-    def flash_attn_varlen_func(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-        max_seqlen_k: int, softmax_scale: float | None = None, causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
-    ) -> Any:  # fmt: skip
-        where = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        found = sequences(q, k, v, softmax_scale, causal, window_size, *where)
-        return found if with_sums else found[0]
-
-    return {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func}
-
-
 def varlen_attn(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
     scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,

@@ -15,11 +15,12 @@ from fusiontree.ops import attention as rooms
 from fusiontree.ops.attention import ATTENTION, attention
 from fusiontree.ops.attention.flash import PACKAGES, load
 from fusiontree.ops.attention.reference import attention_reference
+from fusiontree.ops.config import KernelsConfig
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel.recomputation import _keeping, checkpoint_activations
 from fusiontree.utils.errors import UserError
 from tests.helpers import tiny_model
-from tests.ops.flash_packages import Flash4, functions, install, varlen_attn
+from tests.ops.flash_packages import Flash4, install, varlen_attn
 from tests.ops.test_attention import inputs
 from tests.ops.test_ssd import positions
 
@@ -28,10 +29,8 @@ from tests.ops.test_ssd import positions
 def attend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     if request.param == "flash4":
         Flash4(monkeypatch)
-    elif request.param == "varlen":
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     else:
-        install(monkeypatch, PACKAGES[request.param].module, **functions(request.param == "flash3"))
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     return load(request.param)
 
 
@@ -144,8 +143,8 @@ def test_torch_compile_sees_an_operation(fake4: Flash4) -> None:
         ("flash4", torch.bfloat16, 12, 256, "sdpa"),
         ("flash4", torch.float32, 128, 256, "flex"),
         ("flash4", torch.float32, 128, 77, "sdpa"),
-        ("flash2", torch.bfloat16, 128, 256, "flex"),
-        ("flash2", torch.bfloat16, 128, 77, "sdpa"),
+        ("varlen", torch.bfloat16, 128, 256, "flex"),
+        ("varlen", torch.bfloat16, 128, 77, "sdpa"),
     ],
 )
 def test_auto_takes_the_fastest_with_kernels_for_the_heads(
@@ -200,3 +199,11 @@ def test_flash_attn_2_over_4_is_named_before_the_first_step(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", None)
     with pytest.raises(UserError, match=r"cannot be used: import of flash_attn.cute.interface halted"):
         load("flash4")
+
+
+@pytest.mark.parametrize(("removed", "used"), [("flash2", "varlen"), ("flash3", "auto")])
+def test_a_removed_backend_is_replaced_with_a_warning(
+    removed: str, used: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert KernelsConfig(attention=removed).attention == used
+    assert f"kernels.attention={removed} no longer exists; {used}" in caplog.text

@@ -67,8 +67,12 @@ class Cell(NamedTuple):
     def name(self) -> str:
         """Name of the cell, fit for a folder."""
         extra = "".join("-" + e.rpartition(".")[2].replace("=", "") for e in self.extra)
-        layout = f"dp{self.dp}-cp{self.cp}-tp{self.tp}"
-        return f"{self.engine}-{layout}-{self.checkpointing}-acc{self.accumulation}{extra}"
+        return f"{self.layout}-{self.checkpointing}-acc{self.accumulation}{extra}"
+
+    @property
+    def layout(self) -> str:
+        """Engine and sizes."""
+        return f"{self.engine}-dp{self.dp}-cp{self.cp}-tp{self.tp}"
 
     @property
     def reference(self) -> Cell:
@@ -104,29 +108,39 @@ FAST = [
     Cell("fsdp2", 1, 4, 1),
     Cell("fsdp2", 1, 1, 4),
     Cell("zero3", 1, 2, 2, "selective"),
+    Cell("fsdp2", 2, 1, 1),
+    Cell("zero3", 2, 1, 1),
+    *(Cell(engine, *axis) for engine in ("ddp", "zero1", "zero2") for axis in ((2, 1, 1), (1, 2, 1), (1, 1, 2))),
 ]
-ALL = [
-    *(
-        Cell(engine, *layout, checkpointing)
+"""Every engine along every axis; run by the fast suite."""
+GROUPS: dict[str, list[Cell]] = {
+    **{
+        Cell(engine, *layout).layout: [Cell(engine, *layout, mode) for mode in ("none", "selective", "full")]
         for engine in ("fsdp2", "zero3")
         for layout in LAYOUTS
-        for checkpointing in ("none", "selective", "full")
-    ),
-    Cell("ddp", 2, 1, 2),
-    Cell("ddp", 1, 2, 2, "full"),
-    Cell("ddp", 2, 2, 1, "selective"),
-    Cell("ddp", 1, 2, 2, extra=OTHER_MODEL),
-    Cell("zero1", 2, 1, 2),
-    Cell("zero2", 1, 2, 2, "selective"),
-    Cell("zero2", 2, 1, 2, "full"),
-    Cell("fsdp2", 2, 1, 2, extra=("parallel.shard_size=2",)),
-    Cell("fsdp2", 1, 2, 2, "full", extra=("parallel.reshard_after_forward=false",)),
-    Cell("fsdp2", 1, 2, 2, extra=OTHER_MODEL),
-    Cell("zero3", 2, 1, 2, extra=("parallel.keep_below=200",)),
-    Cell("zero3", 1, 2, 2, "full", extra=("parallel.offload=all",)),
-    Cell("zero3", 1, 2, 2, extra=OTHER_MODEL),
-    Cell("zero1", 2, 1, 2, extra=OTHER_MODEL),
-    Cell("fsdp2", 2, 2, 2),
-    Cell("zero3", 2, 2, 2),
-    Cell("zero1", 2, 2, 2),
-]
+    },
+    "ddp": [
+        Cell("ddp", 2, 1, 2),
+        Cell("ddp", 1, 2, 2, "full"),
+        Cell("ddp", 2, 2, 1, "selective"),
+        Cell("ddp", 1, 2, 2, extra=OTHER_MODEL),
+    ],
+    "zero1 and zero2": [
+        Cell("zero1", 2, 1, 2),
+        Cell("zero1", 2, 1, 2, extra=OTHER_MODEL),
+        Cell("zero2", 1, 2, 2, "selective"),
+        Cell("zero2", 2, 1, 2, "full"),
+    ],
+    "options of fsdp2": [
+        Cell("fsdp2", 2, 1, 2, extra=("parallel.shard_size=2",)),
+        Cell("fsdp2", 1, 2, 2, "full", extra=("parallel.reshard_after_forward=false",)),
+        Cell("fsdp2", 1, 2, 2, extra=OTHER_MODEL),
+    ],
+    "options of zero3": [
+        Cell("zero3", 2, 1, 2, extra=("parallel.keep_below=200",)),
+        Cell("zero3", 1, 2, 2, "full", extra=("parallel.offload=all",)),
+        Cell("zero3", 1, 2, 2, extra=OTHER_MODEL),
+    ],
+    "eight ranks": [Cell("fsdp2", 2, 2, 2), Cell("zero3", 2, 2, 2), Cell("zero1", 2, 2, 2)],
+}
+"""The whole table; the cells of a group have one number of ranks and run in one start of processes."""

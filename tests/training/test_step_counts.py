@@ -7,9 +7,7 @@ import torch
 
 from fusiontree.training.step_counts import StepCounts, read_step_counts
 
-LARGE = StepCounts(
-    tokens=(1 << 24) + 1, rows=513, skipped_rows=2, tokens_hash=0x88207A40 + 0x12345677, stop_requests=1
-)
+LARGE = StepCounts(tokens=(1 << 24) + 1, rows=513, skipped_rows=2, tokens_hash=0x88207A40 + 0x12345677, stop_requests=1)
 
 
 @pytest.mark.parametrize("ranks_per_row", [1, 2, 8])

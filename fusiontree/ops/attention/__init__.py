@@ -51,9 +51,7 @@ ATTENTION = Operation(
     "attention",
     [
         _package("flash4"),
-        _package("flash3"),
         Backend("flex", _flex, _flex_unavailable),
-        _package("flash2"),
         _package("varlen"),
         Backend("sdpa", _sdpa, anywhere),
         Backend("reference", _reference, anywhere),

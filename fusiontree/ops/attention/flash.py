@@ -1,6 +1,6 @@
-"""Attention by the flash-attn packages: flash-attn-4, flash-attn-3 (Hopper), flash-attn 2, and torch's own copy of 2.
+"""Attention by flash-attn-4 (Hopper, Blackwell) and by torch's own copy of flash-attn 2 (Ampere and newer).
 
-All take sequences of any lengths, count a window by the tokens left of a query, and let the last query of a sequence
+Both take sequences of any lengths, count a window by the tokens left of a query, and let the last query of a sequence
 see its last key. Here windows and documents become that: whole rows are sequences of one length, packed documents are
 cut at ``cu_seqlens``. Where keys come before the queries (a context parallel piece), a row's first document has them in
 front of it, and those of other documents are a sequence without queries, whose gradients the kernels set to zero.
@@ -88,8 +88,6 @@ PACKAGES = {
     p.name: p
     for p in (
         Package("flash4", "flash_attn.cute", "pip install 'fusiontree[cuda]'", (9, 0), 12, 128, "flash-attn-4"),
-        Package("flash3", "flash_attn_interface", "built from flash-attention's folder hopper", (9, 0), 9, 256),
-        Package("flash2", "flash_attn.flash_attn_interface", "pip install flash-attn", (8, 0), 99, 256),
         Package("varlen", "torch.nn.attention.varlen", "it comes with torch", (8, 0), 99, 256),
     )
 }
@@ -106,7 +104,7 @@ def _installed(module: str, distribution: str | None) -> bool:
 
 def load(name: str) -> Any:
     """Return the backend ``name``, which computes :func:`fusiontree.ops.attention.attention`."""
-    attend = {"flash4": _flash4, "varlen": _varlen}.get(name, _flash)(PACKAGES[name].module)
+    attend = {"flash4": _flash4, "varlen": _varlen}[name](PACKAGES[name].module)
     return functools.partial(attention_flash, attend)
 
 
@@ -176,24 +174,6 @@ def _flash4(module: str) -> Attend:
             return flash4(q, k, v, None, None, 0, 0, left, scale)
         longest = sequences.longest_queries, sequences.longest_keys
         return flash4(q, k, v, sequences.queries, sequences.keys, *longest, left, scale)
-
-    return attend
-
-
-def _flash(module: str) -> Attend:
-    """Return the call of flash-attn 2 and 3, whose functions have the same names."""
-    package = import_module(module)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None, left: int, scale: float | None) -> Tensor:
-        kind = {"softmax_scale": scale, "causal": True, "window_size": (left, 0)}
-        if sequences is None:
-            out = package.flash_attn_func(q, k, v, **kind)
-        else:
-            out = package.flash_attn_varlen_func(
-                q, k, v, cu_seqlens_q=sequences.queries, cu_seqlens_k=sequences.keys,
-                max_seqlen_q=sequences.longest_queries, max_seqlen_k=sequences.longest_keys, **kind,
-            )  # fmt: skip
-        return out[0] if isinstance(out, tuple) else out  # early versions of 3 return the softmax's sums as well
 
     return attend
 
