@@ -8,17 +8,20 @@ CONSTRAINTS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo .ci/constra
 EXTRAS ?= dev
 SHARD ?= 0/4
 STAMP := $(VENV)/.installed-$(EXTRAS)
+# What `make constraints` raises: nothing, all (--upgrade) or one package (--upgrade-package NAME).
+UPGRADE ?=
 
-.PHONY: help install quickstart test test-all test-slow-shard test-gpu lint format clean
+.PHONY: help install constraints quickstart test test-all test-slow-shard test-gpu lint format clean
 
 help:
 	@echo "make quickstart   install, build token shards, train, resume, generate, report (about 8 minutes on 2 cores)"
 	@echo "make test         install and run the CPU test suite"
-	@echo "make test-all     the same with the long tables and campaigns"
-	@echo "make test-slow-shard SHARD=K/N   shard K (from 0) of N of the long tables and campaigns alone"
+	@echo "make test-all     the same with the slow tests"
+	@echo "make test-slow-shard SHARD=K/N   shard K (from 0) of N of the slow tests alone"
 	@echo "make test-gpu     tests that need a CUDA device"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite the code"
+	@echo "make constraints  pin the CPU environment anew; UPGRADE=--upgrade raises every version"
 
 install: $(STAMP)
 
@@ -26,6 +29,18 @@ $(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$(EXTRAS)]'
 	touch $@
+
+# One file for every Python since 3.11 and every platform, from the index's metadata alone: wheels that only this machine
+# has do not count. Versions in the file stay unless UPGRADE says otherwise.
+constraints: $(BIN)/uv
+	$(BIN)/uv pip compile --quiet --no-config --no-python-downloads --universal --python-version 3.11 \
+		--fork-strategy fewest --no-annotate --custom-compile-command "make constraints" $(UPGRADE) \
+		--extra dev --constraint .ci/constraints.in --output-file .ci/constraints-cpu.txt setup.py
+
+# Not through `install`: constraints that cannot be installed must be replaceable.
+$(BIN)/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet uv
 
 quickstart: install
 	$(BIN)/python tools/quickstart.py

@@ -33,6 +33,7 @@ setup(
             "ruff>=0.17,<0.18",
             "mypy>=1.13,<3",
             "types-PyYAML>=6,<7",
+            "uv>=0.13,<1",  # pins the CPU environment for every supported Python, whichever one runs
             "triton>=3.4,<4; sys_platform == 'linux'",  # its interpreter runs our GPU kernels on the CPU
             "deepspeed>=0.19.8,<0.20",  # the ZeRO engines are held to the parity table
             "megatron-core>=0.12,<0.20",  # writes the corpora that its import is tested with
