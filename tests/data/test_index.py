@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset
 
 from fusiontree.data.format import ShardDamage, read_dataset
 from fusiontree.data.verify import open_shard, verify_dataset, verify_shard
@@ -37,6 +36,7 @@ def test_every_token_comes_back(tmp_path: Path) -> None:
 
 
 def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
     docs = [documents(10, seed=1), documents(7, seed=2)]
     folder = write(tmp_path / "d", docs)
     urls = [str(p) for p in sorted(folder.glob("*.tar"))]
