@@ -25,7 +25,7 @@ from fusiontree.benchmarking.table import length_histogram, print_others, print_
 from fusiontree.config.load import load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
-from fusiontree.utils import garbage
+from fusiontree.utils import gc_control
 from fusiontree.utils.environment import process_place
 from fusiontree.utils.errors import UserError
 
@@ -209,7 +209,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
         began = time.perf_counter()
         steps(args.warmup)
-        garbage.set_aside()
+        gc_control.freeze()
         warmup_s = time.perf_counter() - began
         lengths.clear()
         if on_gpu:
@@ -260,12 +260,12 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             result["memory_gib"] = memory_by_kind(engine.state_tensors(), result["peak_memory_gib"])
         if args.ops:
             from fusiontree.benchmarking.operations import time_operations
-            from fusiontree.engines.fsdp2 import PRECISION
+            from fusiontree.engines.torch_engine import PRECISION
 
             result["operations"] = time_operations(
                 model, training.seq_len, PRECISION[training.precision], layout.device
             )
-        garbage.take_back()
+        gc_control.unfreeze()
         if layout.is_main:
             print_table(result)
         if args.peers or args.decode:

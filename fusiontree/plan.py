@@ -47,7 +47,7 @@ def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
         for cp in (2**power for power in range(gpus.bit_length())):
             for mode in ("none", "selective", "full"):
                 parallel = config.parallel.model_copy(update={"tp": tp, "cp": cp})
-                update = {"activation_checkpointing": mode, "checkpointed_layers": None}
+                update = {"activation_checkpointing": mode, "recompute_layers": None}
                 candidate = config.model_copy(
                     update={"parallel": parallel, "training": config.training.model_copy(update=update)}
                 )
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: configuration or layout are wrong.
     """
-    from fusiontree.parallel.estimate import Hardware, estimate
+    from fusiontree.planning.cost_model import Hardware, estimate
 
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus}: give at least 1")

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from fusiontree.parallel.layout import choose_device
-    from fusiontree.parallel.preflight import Preflight, judge
+    from fusiontree.planning.network_check import Preflight, judge
 
     place, point = process_place(), meeting_point()
     if point is None:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusiontree.training.goodput import Goodput, account
-from fusiontree.training.plots import plot_goodput, plot_run
-from fusiontree.training.progress import clock, short
-from fusiontree.training.records import read_records
+from fusiontree.tracking.console import clock, short
+from fusiontree.tracking.goodput import Goodput, account
+from fusiontree.tracking.plots import plot_goodput, plot_run
+from fusiontree.tracking.records import read_records
 
 _SHOWN = 10
 """Faults listed in the text; the page lists all."""

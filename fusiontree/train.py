@@ -14,8 +14,8 @@ from pathlib import Path
 from fusiontree.config.load import config_values, dump_config, load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
+from fusiontree.supervision.signals import STOP_SIGNALS, leave_when_warned
 from fusiontree.training.run_folder import check_run_folder
-from fusiontree.training.stop import STOP_SIGNALS, leave_when_warned
 from fusiontree.utils.environment import keep_flight_record, process_place
 from fusiontree.utils.errors import UserError
 
@@ -122,10 +122,10 @@ def train(config: Config) -> int:
     from fusiontree.engines.build import build_engine
     from fusiontree.models.flops import training_flops_per_token
     from fusiontree.parallel.layout import Layout
-    from fusiontree.training.lease import Lease
+    from fusiontree.supervision.restart_policy import wait_or_refuse
+    from fusiontree.supervision.run_lock import RunLock
     from fusiontree.training.loop import Outcome, Trainer
     from fusiontree.training.losses import LossWeights
-    from fusiontree.training.restarts import wait_or_refuse
     from fusiontree.training.run_folder import write_config
     from fusiontree.training.settings import RunSettings
     from fusiontree.utils.hardware import peak_flops
@@ -160,7 +160,7 @@ def train(config: Config) -> int:
                 training=train_data.sources,
             )
         tokenizer_files: list[Path] = []
-        lease = Lease(run_dir, say=log.warning)
+        lease = RunLock(run_dir, say=log.warning)
         refusal = ""
         if layout.is_main:
             try:

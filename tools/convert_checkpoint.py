@@ -21,8 +21,8 @@ from fusiontree.checkpoint.manifest import CheckpointDamage
 from fusiontree.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from fusiontree.checkpoint.convert.formats import Options
-    from fusiontree.checkpoint.convert.source import Source
+    from fusiontree.convert.formats import Options
+    from fusiontree.convert.reader import CheckpointSource
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def list_formats() -> None:
     """Print the formats."""
-    from fusiontree.checkpoint.convert.formats import FORMATS
+    from fusiontree.convert.formats import FORMATS
 
     for form in FORMATS.values():
         directions = "read and written" if form.write else "read"
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: something the user gave is wrong, or the result reads back different.
         CheckpointDamage: a file of the source differs from its recorded hash.
     """
-    from fusiontree.checkpoint.convert.formats import (
+    from fusiontree.convert.formats import (
         Options,
         Stream,
         check_target,
@@ -155,9 +155,9 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def open_named(args: argparse.Namespace, options: Options) -> tuple[str, Source]:
+def open_named(args: argparse.Namespace, options: Options) -> tuple[str, CheckpointSource]:
     """Return the source as a checkpoint of one of the formats, and the format's name."""
-    from fusiontree.checkpoint.convert.formats import open_source
+    from fusiontree.convert.formats import open_source
 
     form, source = open_source(args.source, args.source_format, options)
     if args.config and args.to != "dcp" and form.name not in ("megatron", "zero"):
@@ -165,13 +165,13 @@ def open_named(args: argparse.Namespace, options: Options) -> tuple[str, Source]
     return form.name, source
 
 
-def mapped(args: argparse.Namespace, options: Options) -> tuple[str, Source]:
+def mapped(args: argparse.Namespace, options: Options) -> tuple[str, CheckpointSource]:
     """Return the source as weights that a map puts under our names.
 
     Raises:
         UserError: the map does not fit, or no configuration says which model is to be filled.
     """
-    from fusiontree.checkpoint.convert.warm_start import MappedWeights, read_map
+    from fusiontree.convert.warm_start import MappedWeights, read_map
 
     if args.to != "dcp" or options.config is None or args.source_format:
         raise UserError("--map starts a new run: give --to dcp and --config FILE with it, and no --from")
@@ -192,7 +192,7 @@ def read_config(args: argparse.Namespace) -> dict:
     return {"config": config_values(config), "config_yaml": dump_config(config)}
 
 
-def with_run_config(source: Source, target: Path, options: Options) -> Options:
+def with_run_config(source: CheckpointSource, target: Path, options: Options) -> Options:
     """Return the options with the configuration that a new run folder is trained on with, if the source knows it."""
     from dataclasses import replace
 

@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fusiontree.supervision.watchdog import Watchdog
 from fusiontree.train import main
 from fusiontree.training.loop import Trainer
-from fusiontree.training.watchdog import Watchdog
 
 SIGNALS = {"kill": "SIGKILL", "hang": "SIGSTOP", "term": "SIGTERM", "usr1": "SIGUSR1", "int": "SIGINT"}
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
-from fusiontree.training.goodput import account
-from fusiontree.training.records import read_records
+from fusiontree.tracking.goodput import account
+from fusiontree.tracking.records import read_records
 from tools.build_shards import main as build_shards
 from tools.fault_injection import Fault, run_rank
 

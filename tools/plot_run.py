@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fusiontree.training.plots import plot_run
+from fusiontree.tracking.plots import plot_run
 
 
 def build_parser() -> argparse.ArgumentParser:

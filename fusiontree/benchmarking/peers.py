@@ -21,8 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusiontree.models.config import ModelConfig
+from fusiontree.models.cuda_graph import GraphedStep
 from fusiontree.models.flops import matrix_parameters, visible_keys
-from fusiontree.models.graphs import GraphedStep
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.cross_entropy import linear_cross_entropy
 from fusiontree.utils.device import Mark

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusiontree.utils.section import Section, setting
+from fusiontree.utils.settings import Section, setting
 
 
 class CheckpointConfig(Section):

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fusiontree.parallel.shards import GlobalTensor, Piece
+from fusiontree.parallel.global_tensor import GlobalTensor, Piece
 
 
 def pieces_of(tensor: Tensor) -> list[Piece]:

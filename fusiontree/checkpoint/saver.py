@@ -27,10 +27,10 @@ from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.checkpoint.folders import STATE, partial_folder, remove_folder, step_folder
 from fusiontree.checkpoint.manifest import file_entries, write_manifest
 from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, metadata_bytes
-from fusiontree.checkpoint.plan import Rectangle, SavePlan, holdings_of, make_plan
 from fusiontree.checkpoint.retention import remove_old
+from fusiontree.checkpoint.save_plan import Rectangle, SavePlan, holdings_of, make_plan
 from fusiontree.checkpoint.snapshot import Snapshot, live_pieces
-from fusiontree.checkpoint.write import Written, write_files
+from fusiontree.checkpoint.write_files import Written, write_files
 from fusiontree.utils.files import atomic_write, fsync_directory
 
 _SMALL_FILES = 16 << 20

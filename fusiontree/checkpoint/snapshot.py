@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.checkpoint.pieces import pieces_of
-from fusiontree.checkpoint.plan import Rectangle, SavePlan
+from fusiontree.checkpoint.save_plan import Rectangle, SavePlan
 
 _ALIGN = 64
 

@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from fusiontree.config.load import section_type
 from fusiontree.config.root import Config
-from fusiontree.utils.section import Section
+from fusiontree.utils.settings import Section
 
 
 def describe_settings(section: type[Section] = Config, prefix: str = "") -> str:

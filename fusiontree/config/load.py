@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from fusiontree.config.root import Config
 from fusiontree.utils.errors import UserError, nearest
-from fusiontree.utils.section import Section
+from fusiontree.utils.settings import Section
 
 
 class _Loader(yaml.SafeLoader):

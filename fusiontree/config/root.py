@@ -12,7 +12,7 @@ from fusiontree.evaluation.config import EvaluationConfig
 from fusiontree.models.config import ModelConfig
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.training.config import LoggingConfig, TrainingConfig
-from fusiontree.utils.section import Section, setting
+from fusiontree.utils.settings import Section, setting
 
 
 class Config(Section):

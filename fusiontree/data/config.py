@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from fusiontree.utils.section import Section, setting
+from fusiontree.utils.settings import Section, setting
 
 
 class SourceConfig(Section):

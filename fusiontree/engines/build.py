@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from fusiontree.engines.base import Engine, OptimizerSettings
-from fusiontree.engines.casting import compute_in
-from fusiontree.engines.fsdp2 import PRECISION, FSDP2Engine
+from fusiontree.engines.mixed_precision import compute_in
+from fusiontree.engines.torch_engine import PRECISION, TorchEngine
+from fusiontree.parallel.activation_checkpointing import checkpoint_activations, fuse_projections
 from fusiontree.parallel.layout import Layout
-from fusiontree.parallel.recomputation import checkpoint_activations, join_products
-from fusiontree.parallel.units import build_model, materializer, no_weight_decay, units_inside_out
+from fusiontree.parallel.shard_groups import build_model, materializer, no_weight_decay, shard_groups_leaves_first
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -40,12 +40,12 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
 
     stage = ZERO_STAGES.get(parallel.engine)
     if stage in (1, 2):
-        compute_in(PRECISION[training.precision], units_inside_out(model))
-    checkpoint_activations(model.module, training.activation_checkpointing, training.checkpointed_layers)
+        compute_in(PRECISION[training.precision], shard_groups_leaves_first(model))
+    checkpoint_activations(model.module, training.activation_checkpointing, training.recompute_layers)
     if stage not in (1, 2):  # whose forwards read cast copies of the parameters
-        join_products(model.module)
+        fuse_projections(model.module)
     if stage:
-        from fusiontree.engines.zero import ZeroEngine
+        from fusiontree.engines.zero.engine import ZeroEngine
 
         return ZeroEngine(
             model,
@@ -56,9 +56,9 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
             compute_dtype=PRECISION[training.precision],
             optimizer=optimizer,
             offload=parallel.offload,
-            keep_below=parallel.keep_below,
+            zero3_persistence_threshold=parallel.zero3_persistence_threshold,
         )
-    return FSDP2Engine(
+    return TorchEngine(
         model,
         layout,
         materialize=materialize,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fusiontree.utils.section import Section, setting
+from fusiontree.utils.settings import Section, setting
 
 Task = Literal["perplexity", "text", "needle", "copy", "recall"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusiontree.data.batch import MicroBatch
 from fusiontree.evaluation.synthetic import IGNORED, AnswerRows
 from fusiontree.models.model import FusionTreeModel
-from fusiontree.models.positions import documents_of_positions
+from fusiontree.models.token_layout import documents_of_positions
 
 
 @dataclass(frozen=True)

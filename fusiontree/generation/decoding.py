@@ -16,7 +16,7 @@ from torch import Tensor
 from fusiontree.generation.sampling import SamplingConfig, sample
 from fusiontree.generation.text import TextStream
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.graphs import FEWEST_STEPS, GraphedStep, recordable
+from fusiontree.models.cuda_graph import FEWEST_STEPS, GraphedStep, recordable
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.utils.errors import UserError
 

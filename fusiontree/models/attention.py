@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
+from fusiontree.models.fused_linear import project
 from fusiontree.models.layer_cache import AttentionCache, GrowingCache, NewTokens, RingCache
-from fusiontree.models.projections import project
-from fusiontree.ops.attention import attention, cached_attention, key_bias, single_query_attention
+from fusiontree.ops.attention import attention, cached_attention, decode_attention, key_bias
 from fusiontree.ops.documents import Documents
-from fusiontree.ops.recompute import cheap
+from fusiontree.ops.recompute import recomputed
 from fusiontree.ops.rotary import rotate_and_cut
 
 
@@ -49,7 +49,7 @@ class AttentionCore(nn.Module):
                 ("bias", type(cache), seen.positions_BT.shape[1], self.window),
                 lambda: key_bias(seen.positions_BT, new.positions_BS, self.window),
             )
-            return single_query_attention(q_BSHD, seen.k_BTKD, seen.v_BTKD, bias_BT)
+            return decode_attention(q_BSHD, seen.k_BTKD, seen.v_BTKD, bias_BT)
         return cached_attention(
             q_BSHD,
             seen.k_BTKD,
@@ -67,7 +67,7 @@ class LocalGlobalAttention(nn.Module):
     and of the global heads.
     """
 
-    joint_products = False
+    fused_projections = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class LocalGlobalAttention(nn.Module):
         """
         q, k, v = (
             x_BSC.unflatten(-1, (-1, self.head_dim))
-            for x_BSC in project(u_BSC, (self.q_proj, self.k_proj, self.v_proj), joint=self.joint_products)
+            for x_BSC in project(u_BSC, (self.q_proj, self.k_proj, self.v_proj), joint=self.fused_projections)
         )
         local, local_kv = self.local_part(q.shape[2], k.shape[2])
         # Local and global heads part here: each kind is attended to by itself.
@@ -129,7 +129,7 @@ class LocalGlobalAttention(nn.Module):
                 kept.store(k, v, new)
                 outputs.append(core.begin(q, k, v, documents))
         heads = [finish() for finish in outputs]
-        both = cheap(_side_by_side, *heads) if len(heads) > 1 else heads[0]
+        both = recomputed(_side_by_side, *heads) if len(heads) > 1 else heads[0]
         return self.o_proj(both.flatten(2))
 
     def local_part(self, heads: int, kv_heads: int) -> tuple[int, int]:

@@ -15,9 +15,9 @@ from fusiontree.models.layer_cache import LayerCache
 from fusiontree.models.mamba import Mamba2Mixer
 from fusiontree.models.mlp import MLP
 from fusiontree.models.norm import ResidualRMSNorm
-from fusiontree.models.positions import TokenPlaces
+from fusiontree.models.token_layout import BlockInputs
 from fusiontree.ops.gate import gate_mix
-from fusiontree.ops.recompute import cheap
+from fusiontree.ops.recompute import recomputed
 
 
 class FusionBlock(nn.Module):
@@ -52,7 +52,7 @@ class FusionBlock(nn.Module):
     def forward(
         self,
         x_BSC: Tensor,
-        places: TokenPlaces,
+        inputs: BlockInputs,
         branch_scale_B2: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, RowGateSums]:
@@ -60,29 +60,29 @@ class FusionBlock(nn.Module):
 
         Args:
             x_BSC: residual stream ``[B, S, C]``.
-            places: where the tokens stand.
+            inputs: where the tokens stand.
             branch_scale_B2: factors of each row's (Mamba, attention) outputs; 0 drops a branch.
             cache: what the branches keep for decoding; updated.
         """
         u_BSC, x_BSC = self.norm(x_BSC)
-        ma_BSC = self.branches(self.gather_tokens(u_BSC), places, cache)
-        return self.mix(x_BSC, self.scatter_tokens(ma_BSC), branch_scale_B2, places.padding_mask_BS)
+        ma_BSC = self.branches(self.gather_tokens(u_BSC), inputs, cache)
+        return self.mix(x_BSC, self.scatter_tokens(ma_BSC), branch_scale_B2, inputs.padding_mask_BS)
 
-    def branches(self, u_BSC: Tensor, places: TokenPlaces, cache: LayerCache | None = None) -> Tensor:
+    def branches(self, u_BSC: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> Tensor:
         """Return the outputs of the branches that exist side by side: ``[B, S, C]``, or ``[B, S, 2C]`` for both."""
         outputs = []
         if self.has_mamba:
-            timed_BSC = u_BSC if places.srte_BSC is None else cheap(torch.add, u_BSC, places.srte_BSC)
-            outputs.append(self.mamba(timed_BSC, places.documents, cache and cache.mamba, places.padding_mask_BS))
+            timed_BSC = u_BSC if inputs.srte_BSC is None else recomputed(torch.add, u_BSC, inputs.srte_BSC)
+            outputs.append(self.mamba(timed_BSC, inputs.documents, cache and cache.mamba, inputs.padding_mask_BS))
         if self.has_attention:
             outputs.append(
                 self.attention(
                     u_BSC,
-                    places.cos_BSD,
-                    places.sin_BSD,
-                    places.documents,
+                    inputs.cos_BSD,
+                    inputs.sin_BSD,
+                    inputs.documents,
                     cache and cache.attention,
-                    places.new,
+                    inputs.new,
                 )
             )
         return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]

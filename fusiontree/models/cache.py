@@ -4,7 +4,7 @@ Rows of a batch have positions of their own: prompts of different length are pad
 
 A cache can be fixed (:meth:`DecodeCache.fix`): from then on every tensor stays where it is and each step, of one
 token a row, changes them in place at indices that the device itself counts. Such a step can be recorded once and
-replayed (:mod:`fusiontree.models.graphs`).
+replayed (:mod:`fusiontree.models.cuda_graph`).
 
 Shape legend: B rows, S new tokens; a number is an axis of that size.
 """

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from fusiontree.ops.config import KernelsConfig
-from fusiontree.utils.section import Section, setting
+from fusiontree.utils.settings import Section, setting
 
 
 class MambaConfig(Section):

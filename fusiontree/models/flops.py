@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.packing import bc_proj_rows, in_proj_rows
+from fusiontree.models.weight_layout import bc_proj_rows, in_proj_rows
 
 
 def matrix_parameters(config: ModelConfig) -> int:

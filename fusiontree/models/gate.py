@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.projections import project
-from fusiontree.ops.recompute import cheap
+from fusiontree.models.fused_linear import project
+from fusiontree.ops.recompute import recomputed
 
 
 class RowGateSums(NamedTuple):
@@ -28,7 +28,7 @@ class RowGateSums(NamedTuple):
 class Alignment(nn.Module):
     """One input for gate and MLP from the branches' outputs: a two-layer GELU MLP beside a linear map."""
 
-    joint_products = False
+    fused_projections = False
 
     def __init__(self, branches: int, hidden_size: int) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class Alignment(nn.Module):
 
     def forward(self, ma_BSC: Tensor) -> Tensor:
         """Map the branches' outputs side by side, ``[B, S, branches * hidden_size]``, to ``[B, S, hidden_size]``."""
-        inner_BSC, skip_BSC = project(ma_BSC, (self.up, self.skip), joint=self.joint_products)
-        return self.down(cheap(F.gelu, inner_BSC)) + skip_BSC
+        inner_BSC, skip_BSC = project(ma_BSC, (self.up, self.skip), joint=self.fused_projections)
+        return self.down(recomputed(F.gelu, inner_BSC)) + skip_BSC
 
 
 class FusionGate(nn.Module):

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
+from fusiontree.models.fused_linear import project
 from fusiontree.models.layer_cache import MambaCache
 from fusiontree.models.norm import GatedRMSNorm
-from fusiontree.models.packing import bc_proj_rows, in_proj_rows, in_proj_sizes, split_bc_proj, split_in_proj
-from fusiontree.models.projections import project
+from fusiontree.models.weight_layout import bc_proj_rows, in_proj_rows, in_proj_sizes, split_bc_proj, split_in_proj
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import fused
-from fusiontree.ops.recompute import cheap
+from fusiontree.ops.recompute import recomputed
 from fusiontree.ops.ssd import StateExchange, ssd_scan
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -94,7 +94,7 @@ class CausalConv(nn.Module):
         """Return ``[B, S, C]``; ``initial_BKC [B, K-1, C]`` are the inputs before the first token."""
         weight_CK, bias_C = self.taps()
         convolve = partial(causal_conv1d, documents=documents, initial_BKC=initial_BKC, backend=self.backend)
-        return cheap(convolve, x_BSC, weight_CK, bias_C)
+        return recomputed(convolve, x_BSC, weight_CK, bias_C)
 
     def taps(self) -> tuple[Tensor, Tensor]:
         """Return weight and bias of the channels it is given."""
@@ -150,7 +150,7 @@ class Mamba2Mixer(nn.Module):
     returns the inputs, to be used instead, and the last so many inputs left of this piece of a row.
     """
 
-    joint_products = False
+    fused_projections = False
     inputs_before: Callable[[Sequence[Tensor], int], tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
@@ -188,7 +188,7 @@ class Mamba2Mixer(nn.Module):
             ``[B, S, hidden_size]``.
         """
         cut = partial(in_proj_sizes, head_dim=self.head_dim)
-        *zxdt, bc_BSC = project(u_BSC, (self.in_proj, self.bc_proj), joint=self.joint_products, cuts=(cut, None))
+        *zxdt, bc_BSC = project(u_BSC, (self.in_proj, self.bc_proj), joint=self.fused_projections, cuts=(cut, None))
         z_BSC, x_BSC, dt_BSH = zxdt if len(zxdt) == 3 else split_in_proj(zxdt[0], self.head_dim)
         ssm: SSMValues = self.ssm(dt_BSH)
         initial_x_BKC = initial_bc_BKC = initial_state_BHPN = None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
 from fusiontree.ops.elementwise import fused
-from fusiontree.ops.recompute import cheap
+from fusiontree.ops.recompute import recomputed
 
 
 class MLP(nn.Module):
@@ -25,9 +25,9 @@ class MLP(nn.Module):
     def forward(self, z_BSC: Tensor) -> Tensor:
         """Return ``[B, S, C]``."""
         if self.gate is None:
-            return self.down(cheap(F.gelu, self.up(z_BSC)))
+            return self.down(recomputed(F.gelu, self.up(z_BSC)))
         swiglu = fused(_swiglu, self.backend, z_BSC.device.type)
-        return self.down(cheap(swiglu, self.gate(z_BSC), self.up(z_BSC)))
+        return self.down(recomputed(swiglu, self.gate(z_BSC), self.up(z_BSC)))
 
 
 def _swiglu(gate_BSC: Tensor, up_BSC: Tensor) -> Tensor:

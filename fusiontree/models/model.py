@@ -17,8 +17,8 @@ from fusiontree.models.config import ModelConfig
 from fusiontree.models.gate import RowGateSums
 from fusiontree.models.head import LanguageModelHead
 from fusiontree.models.norm import RMSNorm
-from fusiontree.models.positions import TokenPlaces, locate
 from fusiontree.models.srte import SharedTimeEncoding
+from fusiontree.models.token_layout import BlockInputs, lay_out_tokens
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.rotary import rotary_tables
 from fusiontree.utils.errors import UserError
@@ -96,33 +96,33 @@ class FusionTreeModel(nn.Module):
             ValueError: arguments that contradict each other, or a mask with holes.
             UserError: a row is longer than the learnable SRTE's table.
         """
-        located = locate(input_ids_BS.shape, input_ids_BS.device, documents, padding_mask_BS, cache)
-        self.check_length(located.end)
+        layout = lay_out_tokens(input_ids_BS.shape, input_ids_BS.device, documents, padding_mask_BS, cache)
+        self.check_length(layout.end)
         x_BSC = self.embed(input_ids_BS)
-        cos_BSD, sin_BSD = rotary_tables(located.positions_BS, self.config.attention_head_dim, self.config.rope_theta)
-        places = TokenPlaces(
-            located.documents,
+        cos_BSD, sin_BSD = rotary_tables(layout.positions_BS, self.config.attention_head_dim, self.config.rope_theta)
+        inputs = BlockInputs(
+            layout.documents,
             cos_BSD,
             sin_BSD,
-            self.srte(located.positions_BS, x_BSC.dtype),
-            located.padding_mask_BS,
-            located.new,
+            self.srte(layout.positions_BS, x_BSC.dtype),
+            layout.padding_mask_BS,
+            layout.new,
         )
         sums: list[RowGateSums] = []
         for layer, block in enumerate(self.layers):
             scale_B2 = None if branch_scale_LB2 is None else branch_scale_LB2[layer]
-            x_BSC, layer_sums = block(x_BSC, places, scale_B2, None if cache is None else cache.layers[layer])
+            x_BSC, layer_sums = block(x_BSC, inputs, scale_B2, None if cache is None else cache.layers[layer])
             sums.append(layer_sums)
-        gates = _stack(sums, x_BSC, located.padding_mask_BS, row_weight_B)
+        gates = _stack(sums, x_BSC, layout.padding_mask_BS, row_weight_B)
         if cache is not None:
-            cache.advance(located.counts, input_ids_BS.shape[1])
+            cache.advance(layout.counts, input_ids_BS.shape[1])
         hidden_BSC = self.norm(x_BSC)
         if labels_BS is None:
             if logits_to_keep is not None:
                 hidden_BSC = hidden_BSC[:, -logits_to_keep:]
             return ModelOutput(None, None, self.head(hidden_BSC), gates, cache)
-        if located.padding_mask_BS is not None:
-            labels_BS = labels_BS.masked_fill(~located.padding_mask_BS, -100)
+        if layout.padding_mask_BS is not None:
+            labels_BS = labels_BS.masked_fill(~layout.padding_mask_BS, -100)
         loss_sum, z_sum = self.head(hidden_BSC, labels_BS)
         return ModelOutput(loss_sum, z_sum, None, gates, cache)
 

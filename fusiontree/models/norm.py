@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusiontree.ops.norm import gated_rms_norm, residual_rms_norm, rms_norm
-from fusiontree.ops.recompute import cheap, mark
+from fusiontree.ops.recompute import mark_recomputable, recomputed
 
 
 class RMSNorm(nn.Module):
@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BSC: Tensor) -> Tensor:
         """Return ``[B, S, C]``."""
-        return cheap(partial(rms_norm, eps=self.eps, backend=self.backend), x_BSC, self.weight)
+        return recomputed(partial(rms_norm, eps=self.eps, backend=self.backend), x_BSC, self.weight)
 
 
 class ResidualRMSNorm(RMSNorm):
@@ -31,7 +31,7 @@ class ResidualRMSNorm(RMSNorm):
     def forward(self, x_BSC: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Return the norm and the stream to go on with, each ``[B, S, C]``."""
         normed_BSC, stream_BSC = residual_rms_norm(x_BSC, self.weight, self.eps, backend=self.backend)
-        mark(normed_BSC, partial(rms_norm, eps=self.eps, backend=self.backend), x_BSC, self.weight)
+        mark_recomputable(normed_BSC, partial(rms_norm, eps=self.eps, backend=self.backend), x_BSC, self.weight)
         return normed_BSC, stream_BSC
 
 
@@ -49,4 +49,4 @@ class GatedRMSNorm(nn.Module):
         """Return ``[B, S, C]``; a part of the channels made of whole groups may be given."""
         groups = y_BSC.shape[-1] // self.group_size
         norm = partial(gated_rms_norm, groups=groups, eps=self.eps, backend=self.backend)
-        return cheap(norm, y_BSC, z_BSC, self.weight)
+        return recomputed(norm, y_BSC, z_BSC, self.weight)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from fusiontree.utils.section import Section, setting
+from fusiontree.utils.settings import Section, setting
 
 log = logging.getLogger(__name__)
 

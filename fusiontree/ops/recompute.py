@@ -1,7 +1,7 @@
 """Results that are dropped after the forward pass and computed again when the backward pass asks for them.
 
 A norm, an activation or a mix costs one pass over memory, so keeping what it returned is worth less than the memory.
-:func:`cheap` marks such a result; inside :class:`Recomputed` whoever would save it for the backward pass (a matrix
+:func:`recomputed` marks such a result; inside :class:`Recomputed` whoever would save it for the backward pass (a matrix
 product its input, say) saves the recipe instead. Everything else is kept as always: nothing but the marked formulas
 runs twice, and no operation is traced.
 """
@@ -19,24 +19,24 @@ from torch.autograd.graph import saved_tensors_hooks
 _active: list[Recomputed] = []
 
 
-def cheap(formula: Callable[..., Any], *inputs: Any) -> Any:
+def recomputed(formula: Callable[..., Any], *inputs: Any) -> Any:
     """Return ``formula(*inputs)`` (a tensor or a tuple of them), to be computed again rather than kept.
 
     ``formula`` must give the same values from the same inputs. Outside :class:`Recomputed` this is a plain call.
     """
     outputs = formula(*inputs)
-    mark(outputs, formula, *inputs)
+    mark_recomputable(outputs, formula, *inputs)
     return outputs
 
 
-def mark(outputs: Any, formula: Callable[..., Any], *inputs: Any) -> None:
+def mark_recomputable(outputs: Any, formula: Callable[..., Any], *inputs: Any) -> None:
     """Say that ``outputs``, however they were computed, are what ``formula(*inputs)`` would return."""
     if _active and torch.is_grad_enabled():
         _active[-1].register(formula, inputs, outputs)
 
 
 class Recomputed(saved_tensors_hooks):
-    """Context of a forward pass in which results of :func:`cheap` are not kept for the backward pass."""
+    """Context of a forward pass in which results of :func:`recomputed` are not kept for the backward pass."""
 
     def __init__(self) -> None:
         """Start with nothing marked."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from fusiontree.utils.section import Section, setting
+from fusiontree.utils.settings import Section, setting
 
 EngineName = Literal["fsdp2", "zero3", "zero2", "zero1", "ddp"]
 
 
 class ParallelConfig(Section):
     """The layout. Data parallel size is what is left of the world size after the other axes."""
+
+    renamed: ClassVar[dict[str, str]] = {"keep_below": "zero3_persistence_threshold"}
 
     engine: EngineName = setting(
         "fsdp2",
@@ -23,9 +25,9 @@ class ParallelConfig(Section):
         "zero engines only: what waits in CPU memory. optimizer: master weights and moments, and the step is computed "
         "there; all: parameters too (zero3).",
     )
-    keep_below: int = setting(
+    zero3_persistence_threshold: int = setting(
         0,
-        "zero3 only: parameters of at most so many elements stay gathered on every rank, which saves small messages.",
+        "zero3 only: parameters of at most this size stay gathered on every rank, which saves small messages.",
         unit="elements",
         ge=0,
     )

@@ -85,7 +85,7 @@ def first_half(length: int) -> int:
     return length - length // 2
 
 
-class PassingScan(SSDScan):
+class ContextParallelScan(SSDScan):
     """A scan that begins with the state that the pieces before it leave."""
 
     def __init__(self, scan: SSDScan, group: dist.ProcessGroup) -> None:
@@ -104,7 +104,7 @@ class PassingScan(SSDScan):
 
 
 def pass_states(reached_BHPN: Tensor, decay_BH: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the state before this rank's piece; see :meth:`PassingScan.state_before`."""
+    """Return the state before this rank's piece; see :meth:`ContextParallelScan.state_before`."""
     return _PassStates.apply(reached_BHPN, decay_BH, group)
 
 
@@ -138,7 +138,7 @@ class _PassStates(torch.autograd.Function):
         return mine[..., :-1].reshape(ctx.shape), mine[..., -1], None
 
 
-class WindowCore(AttentionCore):
+class LocalAttentionCP(AttentionCore):
     """Local heads: the window's keys and values left of the piece come from the neighbours that hold them."""
 
     def __init__(self, core: AttentionCore, group: dist.ProcessGroup) -> None:
@@ -166,7 +166,7 @@ class WindowCore(AttentionCore):
         return finish
 
 
-class RowCore(AttentionCore):
+class GlobalAttentionCP(AttentionCore):
     """Global heads: keys and values of the whole row, queries of mirrored half pieces."""
 
     def __init__(self, core: AttentionCore, group: dist.ProcessGroup) -> None:
@@ -235,8 +235,8 @@ def apply_context_parallel(model: FusionTreeModel, layout: Layout) -> None:
         assert isinstance(block, FusionBlock)
         if block.has_mamba:
             mixer = block.mamba
-            mixer.scan = PassingScan(mixer.scan, group)
+            mixer.scan = ContextParallelScan(mixer.scan, group)
             mixer.inputs_before = partial(left_halos, group=group)
         if block.has_attention:
-            block.attention.local_core = WindowCore(block.attention.local_core, group)
-            block.attention.global_core = RowCore(block.attention.global_core, group)
+            block.attention.local_core = LocalAttentionCP(block.attention.local_core, group)
+            block.attention.global_core = GlobalAttentionCP(block.attention.global_core, group)

@@ -19,9 +19,9 @@ from fusiontree.models.mamba import CausalConv
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.cross_entropy import linear_cross_entropy
 from fusiontree.parallel.collectives import gather_stack, gather_tokens, scatter_tokens
+from fusiontree.parallel.global_tensor import ShardSpec
 from fusiontree.parallel.layout import Layout
-from fusiontree.parallel.plans.hybrid import split_of
-from fusiontree.parallel.shards import ShardSpec
+from fusiontree.parallel.tp_plan import split_of
 
 Ranges = tuple[tuple[int, int], ...]
 

@@ -123,9 +123,10 @@ def _check_engine_settings(parallel: ParallelConfig) -> None:
             f"parallel.offload {offload} is not possible with parallel.engine {engine}{why}; use one of {allowed}, or "
             f"parallel.engine=zero3"
         )
-    if parallel.keep_below and engine != "zero3":
+    if parallel.zero3_persistence_threshold and engine != "zero3":
         raise UserError(
-            f"parallel.keep_below is for engine zero3, and parallel.engine is {engine}; remove it or use zero3"
+            f"parallel.zero3_persistence_threshold is for engine zero3, and parallel.engine is {engine}; remove it, or "
+            f"use zero3"
         )
     if not parallel.reshard_after_forward and engine != "fsdp2":
         raise UserError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fusiontree.utils.section import Section, setting
+from fusiontree.utils.settings import Section, setting
 
 
 class TrainingConfig(Section):
     """Batch, optimizer, schedule and precision."""
+
+    renamed: ClassVar[dict[str, str]] = {"checkpointed_layers": "recompute_layers"}
 
     seq_len: int = setting(..., "Length of a row.", unit="tokens", ge=2)
     max_steps: int = setting(..., "Optimizer steps of the whole run.", unit="steps", ge=1)
@@ -49,10 +51,10 @@ class TrainingConfig(Section):
         "keeps matrix products, attention and scan and recomputes norms, convolutions and activations; offload is full "
         "with the inputs in CPU memory.",
     )
-    checkpointed_layers: int | None = setting(
+    recompute_layers: int | None = setting(
         None,
-        "Only the first so many layers are checkpointed, where memory is left for the others: under full and offload "
-        "these are selective, under selective they keep everything. Absent: all.",
+        "Apply activation_checkpointing to this number of layers, from the first. The remaining layers use selective "
+        "if the mode is full or offload, and no recomputation if it is selective. Absent: all layers.",
         ge=0,
     )
     gate_target: float = setting(0.5, "Mean gate of a row that the load balance loss asks for.", ge=0, le=1)
@@ -119,7 +121,7 @@ class TrainingConfig(Section):
 
 
 class WandbConfig(Section):
-    """Mirror of the metrics; local files stay the truth."""
+    """WandbTracker of the metrics; local files stay the truth."""
 
     mode: Literal["disabled", "offline", "online"] = setting("disabled", "Whether and how to log to wandb.")
     project: str = setting("fusiontree", "Project to log into.")
@@ -133,4 +135,4 @@ class LoggingConfig(Section):
     log_interval: int = setting(
         10, "Steps between lines of metrics.jsonl and the console; 0 never.", unit="steps", ge=0
     )
-    wandb: WandbConfig = setting(WandbConfig, "Mirror to Weights & Biases.")
+    wandb: WandbConfig = setting(WandbConfig, "WandbTracker to Weights & Biases.")

@@ -21,22 +21,22 @@ from fusiontree.checkpoint.folders import complete_checkpoints, remove_partial, 
 from fusiontree.checkpoint.load import check_model, load_newest
 from fusiontree.checkpoint.saver import Saver
 from fusiontree.engines.base import Engine
-from fusiontree.training.checks import RunChecks
-from fusiontree.training.last_words import collect_reports, explain
-from fusiontree.training.progress import Progress, spoken
-from fusiontree.training.records import Records, read_records
-from fusiontree.training.restarts import count_starts
+from fusiontree.supervision.monitors import RunMonitors
+from fusiontree.supervision.restart_policy import count_starts
+from fusiontree.supervision.signals import StopRequest
+from fusiontree.supervision.watchdog import Watchdog, in_short
+from fusiontree.tracking.console import Progress, spoken
+from fusiontree.tracking.crash_report import collect_reports, explain
+from fusiontree.tracking.records import Records, read_records
+from fusiontree.training.nonfinite import check_skips, name_nonfinite
 from fusiontree.training.settings import RunSettings
-from fusiontree.training.skips import check_skips, name_broken
 from fusiontree.training.spikes import Rewinds, SpikeFilter
-from fusiontree.training.step import StepUnderWay, TrainStep, step_inputs
-from fusiontree.training.stop import StopRequest
-from fusiontree.training.watchdog import Watchdog, in_short
-from fusiontree.utils import garbage
+from fusiontree.training.step import PendingStep, TrainStep, step_inputs
+from fusiontree.utils import gc_control
 from fusiontree.utils.device import Mark
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.flight_record import flight_record
-from fusiontree.utils.reach import Peers, own_place
+from fusiontree.utils.peers import Peers, host_address
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +88,9 @@ class Trainer:
         self._validated: tuple[int, float] = (-1, math.nan)
         self._train_seconds = 0.0
         self._saved_train_seconds = 0.0
-        self._unread: tuple[StepUnderWay, Mark] | None = None  # the last step, and when the device began it
+        self._pending: tuple[PendingStep, Mark] | None = None  # the last step, and when the device began it
         self.watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)
-        self.checks = RunChecks(engine, settings.training, self.records)
+        self.checks = RunMonitors(engine, settings.training, self.records)
         self.spikes = SpikeFilter(settings.training)
         self.step = TrainStep(settings, engine, train_data, self.watchdog, self.spikes)
         self.rewinds = Rewinds(settings.run_dir, settings.training.max_spikes)
@@ -116,7 +116,7 @@ class Trainer:
             self.records.close(patience_s=10)
             raise
         finally:
-            garbage.take_back()
+            gc_control.unfreeze()
 
     def _run(self, stop: StopRequest) -> Outcome:
         config, watch = self.settings.training, self.watchdog
@@ -131,9 +131,9 @@ class Trainer:
             return Outcome.FINISHED
         run_dir, values = self.settings.run_dir, self.settings.values
         with watch.section("health check", config.slow_timeout_s):
-            self.records.open_mirror(self.settings.logging.wandb, run_dir, values, self.position.step)
+            self.records.open_tracker(self.settings.logging.wandb, run_dir, values, self.position.step)
             self.checks.at_start(run_dir, values)
-            watch.silent_hosts = Peers(self.engine.gather_text(own_place())).silent
+            watch.silent_hosts = Peers(self.engine.gather_text(host_address())).silent
         self.progress.mark(self.position.step)
         interrupted, settled, limit = False, False, config.slow_timeout_s
         batches = self.train_data.steps(self.position.data)
@@ -141,19 +141,19 @@ class Trainer:
             step = watch.step = self.position.step + 1
             began = time.perf_counter()
             # A step lasts from the end of the one before, which the device may still be at work on.
-            start = self._unread[0].ended if self._unread else Mark(self.engine.device)
+            start = self._pending[0].ended if self._pending else Mark(self.engine.device)
             with watch.section("wait for data", limit):
                 batch, data_state = next(batches)
             with watch.section("step", limit):
                 wanted = stop.signal_name is not None
-                done = self.step.run(step, batch, stop_wanted=wanted, limit=limit, meanwhile=self._read_step)
+                done = self.step.run(step, batch, stop_wanted=wanted, limit=limit, overlap_work=self._read_step)
             if done.spike and config.spike_policy == "rewind" and self._rewind(step, data_state, done.spike):
                 batches.close()
                 batches, limit = self.train_data.steps(self.position.data), config.slow_timeout_s
                 self.progress = Progress(config.max_steps)
                 continue
             if not settled:  # the first step is over, in which kernels were compiled
-                garbage.set_aside()
+                gc_control.freeze()
             self.position.step, self.position.data = step, data_state
             interrupted = done.stop
             stopping = interrupted or step >= self._last_step
@@ -166,12 +166,12 @@ class Trainer:
             seconds = time.perf_counter() - began
             self._train_seconds += seconds
             self.progress.mark(step)
-            self._unread = (done, start)
+            self._pending = (done, start)
             if pausing:
                 self._read_step()
             settled, limit = True, config.hang_timeout_s
             with watch.section("checks", config.slow_timeout_s):
-                self.checks.after_step(step, done.arrived - began, seconds)
+                self.checks.after_step(step, done.reached_collective_at - began, seconds)
             if validating:
                 with watch.section("validate", config.slow_timeout_s):
                     self._validate()
@@ -210,9 +210,9 @@ class Trainer:
         Raises:
             UserError: too many steps in a row had to be left out.
         """
-        if self._unread is None:
+        if self._pending is None:
             return
-        (done, start), self._unread = self._unread, None
+        (done, start), self._pending = self._pending, None
         step = done.number
         if done.result.skipped is None:
             self.position.tokens += done.read_counts().tokens
@@ -228,10 +228,10 @@ class Trainer:
                 self.records.metrics(values)
             self._say(self.progress.line(values))
 
-    def _note_skip(self, done: StepUnderWay, reason: str) -> None:
+    def _note_skip(self, done: PendingStep, reason: str) -> None:
         step = done.number
         if not done.spike:  # all ranks skip together, so all are here
-            named = name_broken(self.engine, self.train_data, done.batch, done.losses)
+            named = name_nonfinite(self.engine, self.train_data, done.batch, done.losses)
             reason += f"; {named}" if named else ""
         self.records.event("step_skipped", step=step, reason=reason)
         self._say(f"step {step} skipped: {reason}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from fusiontree.training.lease import GUARD, LEASE
+from fusiontree.supervision.run_lock import GUARD, RUN_LOCK
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import atomic_write
 
@@ -46,7 +46,7 @@ def check_run_folder(run_dir: Path, values: dict[str, Any]) -> None:
         raise UserError(f"run_dir '{run_dir}': nothing can be written to '{existing}'; name another run_dir")
     saved_file = run_dir / CONFIG
     if not saved_file.is_file():
-        known = ("data", "logs", LEASE, GUARD)
+        known = ("data", "logs", RUN_LOCK, GUARD)
         others = sorted(p.name for p in run_dir.iterdir() if p.name not in known) if run_dir.is_dir() else []
         if others:
             shown = ", ".join(others[:4]) + (" …" if len(others) > 4 else "")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fusiontree.data.batch import MicroBatch, StepBatch
 from fusiontree.engines.base import Engine, StepInputs, StepResult
+from fusiontree.supervision.watchdog import Watchdog
 from fusiontree.training.branch_dropout import branch_scale
 from fusiontree.training.losses import GlobalCounts, loss_terms
 from fusiontree.training.measurements import document_lengths, gate_statistics, peak_memory_gib
@@ -26,24 +27,23 @@ from fusiontree.training.schedule import learning_rate
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.spikes import SpikeFilter
 from fusiontree.training.step_counts import StepCounts, read_step_counts
-from fusiontree.training.watchdog import Watchdog
-from fusiontree.utils.device import Mark, on_its_way, send
+from fusiontree.utils.device import Mark, copy_to_host, send
 
 
 @dataclass(frozen=True)
-class StepUnderWay:
-    """One step on this rank, queued; whatever is read of its outcome waits for the device to get there."""
+class PendingStep:
+    """A step that is queued on the device; reading its results waits for the device."""
 
     number: int
     batch: StepBatch
     rate: float
     """The learning rate."""
-    arrived: float
-    """When this rank came to the first collective, as ``time.perf_counter`` counts."""
+    reached_collective_at: float
+    """When this rank reached the first collective of the step, as ``time.perf_counter`` counts."""
     losses: list[Tensor]
     """This rank's own, one a micro batch; after the reduction every rank's is broken if one is."""
     spike: str | None
-    """Why its gradient was not applied, where the reason was the loss's height."""
+    """Why the gradient was not applied, if the reason is a loss spike; else None."""
     stop: bool
     """All ranks agreed to stop after it."""
     result: StepResult
@@ -81,8 +81,8 @@ class TrainStep:
         self.watchdog, self.spikes = watchdog, spikes
 
     def run(
-        self, step: int, batch: StepBatch, *, stop_wanted: bool, limit: float, meanwhile: Callable[[], None]
-    ) -> StepUnderWay:
+        self, step: int, batch: StepBatch, *, stop_wanted: bool, limit: float, overlap_work: Callable[[], None]
+    ) -> PendingStep:
         """Queue one optimizer step, or leave it out where its loss or gradient forbids it; all ranks together.
 
         Args:
@@ -90,15 +90,15 @@ class TrainStep:
             batch: this rank's part of the global batch.
             stop_wanted: whether this rank was asked to stop.
             limit: seconds that any part of it may take.
-            meanwhile: what is to be done of the step before, once the device has enough of this one to go on with and
-                before this one is judged.
+            overlap_work: called after all backward passes are queued and before the optimizer step; the trainer reads
+                the previous step's results here.
         """
         config, engine = self.settings.training, self.engine
         # Valid tokens of the whole window are counted before its first backward: every share has one denominator.
         tokens = sum(int((micro.labels_BS >= 0).sum()) for micro in batch.micro_batches)
         rows = sum(int(micro.row_weight_B.count_nonzero()) for micro in batch.micro_batches)
         of_rank = StepCounts(tokens, rows, batch.skipped_rows, batch.tokens_hash, int(stop_wanted))
-        arrived = time.perf_counter()
+        reached_collective_at = time.perf_counter()
         summed = engine.sum_over_ranks(send(of_rank.pack(), engine.device, non_blocking=True))
         sharing = engine.world_size // engine.dp_size
         read_counts = read_step_counts(summed, sharing)
@@ -126,7 +126,7 @@ class TrainStep:
             token_terms += torch.stack([terms.lm.detach(), terms.z.detach()])
             if last:  # before the backward pass, so that nobody waits for it to end
                 with self.watchdog.section("sum of the loss over the ranks", limit):
-                    read_loss = on_its_way(engine.sum_over_tokens(token_terms))
+                    read_loss = copy_to_host(engine.sum_over_tokens(token_terms))
             with self.watchdog.section(f"backward of micro batch {index}", limit):
                 engine.backward(terms.total, last=last)
             losses.append(terms.lm.detach())
@@ -134,7 +134,7 @@ class TrainStep:
             share_B = out.row_weight_B / out.count_B.clamp(min=1)
             sums_3LB = torch.stack([out.gate_sum_LB, out.square_sum_LB, out.entropy_sum_LB]).detach()
             gate_sums_3L += (sums_3LB * share_B).sum(-1)
-        meanwhile()
+        overlap_work()
         rate = learning_rate(step, config)
         with self.watchdog.section("optimizer step", limit):
             summed_counts = read_counts()
@@ -147,12 +147,12 @@ class TrainStep:
                 result = StepResult(lambda: math.nan, unless_finite=spike)
             else:
                 result = engine.step(rate)
-        read_gates = on_its_way(engine.sum_over_rows(torch.cat([row_terms, gate_sums_3L.flatten()])))
-        return StepUnderWay(
+        read_gates = copy_to_host(engine.sum_over_rows(torch.cat([row_terms, gate_sums_3L.flatten()])))
+        return PendingStep(
             number=step,
             batch=batch,
             rate=rate,
-            arrived=arrived,
+            reached_collective_at=reached_collective_at,
             losses=losses,
             spike=spike,
             stop=summed_counts.stop_requests > 0,
@@ -163,7 +163,7 @@ class TrainStep:
             ended=Mark(engine.device),
         )
 
-    def values(self, done: StepUnderWay, tokens: int) -> dict[str, Any]:
+    def values(self, done: PendingStep, tokens: int) -> dict[str, Any]:
         """Return the metrics of a step; ``tokens`` were trained on so far, its own included where it was applied."""
         lm, z = done.read_loss()
         load_balance, entropy, *gate_sums = done.read_gates()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusiontree.utils.device import on_its_way
+from fusiontree.utils.device import copy_to_host
 
 
 class StepCounts(NamedTuple):
@@ -53,5 +53,5 @@ class StepCounts(NamedTuple):
 
 def read_step_counts(summed: Tensor, ranks_per_row: int) -> Callable[[], StepCounts]:
     """Begin to copy packed counts to the host; the returned function waits for the copy."""
-    read = on_its_way(summed)
+    read = copy_to_host(summed)
     return lambda: StepCounts.unpack(read(), ranks_per_row)

@@ -52,7 +52,7 @@ def send(tensor: Tensor, device: torch.device | str, non_blocking: bool) -> Tens
     return tensor.to(device, non_blocking=non_blocking)
 
 
-def on_its_way(values: Tensor) -> Callable[[], list[Any]]:
+def copy_to_host(values: Tensor) -> Callable[[], list[Any]]:
     """Begin to bring values (1-D) to the host; the result waits for them, and for nothing that is queued after them."""
     if values.device.type != "cuda":
         return values.tolist

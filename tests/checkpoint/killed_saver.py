@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fusiontree.checkpoint import write
+from fusiontree.checkpoint import write_files as write
 from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.checkpoint.folders import complete_checkpoints, remove_partial
 from fusiontree.checkpoint.load import load_newest

@@ -16,8 +16,8 @@ from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.checkpoint.load import load_newest
 from fusiontree.checkpoint.manifest import CheckpointDamage
 from fusiontree.checkpoint.saver import Saver
+from fusiontree.parallel.global_tensor import GlobalTensor, ShardSpec
 from fusiontree.parallel.layout import Layout
-from fusiontree.parallel.shards import GlobalTensor, ShardSpec
 from fusiontree.utils.errors import UserError
 
 WHOLE = torch.arange(12 * 6, dtype=torch.float32).view(12, 6)

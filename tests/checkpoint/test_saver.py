@@ -21,8 +21,8 @@ from fusiontree.checkpoint.folders import complete_checkpoints
 from fusiontree.checkpoint.load import load_checkpoint, load_newest
 from fusiontree.checkpoint.manifest import file_entries, read_manifest, verify, write_manifest
 from fusiontree.checkpoint.saver import Saver, SaveResult
-from fusiontree.checkpoint.write import write_files
-from fusiontree.parallel.shards import GlobalTensor, ShardSpec
+from fusiontree.checkpoint.write_files import write_files
+from fusiontree.parallel.global_tensor import GlobalTensor, ShardSpec
 
 
 def state(seed: int = 0) -> dict[str, Tensor]:

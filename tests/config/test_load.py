@@ -10,6 +10,7 @@ import yaml
 
 from fusiontree.config.describe import describe_settings
 from fusiontree.config.load import build_config, dump_config, load_config
+from fusiontree.utils import settings
 from fusiontree.utils.errors import UserError
 
 BASE = """
@@ -47,6 +48,24 @@ def test_a_bare_off_is_a_choice_and_no_boolean(file: Path, tmp_path: Path) -> No
     again.write_text(dump_config(config))
     assert load_config(again) == config
     assert "training.max_steps" in error_of(file, "training.max_steps=off")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [
+        ("parallel.keep_below", "parallel.zero3_persistence_threshold", 7),
+        ("training.checkpointed_layers", "training.recompute_layers", 1),
+    ],
+)
+def test_a_former_name_is_understood_and_warns_once(
+    file: Path, old: str, new: str, value: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings._warn_once.cache_clear()
+    configs = [load_config(file, [f"{old}={value}"]), load_config(file, [f"{old}={value}"])]
+    assert configs == [load_config(file, [f"{new}={value}"])] * 2
+    leaf, present = old.split(".")[1], new.split(".")[1]
+    assert [record.getMessage() for record in caplog.records] == [f"the setting '{leaf}' is now named '{present}'"]
+    assert f"'{leaf}' is the former name of '{present}', and both are given" in error_of(file, f"{old}=1", f"{new}=1")
 
 
 def test_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fusiontree.config.load import load_config
-from fusiontree.engines import fsdp2
+from fusiontree.engines import torch_engine
 from fusiontree.train import train
 from fusiontree.training import loop, step
 from fusiontree.utils.device import Mark
@@ -25,7 +25,7 @@ def test_a_step_is_read_while_the_device_has_the_next(
     forwards = 0
     early: list[int] = []  # steps that were waited for
 
-    def on_its_way(values: torch.Tensor) -> Callable[[], list[float]]:
+    def copy_to_host(values: torch.Tensor) -> Callable[[], list[float]]:
         queued = forwards
 
         def read() -> list[float]:
@@ -37,15 +37,15 @@ def test_a_step_is_read_while_the_device_has_the_next(
 
         return read
 
-    def forward(self: fsdp2.FSDP2Engine, inputs: object) -> object:
+    def forward(self: torch_engine.TorchEngine, inputs: object) -> object:
         nonlocal forwards
         forwards += 1
         return original(self, inputs)
 
-    original = fsdp2.FSDP2Engine.forward
-    monkeypatch.setattr(fsdp2.FSDP2Engine, "forward", forward)
-    monkeypatch.setattr(fsdp2, "on_its_way", on_its_way)
-    monkeypatch.setattr(step, "on_its_way", on_its_way)
+    original = torch_engine.TorchEngine.forward
+    monkeypatch.setattr(torch_engine.TorchEngine, "forward", forward)
+    monkeypatch.setattr(torch_engine, "copy_to_host", copy_to_host)
+    monkeypatch.setattr(step, "copy_to_host", copy_to_host)
     settings = ["training.max_steps=9", "training.eval_interval=0", "checkpoint.save_interval=4"]
     config = load_config(str(write_config(tmp_path, data)), [*settings, f"training.spike_policy={spike_policy}"])
     assert train(config) == 0

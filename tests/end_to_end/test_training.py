@@ -11,8 +11,8 @@ import pytest
 
 from fusiontree.data.config import DataConfig
 from fusiontree.data.loader import TrainingData
-from fusiontree.training.records import read_records
-from fusiontree.training.restarts import failures_in_a_row
+from fusiontree.supervision.restart_policy import failures_in_a_row
+from fusiontree.tracking.records import read_records
 from tests.end_to_end.runs import ROOT, environment, events, metrics, train, write_config
 
 pytestmark = pytest.mark.xdist_group("training")

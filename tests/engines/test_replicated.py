@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusiontree.engines import flat_group
-from fusiontree.engines.flat_group import ALIGNMENT
-from fusiontree.engines.replicated import ReplicatedParameters
+from fusiontree.engines.parameters import flat_buffer
+from fusiontree.engines.parameters.flat_buffer import ALIGNMENT
+from fusiontree.engines.parameters.replicated import ReplicatedParameters
 from fusiontree.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 from fusiontree.parallel.layout import Layout
-from tests.engines.test_own import train
+from tests.engines.test_local import train
 from tests.parallel.launch import run_ranks
 
 pytestmark = [pytest.mark.xdist_group("replicated")]
@@ -37,13 +37,13 @@ class Two(nn.Module):
 def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     """Elements of each call of a collective."""
     sent: list[int] = []
-    collective: Any = getattr(flat_group.dist, name)
+    collective: Any = getattr(flat_buffer.dist, name)
 
     def call(out: Tensor, given: Tensor, **kwargs: Any) -> Any:
         sent.append(max(out.numel(), given.numel()))
         return collective(out, given, **kwargs)
 
-    monkeypatch.setattr(flat_group.dist, name, call)
+    monkeypatch.setattr(flat_buffer.dist, name, call)
     return sent
 
 
@@ -113,7 +113,7 @@ def test_equals_parameters_of_ones_own(precision: str, rtol: float, tied: bool) 
 
 @pytest.mark.timeout(600)
 def test_two_ranks_hold_and_move_what_they_should(tmp_path: Path) -> None:
-    run_ranks(["-m", "tests.engines.replicas", str(tmp_path / "found")], 2, tmp_path, timeout=500)
+    run_ranks(["-m", "tests.engines.replica_worker", str(tmp_path / "found")], 2, tmp_path, timeout=500)
     for rank in range(2):
         found = json.loads((tmp_path / f"found.{rank}").read_text())
         # fp32 masters and moments of half the parameters; gaps between parameters are all that is more.

@@ -31,7 +31,7 @@ def probe(start: tuple[Path, Path], output: Path, *overrides: str, processes: in
     """What an engine made of the checkpoint; it saved the state again at ``output``."""
     config, checkpoint = start
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={processes}"]
-    command = [*torchrun, "-m", "tests.engines.probe", str(config), str(checkpoint), str(output), *overrides]
+    command = [*torchrun, "-m", "tests.engines.engine_worker", str(config), str(checkpoint), str(output), *overrides]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     found = json.loads((output / "found.json").read_text())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.gathers import LAYERS
+from tests.engines.gather_worker import LAYERS
 from tests.parallel.launch import run_ranks
 
 pytestmark = [pytest.mark.xdist_group("zero"), pytest.mark.timeout(600)]
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.xdist_group("zero"), pytest.mark.timeout(600)]
 )
 def test_a_block_is_gathered_once_a_pass(tmp_path: Path, checkpointing: str) -> None:
     output = tmp_path / "found.json"
-    run_ranks(["-m", "tests.engines.gathers", str(output), checkpointing], 2, tmp_path, timeout=500)
+    run_ranks(["-m", "tests.engines.gather_worker", str(output), checkpointing], 2, tmp_path, timeout=500)
     found = json.loads(output.read_text())
     forward, backward = " ".join(found["notes"]).split(" backward ")
     # Each block is on its way while the one before it computes, comes once, and comes whole.

@@ -25,7 +25,7 @@ from fusiontree import benchmark
 from fusiontree.config.load import load_config
 from fusiontree.parallel.validate import check_layout
 from fusiontree.train import train
-from fusiontree.utils import garbage
+from fusiontree.utils import gc_control
 from fusiontree.utils.environment import process_place
 
 SPEED = "configs/bench/hybrid_1b_32k.yaml"
@@ -44,7 +44,7 @@ PARALLEL: dict[str, tuple[str, ...]] = {
 }
 BATCHES: dict[str, tuple[str, ...]] = {  # of the speed figures; the curves' global batch is the same for all
     "one-gpu": (),
-    "fsdp2-dp2": ("training.global_batch_size=2", "training.checkpointed_layers=8"),
+    "fsdp2-dp2": ("training.global_batch_size=2", "training.recompute_layers=8"),
     "fsdp2-tp2": ("training.activation_checkpointing=none", "parallel.reshard_after_forward=false"),
     "fsdp2-cp2": ("training.activation_checkpointing=none", "parallel.reshard_after_forward=false"),
     "ddp-tp2": ("training.activation_checkpointing=none",),
@@ -54,7 +54,7 @@ BATCHES: dict[str, tuple[str, ...]] = {  # of the speed figures; the curves' glo
         "training.seq_len=131072",
         "model.max_position_embeddings=131072",
         "training.activation_checkpointing=full",
-        "training.checkpointed_layers=9",
+        "training.recompute_layers=9",
     ),
 }
 
@@ -106,7 +106,7 @@ def measure(out: Path, jobs: list[str]) -> list[str]:
             failed.append(job)
             if dist.is_initialized():
                 dist.destroy_process_group()
-        garbage.take_back()
+        gc_control.unfreeze()
         gc.collect()
         torch.cuda.empty_cache()
         if process_place().is_main:

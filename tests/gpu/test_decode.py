@@ -12,11 +12,11 @@ import torch
 
 from fusiontree.generation.decoding import generate
 from fusiontree.generation.sampling import SamplingConfig
-from fusiontree.models.graphs import GraphedStep
-from fusiontree.ops.attention import cached_attention, key_bias, single_query_attention
+from fusiontree.models.cuda_graph import GraphedStep
+from fusiontree.ops.attention import cached_attention, decode_attention, key_bias
 from fusiontree.ops.conv import causal_conv1d
+from fusiontree.ops.ssd.recurrent_step import ssd_step
 from fusiontree.ops.ssd.reference import ssd_sequential
-from fusiontree.ops.ssd.step import ssd_step
 from tests.helpers import tiny_model
 
 pytestmark = [
@@ -115,7 +115,7 @@ def test_single_queries_in_bf16(slots: int, window: int | None) -> None:
     filled = torch.arange(slots, device="cuda").repeat(3, 1)
     queries = torch.tensor([[slots - 1], [slots // 2], [3]], device="cuda")
     with torch.no_grad():
-        got = single_query_attention(q, k, v, key_bias(filled, queries, window))
+        got = decode_attention(q, k, v, key_bias(filled, queries, window))
     definition = {"key_positions_BT": filled, "query_positions_BS": queries, "window": window}
     torch.testing.assert_close(got, cached_attention(q, k, v, **definition), atol=2e-2, rtol=2e-2)
 

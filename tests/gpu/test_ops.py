@@ -21,7 +21,7 @@ from fusiontree.ops.gate import gate_mix
 from fusiontree.ops.norm import gated_rms_norm, residual_rms_norm, rms_norm
 from fusiontree.ops.rotary import apply_rotary, rotary_tables, rotate_and_cut
 from fusiontree.ops.ssd import ssd_scan
-from fusiontree.parallel.recomputation import _keeping, checkpoint_activations
+from fusiontree.parallel.activation_checkpointing import _keeping, checkpoint_activations
 from tests.helpers import tiny_model
 from tests.ops.test_ssd import positions
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fusiontree.generation import decoding
-from fusiontree.models import graphs
+from fusiontree.models import cuda_graph
 
 # What a capture refuses: reading a value on the host, and bringing one from it.
 _FORBIDDEN = {"_local_scalar_dense", "item", "lift_fresh", "nonzero", "is_nonzero", "equal"}
@@ -103,9 +103,9 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> list[_Graph]:
     }
     for name, value in pretended.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    for module in (graphs, decoding):
+    for module in (cuda_graph, decoding):
         monkeypatch.setattr(module, "recordable", lambda device: True)
-    monkeypatch.setattr(graphs, "_side_stream", graphs._side_stream.__wrapped__)
+    monkeypatch.setattr(cuda_graph, "_side_stream", cuda_graph._side_stream.__wrapped__)
     return made
 
 

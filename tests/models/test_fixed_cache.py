@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from fusiontree.models.graphs import GraphedStep
+from fusiontree.models.cuda_graph import GraphedStep
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.dispatch import Backend, anywhere
 from fusiontree.ops.elementwise import ELEMENTWISE

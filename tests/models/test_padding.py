@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusiontree.models.positions import documents_of_padding
+from fusiontree.models.token_layout import documents_of_padding
 from fusiontree.ops.documents import Documents
 from tests.helpers import tiny_model
 from tests.models.variants import VARIANTS

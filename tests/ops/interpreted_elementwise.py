@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusiontree.ops.attention import merge, tail
+from fusiontree.ops.attention import merge_triton, split_causal
 from fusiontree.ops.gate import reference as gate_reference
 from fusiontree.ops.gate import triton as gate_triton
 from fusiontree.ops.norm import reference as norm_reference
@@ -86,7 +86,7 @@ def rotations() -> None:
 def merges() -> None:
     outputs = [draw(2, 70, 3, 24).transpose(1, 2) for _ in range(2)]  # in memory as cuDNN leaves them
     lses = [3 * draw(2, 3, 70, 1) for _ in range(2)]
-    say("merge", merge.merged(*outputs, *lses), tail._merged(*outputs, *lses))
+    say("merge", merge_triton.merged(*outputs, *lses), split_causal._merged(*outputs, *lses))
 
 
 if __name__ == "__main__":

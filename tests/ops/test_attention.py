@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 
-from fusiontree.ops.attention import attention, cached_attention, key_bias, roomy, single_query_attention
+from fusiontree.ops.attention import attention, cached_attention, decode_attention, key_bias, roomy
 from fusiontree.ops.attention.reference import attention_reference
 from fusiontree.ops.attention.sdpa import attention_sdpa
-from fusiontree.ops.attention.tail import causal_tail
+from fusiontree.ops.attention.split_causal import causal_suffix_attention
 from fusiontree.ops.documents import Documents
 from tests.ops.test_ssd import positions
 
@@ -93,7 +93,7 @@ def test_single_queries_equal_the_definition(slots: int, kv_heads: int, window: 
     queries = torch.tensor([[slots - 21], [slots // 2]])
     want = cached_attention(q, k, v, key_positions_BT=filled, query_positions_BS=queries, window=window)
     for keys, values in ((k, v), (k.contiguous(), v.contiguous())):
-        got = single_query_attention(q, keys, values, key_bias(filled, queries, window))
+        got = decode_attention(q, keys, values, key_bias(filled, queries, window))
         assert got.dtype == dtype
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
         torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
@@ -128,7 +128,7 @@ def test_window_costs_the_same_a_token_at_any_length() -> None:
 def test_last_tokens_in_two_parts_agree_with_the_definition(queries: int, keys: int) -> None:
     q, k, v = (torch.randn(2, n, 3, 16, requires_grad=True) for n in (queries, keys, keys))
     want = attention_reference(q, k, v, scale=0.3)
-    got = causal_tail(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.3).transpose(1, 2)
+    got = causal_suffix_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.3).transpose(1, 2)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(want)
     wanted = torch.autograd.grad(want, (q, k, v), upstream)

@@ -17,7 +17,7 @@ from fusiontree.ops.attention.flash import PACKAGES, load
 from fusiontree.ops.attention.reference import attention_reference
 from fusiontree.ops.config import KernelsConfig
 from fusiontree.ops.documents import Documents
-from fusiontree.parallel.recomputation import _keeping, checkpoint_activations
+from fusiontree.parallel.activation_checkpointing import _keeping, checkpoint_activations
 from fusiontree.utils.errors import UserError
 from tests.helpers import tiny_model
 from tests.ops.flash_packages import Flash4, install, varlen_attn

@@ -1,11 +1,11 @@
-"""Results marked as cheap are not kept, are computed once for all who need them, and change no gradient."""
+"""Results marked as recomputed are not kept, are computed once for all who need them, and change no gradient."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fusiontree.ops.recompute import Recomputed, cheap
+from fusiontree.ops.recompute import Recomputed, recomputed
 
 
 class Formula:
@@ -18,8 +18,8 @@ class Formula:
 
 
 def chain(x: Tensor, w: Tensor, first: Formula, second: Formula) -> Tensor:
-    y = cheap(first, x, w)
-    z = cheap(second, y, w)  # computed from a result that is itself computed again
+    y = recomputed(first, x, w)
+    z = recomputed(second, y, w)  # computed from a result that is itself computed again
     return (y.flatten(0, 1) @ w[:, None]).square().sum() + (z[:, 1:] * z[:, 1:]).sum() + (y @ w).sin().sum()
 
 
@@ -40,7 +40,7 @@ def test_gradients_and_number_of_calls() -> None:
 def test_a_marked_result_is_not_kept() -> None:
     x, w = torch.randn(8, 64), torch.nn.Parameter(torch.randn(64))
     with Recomputed():
-        y = cheap(lambda x, w: x * w, x, w)
+        y = recomputed(lambda x, w: x * w, x, w)
         out = y @ w
     place = y.untyped_storage().data_ptr()
     saved = out.grad_fn._saved_self  # unpacked: computed again, into memory of its own
@@ -52,7 +52,7 @@ def test_memory_that_was_given_to_another_tensor_is_not_mistaken() -> None:
     w = torch.nn.Parameter(torch.ones(64))
     with Recomputed():
         for k in range(50):  # results die at once; the allocator hands their memory out again
-            cheap(lambda x, w: x * w, torch.full((64,), float(k)), w)
+            recomputed(lambda x, w: x * w, torch.full((64,), float(k)), w)
         fresh = torch.arange(64.0)
         out = (fresh * w).sum()
     assert torch.equal(torch.autograd.grad(out, w)[0], fresh)
@@ -61,6 +61,6 @@ def test_memory_that_was_given_to_another_tensor_is_not_mistaken() -> None:
 def test_views_of_inputs_are_left_alone() -> None:
     x = torch.randn(4, 4, requires_grad=True)
     with Recomputed():
-        y = cheap(lambda x: x.t(), x)
+        y = recomputed(lambda x: x.t(), x)
         out = (y * y).sum()
     assert torch.equal(torch.autograd.grad(out, x)[0], 2 * x)

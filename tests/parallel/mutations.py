@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from fusiontree.engines.flat_group import FlatGroup
-from fusiontree.engines.zero import ZeroEngine
+from fusiontree.engines.parameters.flat_buffer import FlatBuffer
+from fusiontree.engines.zero.engine import ZeroEngine
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel import context_parallel
-from fusiontree.parallel.context_parallel import PassingScan
+from fusiontree.parallel.context_parallel import ContextParallelScan
 from fusiontree.parallel.layout import Layout
-from fusiontree.parallel.units import Unit
+from fusiontree.parallel.shard_groups import ShardGroup
 from tests.parallel.table import Cell
 
 
@@ -96,7 +96,7 @@ def _mean_gradient(right: Callable) -> Callable:
 
 
 def _halved_sums(right: Callable) -> Callable:
-    def land(self: FlatGroup) -> None:
+    def land(self: FlatBuffer) -> None:
         right(self)
         if self.gradient is not None:
             self.gradient.mul_(0.5)
@@ -105,7 +105,7 @@ def _halved_sums(right: Callable) -> Callable:
 
 
 def _without_tags(right: Callable) -> Callable:
-    def partition(self: ZeroEngine, unit: Unit, config: dict[str, Any]) -> None:
+    def partition(self: ZeroEngine, unit: ShardGroup, config: dict[str, Any]) -> None:
         for _, parameter in unit.named_parameters():
             parameter.__dict__.pop("tensor_model_parallel", None)
         right(self, unit, config)
@@ -121,12 +121,12 @@ CP2, CP4, TP2 = Cell("fsdp2", 1, 2, 1), Cell("fsdp2", 1, 4, 1), Cell("fsdp2", 1,
 MUTATIONS: dict[str, Mutation] = {
     "no gradient sum of sequence parallel weights": Mutation(TP2, Layout, "parameter_mesh", _no_sum_over_tp),
     "no document reset at a border": Mutation(CP4, Documents, "from_positions", _border_start_forgotten),
-    "state passes over documents": Mutation(CP4, PassingScan, "state_before", _passes_documents),
-    "state not passed": Mutation(CP2, PassingScan, "state_before", _state_not_passed),
+    "state passes over documents": Mutation(CP4, ContextParallelScan, "state_before", _passes_documents),
+    "state not passed": Mutation(CP2, ContextParallelScan, "state_before", _state_not_passed),
     "one halo token lost": Mutation(CP2, context_parallel, "left_halos", _halo_token_lost),
     "one key of the window lost": Mutation(CP2, context_parallel, "begin_left_halos", _window_key_lost),
     "gradient averaged": Mutation(CP2, FSDPModule, "set_gradient_divide_factor", _mean_gradient),
-    "gradient averaged (ddp)": Mutation(Cell("ddp", 1, 2, 1), FlatGroup, "land", _halved_sums),
+    "gradient averaged (ddp)": Mutation(Cell("ddp", 1, 2, 1), FlatBuffer, "land", _halved_sums),
     "norm of one rank's part (ddp)": Mutation(Cell("ddp", 1, 1, 2), Layout, "sum_over_parts", _not_summed),
     "tp tag removed (zero3)": Mutation(Cell("zero3", 1, 1, 2), ZeroEngine, "_partition", _without_tags),
     "gradient averaged (zero3)": Mutation(Cell("zero3", 1, 2, 1), ZeroEngine, "_sum_gradients", _left_out),

@@ -137,7 +137,7 @@ GROUPS: dict[str, list[Cell]] = {
         Cell("fsdp2", 1, 2, 2, extra=OTHER_MODEL),
     ],
     "options of zero3": [
-        Cell("zero3", 2, 1, 2, extra=("parallel.keep_below=200",)),
+        Cell("zero3", 2, 1, 2, extra=("parallel.zero3_persistence_threshold=200",)),
         Cell("zero3", 1, 2, 2, "full", extra=("parallel.offload=all",)),
         Cell("zero3", 1, 2, 2, extra=OTHER_MODEL),
     ],

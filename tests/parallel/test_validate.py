@@ -34,7 +34,7 @@ GOOD = [
     ({}, {"engine": "ddp", "tp": 2}, {}, 2),
     ({}, {"shard_size": 2}, {}, 4),
     ({}, {"reshard_after_forward": False, "tp": 2}, {}, 4),
-    ({}, {"engine": "zero3", "tp": 2, "offload": "all", "keep_below": 1000}, {}, 2),
+    ({}, {"engine": "zero3", "tp": 2, "offload": "all", "zero3_persistence_threshold": 1000}, {}, 2),
     ({}, {"engine": "zero2", "cp": 2, "offload": "optimizer"}, {}, 2),
 ]
 BAD = [
@@ -52,7 +52,7 @@ BAD = [
     ({}, {"offload": "optimizer"}, {}, 1, ["offload optimizer", "engine fsdp2", "zero3"]),
     ({}, {"engine": "zero2", "offload": "all"}, {}, 1, ["offload all", "engine zero2", "['none', 'optimizer']"]),
     ({}, {"engine": "zero1", "offload": "optimizer", "tp": 2}, {}, 2, ["parallel.tp above 1", "['none']", "zero3"]),
-    ({}, {"engine": "zero2", "keep_below": 5}, {}, 1, ["keep_below", "zero2"]),
+    ({}, {"engine": "zero2", "zero3_persistence_threshold": 5}, {}, 1, ["zero3_persistence_threshold", "zero2"]),
     ({}, {"engine": "zero3", "reshard_after_forward": False}, {}, 1, ["reshard_after_forward", "zero3"]),
 ]
 

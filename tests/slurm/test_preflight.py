@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fusiontree.parallel.preflight import Measured, judge, rounds
+from fusiontree.planning.network_check import Measured, judge, rounds
 from tests.end_to_end.runs import ROOT
 from tests.slurm.hosts import Hosts, missing_for_hosts
 from tests.slurm.jobs import read

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fusiontree.training.records import read_records
+from fusiontree.tracking.records import read_records
 from tools.fault_injection import Fault
 from tools.fault_runs import CONFIG, STEPS, build_corpus, start, write_config
 

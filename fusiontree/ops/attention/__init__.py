@@ -9,16 +9,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fusiontree.ops.attention.decode import decode_attention, key_bias, roomy
 from fusiontree.ops.attention.flash import PACKAGES, load
 from fusiontree.ops.attention.reference import masked_attention
-from fusiontree.ops.attention.single import key_bias, roomy, single_query_attention
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
 from fusiontree.ops.documents import Documents
 from fusiontree.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-__all__ = ["ATTENTION", "attention", "cached_attention", "key_bias", "roomy", "single_query_attention"]
+__all__ = ["ATTENTION", "attention", "cached_attention", "decode_attention", "key_bias", "roomy"]
 
 
 def _reference() -> Callable:

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fusiontree.ops.attention.sdpa import causal_sdpa
-from fusiontree.ops.attention.tail import can_attend_in_parts, causal_tail
+from fusiontree.ops.attention.split_causal import can_attend_in_parts, causal_suffix_attention
 from fusiontree.ops.documents import Documents
 
 
@@ -76,7 +76,7 @@ def attention_flex(
     q_BHSD, k_BKTD, v_BKTD = q_BSHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
     before = keys - queries
     if window is None and (documents is None or documents.tokens_before == before) and can_attend_in_parts(q_BHSD):
-        return causal_tail(q_BHSD, k_BKTD, v_BKTD, scale).transpose(1, 2)
+        return causal_suffix_attention(q_BHSD, k_BKTD, v_BKTD, scale).transpose(1, 2)
     if documents is None:
         positions_BS = torch.arange(keys - queries, keys, device=q_BSHD.device).expand(q_BSHD.shape[0], -1)
     else:

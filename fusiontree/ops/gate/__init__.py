@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusiontree.ops.elementwise import with_kernel
 from fusiontree.ops.gate import reference
-from fusiontree.ops.recompute import mark
+from fusiontree.ops.recompute import mark_recomputable
 
 _KERNELS = "fusiontree.ops.gate.triton"
 MIX = with_kernel("gate mix, again", reference.mix, f"{_KERNELS}:mix")
@@ -42,7 +42,7 @@ def gate_mix(
         each row's counted tokens and all channels, [B] in fp32 or better.
     """
     mixed_BSC, *sums = _GateMix.apply(logits_BSC, branches_BSC, counted_BS, kind, backend)
-    mark(mixed_BSC, partial(_mixed, kind=kind, backend=backend), logits_BSC, branches_BSC)
+    mark_recomputable(mixed_BSC, partial(_mixed, kind=kind, backend=backend), logits_BSC, branches_BSC)
     return mixed_BSC, (sums[0], sums[1], sums[2])
 
 

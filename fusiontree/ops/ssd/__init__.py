@@ -10,7 +10,7 @@ from fusiontree.ops.dispatch import Backend, Operation, anywhere, triton_unavail
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import fused
 from fusiontree.ops.ssd.mamba_ssm import unavailable as mamba_ssm_unavailable
-from fusiontree.ops.ssd.step import ssd_step
+from fusiontree.ops.ssd.recurrent_step import ssd_step
 from fusiontree.utils.environment import keep_tuning
 
 StateExchange = Callable[[Tensor, Tensor], Tensor]

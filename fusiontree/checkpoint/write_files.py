@@ -1,0 +1,121 @@
+"""Writing this rank's files of a checkpoint: in DCP's format, hashed while they are written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from fusiontree.checkpoint.manifest import FileEntry
+from fusiontree.checkpoint.metadata import Chunk
+from fusiontree.checkpoint.save_plan import Rectangle
+
+_FILE_BYTES = 256 << 20
+_MOST_FILES = 4
+
+
+@dataclass(frozen=True)
+class Written:
+    """One file and what is in it."""
+
+    name: str
+    entry: FileEntry
+    chunks: list[tuple[str, Chunk]]
+
+
+def write_files(folder: Path, rank: int, pieces: dict[Rectangle, Tensor]) -> list[Written]:
+    """Write pieces into this rank's files of ``folder``, several at a time, and make them durable.
+
+    Raises:
+        OSError: the disk is full, the folder is gone …
+    """
+    bins = _share_out(pieces)
+    jobs = [(f"__{rank}_{number}.distcp", part) for number, part in enumerate(bins)]
+    with ThreadPoolExecutor(max(1, len(jobs)), thread_name_prefix="checkpoint-file") as pool:
+        return list(pool.map(lambda job: write_file(folder, *job), jobs))
+
+
+def _share_out(pieces: dict[Rectangle, Tensor]) -> list[list[tuple[Rectangle, Tensor]]]:
+    total = sum(piece.nbytes for piece in pieces.values())
+    bins: list[list[tuple[Rectangle, Tensor]]] = [[] for _ in range(max(1, min(_MOST_FILES, total // _FILE_BYTES)))]
+    load = [0] * len(bins)
+    for rectangle, piece in sorted(pieces.items(), key=lambda item: -item[1].nbytes):
+        least = load.index(min(load))
+        bins[least].append((rectangle, piece))
+        load[least] += piece.nbytes
+    return [part for part in bins if part]
+
+
+def write_file(folder: Path, name: str, pieces: Iterable[tuple[Rectangle, Tensor]]) -> Written:
+    """Write one new file, a piece at a time as they come, and make it durable.
+
+    Raises:
+        OSError: the disk is full, the folder is gone …
+    """
+    chunks: list[tuple[str, Chunk]] = []
+    parts: list[tuple[int, str]] = []
+    start = 0
+    path = folder / name
+    try:
+        with path.open("xb") as file:
+            for (tensor_name, offset, shape), live in pieces:
+                stream = _HashingStream(file)
+                try:
+                    torch.save(_own_storage(live), stream)  # type: ignore[arg-type]
+                except RuntimeError:
+                    if stream.error:
+                        raise stream.error from None
+                    raise
+                chunks.append((tensor_name, Chunk(offset, shape, name, start, stream.size)))
+                parts.append((stream.size, stream.hexdigest()))
+                start += stream.size
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return Written(name, FileEntry(start, tuple(parts), whole=False), chunks)
+
+
+def _own_storage(live: Tensor) -> Tensor:
+    """Return the values on the CPU, contiguous, in a storage of their own: torch.save writes whole storages."""
+    values = live.detach().cpu()
+    if values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes:
+        return values
+    return values.contiguous() if not values.is_contiguous() else values.clone()
+
+
+class _HashingStream:
+    """What torch.save writes to: passes bytes on and hashes them on the way.
+
+    When writing fails, torch may raise an error of its own that says nothing of the cause; ``error`` keeps the cause.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self._digest.update(data)
+        size = len(data)
+        self.size += size
+        return size
+
+    def flush(self) -> None:
+        pass
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()

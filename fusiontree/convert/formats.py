@@ -1,0 +1,322 @@
+"""The table of formats, and a conversion from one to another: into a temporary place, read back, compared, renamed."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusiontree.checkpoint.folders import MANIFEST, complete_checkpoints
+from fusiontree.convert import dcp, hf, logits, megatron, single_file, zero, zero_write
+from fusiontree.convert.reader import MODEL, CheckpointSource, Stream, checked, tensor_hash
+from fusiontree.models.config import ModelConfig
+from fusiontree.parallel.validate import tp_problems, valid_tp
+from fusiontree.utils.errors import UserError, nearest
+from fusiontree.utils.files import fsync_directory
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the target is to be."""
+
+    dtype: str | None = None
+    """fp32 | bf16: type of the weights; None keeps the source's, and makes training checkpoints fp32."""
+    max_shard_bytes: int = 5 << 30
+    config: dict[str, Any] | None = None
+    """Whole configuration of the run that a training checkpoint is made for; None keeps the source's."""
+    config_yaml: str | None = None
+    """The same as the text of a config.yaml."""
+    tp: int = 1
+    """megatron, zero: tensor parallel size that the parts are cut for."""
+    dp: int = 1
+    """zero: data parallel size."""
+    stage: int = 3
+    """zero: 1 | 2 | 3."""
+    check_logits: str = "auto"
+    """hf: on | off | auto, which compares the logits of models that are small enough."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a conversion was verified."""
+
+    hashes: dict[str, str]
+    """SHA-256 of every tensor that the target holds, all of them read back from it and compared."""
+    logits: str | None
+    """What was found of the logits, or why they were not compared; None for formats that have none."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of checkpoint."""
+
+    name: str
+    what: str
+    """One line for ``--list``."""
+    looks_like: Callable[[Path], bool]
+    """Whether a path holds it, told by file names."""
+    open: Callable[[Path, Options], CheckpointSource]
+    write: Callable[[Path, Stream, Options, str], None] | None
+    """Writes to a temporary place, given the target's name; None where there is no such target."""
+    is_file: bool = False
+
+
+def _is_dcp(path: Path) -> bool:
+    return (path / MANIFEST).is_file() or any(complete_checkpoints(p) for p in (path / "checkpoints", path))
+
+
+def _write_dcp(folder: Path, stream: Stream, options: Options, name: str) -> None:
+    dcp.write(folder, stream, config_yaml=options.config_yaml, name=name)
+
+
+def _write_hf(folder: Path, stream: Stream, options: Options, name: str) -> None:
+    hf.write(folder, stream, max_shard_bytes=options.max_shard_bytes)
+
+
+def _write_single(path: Path, stream: Stream, options: Options, name: str) -> None:
+    single_file.write(path, stream)
+
+
+def _write_megatron(folder: Path, stream: Stream, options: Options, name: str) -> None:
+    megatron.write(folder, stream, tp=options.tp)
+
+
+def _write_zero(folder: Path, stream: Stream, options: Options, name: str) -> None:
+    zero_write.write(folder, stream, stage=options.stage, dp=options.dp, tp=options.tp)
+
+
+FORMATS = {
+    form.name: form
+    for form in (
+        Format(
+            "dcp",
+            "our training checkpoint: a run folder (its newest checkpoint) or RUN/checkpoints/step-XXXXXXXX",
+            _is_dcp,
+            lambda path, options: dcp.TrainingCheckpoint(path),
+            _write_dcp,
+        ),
+        Format(
+            "hf",
+            "Hugging Face folder: sharded safetensors, tokenizer, code for trust_remote_code=True",
+            lambda path: (path / hf.CONFIG).is_file() and any(path.glob("*.safetensors")),
+            lambda path, options: hf.HuggingFaceFolder(path),
+            _write_hf,
+        ),
+        Format(
+            "safetensors",
+            "one file of weights under our names, in fp32 or bf16",
+            lambda path: path.is_file() and path.suffix == ".safetensors",
+            lambda path, options: single_file.WeightFile(path),
+            _write_single,
+            is_file=True,
+        ),
+        Format(
+            "megatron",
+            "distributed checkpoint of Megatron-core (torch_dist), cut for --tp, with moments",
+            megatron.is_megatron,
+            lambda path, options: megatron.MegatronFolder(path, options.config),
+            _write_megatron,
+        ),
+        Format(
+            "zero",
+            "folder of DeepSpeed's save_checkpoint, ZeRO-1, 2 or 3 (--stage), for --dp and --tp, with moments",
+            zero.is_zero,
+            lambda path, options: zero.ZeroFolder(path, options.config),
+            _write_zero,
+        ),
+    )
+}
+
+
+def format_named(name: str, option: str) -> Format:
+    """Return a format.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in FORMATS:
+        raise UserError(f"{option} '{name}' is none of the formats {', '.join(FORMATS)}{nearest(name, FORMATS)}")
+    return FORMATS[name]
+
+
+def recognise(path: Path) -> str:
+    """Return the name of the format that a path holds.
+
+    Raises:
+        UserError: there is nothing, or nothing known.
+    """
+    if not path.exists():
+        near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
+        raise UserError(f"source '{path}' does not exist{near}")
+    for name, form in FORMATS.items():
+        if form.looks_like(path):
+            return name
+    held = sorted(p.name for p in path.iterdir())[:6] if path.is_dir() else [path.name]
+    raise UserError(
+        f"source '{path}' is no checkpoint of a known format (it holds {', '.join(held) or 'nothing'}); give "
+        f"the folder or file that --list describes, or --map FILE for another model's weights"
+    )
+
+
+def open_source(path: Path, name: str | None, options: Options) -> tuple[Format, CheckpointSource]:
+    """Open a checkpoint, of the named format or of the one that its files show.
+
+    Raises:
+        UserError: it does not exist, or is of another format than named.
+        CheckpointDamage: a file of it is damaged.
+    """
+    if name is not None:
+        wanted = format_named(name, "--from")
+        seen = recognise(path)
+        if seen != name and not wanted.looks_like(path):
+            raise UserError(f"source '{path}' looks like {seen}, not like --from {name}; leave --from out")
+        return wanted, wanted.open(path, options)
+    form = FORMATS[recognise(path)]
+    return form, form.open(path, options)
+
+
+def check_target(target: Path, form: Format) -> None:
+    """Refuse a target that is taken or of the wrong kind.
+
+    Raises:
+        UserError: it exists, or is a file's name for a folder or the other way round.
+    """
+    if form.write is None:
+        raise UserError(
+            f"--to {form.name} is not possible; targets: {', '.join(f for f in FORMATS if FORMATS[f].write)}"
+        )
+    if target.exists():
+        raise UserError(f"target '{target}' exists; nothing is ever written in place: name a new one or remove it")
+    if form.is_file != (target.suffix == ".safetensors"):
+        wanted = "a file name that ends in .safetensors" if form.is_file else "a folder, not a .safetensors file"
+        raise UserError(f"target '{target}': --to {form.name} needs {wanted}")
+
+
+def convert(
+    source: CheckpointSource,
+    target: Path,
+    form: Format,
+    options: Options,
+    report: Callable[[int, int], None],
+    say: Callable[[str], None] = lambda text: None,
+) -> Verdict:
+    """Write ``source`` as ``form`` to ``target``, which appears complete and verified, or not at all.
+
+    Args:
+        source: open checkpoint.
+        target: path that does not exist yet.
+        form: of the target.
+        options: how the target is to be.
+        report: called with the bytes done and the bytes in all.
+        say: called with what is about to take a while.
+
+    Raises:
+        UserError: the target is taken, the disk has too little room, what was written reads back different, or its
+            logits are not those of our model.
+    """
+    check_target(target, form)
+    check_tp(source, form, options)
+    assert form.write is not None
+    if options.config is not None and form.name == "dcp":
+        wanted = ModelConfig.model_validate(options.config["model"])
+        source.entries = checked(source.entries, wanted, "the source's weights and the --config given")
+        source.config = options.config
+    stream = Stream(source, target_dtype(form, options), report)
+    reason = logits.why_not(fp32_bytes(source), options.check_logits) if form.name == "hf" else None
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    needed, free = written_bytes(stream, form), shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(f"'{parent}' has {free / 1e9:.1f} GB free and the target needs {needed / 1e9:.1f} GB")
+    partial = parent / f".partial-{target.name}"
+    _remove(partial)
+    try:
+        if not form.is_file:
+            partial.mkdir()
+        form.write(partial, stream, options, target.name)
+        say("reading it back")
+        _compare(stream, form.open(partial, replace(options, config=source.config)))
+        verdict = None if reason is None else f"logits were not compared: {reason}"
+        if form.name == "hf" and reason is None:
+            say("comparing logits")
+            verdict = logits.compare_logits(stream, partial)
+        for folder in [partial, *partial.rglob("*")] if partial.is_dir() else []:
+            if folder.is_dir():
+                fsync_directory(folder)
+        os.rename(partial, target)
+        fsync_directory(parent)
+    except BaseException:
+        _remove(partial)
+        raise
+    return Verdict(stream.hashes, verdict)
+
+
+def fp32_bytes(source: CheckpointSource) -> int:
+    """Return the size of a source's parameters in fp32."""
+    return 4 * sum(math.prod(entry.shape) for name, entry in source.entries.items() if name.startswith(MODEL))
+
+
+def check_tp(source: CheckpointSource, form: Format, options: Options) -> None:
+    """Refuse a tensor parallel size that the model cannot be cut for.
+
+    Raises:
+        UserError: naming why, and the sizes that would do.
+    """
+    if form.name not in ("megatron", "zero"):
+        return
+    model = source.model_config
+    if reasons := list(tp_problems(model, options.tp)):
+        fitting = valid_tp(model, limit=max(options.tp, 64))
+        raise UserError(f"--tp {options.tp} does not fit the model: {'; '.join(reasons)}. It allows tp {fitting}")
+
+
+def target_dtype(form: Format, options: Options) -> torch.dtype | None:
+    """Return what type parameters take; None keeps the source's."""
+    if form.name in ("dcp", "zero"):
+        if options.dtype == "bf16":
+            raise UserError(f"--to {form.name} holds fp32 weights; leave --dtype out, or convert to hf")
+        return torch.float32
+    return None if options.dtype is None else DTYPES[options.dtype]
+
+
+def written_bytes(stream: Stream, form: Format) -> int:
+    """Return about how many bytes the target will take."""
+    weights = sum(stream.entry(name).nbytes for name in stream.source.entries if name.startswith(MODEL))
+    if form.name in ("hf", "safetensors"):
+        return weights
+    if form.name == "zero":  # once more in the files that it is put together in
+        return 7 * weights
+    return 3 * weights if form.name == "dcp" and not stream.source.has_optimizer else stream.total
+
+
+def _compare(stream: Stream, written: CheckpointSource) -> None:
+    """Read the target back and compare every tensor with what left the source.
+
+    Raises:
+        UserError: naming the tensors that differ.
+    """
+    different = [
+        n for n, digest in stream.hashes.items() if n not in written.entries or tensor_hash(written.read(n)) != digest
+    ]
+    extra = [n for n in written.entries if n.startswith(MODEL) and n not in stream.hashes]
+    if different or extra:
+        names = ", ".join([*different, *extra][:6])
+        raise UserError(
+            f"{len(different) + len(extra)} tensors read back different from what was written ({names}); "
+            f"nothing was kept"
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

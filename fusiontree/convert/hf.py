@@ -1,0 +1,217 @@
+"""Hugging Face folders: sharded safetensors, configuration, tokenizer, and the model's own code.
+
+Parameter names there are ours with ``model.`` before them, except the head's, which is ``lm_head.weight``. A tied
+head is not stored: the library ties it by ``tie_word_embeddings``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fusiontree.convert import hf_model
+from fusiontree.convert.reader import TOKENIZER_FILES, CheckpointSource, Entry, Stream, checked
+from fusiontree.convert.safetensors_file import SafetensorsFile, write_safetensors
+from fusiontree.models.config import ModelConfig
+from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import atomic_write
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CODE = ("configuration_fusiontree.py", "modeling_fusiontree.py")
+_HEAD = ("model.head.weight", "lm_head.weight")
+_OF_THIS_MACHINE = ("kernels",)  # not of the model
+
+
+def their_name(name: str) -> str:
+    """Return the name of a parameter in the Hugging Face folder."""
+    return _HEAD[1] if name == _HEAD[0] else name
+
+
+def our_name(name: str) -> str:
+    """Return the name of a parameter in our checkpoint."""
+    return _HEAD[0] if name == _HEAD[1] else name
+
+
+class HuggingFaceFolder(CheckpointSource):
+    """A folder written by :func:`write`, or saved from it by transformers' ``save_pretrained``."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the folder.
+
+        Raises:
+            UserError: it is incomplete, of another kind of model, or its weights are not those of its configuration.
+        """
+        config = read_json(path / CONFIG)
+        if config.get("model_type") != "fusiontree":
+            raise UserError(
+                f"{path / CONFIG} describes a model of type '{config.get('model_type')}', not 'fusiontree'; to start "
+                f"from another model's weights give --map FILE and --config FILE"
+            )
+        known = ModelConfig.model_fields.keys()
+        self.config = {"model": {name: value for name, value in config.items() if name in known}}
+        self.files = tokenizer_files(path)
+        self._files = tensor_files(path)
+        self.entries = {our_name(name): file.entries[name] for name, file in self._files.items()}
+        if self.model_config.tie_word_embeddings:
+            self.entries.pop(_HEAD[0], None)  # some writers store the tied head once more
+        self.entries = checked(self.entries, self.model_config, str(path))
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        theirs = their_name(name)
+        return self._files[theirs].read(theirs)
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """Return the files that our programs read the tokenizer from; none where no file says how a document ends."""
+    info = path / TOKENIZER_FILES[0]
+    if not info.is_file():
+        return []
+    return [info] if read_json(info).get("file") is None else [info, path / TOKENIZER_FILES[1]]
+
+
+def tensor_files(path: Path) -> dict[str, SafetensorsFile]:
+    """Return which file holds each tensor of a folder.
+
+    Raises:
+        UserError: there is no safetensors file, or one that the index names is missing.
+    """
+    if (path / INDEX).is_file():
+        places = read_json(path / INDEX)["weight_map"]
+        missing = sorted({file for file in places.values() if not (path / Path(file).name).is_file()})
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}, which its index names; copy the folder again")
+        files = {file: SafetensorsFile(path / Path(file).name) for file in set(places.values())}
+        for name, file in places.items():
+            if name not in files[file].entries:
+                raise UserError(f"{files[file].path} lacks '{name}', which the index says it holds; copy it again")
+        return {name: files[file] for name, file in places.items()}
+    found = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
+    if not found:
+        raise UserError(f"{path} holds no .safetensors file; give the folder that has the weights")
+    return {name: file for file in map(SafetensorsFile, found) for name in file.entries}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return values
+
+
+def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
+    """Write everything that ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` needs.
+
+    Args:
+        folder: temporary folder that becomes the target.
+        stream: the tensors; moments are left out.
+        max_shard_bytes: size of a weight file; a larger tensor gets a file of its own.
+    """
+    names = [name for name in stream.source.entries if name.startswith("model.")]
+    shards = plan_shards({name: stream.entry(name) for name in names}, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        entries = {their_name(name): stream.entry(name) for name in shard}
+        write_safetensors(folder / file, entries, lambda name: stream.read(our_name(name)), {"format": "pt"})
+        weight_map.update(dict.fromkeys(entries, file))
+    if len(shards) > 1:
+        total = sum(stream.entry(name).nbytes for name in names)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    tokenizer = write_tokenizer(folder, stream.source.files)
+    dtype = str(stream.entry("model.embed.weight").dtype).removeprefix("torch.")
+    model = stream.source.model_config.model_dump(mode="json")
+    _write_json(
+        folder / CONFIG,
+        {
+            "architectures": ["FusionTreeForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "configuration_fusiontree.FusionTreeConfig",
+                "AutoModel": "modeling_fusiontree.FusionTreeModel",
+                "AutoModelForCausalLM": "modeling_fusiontree.FusionTreeForCausalLM",
+            },
+            "model_type": "fusiontree",
+            "dtype": dtype,
+            **{name: value for name, value in model.items() if name not in _OF_THIS_MACHINE},
+            **tokenizer,
+        },
+    )
+    _write_json(folder / "generation_config.json", tokenizer)
+    for name in CODE:
+        shutil.copyfile(Path(hf_model.__file__).parent / name, folder / name)
+
+
+def plan_shards(entries: dict[str, Entry], max_bytes: int) -> list[list[str]]:
+    """Return which tensors go into which file, in order."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += entry.nbytes
+    return shards
+
+
+def write_tokenizer(folder: Path, files: list[Path]) -> dict[str, int]:
+    """Write the tokenizer as transformers reads it; return the ids that model and generation configurations name."""
+    by_name = {file.name: file for file in files}
+    if TOKENIZER_FILES[0] not in by_name:
+        return {}
+    info = read_json(by_name[TOKENIZER_FILES[0]])
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    if info["kind"] == "byte":
+        eos = "<|endoftext|>"
+        _byte_tokenizer(eos, info["eos_id"]).save(str(folder / "tokenizer.json"))
+    else:
+        from tokenizers import Tokenizer as Backend
+
+        eos = Backend.from_file(str(folder / "tokenizer.json")).id_to_token(info["eos_id"]) or ""
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": eos,
+            "pad_token": eos,
+            "padding_side": "left",  # a text can only be continued at the end of its row
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    return {"eos_token_id": info["eos_id"], "pad_token_id": info["eos_id"]}
+
+
+def _byte_tokenizer(eos: str, eos_id: int) -> Any:
+    """Return a tokenizer whose token b is byte b and whose last is the end of a document."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # The library stands for bytes by printable characters: itself where it is one, else 256 and up, in order.
+    itself = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    vocabulary = {chr(byte if byte in itself else next(others)): byte for byte in range(256)}
+    assert set(vocabulary) == set(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={**vocabulary, eos: eos_id}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(eos, special=True)])
+    return backend
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        json.dump(values, file, indent=2)

@@ -1,0 +1,131 @@
+"""The last check of an exported Hugging Face folder: its logits on a fixed prompt are those of our model.
+
+The hashes say that the weights arrived; this says that the folder's code reads them as the model that was trained. Each
+model is held in memory whole, one after the other, so large ones are left out unless asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusiontree.convert import transformers_logits
+from fusiontree.convert.reader import MODEL, Stream
+from fusiontree.models.model import FusionTreeModel
+from fusiontree.utils.environment import child_environment
+from fusiontree.utils.errors import UserError
+from fusiontree.utils.hardware import available_memory
+
+TOLERANCE = 1e-5
+"""Largest difference of two logits, as a share of the largest logit (at least 1)."""
+
+LARGEST = 4 << 30
+"""Bytes of fp32 weights up to which logits are compared unasked."""
+
+_TOKENS = 256
+
+_ROUNDINGS, _MOST = 4, 1e-2
+"""Deep models round by more than the tolerance: then so many times our own rounding error, and at most this."""
+
+
+def why_not(weight_bytes: int, mode: str) -> str | None:
+    """Return why logits will not be compared, or None where they will be.
+
+    Args:
+        weight_bytes: of the model's weights in fp32.
+        mode: auto | on | off.
+
+    Raises:
+        UserError: they were asked for and cannot be compared.
+    """
+    if mode == "off":
+        return "--check-logits off"
+    reason = None
+    if importlib.util.find_spec("transformers") is None:
+        reason = "transformers is not installed; pip install 'fusiontree[hf]' brings it"
+    free = available_memory()
+    if reason is None and free is not None and free < 2.5 * weight_bytes:
+        reason = f"that takes {2.5 * weight_bytes / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
+    if reason is not None and mode == "on":
+        raise UserError(f"--check-logits on: {reason}; leave it out to go without")
+    if reason is None and mode == "auto" and weight_bytes > LARGEST:
+        reason = f"the model takes {weight_bytes / 1e9:.1f} GB in fp32; --check-logits on compares it all the same"
+    return reason
+
+
+def compare_logits(stream: Stream, folder: Path) -> str:
+    """Compare the folder's logits with those of our model, made of the same weights.
+
+    Where they differ by more than the tolerance, a second pass of ours in fp64 says what fp32 alone does to them.
+
+    Args:
+        stream: what the folder was written from; its tensors are read once more.
+        folder: just written.
+
+    Returns:
+        The verdict, for the user.
+
+    Raises:
+        UserError: the folder cannot be loaded, or its logits differ.
+    """
+    config = stream.source.model_config
+    length = min(_TOKENS, config.max_position_embeddings)
+    ids_BS = (torch.arange(length)[None] * 7919 + 13) % config.vocab_size
+    ours_BSV = _our_logits(stream, ids_BS, torch.float32)
+    theirs_BSV = _transformers_logits(folder, ids_BS)
+    largest = max(1.0, float(ours_BSV.abs().max()))
+
+    def apart(other_BSV: Tensor) -> float:
+        return float((ours_BSV - other_BSV).abs().max()) / largest
+
+    difference, allowed, why = apart(theirs_BSV), TOLERANCE, ""
+    if TOLERANCE < difference <= _MOST:
+        rounding = apart(_our_logits(stream, ids_BS, torch.float64))
+        allowed = min(_MOST, max(TOLERANCE, _ROUNDINGS * rounding))
+        why = f": {_ROUNDINGS} times what our own differ by from fp64"
+    if not difference <= allowed:  # not a number is no agreement
+        raise UserError(
+            f"logits of the exported model differ from ours by {difference:.1e} of the largest ({largest:.3g}), "
+            f"{allowed:.1e} allowed{why}; nothing was kept. The weights are equal, so report this; --check-logits off "
+            f"exports anyway"
+        )
+    return (
+        f"verified: logits of the exported model on a prompt of {length} tokens equal ours in fp32 "
+        f"(largest {largest:.3g}, difference {difference:.1e} of it, {allowed:.1e} allowed{why})"
+    )
+
+
+@torch.no_grad()
+def _our_logits(stream: Stream, ids_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.device("meta"):
+        model = FusionTreeModel(stream.source.model_config).to(dtype)
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        # By way of the type that was written.
+        parameter.copy_(stream.source.read(MODEL + name).to(stream.entry(MODEL + name).dtype))
+    logits_BSV = model.eval()(ids_BS).logits_BSV
+    assert logits_BSV is not None
+    return logits_BSV.double()
+
+
+def _transformers_logits(folder: Path, ids_BS: Tensor) -> Tensor:
+    with tempfile.TemporaryDirectory(prefix="logits-") as scratch:
+        ids_file, output = Path(scratch) / "ids.pt", Path(scratch) / "logits.pt"
+        torch.save(ids_BS, ids_file)
+        # Without -P the script's folder would come first among the places that modules are imported from.
+        command = [sys.executable, "-P", transformers_logits.__file__, str(folder), str(ids_file), str(output)]
+        environment = child_environment(HF_MODULES_CACHE=str(Path(scratch) / "modules"), HF_HUB_OFFLINE="1")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise UserError(
+                f"transformers could not load the exported folder ({last}); nothing was kept. --check-logits off "
+                f"exports without this check"
+            )
+        return torch.load(output, weights_only=True).double()

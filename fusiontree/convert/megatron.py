@@ -1,0 +1,167 @@
+"""Megatron-core's distributed checkpoint (``torch_dist``) of our model, cut for a tensor parallel size.
+
+It is a torch DCP folder with a ``metadata.json`` and a ``common.pt`` beside it, so it is written here tensor by tensor;
+megatron-core's own writer wants the whole state in memory, and a GPU. Keys are our names; a packed projection is one
+key a block (``model.layers.0.mamba.in_proj.weight.z``, ``.x``, ``.dt``), as Megatron splits its own Mamba mixers, so
+every key is an even grid that ``ShardedTensor.from_rank_offsets(key, part, (axis, tp_rank, tp))`` reads at any tp.
+Moments are under ``optimizer.state.exp_avg.KEY``, where Megatron's reshardable optimizer keeps them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusiontree.checkpoint.metadata import SavedTensor, read_metadata
+from fusiontree.checkpoint.open_files import OpenFiles
+from fusiontree.convert.blocks import BlockPlace, blocks_of
+from fusiontree.convert.dcp import Lazy, write_dcp
+from fusiontree.convert.hf import tokenizer_files
+from fusiontree.convert.reader import (
+    MODEL,
+    MOMENTS,
+    CheckpointSource,
+    Entry,
+    Stream,
+    checked,
+    known,
+    parameter_shapes,
+    write_ours,
+)
+from fusiontree.models.config import ModelConfig
+from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import atomic_write
+
+KIND = "metadata.json"
+_KINDS = {MODEL: MODEL, **{moment: moment.replace("optimizer.", "optimizer.state.") + MODEL for moment in MOMENTS}}
+"""Prefixes of our names and of theirs."""
+_MASTER = "optimizer.state.fp32_param." + MODEL
+"""Where Megatron keeps fp32 weights beside bf16 ones."""
+
+
+def is_megatron(path: Path) -> bool:
+    """Tell by the files whether a folder is a distributed checkpoint of Megatron-core."""
+    return (path / KIND).is_file() and (path / "common.pt").is_file()
+
+
+def write(folder: Path, stream: Stream, *, tp: int) -> None:
+    """Write the checkpoint; every part that a tensor parallel rank owns is a chunk of its own."""
+    source = stream.source
+    config = source.model_config
+    lazy: dict[str, Lazy] = {}
+    reader = _OneAtATime(stream)
+    for name in source.entries:
+        ours, theirs = next(pair for pair in _KINDS.items() if name.startswith(pair[0]))
+        entry = stream.entry(name)
+        for block in blocks_of(name.removeprefix(ours), entry.shape, config, tp):
+            key = _key(theirs + name.removeprefix(ours), block)
+            lazy[key] = Lazy(
+                Entry(block.shape, entry.dtype),
+                block.chunks(),
+                lambda offset, name=name, block=block: reader.part(name, block, offset),  # type: ignore[misc]
+            )
+    write_dcp(folder, lazy)
+    for file in source.files:
+        shutil.copyfile(file, folder / file.name)
+    step = (source.state or {}).get("step", 0)
+    torch.save({"iteration": step, "checkpoint_version": 3.0}, folder / "common.pt")
+    kind = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    _write_json(folder / KIND, {**kind, "common_backend": "torch", "common_backend_version": 1})
+    write_ours(folder, source)
+
+
+class _OneAtATime:
+    """Serves the parts of a tensor from one reading of it."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._name: str | None = None
+        self._tensor: Tensor | None = None
+
+    def part(self, name: str, block: BlockPlace, offset: tuple[int, ...]) -> Tensor:
+        if self._name != name:
+            self._tensor = None  # before the next one is read
+            self._name, self._tensor = name, self._stream.read(name)
+        assert self._tensor is not None
+        shape = block.chunks()[offset]
+        part = block.of(self._tensor).narrow(block.axis, offset[block.axis], shape[block.axis])
+        return part.contiguous()
+
+
+class MegatronFolder(CheckpointSource):
+    """A folder written by :func:`write`, or by Megatron-core itself under the same keys."""
+
+    def __init__(self, path: Path, config: dict[str, Any] | None) -> None:
+        """Open the folder; nothing in it is executed.
+
+        Args:
+            path: of the folder.
+            config: whole configuration, needed where the folder does not hold ours.
+
+        Raises:
+            UserError: no configuration is known, or the keys are not those of its model.
+            CheckpointDamage: its metadata cannot be read.
+        """
+        self.config, self.state = known(path, config)
+        self.files = tokenizer_files(path)
+        self._saved = read_metadata(path)
+        self._open = OpenFiles(path)
+        self._blocks: dict[str, list[tuple[str, BlockPlace]]] = {}
+        entries: dict[str, Entry] = {}
+        model = ModelConfig.model_validate(self.config["model"])
+        for name, shape in parameter_shapes(model).items():
+            for ours, theirs in _KINDS.items():
+                if ours == MODEL and any(key.startswith(_MASTER + name) for key in self._saved):
+                    theirs = _MASTER
+                blocks = [(_key(theirs + name, block), block) for block in blocks_of(name, shape, model, 1)]
+                held = [key for key, _ in blocks if key in self._saved]
+                if not held and ours != MODEL:
+                    continue
+                self._check(path, blocks)
+                entries[ours + name] = Entry(shape, self._saved[blocks[0][0]].dtype)
+                self._blocks[ours + name] = blocks
+        self.entries = checked(entries, model, str(path))
+
+    def _check(self, path: Path, blocks: list[tuple[str, BlockPlace]]) -> None:
+        for key, block in blocks:
+            if key not in self._saved:
+                raise UserError(f"{path} lacks '{key}', so it does not hold the model that its configuration describes")
+            if self._saved[key].shape != block.shape:
+                raise UserError(
+                    f"{path}: '{key}' has shape {self._saved[key].shape}, the model wants {block.shape}; use the "
+                    f"configuration that these weights were saved with"
+                )
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, put together from its blocks."""
+        blocks = self._blocks[name]
+        values = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
+        for key, block in blocks:
+            self._fill(block.of(values), self._saved[key])
+        return values
+
+    def _fill(self, values: Tensor, saved: SavedTensor) -> None:
+        """Put a tensor's chunks to their places."""
+        for chunk in saved.chunks:
+            content = self._open.read(chunk.file, chunk.start, chunk.length)
+            part = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            del content
+            target = values
+            for axis, (offset, length) in enumerate(zip(chunk.offset, chunk.shape, strict=True)):
+                target = target.narrow(axis, offset, length)
+            target.copy_(part.view(chunk.shape))
+
+
+def _key(name: str, block: BlockPlace) -> str:
+    return name if block.name is None else f"{name}.{block.name}"
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        json.dump(values, file, indent=1)

@@ -1,0 +1,172 @@
+"""What every format is read as: tensors under our names, read one at a time, beside configuration and small values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusiontree.models.config import ModelConfig
+from fusiontree.models.model import FusionTreeModel
+from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import atomic_write
+
+MODEL, MOMENTS = "model.", ("optimizer.exp_avg.", "optimizer.exp_avg_sq.")
+"""Prefixes of the names in a training checkpoint: parameters, AdamW's first and second moments."""
+
+OURS = "fusiontree.json"
+"""Configuration and small values beside the files of another library, which do not read it."""
+
+TOKENIZER_FILES = ("tokenizer_info.json", "tokenizer.json")
+"""What a training checkpoint carries of its tokenizer."""
+
+_FP32_ALWAYS = (".ssm.A_log", ".ssm.D", ".ssm.dt_bias")
+
+
+class Entry(NamedTuple):
+    """Shape and type of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class CheckpointSource(ABC):
+    """A checkpoint that is open for reading."""
+
+    config: dict[str, Any]
+    """Resolved configuration of the run; at least its ``model`` section."""
+    state: dict[str, Any] | None = None
+    """Step, data position and so on of a training checkpoint; None where the format has none."""
+    files: list[Path]
+    """The tokenizer's files."""
+    entries: dict[str, Entry]
+    """Every tensor under its name in our training checkpoint, ``model.…`` and ``optimizer.…``; a tied head is one."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, contiguous on the CPU, in its own type."""
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model section, validated."""
+        return ModelConfig.model_validate(self.config["model"])
+
+    @property
+    def has_optimizer(self) -> bool:
+        """True when AdamW's moments are there."""
+        return any(name.startswith(MOMENTS) for name in self.entries)
+
+
+class Stream:
+    """The tensors of a source on their way into a target: cast, hashed, counted."""
+
+    def __init__(self, source: CheckpointSource, dtype: torch.dtype | None, report: Callable[[int, int], None]) -> None:
+        """Prepare.
+
+        Args:
+            source: where tensors come from.
+            dtype: what parameters become; None leaves them. The state space's fp32 parameters and the moments stay.
+            report: called with the bytes done and the bytes in all.
+        """
+        self.source = source
+        self.hashes: dict[str, str] = {}
+        """SHA-256 of every tensor that was read, as it was written."""
+        self._dtype = dtype
+        self._report = report
+        self._done = 0
+
+    def entry(self, name: str) -> Entry:
+        """Return shape and type of a tensor as it will be written."""
+        entry = self.source.entries[name]
+        keep = self._dtype is None or not name.startswith(MODEL) or name.endswith(_FP32_ALWAYS)
+        return entry if keep or self._dtype is None else Entry(entry.shape, self._dtype)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor as it is to be written."""
+        tensor = self.source.read(name).to(self.entry(name).dtype)
+        self.hashes[name] = tensor_hash(tensor)
+        self._done += tensor.nbytes
+        self._report(self._done, self.total)
+        return tensor
+
+    @cached_property
+    def total(self) -> int:
+        """Bytes of all tensors as they will be written."""
+        return sum(self.entry(name).nbytes for name in self.source.entries)
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Return the SHA-256 of type, shape and bytes of a contiguous CPU tensor."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the model's parameters, without the prefix ``model.``; a tied head is not among them."""
+    with torch.device("meta"):
+        model = FusionTreeModel(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def checked(entries: dict[str, Entry], config: ModelConfig, place: str) -> dict[str, Entry]:
+    """Return the entries in the model's order, if they are exactly those that the configuration describes.
+
+    Raises:
+        UserError: naming what is missing, too much, or of another shape.
+    """
+    wanted = {MODEL + name: shape for name, shape in parameter_shapes(config).items()}
+    held = {name: entry.shape for name, entry in entries.items() if name.startswith(MODEL)}
+    problems = [f"'{name}' is missing" for name in wanted.keys() - held.keys()]
+    problems += [f"'{name}' is no parameter of the model" for name in held.keys() - wanted.keys()]
+    problems += [
+        f"'{name}' has shape {held[name]}, the model wants {shape}"
+        for name, shape in wanted.items()
+        if name in held and held[name] != shape
+    ]
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in sorted(problems)[:8])
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(
+            f"{place}: weights and configuration do not belong together:\n{shown}{more}\n"
+            f"use the configuration that these weights were saved with"
+        )
+    rest = {name: entry for name, entry in entries.items() if name not in wanted}
+    return {name: entries[name] for name in wanted} | rest
+
+
+def known(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the configuration and small values of a folder of another library's format.
+
+    Args:
+        path: of the folder, where :func:`write_ours` may have left them.
+        config: given by the user, which goes before.
+
+    Raises:
+        UserError: there is neither.
+    """
+    ours: dict[str, Any] = {"config": None, "state": None}
+    if (path / OURS).is_file():
+        ours = json.loads((path / OURS).read_text(encoding="utf-8"))
+    if config is None and ours["config"] is None:
+        raise UserError(f"{path} does not say which model it holds; give --config FILE with the run's configuration")
+    return config or ours["config"], ours["state"]
+
+
+def write_ours(folder: Path, source: CheckpointSource) -> None:
+    """Leave configuration and small values beside files that have no place for them."""
+    with atomic_write(folder / OURS) as file:
+        json.dump({"config": source.config, "state": source.state}, file, indent=1)

@@ -1,0 +1,106 @@
+"""Safetensors files written and read one tensor at a time.
+
+The format is eight bytes with the header's length, a JSON header ``{name: {dtype, shape, data_offsets}}`` and the
+values. The library's own ``save_file`` wants every tensor of a file in memory at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusiontree.checkpoint.open_files import OpenFiles
+from fusiontree.convert.reader import Entry
+from fusiontree.utils.errors import UserError
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_LONGEST_HEADER = 100 << 20
+
+
+def write_safetensors(
+    path: Path, entries: dict[str, Entry], read: Callable[[str], Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a new file, tensor by tensor in the order of ``entries``, and sync it.
+
+    Args:
+        path: of the file.
+        entries: what it is to hold.
+        read: returns a tensor of ``entries``.
+        metadata: free text, readable without the tensors.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, entry in entries.items():
+        end = offset + entry.nbytes
+        header[name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # values begin aligned
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, entry in entries.items():
+            tensor = read(name).contiguous()
+            assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), name
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            del tensor  # before the next one is read
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class SafetensorsFile:
+    """A file open for reading; nothing in it is executed."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            UserError: the file is cut short or no safetensors file.
+        """
+        self.path = path
+        self._open = OpenFiles(path.parent)
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(8)
+            length = struct.unpack("<Q", first)[0] if len(first) == 8 else size + 1
+            if length > min(size - 8, _LONGEST_HEADER):
+                raise UserError(f"{path} is no whole safetensors file; copy it again")
+            try:
+                header = json.loads(file.read(length))
+                self.metadata: dict[str, str] = header.pop("__metadata__", {})
+                self.entries = {name: Entry(tuple(e["shape"]), _DTYPES[e["dtype"]]) for name, e in header.items()}
+                self._ranges = {
+                    name: (8 + length + e["data_offsets"][0], e["data_offsets"]) for name, e in header.items()
+                }
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path} has a header that cannot be read ({error!r}); copy it again") from error
+        for name, (start, (begin, end)) in self._ranges.items():
+            if end - begin != self.entries[name].nbytes or begin < 0 or start + end - begin > size:
+                raise UserError(f"{path}: the values of '{name}' are not where its header says; copy the file again")
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        entry = self.entries[name]
+        if not math.prod(entry.shape):
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        content = self._open.read(self.path.name, self._ranges[name][0], entry.nbytes)
+        if len(content) != entry.nbytes:
+            raise UserError(f"{self.path} ends inside '{name}'; copy it again")
+        values = torch.frombuffer(content, dtype=torch.uint8)
+        return values.view(entry.dtype).reshape(entry.shape)

@@ -1,0 +1,214 @@
+"""Writing a DeepSpeed ZeRO folder that DeepSpeed's own ``load_checkpoint`` reads.
+
+Every rank's flat tensors are filled in files beside the target while the parameters pass by once, so memory stays near
+the largest tensor; then each rank's files are written from them.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusiontree.convert.reader import MODEL, MOMENTS, Stream, parameter_shapes, write_ours
+from fusiontree.convert.zero import LATEST, param_shapes, take
+from fusiontree.convert.zero_layout import ZeroLayout
+from fusiontree.utils.errors import UserError
+
+_KINDS = {MODEL: "fp32", **{moment: moment.split(".")[1] for moment in MOMENTS}}
+Key = tuple[Any, ...]
+
+
+def write(folder: Path, stream: Stream, *, stage: int, dp: int, tp: int) -> None:
+    """Write the folder.
+
+    Args:
+        folder: temporary folder that becomes the target.
+        stream: the tensors; moments that the source does not have are zeros.
+        stage: 1 | 2 | 3.
+        dp: ranks that see other tokens (dp x cp).
+        tp: tensor parallel ranks.
+
+    Raises:
+        UserError: DeepSpeed is not installed, whose version and enumerations the files name.
+    """
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError("--to zero needs deepspeed; pip install 'fusiontree[deepspeed]' brings it") from None
+    source = stream.source
+    layout = ZeroLayout(parameter_shapes(source.model_config), source.model_config, stage=stage, dp=dp, tp=tp)
+    state = source.state or {"step": 0, "engine": {"optimizer_step": 0}}
+    tag = f"global_step{state['step']}"
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    flats = _Flats(scratch)
+    _fill(flats, layout, stream)
+    target = folder / tag
+    target.mkdir()
+    common = _Common(layout, source.config, state, deepspeed.__version__)
+    for tp_rank in range(tp):
+        for dp_rank in range(dp):
+            optimizer = common.optimizer(flats, dp_rank, tp_rank)
+            torch.save(optimizer, target / f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_optim_states.pt")
+            if stage == 3:
+                name = f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_model_states.pt"
+                torch.save(common.model({n: torch.empty(0) for n in layout.specs}), target / name)
+        if stage < 3:
+            weights = {name: flats.module(name, tp_rank) for name in layout.specs}
+            torch.save(common.model(weights), target / f"mp_rank_{tp_rank:02d}_model_states.pt")
+    shutil.rmtree(scratch)
+    for file in source.files:
+        shutil.copyfile(file, folder / file.name)
+    write_ours(folder, source)
+    (folder / LATEST).write_text(tag, encoding="utf-8")
+
+
+class _Flats:
+    """Tensors whose memory is a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._tensors: dict[Key, Tensor] = {}
+
+    def new(self, key: Key, shape: tuple[int, ...]) -> None:
+        file = self._folder / "-".join(map(str, key))
+        numel = math.prod(shape)
+        # A new file reads as zeros.
+        self._tensors[key] = torch.from_file(str(file), shared=True, size=numel, dtype=torch.float32).view(shape)
+
+    def __getitem__(self, key: Key) -> Tensor:
+        return self._tensors[key]
+
+    def module(self, name: str, tp_rank: int) -> Tensor:
+        return self._tensors["module", name, tp_rank]
+
+
+def _fill(flats: _Flats, layout: ZeroLayout, stream: Stream) -> None:
+    for kind in _KINDS.values():
+        for tp_rank in range(layout.tp):
+            for dp_rank in range(layout.dp):
+                for group, size in enumerate(layout.sizes):
+                    flats.new((kind, dp_rank, tp_rank, group), (size,))
+    if layout.stage < 3:
+        for parameter, specs in layout.specs.items():
+            for tp_rank, spec in enumerate(specs):
+                flats.new(("module", parameter, tp_rank), spec.local_shape)
+    # One buffer for all parts: copies of every size, made and freed one by one, would leave the heap full of holes.
+    buffer = torch.empty(max(layout.numel(parameter) for parameter in layout.specs))
+    for name in stream.source.entries:
+        prefix = next(p for p in _KINDS if name.startswith(p))
+        parameter = name.removeprefix(prefix)
+        whole = stream.read(name)
+        for tp_rank in layout.holders(parameter):
+            spec = layout.specs[parameter][tp_rank]
+            part = buffer[: layout.numel(parameter)]
+            take(spec, whole, part.view(spec.local_shape))
+            for run in layout.runs(parameter, tp_rank):
+                flat = flats[(_KINDS[prefix], *run.file, run.group)]
+                flat[run.offset : run.offset + run.length] = part[run.start : run.start + run.length]
+            if prefix == MODEL and layout.stage < 3:  # where every rank is a holder
+                flats.module(parameter, tp_rank).view(-1).copy_(part)
+        del whole  # before the next one is read
+
+
+class _Common:
+    """What all files of a checkpoint share."""
+
+    def __init__(self, layout: ZeroLayout, config: dict[str, Any], state: dict[str, Any], version: str) -> None:
+        self._layout = layout
+        self._tied = config["model"].get("tie_word_embeddings", False)
+        self._training = config.get("training", {})
+        self._state = state
+        self._version = version
+
+    def model(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the content of a file of model states."""
+        layout = self._layout
+        if self._tied:
+            weights = weights | {"head.weight": weights["embed.weight"]}
+        return {
+            "module": weights,
+            "buffer_names": [],
+            "optimizer": None,
+            "param_shapes": param_shapes(layout),
+            "frozen_param_shapes": None,
+            "shared_params": {"head.weight": "embed.weight"} if self._tied else {},
+            "frozen_param_fragments": None,
+            "lr_scheduler": None,
+            "data_sampler": None,
+            "random_ltd": None,
+            "sparse_tensor_module_names": set(),
+            "skipped_steps": 0,
+            "global_steps": self._state["step"],
+            "global_samples": self._state["step"] * self._training.get("global_batch_size", 0),
+            "dp_world_size": layout.dp,
+            "mp_world_size": layout.tp,
+            "ds_config": {},
+            "ds_version": self._version,
+        }
+
+    def optimizer(self, flats: _Flats, dp_rank: int, tp_rank: int) -> dict[str, Any]:
+        """Return the content of a rank's file of optimizer states."""
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+
+        layout = self._layout
+        groups = range(len(layout.groups))
+        step = torch.tensor(float(self._state["engine"]["optimizer_step"]))
+        adam = {
+            group: {
+                "step": step,
+                **{kind: flats[kind, dp_rank, tp_rank, group] for kind in list(_KINDS.values())[1:]},
+            }
+            for group in groups
+        }
+        base = {"state": adam, "param_groups": self._param_groups()}
+        masters = [flats["fp32", dp_rank, tp_rank, group] for group in groups]
+        state: dict[str, Any] = {
+            "zero_stage": ZeroStageEnum(layout.stage),
+            "loss_scaler": LossScaler(scale=1.0),
+            "dynamic_loss_scale": False,
+            "overflow": False,
+            "ds_version": self._version,
+        }
+        if layout.stage == 3:
+            state |= {"partition_count": layout.dp, "optimizer_state_dict": base, "fp32_flat_groups": masters}
+        else:
+            last = dp_rank == layout.dp - 1
+            paddings = [layout.padding(group) if last else 0 for group in groups]
+            state |= {
+                "clip_grad": self._training.get("max_grad_norm", 0.0),
+                "base_optimizer_state": base,
+                "single_partition_of_fp32_groups": masters,
+                "group_paddings": paddings,
+                "param_alignment_paddings": [[0] * len(names) for names in layout.groups],
+                "partition_count": [layout.dp] * len(layout.groups),
+            }
+        return {"optimizer_state_dict": state, "ds_config": {}, "ds_version": self._version}
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        """Return the groups as AdamW itself describes them: the first decays, the second does not."""
+        training, layout = self._training, self._layout
+        from fusiontree.models.initialization import no_weight_decay
+
+        decays = [not no_weight_decay(names[0]) for names in layout.groups]
+        flats = [torch.zeros(1) for _ in layout.groups]
+        optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": [flat for flat, d in zip(flats, decays, strict=True) if d is wanted],
+                    "weight_decay": training.get("weight_decay", 0.0) if wanted else 0.0,
+                }
+                for wanted in dict.fromkeys(decays)
+            ],
+            lr=training.get("learning_rate", 0.0),
+            betas=(training.get("adam_beta1", 0.9), training.get("adam_beta2", 0.95)),
+            eps=training.get("adam_eps", 1e-8),
+            fused=True,
+        )
+        return optimizer.state_dict()["param_groups"]

@@ -1,0 +1,1 @@
+"""How an engine keeps parameters: local to one rank, replicated, or in slices of flat buffers."""

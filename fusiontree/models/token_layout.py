@@ -1,0 +1,159 @@
+"""Where the tokens of a forward stand: documents, positions, pads, and what a cache holds before them.
+
+Shape legend: B rows, S tokens, C channels, D half the channels of an attention head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusiontree.models.cache import DecodeCache
+from fusiontree.models.layer_cache import NewTokens
+from fusiontree.ops.documents import Documents
+
+
+class BlockInputs(NamedTuple):
+    """What every block knows of its tokens beside their hidden states."""
+
+    documents: Documents | None
+    """Where attention, convolution and state restart; None means each row is one document, from its start or, with a
+    filled cache, continued."""
+    cos_BSD: Tensor
+    """Rotary tables in fp32; B may be 1 where all rows agree."""
+    sin_BSD: Tensor
+    srte_BSC: Tensor | None
+    """Shared time encoding in the hidden dtype, added to the input of every Mamba branch; B may be 1."""
+    padding_mask_BS: Tensor | None = None
+    """True on real tokens; None means there are no pads."""
+    new: NewTokens | None = None
+    """The same tokens as a cache counts them; None without a cache."""
+
+
+class TokenLayout(NamedTuple):
+    """The tokens of a forward, placed."""
+
+    documents: Documents | None
+    positions_BS: Tensor
+    """Position of each token in its document; B may be 1."""
+    end: int
+    """One more than the greatest position, as far as the host can know it."""
+    padding_mask_BS: Tensor | None
+    """None when no token is a pad."""
+    counts: list[int]
+    """Real tokens of each row."""
+    new: NewTokens | None
+
+
+def lay_out_tokens(
+    shape: torch.Size,
+    device: torch.device,
+    documents: Documents | None,
+    padding_mask_BS: Tensor | None,
+    cache: DecodeCache | None,
+) -> TokenLayout:
+    """Place the tokens of a batch of ``shape`` [B, S].
+
+    Raises:
+        TypeError: the padding mask is not boolean.
+        ValueError: arguments that contradict each other, or a mask that is not one run of real tokens in each row.
+    """
+    rows, length = shape
+    if documents is not None:
+        if padding_mask_BS is not None or cache is not None:
+            other = "padding_mask_BS" if padding_mask_BS is not None else "a cache"
+            raise ValueError(f"documents are for packed rows and {other} is for single texts; give one of them")
+        if documents.positions_BS.shape != shape:
+            raise ValueError(f"documents are of {tuple(documents.positions_BS.shape)} tokens, the input {tuple(shape)}")
+    if cache is not None and cache.rows != rows:
+        raise ValueError(f"the cache holds {cache.rows} rows and the input {rows}; see DecodeCache.select")
+    counts = [length] * rows
+    first = [0] * rows
+    if padding_mask_BS is not None:
+        check_padding_mask(padding_mask_BS, shape)
+        documents, first, counts = documents_of_padding(padding_mask_BS)
+        if counts == [length] * rows:
+            documents = padding_mask_BS = None
+    if cache is not None and padding_mask_BS is not None:
+        if not cache.is_empty:
+            raise ValueError("pads are allowed in the forward that fills a cache, not in those that continue it")
+        if any(start + count != length for start, count in zip(first, counts, strict=True)):
+            raise ValueError(
+                "a cache is filled from rows padded on the left, so that every text ends in the last column"
+            )
+    continued = cache is not None and not cache.is_empty
+    if cache is not None and continued:
+        cache.check_room(length)
+        positions_BS = cache.next_positions_BS(length)  # no document starts here: all continue what the cache holds
+    elif documents is None:
+        positions_BS = torch.arange(length, device=device)[None]
+    else:
+        positions_BS = documents.positions_BS
+    if cache is not None:
+        end = max(cache.lengths) + max(counts)
+    elif documents is None:
+        end = length
+    elif positions_BS.is_cuda:
+        end = documents.max_seqlen  # the greatest position of a piece that continues a document is only on the GPU
+    else:
+        end = int(positions_BS.max()) + 1
+    new = None
+    if cache is not None:
+        seen_BS = positions_BS.expand(rows, length)
+        if padding_mask_BS is not None:
+            seen_BS = seen_BS.masked_fill(~padding_mask_BS, -1)
+        new = NewTokens(seen_BS, end, continued, cache.column_1, {})
+    return TokenLayout(documents, positions_BS, end, padding_mask_BS, counts, new)
+
+
+def check_padding_mask(padding_mask_BS: Tensor, shape: torch.Size) -> None:
+    """Refuse masks that could be misread.
+
+    Raises:
+        TypeError: the mask is not boolean.
+        ValueError: its shape is not that of the tokens.
+    """
+    if padding_mask_BS.dtype is not torch.bool:
+        raise TypeError(
+            f"padding_mask_BS is {padding_mask_BS.dtype}; it must be torch.bool with True on real tokens: pass "
+            f"mask.bool() if 1 marks a real token"
+        )
+    if padding_mask_BS.shape != shape:
+        raise ValueError(f"padding_mask_BS has shape {tuple(padding_mask_BS.shape)} and the tokens {tuple(shape)}")
+
+
+def documents_of_positions(positions_BS: Tensor, device: torch.device | str) -> Documents:
+    """Return the boundaries of packed rows on ``device``, from each token's position in its document (on the CPU)."""
+    return Documents.from_positions(positions_BS).to(device)
+
+
+def documents_of_padding(padding_mask_BS: Tensor) -> tuple[Documents, list[int], list[int]]:
+    """Turn a padding mask into document boundaries: a row's text is one document, the pads beside it are others.
+
+    Args:
+        padding_mask_BS: bool, True on real tokens.
+
+    Returns:
+        The boundaries on the mask's device, the index of each row's first real token, and how many each row has.
+
+    Raises:
+        ValueError: a row has no real token, or pads between real tokens.
+    """
+    mask_BS = padding_mask_BS.cpu()
+    index_S = torch.arange(mask_BS.shape[1])
+    counts_B = mask_BS.sum(1)
+    first_B1 = mask_BS.int().argmax(1, keepdim=True)
+    end_B1 = first_B1 + counts_B[:, None]
+    run_BS = (index_S >= first_B1) & (index_S < end_B1)
+    for row in range(mask_BS.shape[0]):
+        if not counts_B[row]:
+            raise ValueError(f"row {row} of padding_mask_BS has no real token; leave such rows out of the batch")
+        if not torch.equal(mask_BS[row], run_BS[row]):
+            raise ValueError(
+                f"row {row} of padding_mask_BS has pads between real tokens; the real tokens of a row must be one run"
+            )
+    start_BS = torch.where(index_S < first_B1, 0, torch.where(run_BS, first_B1, end_B1))
+    documents = Documents.from_positions(index_S - start_BS)
+    return documents.to(padding_mask_BS.device), first_B1[:, 0].tolist(), counts_B.tolist()

@@ -1,0 +1,61 @@
+"""A micro batch of whole rows becomes the model's inputs on this rank's device.
+
+Shape legend: L layers, B rows, S tokens of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusiontree.models.model import GateSums
+from fusiontree.ops.documents import Documents
+from fusiontree.parallel.collectives import sum_identity
+from fusiontree.parallel.context_parallel import PieceDocuments
+from fusiontree.parallel.layout import Layout
+from fusiontree.utils.device import send
+
+
+def shard_inputs(
+    input_ids_BS: Tensor,
+    labels_BS: Tensor,
+    positions_BS: Tensor,
+    row_weight_B: Tensor,
+    branch_scale_LB2: Tensor | None,
+    *,
+    layout: Layout,
+) -> dict[str, Any]:
+    """Return the keyword arguments of the model's forward: this rank's piece of the rows, on its device.
+
+    The batch is on the CPU and the same on all ranks that share its rows.
+    """
+    device = layout.device
+    length = input_ids_BS.shape[1] // layout.cp_size
+    piece = slice(layout.cp_rank * length, (layout.cp_rank + 1) * length)
+
+    # Boundaries are found on the CPU, where that costs no wait for the device.
+    if layout.cp_size > 1:
+        documents: Documents = PieceDocuments.from_row(positions_BS, layout.cp_rank, layout.cp_size)
+    else:
+        documents = Documents.from_positions(positions_BS)
+    return {
+        "input_ids_BS": send(input_ids_BS[:, piece], device, non_blocking=True),
+        "labels_BS": send(labels_BS[:, piece], device, non_blocking=True),
+        "documents": documents.to(device, non_blocking=True),
+        "branch_scale_LB2": None if branch_scale_LB2 is None else send(branch_scale_LB2, device, non_blocking=True),
+    }
+
+
+def sum_over_row(gates: GateSums, layout: Layout) -> GateSums:
+    """Sum a micro batch's gate statistics over the ranks that hold parts of its rows.
+
+    Each of these ranks computes the same loss from the sums; the backward gives each rank's own gates the gradient.
+    """
+    if layout.cp_size * layout.tp_size == 1:
+        return gates
+    layers = gates.gate_sum_LB.shape[0]
+    packed = torch.cat([gates.gate_sum_LB, gates.entropy_sum_LB, gates.square_sum_LB, gates.count_B.unsqueeze(0)])
+    gate, entropy, square, count = sum_identity(packed, layout.row_group).split([layers, layers, layers, 1])
+    return GateSums(gate, entropy, square, count[0])

@@ -1,1 +1,0 @@
-"""Which parameter is cut how over tensor parallel ranks."""

@@ -1,0 +1,288 @@
+"""What a run would need and how fast it would be, by arithmetic: no device, no process group.
+
+Memory is counted tensor by tensor. Time is operations over the rates of one profiled step (configs/bench/NOTES.md, one
+H100) plus the bytes that cross links. Both are held to that step and to one of 128K tokens by a test. Measured on two
+GPUs, ddp with tp 2 and cp 2 came within 10%; fsdp2 with tp 2 and cp 2, which waits for its host, took up to half more.
+Unit of activations: elements of one token on one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fusiontree.models.config import ModelConfig
+from fusiontree.models.flops import matrix_parameters, visible_keys
+from fusiontree.models.model import FusionTreeModel
+from fusiontree.models.weight_layout import bc_proj_rows, in_proj_rows
+from fusiontree.parallel.config import ParallelConfig
+from fusiontree.parallel.tp_plan import split_of
+
+GIB = 2**30
+# Rates of one H100 SXM in bf16, from the profiled step of hybrid_1b_32k (16 layers, 2,048 wide, 32,768 tokens):
+MATRIX_FLOPS = 727e12
+"""Matrix products of these shapes: 396 ms for 288 TFLOP."""
+GLOBAL_ATTENTION_FLOPS = 545e12
+"""97 ms for 52.8 TFLOP (4 heads of 128, causal, forward and backward; flash-attn-4)."""
+LOCAL_ATTENTION_FLOPS = 308e12
+"""31.5 ms for 9.7 TFLOP (12 heads, window 1,024; flash-attn-4)."""
+SCAN_S = 53e-3 / (16 * 32768 * 4096)
+"""Seconds a token, layer and inner channel, forward and backward."""
+ELEMENTWISE_S = (41 + 43 + 17 + 16 + 2) * 1e-3 / (16 * 32768 * 2048)
+"""Norms, gates, convolutions, copies: seconds a token, layer and channel of the residual stream."""
+OPTIMIZER_S = 25e-3 / 1.57e9
+"""Seconds a parameter of the rank's share."""
+IDLE = 0.03
+"""Share of the step that the profiled kernels do not account for: gaps, and a clock that is lower in a long run."""
+SCAN_CHUNK = 128
+"""Tokens between two states that the scan keeps for its backward pass (heads of 64 channels, 16 bits)."""
+LOSS_TOKENS = 8192
+"""Tokens whose logits, and their gradient, exist at one time."""
+PASSING_WIDTHS = 10
+"""Gradients inside the block at work, in widths of the residual stream: what measured peaks hold beside the rest."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the estimate takes for granted of the machine."""
+
+    memory_gib: float = 80.0
+    gpus_per_node: int = 8
+    node_gb_per_s: float = 300.0
+    """Of one GPU's link inside a node, each way, as collectives reach it."""
+    network_gb_per_s: float = 40.0
+    """Of one GPU's share of the network between nodes, likewise."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One layout; memory is of the fullest rank."""
+
+    engine: str
+    dp: int
+    cp: int
+    tp: int
+    activation_checkpointing: str
+    accumulation: int
+    """Passes of one rank in a step."""
+    states_gib: float
+    """Master parameters, gradients, optimizer moments, and copies that the engine keeps whole."""
+    gathered_gib: float
+    """Parameters and gradients of the blocks at work, gathered in half precision."""
+    activations_gib: float
+    total_gib: float
+    fits: bool
+    """Within 92% of the memory: the allocator, NCCL and CUDA need the rest."""
+    compute_s: float
+    communication_s: float
+    step_s: float
+    """Between the two bounds: half of the communication is taken to hide behind computation."""
+    tokens_per_s: float
+    tokens_per_s_per_gpu: float
+
+    def values(self) -> dict[str, Any]:
+        """Return plain values, rounded."""
+        return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+def count_parameters(model: ModelConfig, tp: int) -> tuple[int, int, int]:
+    """Return the parameters that tp splits, the others, and those of the largest block on one tensor parallel rank."""
+    with torch.device("meta"):
+        module = FusionTreeModel(model)
+    split = whole = 0
+    blocks: dict[str, int] = {}
+    for name, parameter in module.named_parameters():
+        cut = split_of(name) if tp > 1 else None
+        is_split = cut is not None and cut.owned(model, tp)
+        if is_split:
+            split += parameter.numel()
+        else:
+            whole += parameter.numel()
+        parts = name.split(".")
+        if parts[0] == "layers":
+            blocks[parts[1]] = blocks.get(parts[1], 0) + parameter.numel() // (tp if is_split else 1)
+    return split, whole, max(blocks.values())
+
+
+def kept_elements(model: ModelConfig, letter: str, mode: str, tp: int) -> float:
+    """Return what one layer keeps of a token for its backward, on one rank of tp."""
+    hidden = model.hidden_size
+    between = hidden / tp  # the residual stream between the mixers is cut over tp
+    if mode == "offload":
+        return 0.0
+    if mode == "full":
+        return between
+    products, rest = 0.0, 0.0  # results of matrix products; what lies between them
+    if letter in "FM":
+        inner, bc = model.d_inner / tp, sum(b.size for b in bc_proj_rows(model)) / min(tp, model.mamba.n_groups)
+        products += sum(b.size for b in in_proj_rows(model)) / tp + bc + between
+        products += inner * model.mamba.d_state / SCAN_CHUNK
+        rest += (inner + bc) + inner + inner  # results of convolution, scan and gated norm
+    if letter in "FA":
+        width = model.attention_head_dim
+        heads, kv = model.num_heads * width / tp, model.kv_heads * width / min(tp, model.kv_heads)
+        products += heads + 2 * kv + between + model.global_heads * width / tp
+        rest += heads + kv + model.local_heads * width / tp  # rotated queries and keys; local outputs
+    if model.use_alignment:
+        products += 3 * between
+        rest += between
+    products += (model.gate_rank + hidden + model.mlp_size) / tp  # what is only added to the residual is not kept
+    rest += hidden + between + model.mlp_size / tp  # the gathered input of both branches, the mixture, the MLP's GELU
+    return between + products + (rest if mode == "none" else 0.0)
+
+
+def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: int, hardware: Hardware) -> Estimate:
+    """Estimate one step at the longest row length.
+
+    Args:
+        model: the ``model`` section.
+        parallel: the ``parallel`` section; it has passed ``check_layout``.
+        training: the ``training`` section.
+        gpus: of the whole job.
+        hardware: the machine.
+    """
+    tp, cp = parallel.tp, parallel.cp
+    dp = gpus // (tp * cp)
+    half = 2 if training.precision != "fp32" else 4
+    split, whole, block = count_parameters(model, tp)
+    on_rank = split / tp + whole
+    """Parameters of one tensor parallel rank before any engine shards them."""
+    shard = parallel.shard_size or gpus
+    share = split / shard + whole / shard  # a split parameter has shard/tp owners of its tp-th part
+    engine = parallel.engine
+    whole_weights = engine in ("ddp", "zero1", "zero2")
+    passes = max(1, -(-training.global_batch_size // (dp * training.micro_batch_size)))
+    # One process keeps gradients as the backward pass made them. Several add up those of several passes in fp32; of one
+    # pass each rank keeps its part.
+    one_pass = half * on_rank + 16 * share
+    states = {
+        "ddp": 16 * on_rank if gpus == 1 else one_pass if passes == 1 else (half + 4) * on_rank + 12 * share,
+        "zero1": half * on_rank + 4 * on_rank + 12 * share,
+        "zero2": half * on_rank + 16 * share,
+    }.get(engine, 16 * share)
+    # The block at work, the one fetched ahead, and the gradients of one, in half precision.
+    gathered = 0.0 if whole_weights or gpus == 1 else 3.0 * half * block
+    if (
+        engine == "ddp" and gpus > 1
+    ):  # a block's gradients wait for the last of them; those of two more are on their way
+        gathered = half * block + (3 * 4 * block if passes == 1 else 0)
+    elif gathered and not parallel.reshard_after_forward:  # all blocks, and the gradients of one
+        gathered = half * (on_rank + block)
+    length, rows = training.seq_len, training.micro_batch_size
+    tokens = rows * length / cp
+    layers = model.pattern
+    mode = training.activation_checkpointing
+    recomputed = len(layers) if training.recompute_layers is None else training.recompute_layers
+    others = "selective" if mode in ("full", "offload") else "none"
+    per_layer = [
+        kept_elements(model, letter, mode if index < recomputed else others, tp) for index, letter in enumerate(layers)
+    ]
+    last = sum(per_layer[recomputed:])
+    if mode != "none" and recomputed:  # one block at a time is whole again, when the last ones are over
+        working = max(
+            kept_elements(model, letter, "none", tp) - kept_elements(model, letter, mode, tp)
+            for letter in layers[:recomputed]
+        )
+        last = max(last, working)
+    passing = PASSING_WIDTHS * model.hidden_size * tokens + 2 * model.vocab_size * min(tokens, LOSS_TOKENS)
+    activations = half * (tokens * (sum(per_layer[:recomputed]) + last) + passing / tp)
+    total = states + gathered + activations
+
+    compute = passes * _pass_s(model, training, tokens, tp, mode, recomputed) + OPTIMIZER_S * share
+    communication = _communication_s(model, parallel, gpus, passes, on_rank, tokens, half, hardware)
+    step = max(compute, communication) + 0.5 * min(compute, communication) if communication else compute
+    per_step = training.global_batch_size * length
+    return Estimate(
+        engine=engine,
+        dp=dp,
+        cp=cp,
+        tp=tp,
+        activation_checkpointing=mode,
+        accumulation=passes,
+        states_gib=states / GIB,
+        gathered_gib=gathered / GIB,
+        activations_gib=activations / GIB,
+        total_gib=total / GIB,
+        fits=total / GIB <= 0.92 * hardware.memory_gib,
+        compute_s=compute,
+        communication_s=communication,
+        step_s=step,
+        tokens_per_s=per_step / step,
+        tokens_per_s_per_gpu=per_step / step / gpus,
+    )
+
+
+def _pass_s(model: ModelConfig, training: Any, tokens: float, tp: int, mode: str, recomputed: int) -> float:
+    """Return the seconds of one forward and backward of a rank's ``tokens``."""
+    length = training.seq_len
+    keys_global = visible_keys(length) / length
+    width = model.attention_head_dim
+    matrices = 6.0 * matrix_parameters(model) / MATRIX_FLOPS
+    once = again_too = 0.0  # attention to whole rows is kept by full recomputation; the rest of a block is not
+    for index, letter in enumerate(model.pattern):
+        if letter in "FA":
+            keys_local = visible_keys(length, model.window_of_layer(index)) / length
+            once += 12 * width * model.global_heads * keys_global / GLOBAL_ATTENTION_FLOPS
+            again_too += 12 * width * model.local_heads * keys_local / LOCAL_ATTENTION_FLOPS
+        if letter in "FM":
+            again_too += SCAN_S * model.d_inner
+    elementwise = ELEMENTWISE_S * model.hidden_size * model.num_layers
+    again = recomputed / model.num_layers if mode in ("full", "offload") else 0.0
+    # A recomputed forward is a third of forward and backward; the profiled step already recomputes what is cheap.
+    seconds = (matrices + again_too) * (1 + again / 3) + once + elementwise
+    return tokens * seconds / tp / (1 - IDLE)
+
+
+def _communication_s(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    gpus: int,
+    passes: int,
+    on_rank: float,
+    tokens: float,
+    half: int,
+    hardware: Hardware,
+) -> float:
+    """Return the seconds that one rank's links are busy in a step."""
+    tp, cp = parallel.tp, parallel.cp
+
+    def link(ranks: int) -> float:
+        inside = ranks <= hardware.gpus_per_node
+        return 1e9 * (hardware.node_gb_per_s if inside else hardware.network_gb_per_s)
+
+    def moved(ranks: int) -> float:
+        return (ranks - 1) / ranks
+
+    shard = parallel.shard_size or gpus
+    seconds = 0.0
+    if parallel.engine in ("fsdp2", "zero3"):
+        # Gathered for forward and, unless kept, for backward; gradients scattered in fp32, in every pass.
+        gathers = 2 if parallel.reshard_after_forward else 1
+        seconds += passes * on_rank * (gathers * half + 4) * moved(shard) / link(shard)
+        if shard < gpus:
+            seconds += passes * on_rank / shard * 8 * moved(gpus // shard) / link(gpus)
+    elif parallel.engine == "ddp":  # gradients scattered in fp32 after the last pass, parameters gathered
+        seconds += on_rank * (4 + half) * moved(gpus) / link(gpus)
+    else:
+        once = parallel.engine == "zero1"  # after the last pass
+        seconds += (1 if once else passes) * on_rank * 8 * moved(gpus) / link(gpus)
+    hidden = model.hidden_size
+    if tp > 1:
+        # A block gathers its input and scatters both outputs, forward; the duals backward.
+        branches = sum(2 if letter == "F" else 1 for letter in model.pattern)
+        per_token = 2 * (model.num_layers + branches) * hidden * half
+        seconds += passes * tokens * per_token * moved(tp) / link(tp)
+    if cp > 1:
+        width = model.attention_head_dim
+        global_kv = 2 * model.global_kv_heads * width / min(tp, max(model.global_kv_heads, 1))
+        local_kv = 2 * model.local_kv_heads * width / min(tp, max(model.local_kv_heads, 1))
+        row = tokens * cp
+        attention_layers = sum(letter in "FA" for letter in model.pattern)
+        mamba_layers = sum(letter in "FM" for letter in model.pattern)
+        window = min(model.window_size, tokens)
+        per_pass = attention_layers * (row * moved(cp) * global_kv + window * local_kv) * half
+        per_pass += mamba_layers * model.d_inner / tp * model.mamba.d_state * 4 * cp
+        seconds += passes * 2 * per_pass / link(tp * cp)
+    return seconds

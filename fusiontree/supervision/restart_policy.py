@@ -1,0 +1,62 @@
+"""How often a run was started, and when starting it again is no use.
+
+A scheduler or launcher starts a dead run again and again. That is right after a lost node, and a waste when each start
+dies at the same place: then the starts wait longer and longer, and in the end they refuse.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fusiontree.tracking.crash_report import explain, read_reports
+from fusiontree.tracking.records import read_records
+from fusiontree.training.config import TrainingConfig
+from fusiontree.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_LONGEST_WAIT_S = 600.0
+_ENDS = ("finished", "stopped", "interrupted")
+
+
+def count_starts(events: list[dict[str, Any]]) -> int:
+    """Return how often the run was started so far."""
+    return sum(event["event"] in ("start", "resume") for event in events)
+
+
+def failures_in_a_row(events: list[dict[str, Any]]) -> int:
+    """Return how many of the last starts died before they saved a new checkpoint, one after the other."""
+    failed = 0
+    for event in events:
+        kind = event["event"]
+        if kind in ("start", "resume"):
+            failed += 1  # until it shows something for it
+        elif kind == "save" or kind in _ENDS:
+            failed = 0
+    return failed
+
+
+def wait_or_refuse(run_dir: Path, config: TrainingConfig, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Before a start: wait when the last ones failed without progress, refuse when too many did.
+
+    Every rank reads the same events and comes to the same answer.
+
+    Raises:
+        UserError: ``max_failed_starts`` starts in a row died without a new checkpoint.
+    """
+    failed = failures_in_a_row(read_records(run_dir / "events.jsonl"))
+    limit = config.max_failed_starts
+    if limit and failed >= limit:
+        raise UserError(
+            f"the last {failed} starts of {run_dir} died before they saved a new checkpoint, as many as "
+            f"training.max_failed_starts allows; the last one: {explain(read_reports(run_dir))}. Mend the cause; "
+            f"training.max_failed_starts=0 tries again"
+        )
+    if failed >= 2:  # one death may happen to anybody
+        seconds = min(config.restart_backoff_s * 2 ** (failed - 2), _LONGEST_WAIT_S)
+        log.warning("the last %d starts died without progress: waiting %.0f s before the next", failed, seconds)
+        sleep(seconds)

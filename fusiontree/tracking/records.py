@@ -1,0 +1,151 @@
+"""What a run writes down: metrics.jsonl, events.jsonl and their tracker in wandb."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from fusiontree.tracking.wandb_tracker import WandbTracker
+from fusiontree.training.config import WandbConfig
+from fusiontree.utils.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+_CLOCK_JUMP_S = 10.0
+"""A clock that is corrected over the network moves by less."""
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSONL file; a last line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines):
+        try:
+            if line:
+                records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines) - 2:
+                raise
+    return records
+
+
+class Records:
+    """Appends to the run's record files. On other ranks than the main one it writes nothing."""
+
+    def __init__(self, run_dir: Path, enabled: bool) -> None:
+        """Open for a run folder that exists; ``enabled`` on the main rank only."""
+        self.metrics_path = run_dir / "metrics.jsonl"
+        self.events_path = run_dir / "events.jsonl"
+        self.enabled = enabled
+        self._unwritten: dict[Path, list[str]] = {}
+        self._whole: set[Path] = set()  # files known to end with a whole line
+        self._tracker: WandbTracker | None = None
+        self._session = secrets.token_hex(4)
+        self._began = time.monotonic()
+        self._clock_offset = time.time() - self._began
+
+    def open_tracker(self, config: WandbConfig, run_dir: Path, values: dict[str, Any], after_step: int) -> None:
+        """Start the wandb tracker of the steps after ``after_step``.
+
+        Raises:
+            UserError: it is configured and wandb is not installed.
+        """
+        if self.enabled:
+            self._tracker = WandbTracker.start(config, run_dir, values, after_step)
+            if self._tracker and self._tracker.note:
+                self.event("wandb_offline", reason=self._tracker.note)
+
+    def truncate_metrics(self, step: int) -> None:
+        """Move lines after ``step`` to metrics.discarded.jsonl: those steps are about to be done again."""
+        if not self.enabled:
+            return
+        records = read_records(self.metrics_path)
+        later = [r for r in records if r["step"] > step]
+        if later:
+            with self.metrics_path.with_name("metrics.discarded.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(r) + "\n" for r in later)
+        with atomic_write(self.metrics_path) as file:
+            file.writelines(json.dumps(r) + "\n" for r in records if r["step"] <= step)
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """Append one logged step."""
+        if not self.enabled:
+            return
+        self._append(self.metrics_path, values)
+        if self._tracker is not None and (problem := self._tracker.failure()):
+            self.event("wandb_failed", reason=problem)
+
+    def event(self, event: str, **details: Any) -> None:
+        """Append something that happened: a start, a resume, a save, a skipped step, a fault.
+
+        ``session_s`` counts from the start of this process, which ``session`` names, and cannot jump as the clock can.
+        """
+        if not self.enabled:
+            return
+        offset = time.time() - time.monotonic()
+        if abs(offset - self._clock_offset) > _CLOCK_JUMP_S:
+            jump, self._clock_offset = offset - self._clock_offset, offset
+            self.event("clock_jump", seconds=round(jump, 1), reason=f"the machine's clock jumped by {jump:+.0f} s")
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "unix_time": time.time(),
+            "session": self._session,
+            "session_s": round(time.monotonic() - self._began, 3),
+            "event": event,
+        }
+        self._append(self.events_path, entry | details)
+
+    def close(self, patience_s: float = 60.0) -> None:
+        """Write what is left and end the tracker, waiting at most ``patience_s`` for it to send its rest."""
+        if self._tracker is not None and (problem := self._tracker.close(patience_s)):
+            self.event("wandb_failed", reason=problem)
+        self.flush()
+
+    def flush(self) -> None:
+        """Try again to write lines that a full disk refused."""
+        for path in list(self._unwritten):
+            self._append(path, None)
+
+    def _append(self, path: Path, values: dict[str, Any] | None) -> None:
+        """Append a line; what cannot be written now is kept, in order, for the next time."""
+        lines = self._unwritten.setdefault(path, [])
+        if values is not None:
+            lines.append(json.dumps(values) + "\n")
+        try:
+            with path.open("ab", buffering=0) as file:  # a buffer would be written again on closing
+                end = file.tell() if path in self._whole else _end_of_lines(path)
+                file.truncate(end)
+                data = "".join(lines).encode()
+                written = 0
+                try:
+                    while written < len(data):
+                        written += file.write(data[written:]) or 0
+                except OSError:
+                    file.truncate(end)  # all or nothing: the lines come again
+                    raise
+                self._whole.add(path)
+        except OSError as error:
+            if len(lines) == 1:
+                log.error("cannot write %s (%s); its lines are kept until it can be written", path, error)
+            return
+        del self._unwritten[path]
+
+
+def _end_of_lines(path: Path) -> int:
+    """Return where the last whole line of a file ends: a crash may have left half a line behind it."""
+    with path.open("rb") as file:
+        position = file.seek(0, 2)
+        while position:
+            start = max(0, position - 65536)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            position = start
+    return 0

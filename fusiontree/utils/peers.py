@@ -1,0 +1,64 @@
+"""Which hosts of the job answer: asked when a step hangs, so that a dead link or host can be named."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from fusiontree.utils.environment import meeting_point
+
+MOST_HOSTS = 256
+"""Beyond this nobody asks every other host."""
+_DISCARD_PORT = 9
+
+
+def host_address() -> str:
+    """Return ``NAME ADDRESS`` of this host; the address is the one that it reaches the job's meeting point by."""
+    name = socket.gethostname()
+    point = meeting_point()
+    if point is None:
+        return f"{name} 127.0.0.1"
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(point)  # sends nothing; chooses the route
+            return f"{name} {probe.getsockname()[0]}"
+    except OSError:
+        return f"{name} 127.0.0.1"
+
+
+def answers(address: str, timeout_s: float = 2.0) -> bool:
+    """Return whether a host answers at all: one that is up refuses a port where nobody listens."""
+    try:
+        with socket.create_connection((address, _DISCARD_PORT), timeout=timeout_s):
+            return True
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+
+
+class Peers:
+    """The other hosts of the job that answered at the start; those that a firewall hides are not asked again."""
+
+    def __init__(self, places: Iterable[str]) -> None:
+        """Ask every host once.
+
+        Args:
+            places: ``host_address()`` of every rank.
+        """
+        hosts = dict.fromkeys(places)
+        hosts.pop(host_address(), None)
+        self.hosts = self._asked(list(hosts), wanted=True) if len(hosts) <= MOST_HOSTS else []
+
+    def silent(self) -> list[str]:
+        """Return those that answered at the start and do not now, each as ``NAME ADDRESS``."""
+        return self._asked(self.hosts, wanted=False)
+
+    @staticmethod
+    def _asked(hosts: list[str], wanted: bool) -> list[str]:
+        if not hosts:
+            return []
+        with ThreadPoolExecutor(min(len(hosts), 64)) as pool:
+            found = pool.map(lambda host: answers(host.split()[1]), hosts)
+        return [host for host, answered in zip(hosts, found, strict=True) if answered is wanted]

@@ -1,0 +1,89 @@
+"""The base of every configuration section: typed, strict, each field documented.
+
+Each room declares its own section in its ``config.py`` by deriving from :class:`Section`. Reading a
+configuration needs no torch, so these modules import none.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, ClassVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+log = logging.getLogger(__name__)
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are errors; values are never silently converted to another type."""
+
+    renamed: ClassVar[dict[str, str]] = {}
+    """Former names of settings that have another name now: old name -> name."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        validate_default=True,
+        populate_by_name=True,
+        use_attribute_docstrings=False,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _off_is_a_word(cls, values: Any) -> Any:
+        """YAML reads a bare ``off`` as false; where a setting has the choice "off", that is what was meant."""
+        if not isinstance(values, dict):
+            return values
+        meant = cls._under_present_names(values)
+        for name, field in cls.model_fields.items():
+            key = field.alias or name
+            if meant.get(key) is False and "off" in get_args(field.annotation):
+                meant[key] = "off"
+        return meant
+
+    @classmethod
+    def _under_present_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return ``values`` with former names replaced; each warns once per process.
+
+        Raises:
+            ValueError: a setting is given under its former and its present name.
+        """
+        present = dict(values)
+        for old, new in cls.renamed.items():
+            if old not in present:
+                continue
+            if new in present:
+                raise ValueError(f"'{old}' is the former name of '{new}', and both are given; remove '{old}'")
+            present[new] = present.pop(old)
+            _warn_once(old, new)
+        return present
+
+    @classmethod
+    def known_keys(cls) -> list[str]:
+        """Names that the YAML file may use in this section."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
+
+@functools.cache
+def _warn_once(old: str, new: str) -> None:
+    log.warning("the setting '%s' is now named '%s'", old, new)
+
+
+def setting(default: Any = ..., help: str = "", *, unit: str | None = None, **constraints: Any) -> Any:
+    """Declare a field of a :class:`Section`.
+
+    Args:
+        default: the value when the file is silent; ``...`` makes the field required.
+        help: one sentence on what the field does.
+        unit: the unit of the value ("tokens", "steps", "seconds"), shown by ``--help``.
+        constraints: passed to pydantic (``ge``, ``gt``, ``le``, ``lt``, ``alias``, ``min_length`` …).
+    """
+    if isinstance(default, (list, dict)) or callable(default):
+        factory = default if callable(default) else (lambda: type(default)(default))
+        constraints["default_factory"] = factory
+    else:
+        constraints["default"] = default
+    extra: Any = {"unit": unit} if unit else None
+    return Field(description=help, json_schema_extra=extra, **constraints)
