@@ -215,9 +215,9 @@ class Trainer:
         (done, start), self._pending = self._pending, None
         step = done.number
         if done.result.skipped is None:
-            self.position.tokens += done.read_counts().tokens
+            self.position.tokens += done.counts().tokens
             self.position.skipped_in_a_row = 0
-            self.spikes.accept(done.read_loss()[0], done.batch.seq_len)
+            self.spikes.accept(done.token_sums().lm, done.batch.seq_len)
         else:
             self._note_skip(done, done.result.skipped)
         interval = self.settings.logging.log_interval

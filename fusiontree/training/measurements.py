@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import resource
 
 import torch
-from torch import Tensor
 
 from fusiontree.data.batch import StepBatch
+from fusiontree.training.step_sums import RowSums
 
 
 def document_lengths(batch: StepBatch) -> list[int]:
@@ -17,13 +18,21 @@ def document_lengths(batch: StepBatch) -> list[int]:
     return torch.cat([starts, torch.tensor([total])]).diff().tolist()
 
 
-def gate_statistics(means_3L: Tensor) -> dict[str, list[float]]:
-    """Return each layer's gate statistics from the mean gate, mean square and mean entropy."""
-    mean_L, square_L, entropy_L = means_3L.double()
+def gate_statistics(sums: RowSums, rows: int) -> dict[str, list[float]]:
+    """Return each layer's mean gate, its standard deviation, and the gates' mean entropy in nats.
+
+    Args:
+        sums: sums over the global batch.
+        rows: number of rows they are sums over.
+    """
+    per_row = 1.0 / max(rows, 1)
+    mean_L = [gate * per_row for gate in sums.gate_L]
+    square_L = [square * per_row for square in sums.square_L]
+    variance_L = [square - mean * mean for square, mean in zip(square_L, mean_L, strict=True)]
     return {
-        "mean": mean_L.tolist(),
-        "std": (square_L - mean_L.square()).clamp(min=0).sqrt().tolist(),
-        "entropy": entropy_L.tolist(),
+        "mean": mean_L,
+        "std": [math.sqrt(max(variance, 0.0)) for variance in variance_L],
+        "entropy": [entropy * per_row for entropy in sums.entropy_L],
     }
 
 

@@ -26,7 +26,7 @@ from fusiontree.training.measurements import document_lengths, gate_statistics, 
 from fusiontree.training.schedule import learning_rate
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.spikes import SpikeFilter
-from fusiontree.training.step_counts import StepCounts, read_step_counts
+from fusiontree.training.step_sums import RowSums, StepCounts, TokenSums, read_step_counts
 from fusiontree.utils.device import Mark, copy_to_host, send
 
 
@@ -41,40 +41,39 @@ class PendingStep:
     reached_collective_at: float
     """When this rank reached the first collective of the step, as ``time.perf_counter`` counts."""
     losses: list[Tensor]
-    """This rank's own, one a micro batch; after the reduction every rank's is broken if one is."""
+    """This rank's losses before any reduction, one per micro-batch. After the reduction a broken loss of one rank is a
+    broken loss of all."""
     spike: str | None
     """Why the gradient was not applied, if the reason is a loss spike; else None."""
     stop: bool
     """All ranks agreed to stop after it."""
     result: StepResult
     """What the optimizer made of it."""
-    read_counts: Callable[[], StepCounts]
-    """The counts of the global batch."""
-    read_loss: Callable[[], list[float]]
-    """Over all ranks: cross entropy, z-loss."""
-    read_gates: Callable[[], list[float]]
-    """Over all ranks: load balance and entropy loss, sums of gates, squares and entropies by layer."""
+    counts: Callable[[], StepCounts]
+    """Counts of the global batch."""
+    token_sums: Callable[[], TokenSums]
+    row_sums: Callable[[], RowSums]
     ended: Mark
-    """Its end."""
+    """Its end on the device."""
 
     def wait(self) -> None:
         """Let the device finish it."""
-        self.read_gates()
+        self.row_sums()
 
 
 class TrainStep:
-    """Does the steps of a run."""
+    """Executes the optimizer steps of a run."""
 
     def __init__(
         self, settings: RunSettings, engine: Engine, train_data: Any, watchdog: Watchdog, spikes: SpikeFilter
     ) -> None:
-        """Wire up.
+        """Connect the parts of a step.
 
         Args:
-            settings: what the configuration says.
+            settings: the run's configuration.
             engine: executes.
             train_data: is told of skipped rows.
-            watchdog: is told what the step is doing.
+            watchdog: is told which section of the step is running.
             spikes: judges the loss.
         """
         self.settings, self.engine, self.train_data = settings, engine, train_data
@@ -83,32 +82,61 @@ class TrainStep:
     def run(
         self, step: int, batch: StepBatch, *, stop_wanted: bool, limit: float, overlap_work: Callable[[], None]
     ) -> PendingStep:
-        """Queue one optimizer step, or leave it out where its loss or gradient forbids it; all ranks together.
+        """Queue one optimizer step; all ranks call this together. A broken gradient or a loss spike is not applied.
 
         Args:
-            step: its number; the first is 1.
+            step: number of the step; the first is 1.
             batch: this rank's part of the global batch.
             stop_wanted: whether this rank was asked to stop.
-            limit: seconds that any part of it may take.
+            limit: seconds that any section of the step may take.
             overlap_work: called after all backward passes are queued and before the optimizer step; the trainer reads
                 the previous step's results here.
         """
-        config, engine = self.settings.training, self.engine
-        # Valid tokens of the whole window are counted before its first backward: every share has one denominator.
-        tokens = sum(int((micro.labels_BS >= 0).sum()) for micro in batch.micro_batches)
-        rows = sum(int(micro.row_weight_B.count_nonzero()) for micro in batch.micro_batches)
-        of_rank = StepCounts(tokens, rows, batch.skipped_rows, batch.tokens_hash, int(stop_wanted))
+        counted = count(batch, stop_wanted)
         reached_collective_at = time.perf_counter()
-        summed = engine.sum_over_ranks(send(of_rank.pack(), engine.device, non_blocking=True))
-        sharing = engine.world_size // engine.dp_size
-        read_counts = read_step_counts(summed, sharing)
-        counts = GlobalCounts(*StepCounts.denominators(summed, sharing))
+        counts, denominators = self._sum_counts(counted)
+        losses, token_sums, row_terms = self._forward_backward(step, batch, denominators, limit)
+        overlap_work()
+        rate = learning_rate(step, self.settings.training)
+        with self.watchdog.section("optimizer step", limit):
+            self.train_data.count_skipped(counts().skipped_rows)
+            spike, result = self._apply(batch, rate, token_sums)
+        summed = copy_to_host(self.engine.sum_over_rows(row_terms))
+        return PendingStep(
+            number=step,
+            batch=batch,
+            rate=rate,
+            reached_collective_at=reached_collective_at,
+            losses=losses,
+            spike=spike,
+            stop=counts().stop_requests > 0,
+            result=result,
+            counts=counts,
+            token_sums=token_sums,
+            row_sums=lambda: RowSums.unpack(summed()),
+            ended=Mark(self.engine.device),
+        )
 
-        layers = self.settings.num_layers
-        token_terms = torch.zeros(2, device=engine.device)  # lm, z
-        row_terms = torch.zeros(2, device=engine.device)  # load balance, entropy
+    def _sum_counts(self, counted: StepCounts) -> tuple[Callable[[], StepCounts], GlobalCounts]:
+        """Sum the counts over the ranks before the first backward pass: all micro-batches share denominators."""
+        engine = self.engine
+        summed = engine.sum_over_ranks(send(counted.pack(), engine.device, non_blocking=True))
+        ranks_per_row = engine.world_size // engine.dp_size
+        denominators = GlobalCounts(*StepCounts.denominators(summed, ranks_per_row))
+        return read_step_counts(summed, ranks_per_row), denominators
+
+    def _forward_backward(
+        self, step: int, batch: StepBatch, counts: GlobalCounts, limit: float
+    ) -> tuple[list[Tensor], Callable[[], TokenSums], Tensor]:
+        """Queue forward and backward pass of every micro-batch.
+
+        Returns:
+            The losses per micro-batch, the function that reads the token sums, and this rank's packed row sums.
+        """
+        engine, last = self.engine, len(batch.micro_batches) - 1
+        token_terms = torch.zeros(len(TokenSums._fields), device=engine.device)
+        row_terms = torch.zeros(2 + 3 * self.settings.num_layers, device=engine.device)
         losses: list[Tensor] = []
-        gate_sums_3L = torch.zeros(3, layers, device=engine.device)  # of row means: gate, its square, its entropy
         for index, micro in enumerate(batch.micro_batches):
             with self.watchdog.section(f"forward of micro batch {index}", limit):
                 out = engine.forward(step_inputs(micro, self.settings, step))
@@ -122,69 +150,55 @@ class TrainStep:
                 self.settings.loss_weights,
                 counts,
             )
-            last = index == len(batch.micro_batches) - 1
-            token_terms += torch.stack([terms.lm.detach(), terms.z.detach()])
-            if last:  # before the backward pass, so that nobody waits for it to end
+            token_terms += TokenSums.pack(terms.lm, terms.z)
+            if index == last:  # before the backward pass, so that nobody waits for it to end
                 with self.watchdog.section("sum of the loss over the ranks", limit):
-                    read_loss = copy_to_host(engine.sum_over_tokens(token_terms))
+                    read = copy_to_host(engine.sum_over_tokens(token_terms))
             with self.watchdog.section(f"backward of micro batch {index}", limit):
-                engine.backward(terms.total, last=last)
+                engine.backward(terms.total, last=index == last)
             losses.append(terms.lm.detach())
-            row_terms += torch.stack([terms.load_balance.detach(), terms.entropy.detach()])
-            share_B = out.row_weight_B / out.count_B.clamp(min=1)
-            sums_3LB = torch.stack([out.gate_sum_LB, out.square_sum_LB, out.entropy_sum_LB]).detach()
-            gate_sums_3L += (sums_3LB * share_B).sum(-1)
-        overlap_work()
-        rate = learning_rate(step, config)
-        with self.watchdog.section("optimizer step", limit):
-            summed_counts = read_counts()
-            self.train_data.count_skipped(summed_counts.skipped_rows)
-            spike = None
-            if config.spike_policy != "off":  # before the optimizer step: a spike must not get into the weights
-                spike = self.spikes.judge(read_loss()[0], batch.seq_len)
+            row_terms += RowSums.pack(
+                terms.load_balance,
+                terms.entropy,
+                gate_LB=out.gate_sum_LB,
+                square_LB=out.square_sum_LB,
+                entropy_LB=out.entropy_sum_LB,
+                count_B=out.count_B,
+                row_weight_B=out.row_weight_B,
+            )
+        return losses, lambda: TokenSums(*read()), row_terms
+
+    def _apply(
+        self, batch: StepBatch, rate: float, token_sums: Callable[[], TokenSums]
+    ) -> tuple[str | None, StepResult]:
+        """Apply the gradient unless the loss is a spike; a spike must not reach the weights."""
+        if self.settings.training.spike_policy != "off":
+            spike = self.spikes.judge(token_sums().lm, batch.seq_len)
             if spike:
-                engine.discard()
-                result = StepResult(lambda: math.nan, unless_finite=spike)
-            else:
-                result = engine.step(rate)
-        read_gates = copy_to_host(engine.sum_over_rows(torch.cat([row_terms, gate_sums_3L.flatten()])))
-        return PendingStep(
-            number=step,
-            batch=batch,
-            rate=rate,
-            reached_collective_at=reached_collective_at,
-            losses=losses,
-            spike=spike,
-            stop=summed_counts.stop_requests > 0,
-            result=result,
-            read_counts=read_counts,
-            read_loss=read_loss,
-            read_gates=read_gates,
-            ended=Mark(engine.device),
-        )
+                self.engine.discard()
+                return spike, StepResult(lambda: math.nan, unless_finite=spike)
+        return None, self.engine.step(rate)
 
     def values(self, done: PendingStep, tokens: int) -> dict[str, Any]:
-        """Return the metrics of a step; ``tokens`` were trained on so far, its own included where it was applied."""
-        lm, z = done.read_loss()
-        load_balance, entropy, *gate_sums = done.read_gates()
-        counts = done.read_counts()
+        """Return the metrics of a step; ``tokens`` were trained on so far, this step's included if it was applied."""
+        token_sums, row_sums, counts = done.token_sums(), done.row_sums(), done.counts()
         weights = self.settings.loss_weights
-        means_3L = torch.tensor(gate_sums).view(3, self.settings.num_layers) / max(counts.rows, 1)
+        loss = token_sums.lm + weights.z_loss * token_sums.z
         return {
             "step": done.number,
             "tokens": tokens,
-            "loss": lm + weights.z_loss * z + weights.load_balance * load_balance + weights.entropy * entropy,
-            "lm_loss": lm,
-            "load_balance_loss": load_balance,
-            "entropy_loss": entropy,
-            "z_loss": z,
+            "loss": loss + weights.load_balance * row_sums.load_balance + weights.entropy * row_sums.entropy,
+            "lm_loss": token_sums.lm,
+            "load_balance_loss": row_sums.load_balance,
+            "entropy_loss": row_sums.entropy,
+            "z_loss": token_sums.z,
             "grad_norm": done.result.grad_norm,
             "lr": done.rate,
             "seq_len": done.batch.seq_len,
             "skipped_rows": counts.skipped_rows,
             "tokens_hash": f"{counts.tokens_hash & 0xFFFF_FFFF:08x}",
             "epochs": list(done.batch.epochs),
-            "gates": gate_statistics(means_3L),
+            "gates": gate_statistics(row_sums, counts.rows),
         }
 
     def speed(self, batch: StepBatch, seconds: float) -> dict[str, Any]:
@@ -202,6 +216,17 @@ class TrainStep:
             "data_wait_s": batch.wait_s,
             "peak_memory_gib": peak_memory_gib(self.engine.device),
         }
+
+
+def count(batch: StepBatch, stop_wanted: bool) -> StepCounts:
+    """Count this rank's part of a global batch."""
+    return StepCounts(
+        tokens=sum(int((micro.labels_BS >= 0).sum()) for micro in batch.micro_batches),
+        rows=sum(int(micro.row_weight_B.count_nonzero()) for micro in batch.micro_batches),
+        skipped_rows=batch.skipped_rows,
+        tokens_hash=batch.tokens_hash,
+        stop_requests=int(stop_wanted),
+    )
 
 
 def step_inputs(micro: MicroBatch, settings: RunSettings, step: int | None) -> StepInputs:
