@@ -1,6 +1,6 @@
 """How fast a configuration trains: ``python -m fusiontree.benchmark --config FILE [section.key=value …]``.
 
-Real training steps on the configured data, after a warm-up in which kernels compile and tune; nothing is saved. MFU
+The trainer's own steps on the configured data, after a warm-up in which kernels compile and tune; nothing is saved. MFU
 counts what the model needs and nothing a kernel does beside it (see ``models/flops.py``). The last line is one JSON
 object.
 """
@@ -13,12 +13,10 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusiontree.benchmarking.breakdown import breakdown, memory_by_kind
 from fusiontree.benchmarking.table import length_histogram, print_others, print_table
@@ -28,6 +26,12 @@ from fusiontree.parallel.validate import check_layout
 from fusiontree.utils import gc_control
 from fusiontree.utils.environment import process_place
 from fusiontree.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fusiontree.benchmarking.step_timer import StepTimer
+    from fusiontree.engines.base import Engine
+    from fusiontree.parallel.layout import Layout
+    from fusiontree.training.settings import RunSettings
 
 log = logging.getLogger(__name__)
 
@@ -123,159 +127,127 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Time training steps, print the figures and return them."""
     import torch
 
+    from fusiontree.benchmarking.step_timer import StepTimer
     from fusiontree.data.loader import TrainingData
-    from fusiontree.engines.base import StepInputs, StepResult
     from fusiontree.engines.build import build_engine
     from fusiontree.models.flops import training_flops_per_token
     from fusiontree.parallel.layout import Layout
-    from fusiontree.training.losses import GlobalCounts, LossWeights, loss_terms
-    from fusiontree.training.measurements import document_lengths
-    from fusiontree.utils.device import Mark
+    from fusiontree.training.settings import RunSettings
     from fusiontree.utils.hardware import peak_flops
 
-    model, training = config.model, config.training
-    parallel = config.parallel
+    model, training, parallel = config.model, config.training, config.parallel
     with Layout(training.device, tp=parallel.tp, cp=parallel.cp, shard_size=parallel.shard_size) as layout:
-        data = TrainingData(
+        data = TrainingData.for_training(
             config.data,
-            seq_len=training.seq_len,
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
-            curriculum=None,
-            seed=training.seed,
-            vocab_size=model.vocab_size,
-            dp_rank=layout.dp_rank,
-            dp_size=layout.dp_size,
+            training.model_copy(update={"curriculum": None}),
+            model.vocab_size,
+            layout.dp_rank,
+            layout.dp_size,
         )
-        engine = build_engine(model, config.parallel, training, layout)
-        on_gpu = layout.device.type == "cuda"
-        weights = LossWeights(
-            model.load_balance_coeff,
-            model.entropy_reg_coeff,
-            model.z_loss_coeff,
-            training.gate_target,
-            training.gate_margin,
+        engine = build_engine(model, parallel, training, layout)
+        settings = RunSettings.of(
+            run_dir=Path(config.run_dir),
+            model=model,
+            training=training,
+            checkpoint=config.checkpoint,
+            logging=config.logging,
+            values={},
+            flops_per_token=lambda lengths: training_flops_per_token(model, lengths),
+            peak_flops=peak_flops(layout.device, training.precision),
         )
-        tokens = training.global_batch_size * training.seq_len
-        counts = GlobalCounts(tokens=float(tokens), rows=float(training.global_batch_size))
-        lengths: list[int] = []
-
-        def batches() -> Iterator[tuple[list[Any], list[int]]]:
-            for batch, _ in data.steps():
-                micro_batches = batch.micro_batches
-                if args.one_document:
-                    whole = torch.arange(training.seq_len).expand_as(micro_batches[0].positions_BS).contiguous()
-                    micro_batches = [replace(micro, positions_BS=whole) for micro in micro_batches]
-                # Rows without weight (damaged, or filling up the last pass) are computed and are none of the batch.
-                counted = [replace(m, positions_BS=m.positions_BS[m.row_weight_B > 0]) for m in micro_batches]
-                yield micro_batches, document_lengths(replace(batch, micro_batches=counted))
-
-        stream = batches()
-        ready = [next(stream)]
-
-        def step(before: StepResult | None) -> StepResult:
-            """Queue a step as training does, which reads what became of the one before while the device is busy."""
-            micro_batches, new_lengths = ready.pop()
-            lengths.extend(new_lengths)
-            for index, micro in enumerate(micro_batches):
-                inputs = StepInputs(micro.input_ids_BS, micro.labels_BS, micro.positions_BS, micro.row_weight_B, None)
-                out = engine.forward(inputs)
-                terms = loss_terms(
-                    out.loss_sum,
-                    out.z_sum,
-                    out.gate_sum_LB,
-                    out.entropy_sum_LB,
-                    out.count_B,
-                    out.row_weight_B,
-                    weights,
-                    counts,
-                )
-                engine.backward(terms.total, last=index == len(micro_batches) - 1)
-            ready.append(next(stream))
-            if before is not None:
-                before.wait()
-            return engine.step(training.learning_rate)
-
-        def steps(number: int) -> tuple[list[float], float]:
-            """Return the seconds between the ends of steps, and the last one's gradient norm."""
-            if on_gpu:
-                torch.cuda.synchronize()
-            ends, result = [Mark(layout.device)], None
-            for _ in range(number):
-                result = step(result)
-                ends.append(Mark(layout.device))
-            assert result is not None
-            return [end.seconds_since(before) for before, end in pairwise(ends)], result.grad_norm
-
+        timer = StepTimer(settings, engine, data, one_document=args.one_document)
         began = time.perf_counter()
-        steps(args.warmup)
+        timer.run(args.warmup)
         gc_control.freeze()
         warmup_s = time.perf_counter() - began
-        lengths.clear()
-        if on_gpu:
+        if layout.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        times, grad_norm = steps(args.steps)
-        seconds = sorted(times)[len(times) // 2]
+        times = timer.run(args.steps)
         # Other dp ranks read other documents; of the ranks that share rows one counts.
-        mine = lengths if layout.cp_rank == layout.tp_rank == 0 else []
+        mine = times.document_lengths if layout.cp_rank == layout.tp_rank == 0 else []
         lengths = [length for text in layout.gather_text(json.dumps(mine)) for length in json.loads(text)]
-        flops = training_flops_per_token(model, lengths)
-        per_gpu = tokens / seconds / layout.place.world_size
-        peak = peak_flops(layout.device, training.precision)
-        result: dict[str, Any] = {
-            "config": args.config,
-            "overrides": args.overrides,
-            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            "torch": torch.__version__,
-            "world_size": layout.place.world_size,
-            "engine": parallel.engine,
-            "engine_class": type(engine).__name__,
-            "layout": {"dp": layout.dp_size, "cp": layout.cp_size, "tp": layout.tp_size},
-            "parameters": sum(p.numel() for p in engine.state_tensors().values()) // 3,
-            "seq_len": training.seq_len,
-            "documents_per_row": len(lengths) * training.seq_len / sum(lengths),
-            "document_tokens": _spread(lengths),
-            "document_histogram": length_histogram(lengths),
-            "step_time_s": seconds,
-            "step_time_min_s": min(times),
-            "step_time_max_s": max(times),
-            "tokens_per_s": tokens / seconds,
-            "tokens_per_s_per_gpu": per_gpu,
-            "model_flops_per_token": flops,
-            "model_tflops_per_gpu": per_gpu * flops / 1e12,
-            "mfu": per_gpu * flops / peak if peak else None,
-            "warmup_s": warmup_s,
-            "grad_norm": grad_norm,
-        }
-        if on_gpu:
-            result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            result["reserved_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
-
-            def together() -> None:
-                engine.barrier()
-                torch.cuda.synchronize()
-
-            profiled = partial(steps, 1)  # waits for its end
-            result["breakdown_ms"] = breakdown(profiled, together, args.profile if layout.is_main else None)
-            result["memory_gib"] = memory_by_kind(engine.state_tensors(), result["peak_memory_gib"])
+        result = _figures(config, args, settings, layout, engine, times.seconds, lengths)
+        result |= {"warmup_s": warmup_s, "grad_norm": times.grad_norm}
+        if layout.device.type == "cuda":
+            result |= _on_the_gpu(timer, engine, args.profile if layout.is_main else None)
         if args.ops:
             from fusiontree.benchmarking.operations import time_operations
             from fusiontree.engines.torch_engine import PRECISION
 
-            result["operations"] = time_operations(
-                model, training.seq_len, PRECISION[training.precision], layout.device
-            )
+            dtype = PRECISION[training.precision]
+            result["operations"] = time_operations(model, training.seq_len, dtype, layout.device)
         gc_control.unfreeze()
         if layout.is_main:
             print_table(result)
         if args.peers or args.decode:
-            micro = ready.pop()[0][0]
+            micro = timer.next_micro_batch()
             mesh = layout.parameter_mesh(True)
-            del engine  # its memory is the peer's
+            del engine, timer  # their memory is the peer's
             gc.collect()
             torch.cuda.empty_cache()
             result["others"] = others(config, args, micro, mesh, layout.device, result)
         return result
+
+
+def _figures(
+    config: Config,
+    args: argparse.Namespace,
+    settings: RunSettings,
+    layout: Layout,
+    engine: Engine,
+    times: list[float],
+    lengths: list[int],
+) -> dict[str, Any]:
+    """Return what was timed, the speed, and the documents it was timed on."""
+    import torch
+
+    training = config.training
+    seconds = sorted(times)[len(times) // 2]
+    tokens = training.global_batch_size * training.seq_len
+    per_gpu = tokens / seconds / layout.place.world_size
+    flops, peak = settings.flops_per_token(lengths), settings.peak_flops
+    parameters = (t.numel() for name, t in engine.state_tensors().items() if name.startswith("model."))
+    return {
+        "config": args.config,
+        "overrides": args.overrides,
+        "device": torch.cuda.get_device_name() if layout.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "world_size": layout.place.world_size,
+        "engine": config.parallel.engine,
+        "engine_class": type(engine).__name__,
+        "layout": {"dp": layout.dp_size, "cp": layout.cp_size, "tp": layout.tp_size},
+        "parameters": sum(parameters),
+        "seq_len": training.seq_len,
+        "documents_per_row": len(lengths) * training.seq_len / sum(lengths),
+        "document_tokens": _spread(lengths),
+        "document_histogram": length_histogram(lengths),
+        "step_time_s": seconds,
+        "step_time_min_s": min(times),
+        "step_time_max_s": max(times),
+        "tokens_per_s": tokens / seconds,
+        "tokens_per_s_per_gpu": per_gpu,
+        "model_flops_per_token": flops,
+        "model_tflops_per_gpu": per_gpu * flops / 1e12,
+        "mfu": per_gpu * flops / peak if peak else None,
+    }
+
+
+def _on_the_gpu(timer: StepTimer, engine: Engine, trace: str | None) -> dict[str, Any]:
+    """Return memory and where the time of one profiled step goes; writes the trace to a file if one is named."""
+    import torch
+
+    result: dict[str, Any] = {
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "reserved_memory_gib": torch.cuda.max_memory_reserved() / 2**30,
+    }
+
+    def together() -> None:
+        engine.barrier()
+        torch.cuda.synchronize()
+
+    result["breakdown_ms"] = breakdown(partial(timer.run, 1), together, trace)
+    result["memory_gib"] = memory_by_kind(engine.state_tensors(), result["peak_memory_gib"])
+    return result
 
 
 def _spread(values: Sequence[int]) -> dict[str, int]:

@@ -98,16 +98,7 @@ def check_data(config: Config) -> None:
     """
     from fusiontree.data.loader import TrainingData
 
-    training = config.training
-    TrainingData(
-        config.data,
-        seq_len=training.seq_len,
-        global_batch_size=training.global_batch_size,
-        micro_batch_size=training.micro_batch_size,
-        curriculum=training.curriculum,
-        seed=training.seed,
-        vocab_size=config.model.vocab_size,
-    )
+    TrainingData.for_training(config.data, config.training, config.model.vocab_size)
 
 
 def train(config: Config) -> int:
@@ -125,7 +116,6 @@ def train(config: Config) -> int:
     from fusiontree.supervision.restart_policy import wait_or_refuse
     from fusiontree.supervision.run_lock import RunLock
     from fusiontree.training.loop import Outcome, Trainer
-    from fusiontree.training.losses import LossWeights
     from fusiontree.training.run_folder import write_config
     from fusiontree.training.settings import RunSettings
     from fusiontree.utils.hardware import peak_flops
@@ -136,17 +126,7 @@ def train(config: Config) -> int:
     keep_flight_record()
     parallel = config.parallel
     with Layout(training.device, tp=parallel.tp, cp=parallel.cp, shard_size=parallel.shard_size) as layout:
-        train_data = TrainingData(
-            config.data,
-            seq_len=training.seq_len,
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
-            curriculum=training.curriculum,
-            seed=training.seed,
-            vocab_size=model.vocab_size,
-            dp_rank=layout.dp_rank,
-            dp_size=layout.dp_size,
-        )
+        train_data = TrainingData.for_training(config.data, training, model.vocab_size, layout.dp_rank, layout.dp_size)
         validation_data = None
         if config.data.validation and training.eval_interval:
             validation_data = ValidationData(
@@ -174,21 +154,13 @@ def train(config: Config) -> int:
             tokenizer_files = train_data.save_tokenizer(run_dir)
         layout.barrier()
         engine = build_engine(config.model, config.parallel, training, layout)
-        settings = RunSettings(
+        settings = RunSettings.of(
             run_dir=run_dir,
+            model=model,
             training=training,
             checkpoint=config.checkpoint,
             logging=config.logging,
             values=config_values(config),
-            loss_weights=LossWeights(
-                load_balance=model.load_balance_coeff,
-                entropy=model.entropy_reg_coeff,
-                z_loss=model.z_loss_coeff,
-                gate_target=training.gate_target,
-                gate_margin=training.gate_margin,
-            ),
-            num_layers=model.num_layers,
-            drop_branch_prob=model.drop_branch_prob,
             flops_per_token=lambda lengths: training_flops_per_token(model, lengths),
             peak_flops=peak_flops(layout.device, training.precision),
             extra_files=tokenizer_files,

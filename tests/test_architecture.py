@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "planning": {"parallel", "models", "engines.base", "utils"},
     "generation": {"models", "checkpoint", "utils"},
     "evaluation": {"models", "generation", "data", "checkpoint", "utils"},
-    "benchmarking": {"models", "ops", "utils"},
+    "benchmarking": {"training", "supervision", "engines.base", "data", "models", "ops", "utils"},
     "config": {"utils"},
 }
 """Besides these, every room may import any room's config.py: configuration sections are leaves."""

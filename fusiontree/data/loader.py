@@ -28,6 +28,7 @@ from fusiontree.data.sources import RemoteSource, Source, open_source
 from fusiontree.data.state import DataState, Order, SourceIdentity
 from fusiontree.data.validation import ValidationData
 from fusiontree.data.workers import OrderedWorkers
+from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.hashing import stable_hash
 
@@ -106,6 +107,23 @@ class TrainingData:
         self._recent: deque[DataState] = deque(maxlen=3)  # before and after each of the last two steps
         self._asked_row = 0
         self._last_state: dict[str, Any] = {}
+
+    @classmethod
+    def for_training(
+        cls, config: DataConfig, training: TrainingConfig, vocab_size: int, dp_rank: int = 0, dp_size: int = 1
+    ) -> TrainingData:
+        """Open the datasets as a run with these sections of the configuration does; arguments as in the constructor."""
+        return cls(
+            config,
+            seq_len=training.seq_len,
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            curriculum=training.curriculum,
+            seed=training.seed,
+            vocab_size=vocab_size,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+        )
 
     def _check_cache(self) -> None:
         """Refuse a cache that rows read side by side would empty of each other's shards."""

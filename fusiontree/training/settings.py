@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusiontree.checkpoint.config import CheckpointConfig
+from fusiontree.models.config import ModelConfig
 from fusiontree.training.config import LoggingConfig, TrainingConfig
 from fusiontree.training.losses import LossWeights
 
@@ -30,3 +31,39 @@ class RunSettings:
     """Peak dense FLOP/s of one device at the run's precision, or None where it is not known."""
     extra_files: list[Path]
     """Small files that every checkpoint carries: the tokenizer."""
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        run_dir: Path,
+        model: ModelConfig,
+        training: TrainingConfig,
+        checkpoint: CheckpointConfig,
+        logging: LoggingConfig,
+        values: dict[str, Any],
+        flops_per_token: Callable[[list[int]], float],
+        peak_flops: float | None,
+        extra_files: Sequence[Path] = (),
+    ) -> RunSettings:
+        """Return the settings of a configuration, given by its sections; the arguments are the fields."""
+        weights = LossWeights(
+            load_balance=model.load_balance_coeff,
+            entropy=model.entropy_reg_coeff,
+            z_loss=model.z_loss_coeff,
+            gate_target=training.gate_target,
+            gate_margin=training.gate_margin,
+        )
+        return cls(
+            run_dir=run_dir,
+            training=training,
+            checkpoint=checkpoint,
+            logging=logging,
+            values=values,
+            loss_weights=weights,
+            num_layers=model.num_layers,
+            drop_branch_prob=model.drop_branch_prob,
+            flops_per_token=flops_per_token,
+            peak_flops=peak_flops,
+            extra_files=list(extra_files),
+        )
