@@ -1,8 +1,26 @@
 """Installation. Every dependency has bounds and a reason; what only some users need is an extra."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithConfigs(build_py):
+    """Copies ``configs/`` into the package; an editable installation finds the clone's folder."""
+
+    def run(self) -> None:
+        """Build, then copy the YAML files."""
+        super().run()
+        if not self.editable_mode:
+            source, target = Path(__file__).parent / "configs", Path(self.build_lib) / "fusiontree" / "configs"
+            for file in source.rglob("*.yaml"):
+                self.mkpath(str((target / file.relative_to(source)).parent))
+                self.copy_file(str(file), str(target / file.relative_to(source)))
+
 
 setup(
+    cmdclass={"build_py": BuildWithConfigs},
     packages=find_packages(include=["fusiontree", "fusiontree.*"]),
     install_requires=[
         "torch>=2.11,<3",  # FSDP2 with separate sharding groups, varlen attention, DCP

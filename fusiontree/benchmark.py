@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusiontree.benchmarking.breakdown import breakdown, memory_by_kind
 from fusiontree.benchmarking.table import length_histogram, print_others, print_table
+from fusiontree.cli.program import run_program
 from fusiontree.config.load import load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
@@ -63,19 +64,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; exit code 1 when a peer or decoding failed, 2 when something the user gave is wrong."""
-    args = build_parser().parse_intermixed_args(argv)  # settings may stand between options
+    return run_program(build_parser, command, argv)
+
+
+def command(args: argparse.Namespace) -> int:
+    """Check, measure and print; return the exit code of :func:`main`.
+
+    Raises:
+        UserError: something the user gave is wrong.
+    """
     place = process_place()
     logging.basicConfig(
         level=logging.INFO if place.is_main else logging.WARNING, format="%(message)s", stream=sys.stdout
     )
-    try:
-        config = load_config(args.config, args.overrides)
-        check_layout(config.model, config.parallel, config.training, place.world_size)
-        check_options(config, args)
-        result = run(config, args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = load_config(args.config, args.overrides)
+    check_layout(config.model, config.parallel, config.training, place.world_size)
+    check_options(config, args)
+    result = run(config, args)
     if place.is_main:
         print(json.dumps(result))
     failed = [name for name, figures in result.get("others", {}).items() if "error" in figures]

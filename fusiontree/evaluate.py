@@ -16,6 +16,8 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from fusiontree.cli.program import run_program
+from fusiontree.data.format import ShardDamage
 from fusiontree.evaluation.config import EvaluationConfig, Task
 from fusiontree.utils.errors import UserError
 
@@ -65,20 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the entry; return the exit code: 0 done, 2 something the user gave is wrong."""
-    args = build_parser().parse_args(argv)
-    from fusiontree.checkpoint.manifest import CheckpointDamage
-    from fusiontree.data.format import ShardDamage
-
-    try:
-        run(args)
-    except (UserError, CheckpointDamage, ShardDamage) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(build_parser, run, argv, errors=(UserError, ShardDamage))
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluate as asked.
+def run(args: argparse.Namespace) -> int:
+    """Evaluate as asked; return the exit code of :func:`main`.
 
     Raises:
         UserError: something the user gave is wrong; found before the first task runs.
@@ -98,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     if args.check:
         check_inputs(given)
         print(f"ok: {folder}")
-        return
+        return 0
     device, dtype = choose_device(args.device, args.dtype)
     model, resolved = load_model(folder, device, dtype)
     settings = evaluation_settings({**resolved.get("evaluation", {}), **given})
@@ -123,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(values))
     if args.output:
         args.output.write_text(json.dumps(values, indent=1) + "\n")
+    return 0
 
 
 def check_inputs(given: dict[str, Any]) -> None:

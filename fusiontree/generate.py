@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusiontree.cli.program import run_program
 from fusiontree.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -78,14 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the entry; return the exit code: 0 done, 1 broken numbers in the model, 2 the user gave something wrong."""
-    args = build_parser().parse_args(argv)
-    from fusiontree.checkpoint.manifest import CheckpointDamage
+    return run_program(build_parser, command, argv)
 
+
+def command(args: argparse.Namespace) -> int:
+    """Generate as asked; return the exit code of :func:`main`."""
     try:
         run(args)
-    except (UserError, CheckpointDamage) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

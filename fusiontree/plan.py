@@ -13,13 +13,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fusiontree.cli.program import run_program
 from fusiontree.config.load import load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout, valid_tp
 from fusiontree.utils.errors import UserError
 
 _ASSUMPTIONS = (
-    "bf16 rates of one profiled step of hybrid_1b_32k on one H100 SXM (configs/bench/NOTES.md); other devices differ",
+    "bf16 rates of one profiled step of hybrid_1b_32k on one H100 SXM (docs/speed.md); other devices differ",
     "one document a row; the longest stage of a curriculum; 92% of the memory is usable; half of the communication "
     "that could hide behind computation does; links {node:g} GB/s in a node, {network:g} between nodes, for one GPU",
 )
@@ -62,12 +63,7 @@ def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the entry; return the exit code: 0 the configuration fits, 1 it does not, 2 something given is wrong."""
-    args = build_parser().parse_args(argv)
-    try:
-        return run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_program(build_parser, run, argv)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if own["fits"]:
         print(f"the configured layout fits {args.memory_gib:g} GiB")
     else:
-        best = f"the fastest that does is {fitting[0]}" if fitting else "no layout of this model on so many GPUs does"
+        best = f"the fastest that does is {fitting[0]}" if fitting else "no layout of this model on these GPUs does"
         print(f"the configured layout does not fit {args.memory_gib:g} GiB (marked !); {best}")
     values = {"gpus": args.gpus, "assumptions": assumptions, "configured": own, "others": others[: args.rows]}
     print(json.dumps(values))

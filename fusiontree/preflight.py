@@ -16,6 +16,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
+from fusiontree.cli.program import run_program
 from fusiontree.utils.environment import fail_on_nccl_timeout, meeting_point, process_place
 from fusiontree.utils.errors import UserError
 
@@ -48,12 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the entry; return the exit code: 0 all links are fit, 1 some are not, 2 something given is wrong."""
-    args = build_parser().parse_args(argv)
-    try:
-        return run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    return run_program(build_parser, run, argv)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusiontree.cli.program import run_program
 from fusiontree.tracking.console import clock, short
 from fusiontree.tracking.goodput import Goodput, account
 from fusiontree.tracking.plots import plot_goodput, plot_run
@@ -141,12 +142,12 @@ def _picture(name: str, draw: Callable[[Path], None]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report and write its page; exit code 2 when there is no run."""
-    args = build_parser().parse_args(argv)
-    try:
-        goodput = account(args.run)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_program(build_parser, report, argv)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Print the report and write its page; return the exit code of :func:`main`."""
+    goodput = account(args.run)
     print(text_report(args.run, goodput))
     if not args.no_html:
         print(f"\n{write_html(args.run, goodput)}")

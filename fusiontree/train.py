@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from fusiontree.cli.program import run_program
 from fusiontree.config.load import config_values, dump_config, load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
@@ -63,31 +64,34 @@ def main(argv: list[str] | None = None) -> int:
     0 the run reached its end (or ``exit_at_step``); 75 it saved and stopped on a signal, start it again to go on;
     2 something the user gave is wrong.
     """
-    args = build_parser().parse_args(argv)
+    return run_program(build_parser, run, argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, print or train as asked; return the exit code of :func:`main`.
+
+    Raises:
+        UserError: something the user gave is wrong.
+    """
     place = process_place()
     logging.basicConfig(
         level=logging.INFO if place.is_main else logging.WARNING, format="%(message)s", stream=sys.stdout
     )
-    try:
-        config = load_config(args.config, args.overrides)
-        if args.print_config:
-            print(dump_config(config), end="")
-            return 0
-        check_layout(config.model, config.parallel, config.training, args.world_size or place.world_size)
-        check_run_folder(Path(config.run_dir), config_values(config))
-        if args.print_run_dir:
-            print(config.run_dir)
-            return 0
-        if args.check:
-            check_data(config)
-            print(f"ok: {args.config}, run_dir {config.run_dir}")
-            return 0
-        leave_when_warned(75)
-        return train(config)
-    except UserError as error:
-        # Every rank meets the same error; one message is enough, unless it is this rank's own.
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        print(dump_config(config), end="")
+        return 0
+    check_layout(config.model, config.parallel, config.training, args.world_size or place.world_size)
+    check_run_folder(Path(config.run_dir), config_values(config))
+    if args.print_run_dir:
+        print(config.run_dir)
+        return 0
+    if args.check:
+        check_data(config)
+        print(f"ok: {args.config}, run_dir {config.run_dir}")
+        return 0
+    leave_when_warned(75)
+    return train(config)
 
 
 def check_data(config: Config) -> None:

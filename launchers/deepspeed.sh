@@ -17,6 +17,7 @@
 set -uo pipefail
 # shellcheck source=launchers/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+answer_alone "${BASH_SOURCE[0]}" "$@"
 place_in_slurm
 count_processes
 ranks=$((${NNODES:-1} * PROCESSES))

@@ -10,6 +10,19 @@ python=${FUSIONTREE_PYTHON:-$root/.venv/bin/python}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
 
+# answer_alone SCRIPT ARGUMENTS… ends the script where one process answers the arguments: help, or what a run would be.
+answer_alone() {
+    local argument
+    for argument in "${@:2}"; do
+        case $argument in
+        -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1" && echo ;;
+        --print-config | --print-run-dir) ;;
+        *) continue ;;
+        esac
+        exec "$python" -m "${MODULE:-fusiontree.train}" "${@:2}"
+    done
+}
+
 # Sets NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and, where it is known, PROCESSES (ranks on each node).
 place_in_slurm() {
     [ -n "${SLURM_JOB_ID:-}" ] || return 0

@@ -14,6 +14,7 @@
 set -euo pipefail
 # shellcheck source=launchers/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+answer_alone "${BASH_SOURCE[0]}" "$@"
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     echo "error: launchers/srun.sh runs inside a Slurm allocation; use slurm/pretrain.sh or salloc first" >&2
     exit 2

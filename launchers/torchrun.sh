@@ -18,6 +18,7 @@
 set -uo pipefail
 # shellcheck source=launchers/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+answer_alone "${BASH_SOURCE[0]}" "$@"
 place_in_slurm
 count_processes
 find_run_dir "$((${NNODES:-1} * PROCESSES))" "$@"

@@ -19,14 +19,17 @@ from pathlib import Path
 
 import pytest
 
+from fusiontree.cli import VERBS, find_verb
+from fusiontree.cli import main as fusiontree
+
 ROOT = Path(__file__).parent.parent
 SHELL_PLACES = ["Makefile", ".ci/*", "*.md", *(f"{d}/**/*" for d in ("slurm", "launchers", "tools", "configs", "docs"))]
 PYTHON_PLACES = [f"{d}/**/*.py" for d in ("fusiontree", "launchers", "slurm", "tools", "tests")]
 END_OF_COMMAND = {"|", "||", "&&", ";", "&", ")", ">", ">>", "<", "2>", "2>&1", "do", "done", "then", "fi", "#"}
-CONFIGURED = {"fusiontree.train", "fusiontree.benchmark", "fusiontree.plan"}
+CONFIGURED = {f"fusiontree{mark}{name}" for name in ("train", "benchmark", "plan") for mark in ". "}
 
 Call = tuple[str, list[str]]
-"""A program and the words passed to it."""
+"""A program (``fusiontree.train``, ``tools/plot_run.py``, ``fusiontree data build``) and the words passed to it."""
 
 
 def program_of(word: str) -> str | None:
@@ -39,31 +42,44 @@ def program_of(word: str) -> str | None:
     return None
 
 
+def verb_at(words: list[str], start: int) -> str | None:
+    """``fusiontree data build`` when these words are a call of the console command, known verb or not."""
+    before, (name, *rest) = words[start - 1] if start else "", words[start:]
+    begins = before in {"", "$", "time", "-m"} | END_OF_COMMAND
+    if not begins or not rest or not re.fullmatch(r"(.*/bin/)?fusiontree(\.cli)?", name):
+        return None
+    if not re.fullmatch(r"[a-z]+", rest[0]):
+        return None
+    found = find_verb(rest)
+    return f"fusiontree {found[0] if found else rest[0]}"
+
+
 def calls_in_words(words: list[str]) -> list[Call]:
     """Every call among shell words."""
     calls = []
     for start, word in enumerate(words):
-        program = program_of(word)
+        verb, program = verb_at(words, start), program_of(word)
         before = words[start - 1] if start else ""
         by_module = before in {"-m", "--module"}
         by_path = "/" in word and re.search(r"python|torchrun|deepspeed|srun|PYTHON|executable", before)
-        if program is None or not (by_module or by_path):
+        if verb is None and (program is None or not (by_module or by_path)):
             continue
+        behind = start + (verb.count(" ") if verb else 0)
         passed = []
-        for argument in words[start + 1 :]:
+        for argument in words[behind + 1 :]:
             if argument in END_OF_COMMAND:
                 break
             passed.append(argument.rstrip("]),.`'\";…"))
             if argument.endswith(";"):
                 break
-        calls.append((program, passed))
+        calls.append((verb or str(program), passed))
     return calls
 
 
 def calls_in_shell(text: str) -> list[Call]:
     calls = []
     for line in re.sub(r"\\\n", " ", text).splitlines():
-        if "fusiontree." not in line and ".py" not in line:
+        if "fusiontree." not in line and "fusiontree " not in line and ".py" not in line:
             continue
         # Markdown code spans and shell substitutions end a command as a newline does
         for part in re.split(r"`|\$\(", line):
@@ -126,6 +142,9 @@ def all_calls() -> list[tuple[str, Call]]:
 
 
 def source_of(program: str) -> Path:
+    if " " in program:
+        verb = VERBS.get(program.removeprefix("fusiontree "))
+        return source_of(verb.module) if verb else ROOT / program
     if program.endswith(".py"):
         return ROOT / program
     module = ROOT / program.replace(".", "/")
@@ -136,7 +155,9 @@ def source_of(program: str) -> Path:
 def known_options(program: str) -> frozenset[str]:
     """The options of the argparse parsers that answer the program's ``--help``."""
     # A program that never parses would ignore --help and do its work here.
-    assert "ArgumentParser" in source_of(program).read_text(), f"{program} has no argument parser and is passed options"
+    source = source_of(program).read_text()
+    parses = "ArgumentParser" in source or re.search(r"from fusiontree\.cli\.\w+ import main", source)
+    assert parses, f"{program} has no argument parser and is passed options"
     parsers: list[argparse.ArgumentParser] = []
     format_help = argparse.ArgumentParser.format_help
 
@@ -148,7 +169,9 @@ def known_options(program: str) -> frozenset[str]:
         patch.setattr(sys, "argv", [program, "--help"])
         patch.setattr(argparse.ArgumentParser, "format_help", remember)
         with pytest.raises(SystemExit) as ended:
-            if program.endswith(".py"):
+            if " " in program:
+                fusiontree([*program.split()[1:], "--help"])
+            elif program.endswith(".py"):
                 runpy.run_path(str(ROOT / program), run_name="__main__")
             else:
                 patch.delitem(sys.modules, program, raising=False)  # runpy warns when it is imported already
@@ -216,11 +239,16 @@ def test_calls_are_found_where_people_write_them():
     shell = (
         "run:\n\t$(PYTHON) -m fusiontree.train --config configs/a.yaml \\\n\t  --resume training.seed=1 && echo --no\n"
         "torchrun --nproc-per-node=2 -m fusiontree.train --print-config | tee --append x\n"
+        "fusiontree data build --input a && .venv/bin/fusiontree train --check\n"
+        "Use the fusiontree command `fusiontree trian -x` or `pip install fusiontree now`.\n"
         "Then `python tools/build_shards.py --input=a -o b` and (python -m fusiontree.generate --prompt it).\n"
     )
     assert calls_in_shell(shell) == [
         ("fusiontree.train", ["--config", "configs/a.yaml", "--resume", "training.seed=1"]),
         ("fusiontree.train", ["--print-config"]),
+        ("fusiontree data build", ["--input", "a"]),
+        ("fusiontree train", ["--check"]),
+        ("fusiontree trian", ["-x"]),
         ("tools/build_shards.py", ["--input=a", "-o", "b"]),
         ("fusiontree.generate", ["--prompt", "it"]),
     ]

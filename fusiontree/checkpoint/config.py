@@ -1,4 +1,4 @@
-"""When training saves and what it keeps."""
+"""The ``checkpoint`` section: when training saves checkpoints and which it keeps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class CheckpointConfig(Section):
     keep_last: int = setting(3, "Newest checkpoints to keep; 0 keeps all.", ge=0)
     keep_every: int = setting(0, "Keep every checkpoint whose step is a multiple of this; 0 keeps none extra.", ge=0)
     keep_best: int = setting(
-        0, "Keep so many with the lowest validation loss, of those saved at a step that was validated.", ge=0
+        0, "Number of checkpoints with the lowest validation loss to keep, of those saved at a validated step.", ge=0
     )
     async_: bool = setting(
         True,
-        "Copy the state to CPU memory (as much as the rank's part of the state) and write it while training goes on.",
+        "Copy the state to CPU memory (this rank's part of it) and write it while training continues.",
         alias="async",
     )

@@ -1,4 +1,4 @@
-"""The folders under RUN/checkpoints: their names, which of them are complete, and their removal."""
+"""The folders under RUN/checkpoints: names, completeness, removal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from fusiontree.utils.files import fsync_directory
 
 MANIFEST = "manifest.json"
-"""Written last: a folder without it is no checkpoint."""
+"""Written last: a folder without it is incomplete."""
 
 STATE = "state.json"
 """Small values of the training state: step, data position, configuration."""
@@ -37,19 +37,19 @@ def folder_step(folder: Path) -> int:
     """
     match = _STEP.match(folder.name)
     if not match:
-        raise ValueError(f"'{folder}' is no checkpoint folder; its name should be step-XXXXXXXX")
+        raise ValueError(f"'{folder}' is not a checkpoint folder; its name must be step-XXXXXXXX")
     return int(match.group(1))
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Return the complete checkpoint folders, oldest first; found by looking, never by a pointer file."""
+    """Return the complete checkpoint folders, oldest first; lists the folder and never relies on a pointer file."""
     if not checkpoints.is_dir():
         return []
     return sorted(f for f in checkpoints.iterdir() if _STEP.match(f.name) and (f / MANIFEST).is_file())
 
 
 def remove_partial(checkpoints: Path) -> list[Path]:
-    """Delete what killed saves left behind and return the deleted folders."""
+    """Delete leftovers of killed saves and return the deleted folders."""
     left = [f for f in checkpoints.glob(f"{_PARTIAL}*") if f.is_dir()] if checkpoints.is_dir() else []
     for folder in left:
         shutil.rmtree(folder)
@@ -57,7 +57,7 @@ def remove_partial(checkpoints: Path) -> list[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a checkpoint. Renamed first: a kill in the middle must not leave half of one that looks whole."""
+    """Delete a checkpoint. Renames it first, so that a kill during deletion leaves no half that looks complete."""
     doomed = folder.with_name(f"{_PARTIAL}removed-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -65,12 +65,12 @@ def remove_folder(folder: Path) -> None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint to ``damaged-step-XXXXXXXX``, which no resume and no retention counts.
+    """Rename a damaged checkpoint to ``damaged-step-XXXXXXXX``, which resume and retention ignore.
 
-    Nothing in it is changed: a repaired checkpoint is renamed back by hand.
+    Its content does not change: after a repair, rename it back by hand.
 
     Raises:
-        OSError: it cannot be renamed.
+        OSError: the folder cannot be renamed.
     """
     aside, number = folder.with_name(f"{_DAMAGED}{folder.name}"), 1
     while aside.exists():

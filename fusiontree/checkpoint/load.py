@@ -1,4 +1,4 @@
-"""Loading: the newest checkpoint whose files match their hashes, into live tensors or into a single-device model."""
+"""Loads the newest undamaged checkpoint into the tensors of a run or into a single-device model."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ def load_newest(
     on_damage: Callable[[str], None] = lambda message: None,
     report: Report | None = None,
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Fill ``tensors`` from the newest good checkpoint; each byte is hashed while it is read.
+    """Fill ``tensors`` from the newest undamaged checkpoint; all bytes are hashed while they are read.
 
-    A checkpoint that turns out damaged on any rank is passed over on all, and the next older one then fills everything
-    anew. Nothing is renamed or deleted here. All ranks call this together.
+    If any rank finds a checkpoint damaged, all ranks skip it and load the next older checkpoint from the start. Renames
+    and deletes nothing. A collective call.
 
     Args:
         checkpoints: RUN/checkpoints.
         tensors: this rank's view of the state.
-        group: a group of all ranks; None when this process is alone.
-        check: called with folder and small values before anything is filled; may raise UserError.
+        group: a group of all ranks; None for a single process.
+        check: called with folder and small values before tensors are filled; may raise UserError.
         on_damage: called with a message for every damaged checkpoint.
-        report: called with the bytes done and in all.
+        report: called with the bytes read and the total bytes.
 
     Returns:
-        The folder and its small values, or None where there is no checkpoint at all.
+        The folder and its small values, or None if there is no checkpoint.
 
     Raises:
-        CheckpointDamage: there are checkpoints and none is good.
-        UserError: the newest good one belongs to another model.
+        CheckpointDamage: all checkpoints are damaged.
+        UserError: the newest undamaged checkpoint belongs to another model.
     """
-    folders = _gather([str(f) for f in complete_checkpoints(checkpoints)], group)[0]  # as rank 0 sees it
+    folders = _gather([str(f) for f in complete_checkpoints(checkpoints)], group)[0]  # the list of rank 0
     for name in reversed(folders):
         folder = Path(name)
         state: dict[str, Any] = {}
@@ -67,10 +67,10 @@ def load_newest(
         for kind, text in problems:
             if kind == "mistake":
                 raise UserError(text)
-        on_damage(f"damaged checkpoint passed over: {problems[0][1]}")
+        on_damage(f"skipped a damaged checkpoint: {problems[0][1]}")
     if folders:
         raise CheckpointDamage(
-            f"none of the {len(folders)} checkpoints in {checkpoints} is whole; restore one of them or start in a new "
+            f"all {len(folders)} checkpoints in {checkpoints} are damaged; restore one of them or start in a new "
             f"run_dir"
         )
     return None
@@ -91,7 +91,7 @@ def load_checkpoint(
     check: Callable[[Path, dict[str, Any]], None] = lambda folder, state: None,
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Fill ``tensors`` from one checkpoint and return its small values; every byte that is used is checked.
+    """Fill ``tensors`` from one checkpoint and return its small values; all used bytes are verified.
 
     Raises:
         CheckpointDamage: a file differs from its recorded hash.
@@ -106,20 +106,20 @@ def load_checkpoint(
 
 
 def check_model(folder: Path, state: dict[str, Any], model: dict[str, Any]) -> None:
-    """Check that a checkpoint is one of this model.
+    """Check that a checkpoint belongs to this model.
 
     Args:
-        folder: for the message.
-        state: its small values.
+        folder: the checkpoint, for the message.
+        state: small values of the checkpoint.
         model: the ``model`` section, as plain values.
 
     Raises:
-        UserError: names every field that differs.
+        UserError: fields differ; the message names them all.
     """
     saved = dict(state.get("config", {}).get("model", {}))
     wanted = dict(model)
     for values in (saved, wanted):
-        values.pop("kernels", None)  # how fast, not what
+        values.pop("kernels", None)  # kernels affect speed, not the model
     differing = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
     if saved and differing:
         lines = "\n".join(f"  model.{k}: {saved.get(k)!r} in the checkpoint, {wanted.get(k)!r} now" for k in differing)
@@ -137,7 +137,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill ``tensors`` in place from the checkpoint; each kind takes its own part, whatever layout saved it.
+    """Fill this rank's shards of ``tensors`` in place from the checkpoint, whatever layout saved it.
 
     Raises:
         CheckpointDamage: bytes differ from their recorded hash.
@@ -147,7 +147,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def saved_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return shape and type of every tensor that a DCP folder holds, in the order they were saved.
+    """Return shape and dtype of every tensor in a DCP folder, in saved order.
 
     Raises:
         CheckpointDamage: its metadata cannot be read.
@@ -156,10 +156,10 @@ def saved_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint folder that ``path`` names: itself, or the newest complete one of a run folder.
+    """Return ``path`` if it is a checkpoint folder, or the newest complete checkpoint of a run folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no complete checkpoint.
     """
     if (path / MANIFEST).is_file():
         return path
@@ -176,12 +176,12 @@ def find_checkpoint(path: Path) -> Path:
 def load_model(
     path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[FusionTreeModel, dict[str, Any]]:
-    """Load a model for one device, ready for generation; only its own bytes are read, and its memory is all it takes.
+    """Load a model on one device for generation; reads only the model's tensors and needs little memory besides them.
 
     Args:
         path: a run folder (its newest checkpoint) or a checkpoint folder.
-        device: where the model lives.
-        dtype: type of its weights; the state space parameters stay fp32.
+        device: of the model.
+        dtype: of the weights; the state space parameters stay fp32.
 
     Returns:
         The model in evaluation mode, and the resolved configuration it was trained with.

@@ -1,8 +1,8 @@
-"""SHA-256 of everything in a checkpoint, so that damage is found before it is used.
+"""SHA-256 hashes of a checkpoint's files, to detect damage before values are used.
 
-DCP, like most formats, notices a truncated file and loads a flipped byte silently. Files of tensors are hashed part by
-part (one part a tensor's piece, no gaps), so that a rank that needs only some of a file checks what it reads, while
-it reads it. Other files are hashed whole.
+DCP, like most formats, detects a truncated file but silently loads a flipped byte. Tensor files have one hash per part
+(one part per rectangle of a tensor, without gaps), so a rank that reads only some parts of a file verifies exactly
+those parts while it reads them. Other files have one hash.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fusiontree.utils.files import atomic_write
 from fusiontree.utils.hashing import sha256_file
 
 Report = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
+"""Called with the bytes done and the total bytes."""
 
 _FORMAT = "fusiontree-checkpoint"
 _CHUNK = 4 << 20
@@ -34,16 +34,16 @@ class CheckpointDamage(UserError):
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest says of one file."""
+    """The manifest's entry for one file."""
 
     size: int
     parts: tuple[tuple[int, str], ...]
     """Length in bytes and SHA-256 of each part, in order."""
     whole: bool = True
-    """False for a file of tensors that was hashed piece by piece; else there is one part, the file."""
+    """True if the file is hashed as a single part; False for tensor files with one part per rectangle."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry as the manifest holds it."""
+        """Return the entry in the manifest's JSON form."""
         if self.whole:
             return {"bytes": self.size, "sha256": self.parts[0][1]}
         return {"bytes": self.size, "parts": [list(part) for part in self.parts]}
@@ -59,7 +59,7 @@ def _file_entry(values: dict[str, Any]) -> FileEntry:
 
 
 def file_entries(files: list[Path], folder: Path) -> dict[str, dict[str, Any]]:
-    """Return ``{relative name: entry}`` of ``files``, which lie under ``folder``, hashing them."""
+    """Hash ``files``, which are under ``folder``, and return ``{relative name: entry}``."""
     entries = {}
     for file in sorted(files):
         size = file.stat().st_size
@@ -79,10 +79,10 @@ def write_manifest(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, FileEntry]:
-    """Return what the manifest says.
+    """Return the manifest's entries by file name.
 
     Raises:
-        CheckpointDamage: it cannot be read, or was changed.
+        CheckpointDamage: the manifest cannot be read, or differs from its hash.
     """
     manifest = folder / MANIFEST
     try:
@@ -101,10 +101,10 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
 
 
 def check_size(file: Path, entry: FileEntry) -> None:
-    """Check that a file is there and of its recorded size.
+    """Check that a file exists and has its recorded size.
 
     Raises:
-        CheckpointDamage: it is not.
+        CheckpointDamage: the file is missing or has another size.
     """
     try:
         size = file.stat().st_size
@@ -118,7 +118,7 @@ def check_file(file: Path, entry: FileEntry, progress: Callable[[int], None] = l
     """Read one file and compare it with its entry.
 
     Raises:
-        CheckpointDamage: it is missing, of another size, or of another hash.
+        CheckpointDamage: the file is missing, or its size or hash differs.
     """
     check_size(file, entry)
     start = 0
@@ -150,7 +150,7 @@ class ByteCount:
         self._done, self._lock = 0, Lock()
 
     def add(self, size: int) -> None:
-        """Count ``size`` bytes more."""
+        """Add ``size`` bytes."""
         if self._report:
             with self._lock:
                 self._done += size
@@ -161,7 +161,7 @@ def verify(folder: Path, threads: int = 4, report: Report | None = None) -> None
     """Check every file against the manifest.
 
     Raises:
-        CheckpointDamage: naming the first file that is missing, of another size, or of another hash.
+        CheckpointDamage: a file is missing, or its size or hash differs; the message names the first such file.
     """
     entries = read_manifest(folder)
     count = ByteCount(sum(entry.size for entry in entries.values()), report)

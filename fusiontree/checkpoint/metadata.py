@@ -1,7 +1,7 @@
-"""DCP's ``.metadata``: which tensors a checkpoint holds, and where in its files their pieces lie.
+"""DCP's ``.metadata``: the tensors of a checkpoint, and the file ranges of their rectangles.
 
-It is a pickle, and unpickling runs what it names; ``torch.distributed.checkpoint`` does so without asking. Here only
-the handful of data classes that belong in it can be made; anything else is refused before it runs.
+The file is a pickle, and unpickling runs the functions that it names; ``torch.distributed.checkpoint`` does so without
+restriction. This module only creates the few data classes that belong in it and rejects anything else before it runs.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ _CLASSES: dict[tuple[str, str], Any] = {
 _CLASSES |= {
     (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): lambda name: torch.strided,  # nothing else is ever saved
+    ("torch.serialization", "_get_layout"): lambda name: torch.strided,  # the only layout that is saved
     ("collections", "OrderedDict"): collections.OrderedDict,
 }
-# What megatron-core writes along: the plan of its saving; data classes, too.
+# megatron-core also writes its save plan, which consists of data classes.
 _CLASSES |= {
     (planner.__name__, name): getattr(planner, name)
     for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 }
 _CLASSES |= {
-    (module, name): pathlib.PurePosixPath  # where a checkpoint was written once; a name, never opened
+    (module, name): pathlib.PurePosixPath  # original path of the checkpoint; never opened
     for module in ("pathlib", "pathlib._local")
     for name in ("PosixPath", "PurePosixPath", "Path")
 }
@@ -60,12 +60,12 @@ class _Unpickler(pickle.Unpickler):
             return _CLASSES[module, name]
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place in it and was not run")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not allowed and was not run")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rectangle of a tensor and where its bytes lie."""
+    """A rectangle of a tensor, and the file range of its bytes."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -84,10 +84,10 @@ class SavedTensor:
 
 
 def read_metadata(folder: Path) -> dict[str, SavedTensor]:
-    """Return the tensors of a DCP folder, in the order they were saved; nothing in it is executed.
+    """Return the tensors of a DCP folder, in saved order, without executing anything in it.
 
     Raises:
-        CheckpointDamage: the file is missing, is no DCP metadata, or names what must not be run.
+        CheckpointDamage: the file is missing, is not DCP metadata, or names a function that must not run.
     """
     path = folder / METADATA
     try:
@@ -115,7 +115,7 @@ def _tensor(name: str, entry: dcp.TensorStorageMetadata, storage: dict[Any, Any]
 
 
 def metadata_bytes(tensors: dict[str, SavedTensor]) -> bytes:
-    """Return the content of ``.metadata``, as ``torch.distributed.checkpoint`` itself would write and read it."""
+    """Return the content of ``.metadata``, in the form that ``torch.distributed.checkpoint`` writes and reads."""
     state: dict[str, dcp.STORAGE_TYPES] = {}
     storage: dict[dcp.MetadataIndex, filesystem._StorageInfo] = {}
     for name, tensor in tensors.items():

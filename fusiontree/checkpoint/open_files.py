@@ -1,7 +1,7 @@
-"""Files of a folder, kept open from one read to the next.
+"""Keeps the files of a folder open between reads.
 
-Opening is cheap on a local disk and a round trip on a shared file system, and a conversion reads thousands of small
-tensors.
+Opening a file is cheap on a local disk but costs a round trip on a shared file system, and a conversion reads thousands
+of small tensors.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from threading import Lock
 
 _MOST = 64
-"""Files that are kept open; a checkpoint of many ranks has more than a process may open."""
+"""Maximum number of open files; a checkpoint of many ranks has more files than a process may open."""
 
 
 class _File:
-    """An open file that closes itself when nothing refers to it any more."""
+    """An open file that is closed when its last reference is gone."""
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY)
@@ -29,20 +29,20 @@ class _File:
 
 
 class OpenFiles:
-    """Reads at any place of a folder's files, from several threads."""
+    """Reads at any offset of a folder's files, from several threads."""
 
     def __init__(self, folder: Path) -> None:
-        """Open nothing yet."""
+        """Prepare; files are opened at first read."""
         self._folder = folder
         self._idle: list[tuple[str, _File]] = []
         self._lock = Lock()
 
     @contextmanager
     def lend(self, name: str) -> Iterator[int]:
-        """Give a file descriptor that no other thread uses meanwhile: the system reads ahead for each by itself.
+        """Lend a file descriptor for exclusive use, since the system's read-ahead is per descriptor.
 
         Raises:
-            OSError: there is no such file.
+            OSError: the file does not exist.
         """
         with self._lock:
             place = next((i for i, (held, _) in enumerate(self._idle) if held == name), None)
@@ -54,10 +54,10 @@ class OpenFiles:
             del self._idle[:-_MOST]
 
     def read(self, name: str, start: int, length: int) -> bytearray:
-        """Return bytes of a file, fewer where it ends.
+        """Return ``length`` bytes of a file from ``start`` on, fewer if the file ends before.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         buffer = bytearray(length)
         view, done = memoryview(buffer), 0

@@ -1,4 +1,4 @@
-"""Which rectangles of a tensor this rank holds, whatever kind of tensor the engine gave."""
+"""The rectangles of a tensor that this rank holds, for every kind of tensor that engines use."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fusiontree.parallel.global_tensor import GlobalTensor, Piece
 
 
 def pieces_of(tensor: Tensor) -> list[Piece]:
-    """Return ``(offset in the whole, view of the live values)`` of what this rank holds; empty pieces are left out.
+    """Return ``(offset in the full tensor, view of the values in use)`` of this rank's non-empty rectangles.
 
     Args:
-        tensor: a plain tensor (held whole), a DTensor (its local shard), or a :class:`GlobalTensor`.
+        tensor: a plain tensor (replicated), a DTensor (its local shard), or a :class:`GlobalTensor`.
     """
     if isinstance(tensor, GlobalTensor):
         pieces = tensor.pieces

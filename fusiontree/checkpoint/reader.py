@@ -1,8 +1,8 @@
-"""Reading tensors of a checkpoint: in parallel, hashed while they are read, each byte once.
+"""Reads tensors of a checkpoint in parallel; hashes bytes while reading, and reads each byte once.
 
-A rank reads the pieces that overlap its own part of a tensor, whatever layout saved them, and checks exactly those.
-Memory beyond the targets is the largest piece, or a quarter of a gigabyte where that is more: several pieces are hashed
-at a time, each on a core.
+A rank reads and verifies exactly the saved rectangles that overlap its shards, whatever layout saved them. Memory
+besides the targets is the largest rectangle or a quarter of a gigabyte, whichever is more: several rectangles are
+hashed at a time, one per core.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ _IN_FLIGHT = 256 << 20
 
 @dataclass
 class _Job:
-    """A piece to read, and the views it fills."""
+    """A saved rectangle to read, and the views that it fills."""
 
     name: str
     chunk: Chunk
     dtype: torch.dtype
     targets: list[tuple[Tensor, tuple[slice, ...]]]
-    """Views of live tensors, and which part of the piece each takes."""
+    """Views of target tensors, and the part of the rectangle that fills each view."""
 
 
 class CheckpointReader:
     """An open checkpoint folder."""
 
     hashes = True
-    """False only where it is measured what hashing costs."""
+    """False only in benchmarks of the cost of hashing."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what the checkpoint says of itself.
+        """Read manifest and metadata.
 
         Raises:
-            CheckpointDamage: manifest or metadata are damaged.
+            CheckpointDamage: manifest or metadata is damaged.
         """
         self.folder = folder
         self.files = read_manifest(folder)
@@ -74,18 +74,18 @@ class CheckpointReader:
         self._sized: set[str] = set()
 
     def check(self, name: str) -> None:
-        """Compare one whole file with its recorded hash.
+        """Compare one complete file with its recorded hash.
 
         Raises:
-            CheckpointDamage: it differs, or the manifest does not know it.
+            CheckpointDamage: the hash differs, or the manifest does not list the file.
         """
         check_file(self.folder / name, self._entry(name))
 
     def check_small_files(self) -> None:
-        """Compare every file that holds no tensors with its recorded hash.
+        """Compare every file without tensors with its recorded hash.
 
         Raises:
-            CheckpointDamage: one differs.
+            CheckpointDamage: a hash differs.
         """
         for name, entry in self.files.items():
             if entry.whole and not name.endswith(".distcp"):
@@ -97,11 +97,11 @@ class CheckpointReader:
         return self.files[name]
 
     def read(self, name: str) -> Tensor:
-        """Return one whole tensor on the CPU.
+        """Return one full tensor on the CPU.
 
         Raises:
-            UserError: there is none of that name.
-            CheckpointDamage: its bytes differ from their recorded hash.
+            UserError: there is no tensor of that name.
+            CheckpointDamage: the tensor's bytes differ from their recorded hash.
         """
         if name not in self.tensors:
             raise UserError(f"{self.folder} holds no tensor '{name}'{nearest(name, self.tensors)}")
@@ -118,17 +118,17 @@ class CheckpointReader:
         in_flight: int = _IN_FLIGHT,
         report: Report | None = None,
     ) -> None:
-        """Fill this rank's parts of ``tensors`` in place, casting to their types.
+        """Fill this rank's shards of ``tensors`` in place, casting to their dtypes.
 
         Args:
             tensors: plain tensors, DTensors or GlobalTensors, on any device.
-            threads: readers at a time; None takes one a core, at most eight.
-            in_flight: bytes of pieces in memory at a time; a larger piece is alone.
-            report: called with the bytes done and in all.
+            threads: number of reader threads; None means one per core, at most eight.
+            in_flight: maximum bytes of rectangles in memory at a time; a larger rectangle is read alone.
+            report: called with the bytes done and the total bytes.
 
         Raises:
             UserError: a tensor is missing in the checkpoint or has another shape.
-            CheckpointDamage: the bytes of one differ from their recorded hash.
+            CheckpointDamage: bytes of a tensor differ from their recorded hash.
         """
         jobs = self._jobs(tensors)
         whole = sorted({job.chunk.file for job in jobs if not self._has_parts(job)})
@@ -140,7 +140,7 @@ class CheckpointReader:
             self._sized.add(name)
         threads = threads or min(8, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(threads) as hashers:
-            # Files that were not written by us are hashed as a whole, so before anything of them is used.
+            # Files of other programs have a single hash, so they are verified completely before their values are used.
             list(pool.map(lambda name: check_file(self.folder / name, self.files[name], count.add), whole))
             try:
                 for _ in pool.map(lambda job: self._do(job, buffers, count, hashers), jobs):
@@ -175,7 +175,7 @@ class CheckpointReader:
         return self._part(job.chunk) is not None
 
     def _part(self, chunk: Chunk) -> str | None:
-        """Return the SHA-256 of exactly this piece's bytes, or None where the file was hashed in another way."""
+        """Return the recorded SHA-256 of exactly this rectangle's bytes, or None if there is none."""
         if chunk.file not in self._parts:
             starts: dict[int, tuple[int, str]] = {}
             start = 0
@@ -205,9 +205,9 @@ class CheckpointReader:
                 view.copy_(values[part])
 
     def _read(self, chunk: Chunk, buffer: memoryview, progress: Callable[[int], None], hashers: Executor | None) -> str:
-        """Fill ``buffer`` with a piece's bytes and return the SHA-256 of what was read.
+        """Fill ``buffer`` with a rectangle's bytes and return the SHA-256 of the bytes read.
 
-        A part of it is hashed while the next is read: of large pieces only one is in memory at a time.
+        Hashing a part overlaps reading the next part, since only one large rectangle is in memory at a time.
         """
         path = self.folder / chunk.file
         digest = hashlib.sha256()
@@ -233,9 +233,9 @@ class CheckpointReader:
 
 
 class _Buffers:
-    """Memory for pieces, so many bytes in all, used again from piece to piece: new pages cost as much as reading them.
+    """Reusable buffers for rectangles, of limited total size: allocating new pages costs as much as reading into them.
 
-    The pages are its own: memory from the heap would stay with the process when this is gone.
+    The memory is mapped separately: heap memory might not return to the system when this object is freed.
     """
 
     def __init__(self, size: int) -> None:
@@ -244,7 +244,7 @@ class _Buffers:
 
     @contextmanager
     def of(self, size: int) -> Iterator[Tensor]:
-        """Lend uint8 ``[size]``; waits until there is room. ``size`` is at most that of the whole."""
+        """Lend a uint8 tensor ``[size]``; waits for free memory. ``size`` is at most the total size."""
         whole = self._take(size)
         try:
             yield whole[:size]
@@ -272,7 +272,7 @@ class _Buffers:
 def _overlap(
     offset: tuple[int, ...], shape: tuple[int, ...], chunk: Chunk
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Return where a held rectangle and a saved one overlap: slices of the held one, and of the saved one."""
+    """Return the overlap of a held and a saved rectangle as slices of the held and slices of the saved rectangle."""
     held, saved = [], []
     for at, size, chunk_at, chunk_size in zip(offset, shape, chunk.offset, chunk.shape, strict=True):
         begin, end = max(at, chunk_at), min(at + size, chunk_at + chunk_size)
@@ -284,10 +284,10 @@ def _overlap(
 
 
 def _tensor_in(buffer: Tensor, job: _Job, path: Path, *, ours: bool) -> Tensor:
-    """Return the tensor in what ``torch.save`` wrote, of the piece's shape; no pickle is executed.
+    """Return the tensor, of the rectangle's shape, in bytes written by ``torch.save``, without executing a pickle.
 
-    Pieces that we wrote are contiguous, and the values are taken where they lie. Others go through torch's restricted
-    loader, which also knows strides.
+    Rectangles written by this project are contiguous and are used without a copy. Others go through torch's restricted
+    loader, which also supports strides.
     """
     shape, dtype = job.chunk.shape, job.dtype
     try:
@@ -310,7 +310,7 @@ def _tensor_in(buffer: Tensor, job: _Job, path: Path, *, ours: bool) -> Tensor:
 
 
 class _View(io.RawIOBase):
-    """A file over bytes that are not copied."""
+    """A file object over bytes, without a copy."""
 
     def __init__(self, buffer: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which checkpoints a save leaves and which it deletes."""
+"""Retention: deletes old checkpoints after a save."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fusiontree.checkpoint.manifest import CheckpointDamage, check_size, read_ma
 
 
 def remove_old(checkpoints: Path, config: CheckpointConfig, newest: int) -> list[Path]:
-    """Delete the checkpoints that none of ``keep_last``, ``keep_every`` and ``keep_best`` keeps, and return them.
+    """Delete and return the checkpoints that none of ``keep_last``, ``keep_every`` and ``keep_best`` keeps.
 
-    Only checkpoints of the present history are counted or deleted: those of steps up to ``newest`` whose files are all
-    there with their recorded sizes. A later step, or a folder with a truncated file, is one that a resume has passed
-    over or would pass over; counting it would let it displace a good one.
+    Only valid checkpoints are counted or deleted: steps up to ``newest`` with all files of their recorded sizes. Later
+    steps, and folders with a missing or truncated file, were or would be skipped by a resume; if they counted, they
+    would displace good checkpoints.
 
     Args:
         checkpoints: RUN/checkpoints.
-        config: what to keep.
-        newest: the step that was saved last; its checkpoint always stays.
+        config: the retention settings.
+        newest: the last saved step; its checkpoint is always kept.
     """
     if not config.keep_last:
         return []
@@ -39,7 +39,7 @@ def remove_old(checkpoints: Path, config: CheckpointConfig, newest: int) -> list
 
 
 def has_all_files(folder: Path) -> bool:
-    """Return whether the manifest is readable and every file has its recorded size; nothing is hashed."""
+    """Return True if the manifest is readable and every file has its recorded size; hashes nothing."""
     try:
         for name, entry in read_manifest(folder).items():
             check_size(folder / name, entry)

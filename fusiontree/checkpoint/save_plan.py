@@ -1,8 +1,8 @@
-"""Who writes which piece of a checkpoint.
+"""Assigns the rectangles of a checkpoint to the ranks that write them.
 
-Every rank lists the rectangles it holds. A rectangle that several ranks hold (whole parameters under ddp, copies
-between nodes) is written by one of them, so that all write about as much. Every rank works the plan out by itself, from
-the same lists.
+Every rank lists the rectangles that it holds. A rectangle held by several ranks (replicated parameters, copies under
+``shard_size``) is written by one of them, chosen so that all ranks write about equally much. Every rank computes the
+same plan from the same lists.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor
 from fusiontree.checkpoint.pieces import pieces_of
 
 Rectangle = tuple[str, tuple[int, ...], tuple[int, ...]]
-"""Tensor name, offset in the whole, shape."""
+"""Tensor name, offset in the full tensor, shape."""
 
 Holdings = dict[str, tuple[tuple[int, ...], torch.dtype, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]]]
-"""Per tensor: global shape, type, and ``(offset, shape)`` of each piece that a rank holds."""
+"""Per tensor: global shape, dtype, and ``(offset, shape)`` of each rectangle that a rank holds."""
 
 
 @dataclass(frozen=True)
 class SavePlan:
-    """What this rank writes, and what the checkpoint holds in all."""
+    """The rectangles that this rank writes, and the content of the full checkpoint."""
 
     holdings: Holdings
-    """What the plan was made from on this rank."""
+    """This rank's rectangles, from which the plan was made."""
     mine: tuple[Rectangle, ...]
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    """Shape and type of every tensor, in order."""
+    """Shape and dtype of every tensor, in order."""
     total_bytes: int
-    """Of all ranks together."""
+    """Bytes of all ranks together."""
 
     @property
     def my_bytes(self) -> int:
@@ -46,7 +46,7 @@ class SavePlan:
 
 
 def holdings_of(tensors: dict[str, Tensor]) -> Holdings:
-    """Return what this rank holds."""
+    """Return the rectangles that this rank holds."""
     return {
         name: (
             tuple(tensor.shape),
@@ -58,7 +58,7 @@ def holdings_of(tensors: dict[str, Tensor]) -> Holdings:
 
 
 def make_plan(holdings: Holdings, group: dist.ProcessGroup | None) -> SavePlan:
-    """Share the writing out; all ranks of ``group`` call this together (None: this process is alone)."""
+    """Compute the plan; a collective call of all ranks of ``group`` (None: a single process)."""
     everyone: list[Holdings] = [holdings]
     if group is not None:
         everyone = [{}] * dist.get_world_size(group)
@@ -75,7 +75,7 @@ def make_plan(holdings: Holdings, group: dist.ProcessGroup | None) -> SavePlan:
     _check_cover(tensors, list(holders))
     load = [0] * len(everyone)
     writer: dict[Rectangle, int] = {}
-    # What only one rank can write first; the rest, largest first, fills up the least busy.
+    # First assign rectangles that only one rank holds; then the others, largest first, to the least busy holder.
     size_of = {r: math.prod(r[2]) * tensors[r[0]][1].itemsize for r in holders}
     for rectangle in sorted(holders, key=lambda r: (len(holders[r]) > 1, -size_of[r], r)):
         chosen = min(holders[rectangle], key=lambda holder: load[holder])

@@ -1,9 +1,9 @@
-"""Saving while training goes on.
+"""Saves checkpoints in the background while training continues.
 
-A save is a short pause, in which the state is copied to CPU memory, and then a thread that writes the copy: each rank
-its own files, then rank 0 the small ones and, last, the manifest; at the end the folder is renamed. The threads of the
-ranks talk over a process group of their own. What goes wrong in one of them is agreed on by all and returned as the
-result of the save; training and the checkpoints that are there stay whole.
+A save pauses training shortly to copy the state to CPU memory; then a thread writes the copy. Each rank writes its
+files; then rank 0 writes the small files and, last, the manifest, and renames the folder. The threads of the ranks
+communicate over a separate process group. If any thread fails, all ranks agree on the error and return it as the result
+of the save; training and existing checkpoints are not affected.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ from fusiontree.checkpoint.write_files import Written, write_files
 from fusiontree.utils.files import atomic_write, fsync_directory
 
 _SMALL_FILES = 16 << 20
-"""Room for manifest, metadata, state and tokenizer."""
+"""Disk space reserved for manifest, metadata, state and tokenizer, in bytes."""
 
 
 @dataclass(frozen=True)
 class SaveResult:
-    """What became of a save; the same on all ranks, but for the times."""
+    """Result of a save; equal on all ranks except for the times."""
 
     step: int
     folder: Path
     stall_s: float
-    """How long training waited."""
+    """Time that training waited, in seconds."""
     write_s: float
-    """From the start to the rename."""
+    """Time from the start to the rename, in seconds."""
     size: int
     """Bytes of tensors."""
     error: str | None = None
-    """Why there is no checkpoint, or None."""
+    """Reason why there is no checkpoint, or None."""
     fatal: bool = False
-    """No later save can succeed: the run folder is another process's."""
+    """True if no later save can succeed, because another process has taken the run folder."""
     removed: list[str] = field(default_factory=list)
-    """Older checkpoints that retention deleted; on rank 0."""
+    """Older checkpoints that retention deleted; only on rank 0."""
     note: dict[str, Any] = field(default_factory=dict)
-    """What the caller wanted to be told again."""
+    """The ``note`` given to :meth:`Saver.save`."""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why there will be no checkpoint."""
+    """Reason why there will be no checkpoint."""
 
     text: str
     fatal: bool = False
@@ -86,13 +86,13 @@ class Saver:
         group: dist.ProcessGroup | None = None,
         may_commit: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """Wire up.
+        """Prepare to save.
 
         Args:
             checkpoints: RUN/checkpoints, on a file system that all ranks share.
             config: retention, and whether to write in the background.
-            group: a gloo group of all ranks that nothing else uses; None when this process is alone.
-            may_commit: asked on rank 0 before a folder gets its name; a text is why it must not.
+            group: a gloo group of all ranks for exclusive use; None for a single process.
+            may_commit: called on rank 0 before the folder is renamed; returns a reason not to commit, or None.
         """
         self.checkpoints, self.config, self.group = checkpoints, config, group
         self._may_commit = may_commit
@@ -103,7 +103,7 @@ class Saver:
         self._results: queue.SimpleQueue[SaveResult] = queue.SimpleQueue()
 
     def prepare(self, tensors: dict[str, Tensor]) -> None:
-        """Share the writing out and make the buffers, so that the first save stalls no longer than the others."""
+        """Compute the save plan and allocate the buffers, so that the first save pauses no longer than later saves."""
         holdings = holdings_of(tensors)
         stale = self._plan is None or self._plan.holdings != holdings
         if any(self._gather(stale)):
@@ -117,7 +117,7 @@ class Saver:
 
     @property
     def page_locked(self) -> bool:
-        """True when the copy of the state is in memory that a GPU copies to at the link's full speed."""
+        """True if the buffers are page-locked, so that a GPU copies to them at full link speed."""
         return self._snapshot is not None and self._snapshot.locked
 
     def save(
@@ -130,17 +130,17 @@ class Saver:
         wait: bool = False,
         note: dict[str, Any] | None = None,
     ) -> None:
-        """Save; the result comes from :meth:`poll` or :meth:`wait`.
+        """Start a save; :meth:`poll` returns its result.
 
-        A save that is still being written is waited for first.
+        Waits first for a save that is still being written.
 
         Args:
-            step: the optimizer step it belongs to.
+            step: optimizer step of the state.
             tensors: this rank's view of the state: plain tensors (equal on all ranks), DTensors, GlobalTensors.
             values: JSON-able state, the same on all ranks.
-            extra_files: small files to put beside the tensors (a tokenizer).
-            wait: return only when it is written; nothing is copied then.
-            note: comes back in the result.
+            extra_files: small files to add to the checkpoint (a tokenizer).
+            wait: return only after the checkpoint is written; then the state is not copied.
+            note: returned in the result.
         """
         began = time.perf_counter()
         self.wait()
@@ -158,12 +158,12 @@ class Saver:
         def work() -> None:
             self._results.put(self._write(request, plan, pieces, stall))
 
-        # A daemon: a process that fails must be able to end, whatever its peers do.
+        # A daemon thread, so that a failing process can end even if its peers hang.
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
     def poll(self) -> list[SaveResult]:
-        """Return the results that have come in since the last call; other ranks may not have theirs yet."""
+        """Return the results of saves that ended since the last call; other ranks may see them later."""
         if self._thread is not None and not self._thread.is_alive():
             self._thread = None
         results = []
@@ -172,14 +172,14 @@ class Saver:
         return results
 
     def wait(self, patience_s: float | None = None) -> None:
-        """Wait until nothing is being written (or ``patience_s`` are over)."""
+        """Wait until nothing is being written, at most ``patience_s`` seconds."""
         if self._thread is not None:
             self._thread.join(patience_s)
             if not self._thread.is_alive():
                 self._thread = None
 
     def _gather(self, mine: Any) -> list[Any]:
-        """Return every rank's value, in order of rank."""
+        """Return every rank's value, in rank order."""
         if self.group is None:
             return [mine]
         everyone: list[Any] = [None] * dist.get_world_size(self.group)
@@ -204,7 +204,7 @@ class Saver:
                 error = self._first_error(error)
             if error and self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-        except Exception as failure:  # a peer has died, and with it the group
+        except Exception as failure:  # a peer has died, so the group is broken
             error = _Failure(f"rank {self._rank} lost the other ranks while it wrote {partial}: {failure}")
         seconds = time.perf_counter() - request.began
         return SaveResult(
@@ -223,7 +223,7 @@ class Saver:
         return next((error for error in self._gather(mine) if error), None)
 
     def _open(self, partial: Path, plan: SavePlan) -> _Failure | None:
-        """Make the temporary folder, if there is room for what will be in it."""
+        """Create the temporary folder, if there is enough disk space for the checkpoint."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
@@ -252,7 +252,7 @@ class Saver:
             return [], _Failure(text)
 
     def _commit(self, request: _Request, plan: SavePlan, partial: Path, files: list[Written]) -> _Failure | None:
-        """Write what describes the tensors, the manifest last, and give the folder its name."""
+        """Write metadata, state and small files, then the manifest, and rename the folder to its final name."""
         final = step_folder(self.checkpoints, request.step)
         try:
             chunks: dict[str, list[Chunk]] = {name: [] for name in plan.tensors}
@@ -273,7 +273,7 @@ class Saver:
             write_manifest(partial, entries)
             if problem := self._may_commit():
                 return _Failure(problem, fatal=True)
-            if final.exists():  # a resumed or rewound run came to this step again; the newer one takes its place
+            if final.exists():  # a resumed or rewound run reached this step again; replace the old checkpoint
                 remove_folder(final)
             partial.rename(final)
             fsync_directory(self.checkpoints)
@@ -285,7 +285,7 @@ class Saver:
         try:
             return [folder.name for folder in remove_old(self.checkpoints, self.config, newest)]
         except OSError:
-            return []  # the next save, or the next start, tries again
+            return []  # retried after the next save or at the next start
 
 
 def save_checkpoint(
@@ -294,7 +294,7 @@ def save_checkpoint(
     """Write one checkpoint from a single process and return its folder.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the checkpoint could not be written.
     """
     saver = Saver(checkpoints, CheckpointConfig(keep_last=0, async_=False))
     saver.save(step, tensors, values, extra_files, wait=True)
@@ -305,7 +305,7 @@ def save_checkpoint(
 
 
 def free_bytes(folder: Path) -> int:
-    """Return how much the user may still write there."""
+    """Return the number of bytes that the user may still write in ``folder``."""
     return shutil.disk_usage(folder).free
 
 

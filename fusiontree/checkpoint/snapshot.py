@@ -1,7 +1,8 @@
-"""A copy of this rank's part of the state in CPU memory, taken in the pause of training that a save costs.
+"""A copy of this rank's part of the state in CPU memory, taken while training pauses for a save.
 
-The memory is made once and used by every save: as much as the rank writes, touched beforehand (a first touch costs more
-than the copy), and page-locked where the state lives on a GPU, so that the copy runs at the link's full speed.
+The memory is allocated once and reused by every save. Its size is the bytes that this rank writes. It is touched in
+advance, since the first access to a page costs more than the copy, and page-locked if the state is on a GPU, so that
+the copy runs at full link speed.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ _ALIGN = 64
 
 
 class Snapshot:
-    """Buffers for the pieces of a plan."""
+    """Buffers for the rectangles of a save plan."""
 
     def __init__(self, plan: SavePlan, device: torch.device) -> None:
-        """Allocate.
+        """Allocate the buffers.
 
         Args:
-            plan: what this rank writes.
-            device: where the live tensors are.
+            plan: has the rectangles that this rank writes.
+            device: of the state's tensors.
         """
         self.plan = plan
         starts, end = [], 0
@@ -37,13 +38,13 @@ class Snapshot:
         self.buffers: dict[Rectangle, Tensor] = {}
         flat = self._memory.numpy()
         for rectangle, start in zip(plan.mine, starts, strict=True):
-            # From numpy, so that each buffer is a storage of its own: torch.save writes whole storages.
+            # From numpy, so that each buffer has a separate storage: torch.save writes complete storages.
             part = torch.from_numpy(flat[start : start + plan.nbytes(rectangle)])
             self.buffers[rectangle] = part.view(plan.tensors[rectangle[0]][1]).view(rectangle[2])
 
     @torch.no_grad()
     def take(self, tensors: dict[str, Tensor]) -> None:
-        """Copy the live values; when this returns, training may change them."""
+        """Copy the current values; after this returns, training may change them."""
         for rectangle, view in live_pieces(self.plan, tensors).items():
             self.buffers[rectangle].copy_(view, non_blocking=self.locked)
         if self.locked:
@@ -57,7 +58,7 @@ class Snapshot:
 
 
 def live_pieces(plan: SavePlan, tensors: dict[str, Tensor]) -> dict[Rectangle, Tensor]:
-    """Return the views of live values that this rank writes."""
+    """Return views of the current values of the rectangles that this rank writes."""
     mine = set(plan.mine)
     found: dict[Rectangle, Tensor] = {}
     for name, tensor in tensors.items():
@@ -69,9 +70,9 @@ def live_pieces(plan: SavePlan, tensors: dict[str, Tensor]) -> dict[Rectangle, T
 
 
 def _page_lock(memory: Tensor) -> bool:
-    """Lock exactly this memory: torch's own pinned allocator rounds up to a power of two. False where it is refused."""
+    """Page-lock exactly this memory (torch's pinned allocator rounds up to a power of two); False if that fails."""
     if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0:
         return True
-    with contextlib.suppress(RuntimeError):  # CUDA would report the refusal once more, at the next kernel
+    with contextlib.suppress(RuntimeError):  # clears the error, which CUDA would report again at the next kernel
         torch.zeros(1, device="cuda")
     return False

@@ -1,4 +1,4 @@
-"""Writing this rank's files of a checkpoint: in DCP's format, hashed while they are written."""
+"""Writes this rank's files of a checkpoint in DCP's format and hashes them while writing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_FILES = 4
 
 @dataclass(frozen=True)
 class Written:
-    """One file and what is in it."""
+    """One written file and its content."""
 
     name: str
     entry: FileEntry
@@ -31,7 +31,7 @@ class Written:
 
 
 def write_files(folder: Path, rank: int, pieces: dict[Rectangle, Tensor]) -> list[Written]:
-    """Write pieces into this rank's files of ``folder``, several at a time, and make them durable.
+    """Write rectangles into this rank's files in ``folder``, several files at a time, and sync them.
 
     Raises:
         OSError: the disk is full, the folder is gone …
@@ -54,7 +54,7 @@ def _share_out(pieces: dict[Rectangle, Tensor]) -> list[list[tuple[Rectangle, Te
 
 
 def write_file(folder: Path, name: str, pieces: Iterable[tuple[Rectangle, Tensor]]) -> Written:
-    """Write one new file, a piece at a time as they come, and make it durable.
+    """Write one new file, rectangle by rectangle in the order of ``pieces``, and sync it.
 
     Raises:
         OSError: the disk is full, the folder is gone …
@@ -84,7 +84,7 @@ def write_file(folder: Path, name: str, pieces: Iterable[tuple[Rectangle, Tensor
 
 
 def _own_storage(live: Tensor) -> Tensor:
-    """Return the values on the CPU, contiguous, in a storage of their own: torch.save writes whole storages."""
+    """Return the values on the CPU, contiguous, in a separate storage, as torch.save writes complete storages."""
     values = live.detach().cpu()
     if values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes:
         return values
@@ -92,9 +92,9 @@ def _own_storage(live: Tensor) -> Tensor:
 
 
 class _HashingStream:
-    """What torch.save writes to: passes bytes on and hashes them on the way.
+    """Output stream for torch.save that hashes the bytes it writes.
 
-    When writing fails, torch may raise an error of its own that says nothing of the cause; ``error`` keeps the cause.
+    If a write fails, torch may raise another error that hides the cause; ``error`` keeps the cause.
     """
 
     def __init__(self, file: BinaryIO) -> None:

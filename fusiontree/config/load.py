@@ -11,6 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
+from fusiontree.config.packaged import find_file, hint_for
 from fusiontree.config.root import Config
 from fusiontree.utils.errors import UserError, nearest
 from fusiontree.utils.settings import Section
@@ -54,16 +55,15 @@ def parse_yaml(text: str, place: str) -> Any:
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read ``path``, apply ``section.key=value`` overrides in order, and validate.
+    """Read ``path`` (a file or a packaged one's name), apply ``section.key=value`` overrides in order, and validate.
 
     Raises:
         UserError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a value
             has the wrong type or range.
     """
-    path = Path(path)
+    path = find_file(Path(path))
     if not path.is_file():
-        near = nearest(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
-        raise UserError(f"config file '{path}' does not exist{near}")
+        raise UserError(f"config file '{path}' does not exist{hint_for(path)}")
     values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise UserError(f"config file '{path}' is empty or no mapping; it needs sections such as model, training, data")

@@ -1,1 +1,1 @@
-"""Conversions between our training checkpoint and other libraries' formats, run by ``tools/convert_checkpoint.py``."""
+"""Conversions between our training checkpoint and other formats, run by ``fusiontree checkpoint convert``."""

@@ -1,4 +1,4 @@
-"""The named blocks that a parameter consists of, and how each is cut over tensor parallel ranks."""
+"""The named blocks of a parameter, and how each block is split over tensor parallel ranks."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _PACKED = {
 
 
 class BlockPlace(NamedTuple):
-    """One block of a parameter: equal contiguous parts of it belong to the tensor parallel ranks."""
+    """One block of a parameter, of which each tensor parallel rank holds an equal contiguous part."""
 
     name: str | None
-    """None where the parameter is one block."""
+    """None if the parameter has only one block."""
     axis: int
     start: int
     """First row (or column) in the parameter."""
     shape: tuple[int, ...]
     parts: int
-    """How many ranks cut it; 1 where every rank has the whole."""
+    """Number of parts that the block is split into; 1 if it is replicated."""
 
     def of(self, parameter: Tensor) -> Tensor:
-        """Return the block of a whole parameter, as a view."""
+        """Return a view of the block in the full parameter."""
         return parameter.narrow(self.axis, self.start, self.shape[self.axis])
 
     def chunks(self) -> dict[tuple[int, ...], tuple[int, ...]]:

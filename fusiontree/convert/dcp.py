@@ -1,4 +1,4 @@
-"""Our training checkpoint as source and target."""
+"""FusionTree's training checkpoint as source and target of a conversion."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TrainingCheckpoint(CheckpointSource):
         self._limit = max(entry.nbytes for entry in self.entries.values())
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor; small ones that follow it are read along, up to the size of the largest."""
+        """Return one tensor; also reads the small tensors after it ahead, up to the size of the largest tensor."""
         if name not in self._ahead:
             self._ahead.clear()
             wanted: dict[str, Tensor] = {}
@@ -68,7 +68,7 @@ class TrainingCheckpoint(CheckpointSource):
 
 
 class Lazy(NamedTuple):
-    """A tensor to be written, whose rectangles are made one at a time."""
+    """A tensor to write; its rectangles are created one at a time."""
 
     entry: Entry
     chunks: dict[tuple[int, ...], tuple[int, ...]]
@@ -116,7 +116,7 @@ def write(folder: Path, stream: Stream, *, config_yaml: str | None, name: str) -
     Args:
         folder: temporary folder that becomes the target.
         stream: the tensors.
-        config_yaml: the run's whole configuration as a file, if it is known.
+        config_yaml: the run's full configuration as YAML, if known.
         name: the target's name; ``step-XXXXXXXX`` makes a checkpoint folder, any other name a run folder.
     """
     source = stream.source
@@ -141,7 +141,7 @@ def write(folder: Path, stream: Stream, *, config_yaml: str | None, name: str) -
 
 
 def fresh_state() -> dict[str, Any]:
-    """Return the small values of a run that has not made a step."""
+    """Return the small values of a run at step 0."""
     rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
     return {
         "step": 0,

@@ -1,4 +1,4 @@
-"""The table of formats, and a conversion from one to another: into a temporary place, read back, compared, renamed."""
+"""The table of formats, and the conversion: write to a temporary path, read back, compare, rename."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Options:
-    """How the target is to be."""
+    """Options of the target."""
 
     dtype: str | None = None
     """fp32 | bf16: type of the weights; None keeps the source's, and makes training checkpoints fp32."""
     max_shard_bytes: int = 5 << 30
     config: dict[str, Any] | None = None
-    """Whole configuration of the run that a training checkpoint is made for; None keeps the source's."""
+    """Full configuration of the run for a training checkpoint; None keeps the source's configuration."""
     config_yaml: str | None = None
-    """The same as the text of a config.yaml."""
+    """``config`` as YAML text."""
     tp: int = 1
-    """megatron, zero: tensor parallel size that the parts are cut for."""
+    """megatron, zero: tensor parallel size of the target."""
     dp: int = 1
     """zero: data parallel size."""
     stage: int = 3
     """zero: 1 | 2 | 3."""
     check_logits: str = "auto"
-    """hf: on | off | auto, which compares the logits of models that are small enough."""
+    """hf: on | off | auto; auto compares logits only if the model is small enough."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a conversion was verified."""
+    """Result of verifying a conversion."""
 
     hashes: dict[str, str]
-    """SHA-256 of every tensor that the target holds, all of them read back from it and compared."""
+    """SHA-256 of every tensor of the target; all were read back and compared."""
     logits: str | None
-    """What was found of the logits, or why they were not compared; None for formats that have none."""
+    """Result of comparing logits, or the reason for not comparing them; None for formats without code."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Format:
     what: str
     """One line for ``--list``."""
     looks_like: Callable[[Path], bool]
-    """Whether a path holds it, told by file names."""
+    """Returns True if a path holds this format, judged by file names."""
     open: Callable[[Path, Options], CheckpointSource]
     write: Callable[[Path, Stream, Options, str], None] | None
-    """Writes to a temporary place, given the target's name; None where there is no such target."""
+    """Writes to a temporary path, given the target's name; None if the format cannot be a target."""
     is_file: bool = False
 
 
@@ -98,7 +98,7 @@ FORMATS = {
     for form in (
         Format(
             "dcp",
-            "our training checkpoint: a run folder (its newest checkpoint) or RUN/checkpoints/step-XXXXXXXX",
+            "FusionTree training checkpoint: a run folder (its newest checkpoint) or RUN/checkpoints/step-XXXXXXXX",
             _is_dcp,
             lambda path, options: dcp.TrainingCheckpoint(path),
             _write_dcp,
@@ -112,7 +112,7 @@ FORMATS = {
         ),
         Format(
             "safetensors",
-            "one file of weights under our names, in fp32 or bf16",
+            "one file of weights under FusionTree's parameter names, in fp32 or bf16",
             lambda path: path.is_file() and path.suffix == ".safetensors",
             lambda path, options: single_file.WeightFile(path),
             _write_single,
@@ -140,7 +140,7 @@ def format_named(name: str, option: str) -> Format:
     """Return a format.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no format of that name.
     """
     if name not in FORMATS:
         raise UserError(f"{option} '{name}' is none of the formats {', '.join(FORMATS)}{nearest(name, FORMATS)}")
@@ -151,7 +151,7 @@ def recognise(path: Path) -> str:
     """Return the name of the format that a path holds.
 
     Raises:
-        UserError: there is nothing, or nothing known.
+        UserError: the path does not exist, or its format is unknown.
     """
     if not path.exists():
         near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
@@ -167,11 +167,11 @@ def recognise(path: Path) -> str:
 
 
 def open_source(path: Path, name: str | None, options: Options) -> tuple[Format, CheckpointSource]:
-    """Open a checkpoint, of the named format or of the one that its files show.
+    """Open a checkpoint of the named format, or of the format recognized from its files.
 
     Raises:
-        UserError: it does not exist, or is of another format than named.
-        CheckpointDamage: a file of it is damaged.
+        UserError: the checkpoint does not exist, or is of another format than named.
+        CheckpointDamage: a file of the checkpoint is damaged.
     """
     if name is not None:
         wanted = format_named(name, "--from")
@@ -184,10 +184,10 @@ def open_source(path: Path, name: str | None, options: Options) -> tuple[Format,
 
 
 def check_target(target: Path, form: Format) -> None:
-    """Refuse a target that is taken or of the wrong kind.
+    """Check that the target does not exist and that its name fits the format.
 
     Raises:
-        UserError: it exists, or is a file's name for a folder or the other way round.
+        UserError: the target exists, or the name is a file's for a folder format or a folder's for a file format.
     """
     if form.write is None:
         raise UserError(
@@ -214,13 +214,13 @@ def convert(
         source: open checkpoint.
         target: path that does not exist yet.
         form: of the target.
-        options: how the target is to be.
-        report: called with the bytes done and the bytes in all.
-        say: called with what is about to take a while.
+        options: of the target.
+        report: called with the bytes done and the total bytes.
+        say: called with a description of each long phase.
 
     Raises:
-        UserError: the target is taken, the disk has too little room, what was written reads back different, or its
-            logits are not those of our model.
+        UserError: the target exists, the disk has too little space, tensors read back differ from those written, or the
+            target's logits differ from this project's model.
     """
     check_target(target, form)
     check_tp(source, form, options)
@@ -265,10 +265,10 @@ def fp32_bytes(source: CheckpointSource) -> int:
 
 
 def check_tp(source: CheckpointSource, form: Format, options: Options) -> None:
-    """Refuse a tensor parallel size that the model cannot be cut for.
+    """Check that the model can be split for the tensor parallel size.
 
     Raises:
-        UserError: naming why, and the sizes that would do.
+        UserError: the size does not fit; the message gives the reason and the valid sizes.
     """
     if form.name not in ("megatron", "zero"):
         return
@@ -279,7 +279,7 @@ def check_tp(source: CheckpointSource, form: Format, options: Options) -> None:
 
 
 def target_dtype(form: Format, options: Options) -> torch.dtype | None:
-    """Return what type parameters take; None keeps the source's."""
+    """Return the dtype of the target's parameters; None keeps the source's dtype."""
     if form.name in ("dcp", "zero"):
         if options.dtype == "bf16":
             raise UserError(f"--to {form.name} holds fp32 weights; leave --dtype out, or convert to hf")
@@ -288,20 +288,20 @@ def target_dtype(form: Format, options: Options) -> torch.dtype | None:
 
 
 def written_bytes(stream: Stream, form: Format) -> int:
-    """Return about how many bytes the target will take."""
+    """Return an estimate of the bytes that the conversion will write."""
     weights = sum(stream.entry(name).nbytes for name in stream.source.entries if name.startswith(MODEL))
     if form.name in ("hf", "safetensors"):
         return weights
-    if form.name == "zero":  # once more in the files that it is put together in
+    if form.name == "zero":  # includes the temporary files of the flat tensors
         return 7 * weights
     return 3 * weights if form.name == "dcp" and not stream.source.has_optimizer else stream.total
 
 
 def _compare(stream: Stream, written: CheckpointSource) -> None:
-    """Read the target back and compare every tensor with what left the source.
+    """Read the target back and compare every tensor's hash with the tensor that was written.
 
     Raises:
-        UserError: naming the tensors that differ.
+        UserError: tensors differ; the message names them.
     """
     different = [
         n for n, digest in stream.hashes.items() if n not in written.entries or tensor_hash(written.read(n)) != digest

@@ -1,7 +1,7 @@
-"""Hugging Face folders: sharded safetensors, configuration, tokenizer, and the model's own code.
+"""Hugging Face folders: sharded safetensors, configuration, tokenizer, and the model's code.
 
-Parameter names there are ours with ``model.`` before them, except the head's, which is ``lm_head.weight``. A tied
-head is not stored: the library ties it by ``tie_word_embeddings``.
+Parameter names are FusionTree's with the prefix ``model.``, except for the head, which is ``lm_head.weight``. A tied
+head is not stored: transformers ties it by ``tie_word_embeddings``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CODE = ("configuration_fusiontree.py", "modeling_fusiontree.py")
 _HEAD = ("model.head.weight", "lm_head.weight")
-_OF_THIS_MACHINE = ("kernels",)  # not of the model
+_OF_THIS_MACHINE = ("kernels",)  # settings of the machine, not of the model
 
 
 def their_name(name: str) -> str:
@@ -34,7 +34,7 @@ def their_name(name: str) -> str:
 
 
 def our_name(name: str) -> str:
-    """Return the name of a parameter in our checkpoint."""
+    """Return the name of a parameter in a training checkpoint."""
     return _HEAD[0] if name == _HEAD[1] else name
 
 
@@ -45,7 +45,7 @@ class HuggingFaceFolder(CheckpointSource):
         """Open the folder.
 
         Raises:
-            UserError: it is incomplete, of another kind of model, or its weights are not those of its configuration.
+            UserError: the folder is incomplete, holds another type of model, or weights and configuration disagree.
         """
         config = read_json(path / CONFIG)
         if config.get("model_type") != "fusiontree":
@@ -59,7 +59,7 @@ class HuggingFaceFolder(CheckpointSource):
         self._files = tensor_files(path)
         self.entries = {our_name(name): file.entries[name] for name, file in self._files.items()}
         if self.model_config.tie_word_embeddings:
-            self.entries.pop(_HEAD[0], None)  # some writers store the tied head once more
+            self.entries.pop(_HEAD[0], None)  # some writers also store the tied head
         self.entries = checked(self.entries, self.model_config, str(path))
 
     def read(self, name: str) -> Tensor:
@@ -69,7 +69,7 @@ class HuggingFaceFolder(CheckpointSource):
 
 
 def tokenizer_files(path: Path) -> list[Path]:
-    """Return the files that our programs read the tokenizer from; none where no file says how a document ends."""
+    """Return the files that FusionTree reads a tokenizer from; empty if no file gives the end-of-document token."""
     info = path / TOKENIZER_FILES[0]
     if not info.is_file():
         return []
@@ -77,10 +77,10 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 
 def tensor_files(path: Path) -> dict[str, SafetensorsFile]:
-    """Return which file holds each tensor of a folder.
+    """Return the file of each tensor in a folder.
 
     Raises:
-        UserError: there is no safetensors file, or one that the index names is missing.
+        UserError: there is no safetensors file, or a file or tensor named in the index is missing.
     """
     if (path / INDEX).is_file():
         places = read_json(path / INDEX)["weight_map"]
@@ -102,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        UserError: there is none.
+        UserError: the file cannot be read, or does not contain an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -119,7 +119,7 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
     Args:
         folder: temporary folder that becomes the target.
         stream: the tensors; moments are left out.
-        max_shard_bytes: size of a weight file; a larger tensor gets a file of its own.
+        max_shard_bytes: maximum size of a weight file; a larger tensor gets a separate file.
     """
     names = [name for name in stream.source.entries if name.startswith("model.")]
     shards = plan_shards({name: stream.entry(name) for name in names}, max_shard_bytes)
@@ -156,7 +156,7 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
 
 
 def plan_shards(entries: dict[str, Entry], max_bytes: int) -> list[list[str]]:
-    """Return which tensors go into which file, in order."""
+    """Return the names of the tensors in each file, in order."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, entry in entries.items():
@@ -169,7 +169,7 @@ def plan_shards(entries: dict[str, Entry], max_bytes: int) -> list[list[str]]:
 
 
 def write_tokenizer(folder: Path, files: list[Path]) -> dict[str, int]:
-    """Write the tokenizer as transformers reads it; return the ids that model and generation configurations name."""
+    """Write the tokenizer in transformers' format; return the token ids for the model and generation configurations."""
     by_name = {file.name: file for file in files}
     if TOKENIZER_FILES[0] not in by_name:
         return {}
@@ -197,10 +197,10 @@ def write_tokenizer(folder: Path, files: list[Path]) -> dict[str, int]:
 
 
 def _byte_tokenizer(eos: str, eos_id: int) -> Any:
-    """Return a tokenizer whose token b is byte b and whose last is the end of a document."""
+    """Return a tokenizer in which token b is byte b and the last token ends a document."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    # The library stands for bytes by printable characters: itself where it is one, else 256 and up, in order.
+    # The library represents bytes by printable characters: the same character if printable, else 256 and up, in order.
     itself = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     vocabulary = {chr(byte if byte in itself else next(others)): byte for byte in range(256)}

@@ -1,7 +1,7 @@
-"""The last check of an exported Hugging Face folder: its logits on a fixed prompt are those of our model.
+"""Compares the logits of an exported Hugging Face folder with those of the FusionTree model, on a fixed prompt.
 
-The hashes say that the weights arrived; this says that the folder's code reads them as the model that was trained. Each
-model is held in memory whole, one after the other, so large ones are left out unless asked for.
+Hashes verify the weights; this check verifies that the folder's code computes the trained model. Each model is loaded
+into memory completely, one after another, so large models are compared only on request.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ TOLERANCE = 1e-5
 """Largest difference of two logits, as a share of the largest logit (at least 1)."""
 
 LARGEST = 4 << 30
-"""Bytes of fp32 weights up to which logits are compared unasked."""
+"""Maximum bytes of fp32 weights for which ``auto`` compares logits."""
 
 _TOKENS = 256
 
 _ROUNDINGS, _MOST = 4, 1e-2
-"""Deep models round by more than the tolerance: then so many times our own rounding error, and at most this."""
+"""For deep models with rounding errors above the tolerance: allow ``_ROUNDINGS`` times the FusionTree model's rounding
+error, at most ``_MOST``."""
 
 
 def why_not(weight_bytes: int, mode: str) -> str | None:
-    """Return why logits will not be compared, or None where they will be.
+    """Return the reason why logits will not be compared, or None if they will.
 
     Args:
         weight_bytes: of the model's weights in fp32.
         mode: auto | on | off.
 
     Raises:
-        UserError: they were asked for and cannot be compared.
+        UserError: ``mode`` is on and the logits cannot be compared.
     """
     if mode == "off":
         return "--check-logits off"
@@ -60,16 +61,16 @@ def why_not(weight_bytes: int, mode: str) -> str | None:
 
 
 def compare_logits(stream: Stream, folder: Path) -> str:
-    """Compare the folder's logits with those of our model, made of the same weights.
+    """Compare the folder's logits with those of the FusionTree model with the same weights.
 
-    Where they differ by more than the tolerance, a second pass of ours in fp64 says what fp32 alone does to them.
+    If they differ by more than the tolerance, a forward of the FusionTree model in fp64 measures the error of fp32.
 
     Args:
-        stream: what the folder was written from; its tensors are read once more.
-        folder: just written.
+        stream: the folder's source; its tensors are read again.
+        folder: the exported folder.
 
     Returns:
-        The verdict, for the user.
+        The result as a message.
 
     Raises:
         UserError: the folder cannot be loaded, or its logits differ.
@@ -107,7 +108,7 @@ def _our_logits(stream: Stream, ids_BS: Tensor, dtype: torch.dtype) -> Tensor:
         model = FusionTreeModel(stream.source.model_config).to(dtype)
     model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
-        # By way of the type that was written.
+        # Cast through the dtype that was written.
         parameter.copy_(stream.source.read(MODEL + name).to(stream.entry(MODEL + name).dtype))
     logits_BSV = model.eval()(ids_BS).logits_BSV
     assert logits_BSV is not None

@@ -1,9 +1,9 @@
-"""Megatron-core's distributed checkpoint (``torch_dist``) of our model, cut for a tensor parallel size.
+"""Megatron-core's distributed checkpoint (``torch_dist``) of a FusionTree model, split for a tensor parallel size.
 
-It is a torch DCP folder with a ``metadata.json`` and a ``common.pt`` beside it, so it is written here tensor by tensor;
-megatron-core's own writer wants the whole state in memory, and a GPU. Keys are our names; a packed projection is one
-key a block (``model.layers.0.mamba.in_proj.weight.z``, ``.x``, ``.dt``), as Megatron splits its own Mamba mixers, so
-every key is an even grid that ``ShardedTensor.from_rank_offsets(key, part, (axis, tp_rank, tp))`` reads at any tp.
+It is a torch DCP folder with an additional ``metadata.json`` and ``common.pt``. This module writes it tensor by tensor;
+megatron-core's writer needs the full state in memory, and a GPU. Keys are FusionTree's names. A packed projection has
+one key per block (``model.layers.0.mamba.in_proj.weight.z``, ``.x``, ``.dt``), as in Megatron's Mamba mixers, so every
+key is an even grid that ``ShardedTensor.from_rank_offsets(key, part, (axis, tp_rank, tp))`` reads at any tp.
 Moments are under ``optimizer.state.exp_avg.KEY``, where Megatron's reshardable optimizer keeps them.
 """
 
@@ -40,9 +40,9 @@ from fusiontree.utils.files import atomic_write
 
 KIND = "metadata.json"
 _KINDS = {MODEL: MODEL, **{moment: moment.replace("optimizer.", "optimizer.state.") + MODEL for moment in MOMENTS}}
-"""Prefixes of our names and of theirs."""
+"""FusionTree's name prefixes and Megatron's."""
 _MASTER = "optimizer.state.fp32_param." + MODEL
-"""Where Megatron keeps fp32 weights beside bf16 ones."""
+"""Prefix of Megatron's fp32 master weights of bf16 weights."""
 
 
 def is_megatron(path: Path) -> bool:
@@ -51,7 +51,7 @@ def is_megatron(path: Path) -> bool:
 
 
 def write(folder: Path, stream: Stream, *, tp: int) -> None:
-    """Write the checkpoint; every part that a tensor parallel rank owns is a chunk of its own."""
+    """Write the checkpoint; every tensor parallel rank's part of a block is a separate DCP chunk."""
     source = stream.source
     config = source.model_config
     lazy: dict[str, Lazy] = {}
@@ -77,7 +77,7 @@ def write(folder: Path, stream: Stream, *, tp: int) -> None:
 
 
 class _OneAtATime:
-    """Serves the parts of a tensor from one reading of it."""
+    """Returns the parts of a tensor and reads the tensor only once."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -102,11 +102,11 @@ class MegatronFolder(CheckpointSource):
 
         Args:
             path: of the folder.
-            config: whole configuration, needed where the folder does not hold ours.
+            config: full configuration; needed if the folder does not contain one.
 
         Raises:
-            UserError: no configuration is known, or the keys are not those of its model.
-            CheckpointDamage: its metadata cannot be read.
+            UserError: no configuration is known, or the keys do not match the model.
+            CheckpointDamage: the metadata cannot be read.
         """
         self.config, self.state = known(path, config)
         self.files = tokenizer_files(path)
@@ -147,7 +147,7 @@ class MegatronFolder(CheckpointSource):
         return values
 
     def _fill(self, values: Tensor, saved: SavedTensor) -> None:
-        """Put a tensor's chunks to their places."""
+        """Copy a tensor's chunks into ``values``."""
         for chunk in saved.chunks:
             content = self._open.read(chunk.file, chunk.start, chunk.length)
             part = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

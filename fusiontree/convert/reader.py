@@ -1,4 +1,4 @@
-"""What every format is read as: tensors under our names, read one at a time, beside configuration and small values."""
+"""Common interface to all formats: tensors under FusionTree's names (read one at a time), configuration, state."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MODEL, MOMENTS = "model.", ("optimizer.exp_avg.", "optimizer.exp_avg_sq.")
 """Prefixes of the names in a training checkpoint: parameters, AdamW's first and second moments."""
 
 OURS = "fusiontree.json"
-"""Configuration and small values beside the files of another library, which do not read it."""
+"""File with configuration and small values that is added to the files of another library, which ignores it."""
 
 TOKENIZER_FILES = ("tokenizer_info.json", "tokenizer.json")
-"""What a training checkpoint carries of its tokenizer."""
+"""A training checkpoint's tokenizer files."""
 
 _FP32_ALWAYS = (".ssm.A_log", ".ssm.D", ".ssm.dt_bias")
 
@@ -53,7 +53,7 @@ class CheckpointSource(ABC):
     files: list[Path]
     """The tokenizer's files."""
     entries: dict[str, Entry]
-    """Every tensor under its name in our training checkpoint, ``model.…`` and ``optimizer.…``; a tied head is one."""
+    """Every tensor by its name in a training checkpoint, ``model.…`` or ``optimizer.…``; a tied head occurs once."""
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -66,7 +66,7 @@ class CheckpointSource(ABC):
 
     @property
     def has_optimizer(self) -> bool:
-        """True when AdamW's moments are there."""
+        """True if the checkpoint has AdamW's moments."""
         return any(name.startswith(MOMENTS) for name in self.entries)
 
 
@@ -77,9 +77,9 @@ class Stream:
         """Prepare.
 
         Args:
-            source: where tensors come from.
-            dtype: what parameters become; None leaves them. The state space's fp32 parameters and the moments stay.
-            report: called with the bytes done and the bytes in all.
+            source: of the tensors.
+            dtype: of the target's parameters; None keeps them. The state space's fp32 parameters and moments stay fp32.
+            report: called with the bytes done and the total bytes.
         """
         self.source = source
         self.hashes: dict[str, str] = {}
@@ -123,10 +123,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def checked(entries: dict[str, Entry], config: ModelConfig, place: str) -> dict[str, Entry]:
-    """Return the entries in the model's order, if they are exactly those that the configuration describes.
+    """Check that the entries match the configuration exactly, and return them in the model's order.
 
     Raises:
-        UserError: naming what is missing, too much, or of another shape.
+        UserError: tensors are missing, unexpected or of another shape; the message names them.
     """
     wanted = {MODEL + name: shape for name, shape in parameter_shapes(config).items()}
     held = {name: entry.shape for name, entry in entries.items() if name.startswith(MODEL)}
@@ -152,11 +152,11 @@ def known(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, Any], di
     """Return the configuration and small values of a folder of another library's format.
 
     Args:
-        path: of the folder, where :func:`write_ours` may have left them.
-        config: given by the user, which goes before.
+        path: of the folder, to which :func:`write_ours` may have added them.
+        config: given by the user; takes precedence.
 
     Raises:
-        UserError: there is neither.
+        UserError: neither exists.
     """
     ours: dict[str, Any] = {"config": None, "state": None}
     if (path / OURS).is_file():
@@ -167,6 +167,6 @@ def known(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, Any], di
 
 
 def write_ours(folder: Path, source: CheckpointSource) -> None:
-    """Leave configuration and small values beside files that have no place for them."""
+    """Write configuration and small values as an additional file, for formats that cannot store them."""
     with atomic_write(folder / OURS) as file:
         json.dump({"config": source.config, "state": source.state}, file, indent=1)

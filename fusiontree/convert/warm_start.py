@@ -1,8 +1,8 @@
-"""Warm start: other models' weights under our names, by a map that says which tensor goes where.
+"""Warm start: loads weights of other models by a map from source tensors to FusionTree's parameters.
 
 A map is a YAML file::
 
-    layers: {0: 0, 1: 2}            # their layer: ours; absent means all, each to the same number
+    layers: {0: 0, 1: 2}            # source layer: target layer; absent means all, each to the same number
     sizes: {extra: 128}             # blocks that the model's configuration does not know
     ignore: ["*.rotary_emb.inv_freq"]
     tensors:
@@ -13,8 +13,8 @@ A map is a YAML file::
           layers.{layer}.mamba.bc_proj.weight: [B, C]
       - {theirs: backbone.embeddings.weight, ours: embed.weight, grow: true}
 
-Every tensor of theirs must be named or ignored, every name must be there: nothing is left out unsaid. What no tensor
-of theirs fills keeps its initial values.
+Every source tensor must be named or ignored, and every named tensor must exist. Parameters that no source tensor fills
+keep their initial values.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from fusiontree.utils.settings import Section, setting
 
 
 class TensorRule(Section):
-    """Where one tensor of theirs, or one of every layer, goes."""
+    """Target of one source tensor, or of one tensor per layer."""
 
     theirs: str = setting(..., "Name of a tensor; {layer} stands for a number.")
     ours: str | dict[str, list[str]] = setting(..., "Name of a parameter, or for each the blocks it is made of.")
@@ -53,7 +53,7 @@ class TensorRule(Section):
 
 
 class NameMap(Section):
-    """A whole map."""
+    """The content of a map file."""
 
     tensors: list[TensorRule] = setting(..., "What goes where.", min_length=1)
     layers: dict[int, int] | None = setting(None, "Their layer: ours; others are left out. Absent means all.")
@@ -62,7 +62,7 @@ class NameMap(Section):
 
 
 class Piece(NamedTuple):
-    """Rows of one of their tensors, after its rule's reshaping."""
+    """Rows of a source tensor, after its rule's reshaping."""
 
     theirs: str
     rule: TensorRule
@@ -100,7 +100,7 @@ def read_map(path: Path) -> NameMap:
 
 
 class MappedWeights(CheckpointSource):
-    """A new model of ours, partly filled from other weights."""
+    """A new FusionTree model, partly filled from other weights."""
 
     def __init__(self, path: Path, name_map: NameMap, config: dict[str, Any], seed: int) -> None:
         """Open the weights and work out what every parameter is made of.

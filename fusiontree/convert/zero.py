@@ -1,7 +1,8 @@
-"""DeepSpeed's own ZeRO-1, 2 and 3 checkpoints: fp32 master weights and AdamW's moments in flat partitions.
+"""DeepSpeed's ZeRO-1, 2 and 3 checkpoints: fp32 master weights and AdamW's moments in flat partitions.
 
-Reading needs no DeepSpeed and runs nothing of the files (see :mod:`inert_pickle`). Writing makes the files that
-DeepSpeed's ``load_checkpoint`` expects of a model trained by our engines at a given stage, dp and tp.
+Reading needs no DeepSpeed and executes nothing in the files (see :mod:`fusiontree.convert.safe_unpickle`). Writing
+creates the files that DeepSpeed's ``load_checkpoint`` expects of a model trained by FusionTree's zero engines at a
+given stage, dp and tp.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where the elements of every parameter lie in the flat partitions of a DeepSpeed ZeRO checkpoint.
+"""Positions of every parameter's elements in the flat partitions of a DeepSpeed ZeRO checkpoint.
 
-ZeRO-1 and 2 concatenate the parameters of an optimizer group and cut that into equal partitions; ZeRO-3 cuts each
-parameter by itself and every rank concatenates its parts. A tensor parallel rank's files hold its own cut of each
+ZeRO-1 and 2 concatenate the parameters of an optimizer group and split the result into equal partitions; ZeRO-3 splits
+each parameter separately, and every rank concatenates its parts. A tensor parallel rank's files hold its shard of each
 parameter.
 """
 

@@ -34,7 +34,7 @@ def write(folder: Path, stream: Stream, *, stage: int, dp: int, tp: int) -> None
         tp: tensor parallel ranks.
 
     Raises:
-        UserError: DeepSpeed is not installed, whose version and enumerations the files name.
+        UserError: DeepSpeed is not installed; the files contain its version and enumerations.
     """
     try:
         import deepspeed

@@ -1,1 +1,1 @@
-"""Tokenized WebDataset shards: writing, indexing, ordering and streaming them."""
+"""Writes, indexes, orders and streams tokenized WebDataset shards."""

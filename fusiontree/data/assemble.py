@@ -1,4 +1,4 @@
-"""What training and validation share: reading the rows they want into a step's arrays."""
+"""Reads rows into a step's arrays, for training and validation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WHICH = struct.Struct("<qiI")
 
 @dataclass(frozen=True)
 class WantedRow:
-    """A row to read: its place in the step, the number of its first piece, and where it lies."""
+    """A row to read: its index in the step, the number of its first curriculum row, and its place in the dataset."""
 
     index: int
     number: int
@@ -31,10 +31,10 @@ class WantedRow:
 def read_rows(
     rows: RowsOfStep, wanted: Sequence[WantedRow], readers: Sequence[RowReader], on_damage: str
 ) -> tuple[list[str], int]:
-    """Read rows into their places; return what was wrong with those skipped, and the hash of all.
+    """Read rows into their slots of ``rows``; return a message per skipped row, and the hash of all rows.
 
     Raises:
-        UserError: a row is damaged and ``on_damage`` is stop, or a place cannot be reached.
+        UserError: a row is damaged and ``on_damage`` is stop, or a dataset cannot be reached.
     """
     damages, total = [], 0
     for item in wanted:
@@ -45,8 +45,7 @@ def read_rows(
             message = f"row {item.number} of the run (row {item.place.row} of its shard): {damage}"
             if on_damage == "stop":
                 raise UserError(
-                    f"{message}; mend the shard (tools/build_shards.py --verify names all damage) or set "
-                    f"data.on_damage=skip"
+                    f"{message}; mend the shard (fusiontree data verify names all damage) or set data.on_damage=skip"
                 ) from damage
             damages.append(message)
             rows.blank(item.index)
@@ -60,7 +59,7 @@ def one_tokenizer(sources: Sequence[Source]) -> TokenizerInfo:
     """Return the tokenizer of all ``sources``.
 
     Raises:
-        UserError: they were made with different ones.
+        UserError: the datasets were made with different tokenizers.
     """
     first = sources[0]
     for source in sources[1:]:

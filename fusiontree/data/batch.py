@@ -1,6 +1,6 @@
-"""What the loader hands to training.
+"""Batches that the loader gives to training.
 
-Shape legend: B rows of a micro batch, S tokens of a row, R rows of seq_len that are put together.
+Shape legend: B rows of a micro-batch, S tokens of a row, R rows of ``seq_len`` in a step.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""Label of a token whose successor does not count."""
+"""Label of a token that does not count in the loss."""
 FILLER = -1
-"""Number of a row that only keeps the ranks in step."""
+"""Number of a filler row, which gives every rank the same number of micro-batches."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that one rank computes in one pass, on the CPU."""
+    """Rows that one rank computes in one forward and backward pass; tensors are on the CPU."""
 
     input_ids_BS: Tensor
     """int64 tokens."""
     labels_BS: Tensor
-    """int64, the token after each; IGNORED where that token starts another document, in fillers and skipped rows."""
+    """int64, the next token; IGNORED where the next token starts another document, in fillers and in skipped rows."""
     positions_BS: Tensor
-    """int64 position of each token in its document, or since the row began where the row begins inside one."""
+    """int64 position of each token in its document; if the row begins inside a document, counted from the row start."""
     rows_B: Tensor
     """int64 running number of each row in the run, the same in every layout; FILLER for fillers."""
     row_weight_B: Tensor
@@ -38,24 +38,24 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One rank's part of a global batch. All ranks have the same number of micro batches."""
+    """One rank's part of a global batch. All ranks have the same number of micro-batches."""
 
     micro_batches: list[MicroBatch]
     seq_len: int
     skipped_rows: int
-    """Damaged rows (of seq_len) of this rank's part whose slots are kept without labels."""
+    """Number of damaged rows (of ``seq_len``) in this rank's part, which were replaced by rows without labels."""
     wait_s: float
-    """How long training waited for this batch, in seconds."""
+    """Time that training waited for this batch, in seconds."""
     epochs: tuple[float, ...] = ()
-    """How often each source has been gone through after this step, 1.25 say; the same on every rank."""
+    """Epochs of each source after this step (such as 1.25); the same on every rank."""
     tokens_hash: int = 0
     """32-bit hash of this rank's rows and their numbers; its sum over the ranks, modulo 2^32, is the global batch's."""
     damage: tuple[str, ...] = ()
-    """What was wrong with the skipped rows."""
+    """One message per skipped row."""
 
 
 class RowArrays(NamedTuple):
-    """Where one row of seq_len is written: views of int64 arrays."""
+    """Output arrays of one row of ``seq_len``: views of int64 arrays."""
 
     input_ids_S: np.ndarray
     labels_S: np.ndarray
@@ -63,34 +63,34 @@ class RowArrays(NamedTuple):
 
 
 class RowsOfStep:
-    """Rows of seq_len on their way to micro batches, each cut into pieces of a stage's length."""
+    """Rows of ``seq_len`` of one step, to be split into rows of a curriculum stage's length and into micro-batches."""
 
     def __init__(self, rows: int, seq_len: int, length: int) -> None:
-        """Make room for ``rows`` rows of ``seq_len``, to be cut into rows of ``length``; all are fillers at first."""
+        """Allocate ``rows`` rows of ``seq_len``, to be split into rows of ``length``; all rows are fillers at first."""
         assert seq_len % length == 0
         self.length, self.pieces = length, seq_len // length
-        # One array each: micro batches are views of it, nothing is copied again.
+        # One array per field; micro-batches are views, not copies.
         self._tensors_RS = [torch.empty(rows, seq_len, dtype=torch.int64) for _ in range(3)]
         self._arrays_RS = [tensor.numpy() for tensor in self._tensors_RS]
         self._numbers, self._weights, self._sources = [FILLER] * rows, [0.0] * rows, [0] * rows
 
     def place(self, index: int) -> RowArrays:
-        """Return where row ``index`` is to be written."""
+        """Return the output arrays of row ``index``."""
         return RowArrays(*(array[index] for array in self._arrays_RS))
 
     def describe(self, index: int, number: int, source: int, weight: float = 1.0) -> None:
-        """Say what row ``index`` is: the number of its first piece, its source, its weight."""
+        """Set the number of the first curriculum row in row ``index``, its source and its weight."""
         self._numbers[index], self._sources[index], self._weights[index] = number, source, weight
 
     def blank(self, index: int) -> None:
-        """Make row ``index`` one without labels; its pieces are a document each."""
+        """Replace row ``index`` by a row without labels, with one document per curriculum row."""
         row = self.place(index)
         row.input_ids_S[:] = 0
         row.labels_S[:] = IGNORED
         row.positions_S.reshape(self.pieces, self.length)[:] = np.arange(self.length)
 
     def micro_batches(self, size: int) -> list[MicroBatch]:
-        """Return micro batches of ``size`` rows of seq_len, that is ``size * pieces`` rows of the stage's length."""
+        """Return micro-batches of ``size`` rows of ``seq_len``, which are ``size * seq_len / length`` rows each."""
         numbers_RP = np.asarray(self._numbers, np.int64)[:, None] + np.arange(self.pieces)
         numbers_RP[np.asarray(self._numbers) == FILLER] = FILLER
         columns = [

@@ -1,7 +1,7 @@
-"""Building a dataset: documents are cut into chunks, each chunk becomes one shard, shards are made in parallel.
+"""Builds a dataset: the documents are divided into one group per data shard, and worker processes write the shards.
 
-The dataset depends on the documents and options alone, not on the number of processes. A finished shard leaves a
-record; after a kill the same command skips every shard whose record fits its documents.
+The dataset depends only on documents and options, not on the number of processes. Each finished shard leaves a record;
+after a kill, the same command skips every shard with a record that matches its documents.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from fusiontree.utils.files import atomic_write
 from fusiontree.utils.hashing import stable_hash
 
 BUILD = "build.json"
-"""What a folder is being built from; removed when its dataset is complete."""
+"""File with the options of an unfinished build; removed when the dataset is complete."""
 _LOCK = ".build.lock"
 _SHUFFLED = "shuffled"
 """Folder of documents while they are shuffled."""
 _THREADS = 4
-"""Of a worker's tokenizer: with more shards than processes the cores are busy anyway, with fewer they all get work."""
+"""Tokenizer threads per worker, which use all cores even if there are fewer shards than processes."""
 
 Records = dict[str, dict[int, dict[str, Any]]]
 """Finished shards by split and number."""
@@ -53,7 +53,7 @@ Records = dict[str, dict[int, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build, and from what."""
+    """Options of a build: inputs, tokenizer, output."""
 
     corpus: CorpusOptions
     output: Path
@@ -63,15 +63,15 @@ class BuildOptions:
     validation_fraction: float = 0.0
     """Share of documents that go to OUTPUT/validation; the rest goes to OUTPUT/train."""
     shard_bytes: int = 64 << 20
-    """Text that goes into one shard."""
+    """Bytes of text per shard."""
     shuffle: bool = False
-    """Put the documents in an order decided by the seed; needs as much room in OUTPUT as their text meanwhile."""
+    """Shuffle the documents by the seed; during the build this needs disk space in OUTPUT for all of their text."""
     remove_duplicates: bool = False
     bpe_sample_bytes: int = 256 << 20
-    """Text that a BPE is trained on, from the beginning of the (shuffled) corpus."""
+    """Bytes of text to train a BPE on, from the beginning of the (shuffled) corpus."""
     seed: int = 0
     processes: int = 0
-    """0 means one a core."""
+    """0 means one per core."""
 
     @property
     def splits(self) -> list[str]:
@@ -80,7 +80,7 @@ class BuildOptions:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that decides the dataset, but for the documents."""
+        """All options that affect the dataset's content, besides the documents."""
         values = asdict(self)
         for key in ("processes", "output"):
             del values[key]
@@ -104,7 +104,7 @@ def build_dataset(options: BuildOptions, report: Callable[[str], object] = print
         tokenizer = TokenizerChoice(options.output / TOKENIZER_FILE, options.tokenizer)
     elif options.tokenizer != "byte":
         tokenizer = TokenizerChoice(Path(options.tokenizer), eos=options.eos)
-        tokenizer.load()  # a file that cannot be used is met before anything is written
+        tokenizer.load()  # fails on an unusable file before anything is written
     with _claimed(options):
         documents: Corpus | ShuffledCorpus = corpus
         if options.shuffle:
@@ -134,10 +134,10 @@ def _check(options: BuildOptions) -> None:
         raise UserError(f"validation fraction {options.validation_fraction} is outside [0, 1)")
     if options.processes < 0:
         raise UserError(
-            f"{options.processes} processes cannot be; give --processes a number from 1, or 0 for one a core"
+            f"{options.processes} processes are not possible; give --processes a number from 1, or 0 for one per core"
         )
     if not options.shard_bytes > 0:
-        raise UserError(f"a shard of {options.shard_bytes} bytes cannot be; give --shard-mb more than 0")
+        raise UserError(f"a shard size of {options.shard_bytes} bytes is not possible; give --shard-mb more than 0")
     if options.eos and (options.tokenizer == "byte" or options.tokenizer.startswith("bpe:")):
         raise UserError(
             f"--eos {options.eos} is for a tokenizer.json; '{options.tokenizer}' has its own end of document"
@@ -146,24 +146,26 @@ def _check(options: BuildOptions) -> None:
         return
     size = options.tokenizer.removeprefix("bpe:")
     if not size.isdigit():
-        raise UserError(f"tokenizer '{options.tokenizer}': '{size}' is no vocabulary size; write bpe:32000, say")
+        raise UserError(
+            f"tokenizer '{options.tokenizer}': '{size}' is not a vocabulary size; write for example bpe:32000"
+        )
     if int(size) < SMALLEST_BPE:
         raise UserError(f"a byte-level BPE needs at least {SMALLEST_BPE} tokens; bpe:{size} is too small")
 
 
 @contextmanager
 def _claimed(options: BuildOptions) -> Iterator[None]:
-    """Make the output folders and keep other builds out of them.
+    """Create the output folders and lock out other builds.
 
     Raises:
-        UserError: the folder holds something else, a complete dataset, a build with other options, or one under way.
+        UserError: the folder contains other files, a complete dataset, a build with other options, or a running build.
     """
     output = options.output
     if not output.is_dir():
         output.mkdir(parents=True)
     lock = FileLock(output / _LOCK)
     if not lock.acquire(wait=False):
-        raise UserError(f"another process is building in '{output}'; wait for its end, or name another --output")
+        raise UserError(f"another process is building in '{output}'; wait until it ends, or name another --output")
     try:
         held = sorted(p.name for p in output.iterdir() if p.name != _LOCK)
         if held and BUILD not in held:
@@ -213,7 +215,7 @@ def _train_bpe(options: BuildOptions, documents: Corpus | ShuffledCorpus, report
 def _chunks(
     options: BuildOptions, documents: Corpus | ShuffledCorpus, tokenizer: TokenizerInfo, counts: dict[str, int]
 ) -> Iterator[Chunk]:
-    """Cut the corpus into chunks; a document's split follows from the hash of its text alone."""
+    """Divide the corpus into chunks, one per shard; a document's split depends only on the hash of its text."""
     splits = options.splits
     open_chunks: dict[str, Chunk] = {}
     numbers, firsts = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
@@ -285,7 +287,7 @@ def _build_shards(
                 finished[chunk.split][chunk.number] = record
                 progress.add(chunk.input_bytes, skipped=True)
                 continue
-            collect(processes)  # a chunk a process, and one waiting: memory stays bounded
+            collect(processes)  # bounds memory: one chunk per process and one waiting
             job = ShardJob(folder, chunk.number, chunk.first_document, chunk.digest, tokenizer, chunk.documents)
             pending[pool.submit(write_shard, job)] = chunk
             chunk.documents = []
@@ -296,7 +298,7 @@ def _build_shards(
             "--processes or smaller --shard-mb if it happens again"
         ) from error
     except BaseException:
-        for process in list(pool._processes.values()):  # there is no public way to end work that has begun
+        for process in list(pool._processes.values()):  # there is no public API to end running work
             process.kill()
         raise
     finally:
@@ -323,7 +325,7 @@ def _describe(folder: Path, records: dict[int, dict[str, Any]], tokenizer: Token
 
 
 def _remove_leftovers(options: BuildOptions, results: dict[str, DatasetInfo]) -> None:
-    """Remove what only a build needs, and what killed or other ones left; the name of the build goes last."""
+    """Remove temporary files of this build and leftovers of killed or earlier builds; build.json last."""
     for split, info in results.items():
         folder = options.output / split
         kept = {shard.name for shard in info.shards}

@@ -1,12 +1,12 @@
-"""Shards of remote datasets on a local disk: bounded, shared by processes, whole after any crash.
+"""Local cache for data shards of remote datasets: bounded in size, shared by processes, consistent after any crash.
 
-    CACHE/KEY.index, KEY.tar    a whole shard; the tar appears last, so where it is, both are
-    CACHE/KEY.BYTES.part/       what one process is fetching; BYTES are reserved for it
-    CACHE/KEY.lock              held alone while the shard is fetched or removed, shared while it is read
-    CACHE/space.lock            held while room is made
+    CACHE/KEY.index, KEY.tar    a complete shard; the tar appears last, so if the tar exists, both files exist
+    CACHE/KEY.BYTES.part/       download of one process; BYTES are reserved for it
+    CACHE/KEY.lock              held exclusively while the shard is fetched or removed, shared while it is read
+    CACHE/space.lock            held while space is freed
 
-KEY is the SHA-256 of the index, which holds the SHA-256 of every document. Locks die with their holder, so whatever a
-killed process leaves is recognised as nobody's and removed when room is made.
+KEY is the SHA-256 of the index, which contains the SHA-256 of every document. Locks end with their process, so
+leftovers of killed processes are unlocked; they are removed when space is freed.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from fusiontree.utils.files import fsync_directory
 from fusiontree.utils.threads import Stopped, stop_wanted
 
 _PATIENCE_S = 600.0
-"""How long to wait for room that others' transfers take."""
+"""How long to wait for space that downloads of other processes occupy."""
 _TOUCH_S = 2.0
 
 
 @dataclass
 class _Entry:
-    """What the cache holds under one key."""
+    """Files in the cache under one key."""
 
     bytes: int = 0
     used: float = 0.0
-    """When it was last used."""
+    """Time of last use."""
 
 
 class ShardCache:
-    """The cache in one folder, as one process sees it. Methods may be called from any thread."""
+    """One process's access to the cache in a folder. Methods may be called from any thread."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
-        """Open or make the cache.
+        """Open or create the cache.
 
         Args:
-            folder: where it is.
-            limit_bytes: most that it may hold, transfers under way included.
+            folder: of the cache.
+            limit_bytes: maximum size, including running downloads.
 
         Raises:
-            UserError: the folder cannot be made or written.
+            UserError: the folder cannot be created or written.
         """
         self.folder, self.limit_bytes = folder, limit_bytes
         try:
@@ -60,30 +60,30 @@ class ShardCache:
             raise UserError(f"data.cache_dir '{folder}' cannot be used: {error}; name another folder") from error
 
     def tar(self, key: str) -> Path:
-        """Return where the tar of a shard is or will be."""
+        """Return the path of a shard's tar, present or future."""
         return self.folder / f"{key}.tar"
 
     def index(self, key: str) -> Path:
-        """Return where the index of a shard is or will be."""
+        """Return the path of a shard's index, present or future."""
         return self.folder / f"{key}.index"
 
     def lock(self, key: str) -> FileLock:
-        """Return the lock of a shard; who reads it holds it shared meanwhile."""
+        """Return the lock of a shard; hold it shared while reading the shard."""
         return FileLock(self.folder / f"{key}.lock")
 
     def ensure(self, key: str, size: int, fetch: Callable[[Path], None], *, wait: bool = True) -> bool:
-        """Return True when the shard is there; unless it is, fetch it.
+        """Fetch the shard if it is not in the cache; return True once it is.
 
         Args:
             key: of the shard.
             size: bytes of tar and index together.
             fetch: writes ``tar`` and ``index`` into the folder it is given.
-            wait: False returns False at once when another process or thread is fetching the shard.
+            wait: if False, return False at once when another process or thread is fetching the shard.
 
         Raises:
-            UserError: there is no room.
+            UserError: there is not enough space.
             Stopped: the thread was told to end.
-            Exception: what ``fetch`` raises.
+            Exception: any exception of ``fetch``.
         """
         if self.tar(key).exists():
             return True
@@ -91,7 +91,7 @@ class ShardCache:
         if not lock.acquire(wait=wait):
             return False
         try:
-            if self.tar(key).exists():  # another fetched it while we waited
+            if self.tar(key).exists():  # another process or thread fetched it while this call waited
                 return True
             part = self._reserve(key, size)
             try:
@@ -110,7 +110,7 @@ class ShardCache:
             lock.close()
 
     def touch(self, key: str, last: float) -> float:
-        """Note that a shard was used, unless that was noted a moment before (``last``); return when it was noted."""
+        """Record the time of use of a shard, unless ``last`` is recent; return the recorded time."""
         now = time.time()
         if now - last < _TOUCH_S:
             return last
@@ -121,7 +121,7 @@ class ShardCache:
         return now
 
     def discard(self, key: str, inode: int) -> None:
-        """Remove a shard whose content is wrong, unless its tar is another file than ``inode`` by now.
+        """Remove a shard with wrong content, unless its tar has been replaced (its inode is no longer ``inode``).
 
         Raises:
             Stopped: the thread was told to end.
@@ -135,7 +135,7 @@ class ShardCache:
             lock.close()
 
     def _reserve(self, key: str, size: int) -> Path:
-        """Make room for ``size`` bytes and return a new folder that holds them reserved."""
+        """Free space for ``size`` bytes and return a new folder that reserves them."""
         if size > self.limit_bytes:
             raise UserError(
                 f"a shard of {size / 2**30:.3f} GiB does not fit in data.cache_size_gib "
@@ -163,7 +163,7 @@ class ShardCache:
             time.sleep(0.1)
 
     def _make_room(self, size: int, wanted: str) -> int:
-        """Remove what nobody uses, longest unused first, until ``size`` more bytes fit; return how many still lack."""
+        """Remove unused shards, least recently used first, until ``size`` more bytes fit; return the missing bytes."""
         self._remove_leftovers(wanted)
         entries = self._entries()
         total = sum(entry.bytes for entry in entries.values())
@@ -185,7 +185,7 @@ class ShardCache:
         return lacking()
 
     def _free_bytes(self) -> int:
-        """Return what the disk has left when all that is reserved is written."""
+        """Return the disk's free bytes after all reserved downloads."""
         unwritten = 0
         for part in self.folder.glob("*.part"):
             written = sum(_size(file) for file in (part / "tar", part / "index"))
@@ -211,7 +211,7 @@ class ShardCache:
         return entries
 
     def _remove_leftovers(self, wanted: str) -> None:
-        """Remove what killed processes left: parts that nobody writes, an index without its tar, unused locks."""
+        """Remove leftovers of killed processes: abandoned downloads, an index without a tar, unused locks."""
         for path in self.folder.iterdir():
             key = path.name.split(".", 1)[0]
             if path.suffix not in (".part", ".index", ".lock") or path.name == "space.lock":
@@ -219,7 +219,7 @@ class ShardCache:
             if path.suffix != ".part" and self.tar(key).exists():
                 continue
             lock = self.lock(key)
-            if key == wanted:  # we hold its lock: what is there is from before
+            if key == wanted:  # this process holds its lock, so all files are leftovers
                 if path.suffix != ".lock":
                     _delete(path)
             elif lock.acquire(wait=False):
@@ -231,13 +231,14 @@ class ShardCache:
             lock.close()
 
     def _remove(self, key: str) -> None:
-        """Remove a shard whose lock we hold."""
+        """Remove a shard; this process must hold its lock."""
         try:
             descriptor = os.open(self.tar(key), os.O_RDWR)
         except FileNotFoundError:
             pass
         else:
-            # Others may have it open, idle: the space is to be free at once. They see that it has no name any more.
+            # Other processes may keep the file open without reading it: truncating frees the space at once. They notice
+            # the removal because the file has no name any more.
             self.tar(key).unlink()
             os.ftruncate(descriptor, 0)
             os.close(descriptor)

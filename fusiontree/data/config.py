@@ -1,4 +1,4 @@
-"""Which token shards are read, and how."""
+"""The ``data`` section: datasets to read, and how to read them."""
 
 from __future__ import annotations
 
@@ -15,42 +15,44 @@ class SourceConfig(Section):
 
     path: str = setting(..., "Folder or URL of the dataset.")
     weight: float = setting(
-        ..., "Share of the rows, relative to the other sources' weights.", gt=0, allow_inf_nan=False
+        ..., "Fraction of the rows, relative to the sum of all sources' weights.", gt=0, allow_inf_nan=False
     )
 
 
 class DataConfig(Section):
-    """Token shards made by tools/build_shards.py.
+    """Token shards made by ``fusiontree data build``.
 
     A dataset is a folder, a URL that fsspec knows (s3:// http:// https:// gs:// hf:// …), or
     ``pipe:COMMAND`` with ``{name}`` where the command takes a file's name.
     """
 
     train: str | list[SourceConfig] = setting(..., "Dataset folder or URL, or a list of {path, weight} to mix.")
-    validation: str | None = setting(None, "Held-out dataset; training never reads it.")
-    num_workers: int = setting(1, "Threads that read ahead; 0 reads when a step needs its rows.", ge=0)
-    prefetch_steps: int = setting(4, "Steps that are read ahead.", unit="steps", ge=1)
-    shuffle: bool = setting(True, "Visit the rows in an order decided by training.seed; false keeps the shards' order.")
+    validation: str | None = setting(None, "Held-out dataset for validation; must not be a training dataset.")
+    num_workers: int = setting(1, "Threads that read ahead; 0: each step waits for its rows to be read.", ge=0)
+    prefetch_steps: int = setting(4, "Number of steps to read ahead.", unit="steps", ge=1)
+    shuffle: bool = setting(True, "Shuffle the rows by training.seed; false keeps the shards' order.")
     shuffle_shards: int = setting(
-        16, "Shards whose rows are mixed with each other; more mix better, fewer keep reads together.", ge=1
+        16, "Number of shards whose rows are shuffled together; more shards mix better, fewer shards read faster.", ge=1
     )
     on_damage: Literal["stop", "skip"] = setting(
-        "stop", "What to do with rows that cannot be read: stop naming them, or keep their slot without labels."
+        "stop", "If rows cannot be read: stop the run and name them, or skip them (their slots get no labels)."
     )
-    max_skipped_rows: int = setting(100, "Rows that on_damage: skip may skip in the whole run before it stops.", ge=0)
-    allow_pipe: bool = setting(False, "Allow pipe: datasets. Their commands run in a shell with your rights.")
+    max_skipped_rows: int = setting(100, "Rows that on_damage: skip may skip in a run before the run stops.", ge=0)
+    allow_pipe: bool = setting(False, "Allow pipe: datasets. Their commands run in a shell with your permissions.")
     storage_options: dict[str, Any] = setting(
         {}, "Passed to fsspec for datasets at URLs, e.g. {anon: true} or {endpoint_url: …} for s3://."
     )
     cache_dir: str = setting(
         "~/.cache/fusiontree/shards",
-        "Where shards of datasets at URLs are kept; best a local disk that the processes of a machine share.",
+        "Folder for shards of datasets at URLs; best on a local disk that all processes of a node share.",
     )
-    cache_size_gib: float = setting(50.0, "What cache_dir may hold; the shards unused for longest go first.", gt=0)
-    prefetch_shards: int = setting(16, "Shards fetched from URLs before their rows are due.", ge=0)
+    cache_size_gib: float = setting(
+        50.0, "Maximum size of cache_dir; the least recently used shards are removed first.", gt=0
+    )
+    prefetch_shards: int = setting(16, "Number of shards to fetch from URLs ahead of use.", ge=0)
     fetch_attempts: int = setting(6, "Attempts to read from a URL or a failing disk before the run stops.", ge=1)
     fetch_wait_s: float = setting(
-        1.0, "Wait before the second attempt; it doubles with each further one, up to a minute.", unit="seconds", ge=0
+        1.0, "Wait before the second attempt; doubles with each further attempt, up to a minute.", unit="seconds", ge=0
     )
 
     @property
@@ -60,7 +62,7 @@ class DataConfig(Section):
 
     @property
     def cache_folder(self) -> Path:
-        """``cache_dir`` with the home folder put in."""
+        """``cache_dir`` with ``~`` expanded."""
         return Path(self.cache_dir).expanduser()
 
     @model_validator(mode="after")
@@ -81,5 +83,7 @@ class DataConfig(Section):
             if not self.allow_pipe:
                 raise ValueError(f"'{path}' runs a shell command; set data.allow_pipe to true if you trust it")
             if "{name}" not in path:
-                raise ValueError(f"'{path}' does not say where a file's name goes; write {{name}} there")
+                raise ValueError(
+                    f"'{path}' does not contain {{name}}; write {{name}} where the command takes a file's name"
+                )
         return self

@@ -19,11 +19,11 @@ from fusiontree.utils.errors import UserError, nearest
 _JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst")
 _CHUNK = 1 << 20
 _PEEKED = 8192
-"""A NUL byte among so many at its beginning says that a file is no text."""
+"""A file with a NUL byte among its first ``_PEEKED`` bytes is not text."""
 
 
 class Document(NamedTuple):
-    """A text, or tokens that were made before, and where they came from."""
+    """A text or a token sequence, and its origin."""
 
     content: bytes
     """The text as UTF-8, or the tokens as little-endian uint32."""
@@ -45,7 +45,7 @@ class CorpusOptions:
 
 
 def corpus_files(options: CorpusOptions, output: Path | None = None) -> list[Path]:
-    """Return the files to read, in order; what lies in ``output`` is never among them.
+    """Return the files to read, in order, without files in ``output``.
 
     Raises:
         UserError: an input does not exist, or nothing matches.
@@ -78,10 +78,10 @@ def _wanted(path: Path, root: Path, options: CorpusOptions) -> bool:
 
 
 class Corpus:
-    """The documents of some files: each line of a JSONL file, each of a Megatron corpus, else a whole file.
+    """The documents of files: each line of a JSONL file, each document of a Megatron corpus, each other file.
 
-    Text is UTF-8; bytes that are not become the replacement character, so no document is lost to one bad byte. Files
-    of folders that are no text at all (a NUL byte at their beginning) are left out, unless patterns chose the files.
+    Text is UTF-8; invalid bytes become the replacement character, so one bad byte does not lose a document. Files in
+    folders that are not text (a NUL byte near the beginning) are left out, unless patterns selected the files.
     """
 
     def __init__(self, files: Sequence[Path], options: CorpusOptions) -> None:
@@ -89,25 +89,25 @@ class Corpus:
         self.files, self.options = files, options
         self._sizes = {file: file.stat().st_size for file in files}
         self.bytes = sum(self._sizes.values())
-        """Of all files."""
+        """Total bytes of all files."""
         self.bytes_read = 0
-        """Of the files, by the latest iteration."""
+        """Bytes of the files that the latest iteration has read."""
         self.left_out: list[Path] = []
-        """Files that are no text, in the latest iteration."""
+        """Files that the latest iteration left out because they are not text."""
 
     def __iter__(self) -> Iterator[Document]:
         """Yield the documents.
 
         Raises:
-            UserError: a JSONL line is no object with the text field, or a compressed file ends early or is damaged;
-                file and line are named.
+            UserError: a JSONL line is not an object with the text field, or a compressed file ends early or is damaged;
+                the message names file and line.
         """
         self.restart()
         for file in self.files:
             yield from self.documents_of(file)
 
     def restart(self, files: int = 0) -> None:
-        """Begin a new count of what is read, with the first ``files`` files counted as read."""
+        """Reset the count of bytes read, with the first ``files`` files counted as read."""
         self.bytes_read = sum(self._sizes[file] for file in self.files[:files])
         self.left_out = []
 
@@ -135,7 +135,7 @@ class Corpus:
 
 
 def _valid(content: bytes) -> bytes:
-    """Return ``content`` with all that is no UTF-8 replaced."""
+    """Return ``content`` with invalid UTF-8 replaced."""
     try:
         content.decode("utf-8")
     except UnicodeDecodeError:
@@ -144,7 +144,7 @@ def _valid(content: bytes) -> bytes:
 
 
 def _jsonl_texts(raw: IO[bytes], file: Path, key: str) -> Iterator[tuple[int, str]]:
-    """Yield line number and text of each line of a JSONL file that holds something."""
+    """Yield line number and text of each non-empty line of a JSONL file."""
     number = 0
     try:
         for number, line in enumerate(_text_lines(raw, file), 1):
@@ -166,7 +166,7 @@ def _text_lines(raw: IO[bytes], file: Path) -> Iterator[str]:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """What a .zst file holds, all its frames: zstandard's own reader ends silently after one, whole or not."""
+    """Reads all frames of a .zst file: zstandard's reader silently stops after one frame, complete or not."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         import zstandard

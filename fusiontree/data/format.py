@@ -1,9 +1,9 @@
 """A dataset on disk: WebDataset tar shards of tokenized documents, an index beside each, and one dataset.json.
 
-    DIR/dataset.json            what is in it; written last, so a folder without it is no dataset
-    DIR/tokenizer.json          where the tokenizer is a file
+    DIR/dataset.json            description of the dataset; written last, so a folder without it is incomplete
+    DIR/tokenizer.json          only if the tokenizer is a file
     DIR/shard-000000.tar        members KEY.npy (uint16 or uint32 tokens, the end-of-document token last), KEY.json
-    DIR/shard-000000.index      where each document lies in the tar, how long it is, its SHA-256
+    DIR/shard-000000.index      offset of each document in the tar, its length, its SHA-256
 
 KEY is the document's number in the dataset, nine digits or more.
 """
@@ -27,7 +27,7 @@ VERSION = 1
 
 
 class ShardDamage(RuntimeError):
-    """A shard does not hold what its index says. The message names shard, member and reason."""
+    """A shard does not match its index. The message names shard, member and reason."""
 
     def __init__(self, shard: Path | str, member: str | None, reason: str) -> None:
         super().__init__(f"{shard}{f', member {member}' if member else ''}: {reason}")
@@ -36,7 +36,7 @@ class ShardDamage(RuntimeError):
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """Which tokenizer made the tokens."""
+    """The tokenizer of a dataset."""
 
     kind: str
     """byte | huggingface."""
@@ -44,7 +44,7 @@ class TokenizerInfo:
     vocab_size: int
     eos_id: int
     sha256: str
-    """Of the tokenizer's file, or of its definition for ``byte``."""
+    """SHA-256 of the tokenizer's file, or of the definition of ``byte``."""
     file: str | None = None
     """File in the dataset's folder, or None."""
 
@@ -54,13 +54,13 @@ class ShardInfo:
     """One shard of a dataset."""
 
     name: str
-    """Of the tar file; the index has the same name with ``.index``."""
+    """File name of the tar; the index has the same name with ``.index``."""
     documents: int
     tokens: int
     bytes: int
     index_sha256: str
     sha256: str = ""
-    """Of the tar, for those who check it whole; empty where nobody recorded it."""
+    """SHA-256 of the full tar, for verification; empty if it was not recorded."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,17 @@ class DatasetInfo:
 
     @property
     def documents(self) -> int:
-        """Documents in all shards."""
+        """Number of documents in all shards."""
         return sum(shard.documents for shard in self.shards)
 
     @property
     def tokens(self) -> int:
-        """Tokens in all shards, end-of-document tokens included."""
+        """Number of tokens in all shards, end-of-document tokens included."""
         return sum(shard.tokens for shard in self.shards)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides which tokens a row holds."""
+        """Hash of all fields that determine the tokens of each row."""
         shards = [{key: value for key, value in vars(s).items() if key != "sha256"} for s in self.shards]
         content = [asdict(self.tokenizer), self.dtype, shards]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -120,10 +120,10 @@ def read_dataset(folder: Path) -> DatasetInfo:
         if not path.parent.is_dir():
             siblings = path.parent.parent
             near = nearest(path.parent.name, (p.name for p in siblings.iterdir())) if siblings.is_dir() else ""
-            raise UserError(f"dataset folder '{folder}' does not exist{near}; make one with tools/build_shards.py")
+            raise UserError(f"dataset folder '{folder}' does not exist{near}; make one with 'fusiontree data build'")
         inner = sorted(p.parent.name for p in path.parent.glob(f"*/{DATASET}"))
-        hint = f"; it holds the datasets {inner}" if inner else "; make one with tools/build_shards.py"
-        raise UserError(f"'{folder}' has no {DATASET}, so it is no complete dataset{hint}")
+        hint = f"; it holds the datasets {inner}" if inner else "; make one with 'fusiontree data build'"
+        raise UserError(f"'{folder}' has no {DATASET}, so it is not a complete dataset{hint}")
     return parse_dataset(path.read_text(encoding="utf-8"), str(path))
 
 
@@ -154,14 +154,14 @@ def parse_dataset(text: str, place: str) -> DatasetInfo:
 
 
 def _check_names(info: DatasetInfo, place: str) -> None:
-    """Refuse what would lead out of the dataset's folder or the cache: names become paths."""
+    """Reject file names that would lead out of the dataset's folder or the cache, since names become paths."""
     names = [shard.name for shard in info.shards] + [info.tokenizer.file or "tokenizer"]
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise UserError(f"{place} names a file {name!r}, which is no plain file name; build the dataset again")
+            raise UserError(f"{place} names a file {name!r}, which is not a plain file name; build the dataset again")
     for shard in info.shards:
         numbers = (shard.documents, shard.tokens, shard.bytes)
         if not all(isinstance(n, int) and n >= 0 for n in numbers) or not re.fullmatch(
             "[0-9a-f]{64}", shard.index_sha256
         ):
-            raise UserError(f"{place}: what it says of {shard.name} cannot be; build the dataset again")
+            raise UserError(f"{place}: the entry of {shard.name} is invalid; build the dataset again")

@@ -1,8 +1,8 @@
-"""The index beside a shard, memory-mapped, and reading tokens by offset with their hashes checked.
+"""The memory-mapped index of a data shard, and reads of tokens by offset with verified hashes.
 
 Layout, little endian: a 64-byte header (see ``_HEADER``), then three arrays over the shard's documents:
 data_offset int64 (of the first token in the tar), token_end int64 (running total of tokens), sha256 32 bytes (of the
-document's token bytes). Rows are found by binary search in token_end; nothing is read but what is needed.
+document's token bytes). Rows are found by binary search in token_end; only the needed parts are read.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from fusiontree.utils.files import atomic_write
 from fusiontree.utils.hashing import sha256_file
 
 MAGIC = b"FTINDEX1"
-# magic, version, header bytes, documents, tokens, tar bytes, number of the first document, bytes a token
+# magic, version, header bytes, documents, tokens, tar bytes, number of the first document, bytes per token
 _HEADER = struct.Struct("<8sIIQQQQB")
 _HEADER_BYTES = 64
 _CHUNK = 1 << 22
-"""Bytes hashed at a time, so that a long document is never in memory whole for its hash alone."""
+"""Bytes per read when hashing, so that hashing does not load a long document into memory at once."""
 _GAP = 1 << 13
-"""Bytes between two documents that are rather read and thrown away than skipped with another read."""
+"""Gaps between documents up to this many bytes are read and discarded, which is faster than a separate read."""
 
 
 def index_size(documents: int) -> int:
-    """Return the bytes of the index of so many documents."""
+    """Return the size in bytes of an index of ``documents`` documents."""
     return _HEADER_BYTES + documents * (8 + 8 + 32)
 
 
@@ -54,11 +54,11 @@ def write_index(path: Path, content: bytes) -> str:
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Tokens of a shard and where their documents start."""
+    """Consecutive tokens of a shard and the starts of their documents."""
 
     tokens: np.ndarray
     starts: np.ndarray
-    """Where documents start in ``tokens``, ascending; 0 only if one starts there."""
+    """Indices in ``tokens`` at which documents start, ascending; contains 0 only if a document starts there."""
     first_position: int
     """Position of the first token in its document."""
 
@@ -83,9 +83,9 @@ class Shard:
         Args:
             tar: the tar file.
             index: its index.
-            info: what dataset.json says of the shard.
-            name: what errors call it, if not its path.
-            checked: True when this very index file was found to have its recorded hash before.
+            info: the shard's entry in dataset.json.
+            name: name in error messages; None means the path of the tar.
+            checked: True if the hash of this index file was already verified.
 
         Raises:
             ShardDamage: a file is missing or has another size, or the index differs from its recorded hash.
@@ -136,18 +136,18 @@ class Shard:
         return f"{self.first_document + document:09d}"
 
     def bounds(self, document: int) -> tuple[int, int]:
-        """Return the first token of ``document`` in the shard and the one after its last."""
+        """Return ``(start, stop)`` of the tokens of ``document`` in the shard."""
         return (int(self._ends[document - 1]) if document else 0), int(self._ends[document])
 
     def document_at(self, token: int) -> int:
-        """Return the document that token number ``token`` of the shard belongs to."""
+        """Return the document that contains token number ``token`` of the shard."""
         return int(self._ends.searchsorted(token, "right"))
 
     def read(self, begin: int, end: int) -> TokenSpan:
-        """Read tokens [begin, end) of the shard, which must be there and at least one.
+        """Read tokens [begin, end) of the shard; the range must be non-empty and within the shard.
 
-        Every token returned was found to be what was written: documents that lie inside are hashed as they are
-        read; one that reaches beyond is hashed whole when it is first touched.
+        Every returned token is verified: documents inside the range are hashed as they are read; a document that
+        reaches beyond the range is hashed in full when it is first read.
 
         Raises:
             ShardDamage: a document's bytes cannot be read or differ from their hash.
@@ -180,7 +180,7 @@ class Shard:
         return TokenSpan(tokens, inside, begin - starts[0])
 
     def read_document(self, document: int) -> np.ndarray:
-        """Read one document whole; see :meth:`read`."""
+        """Read one complete document; see :meth:`read`."""
         first, last = self.bounds(document)
         data = self._pread(document, int(self._offsets[document]), (last - first) * self.item_bytes)
         if hashlib.sha256(data).digest() != self._hashes[document].tobytes():
@@ -188,7 +188,7 @@ class Shard:
         return np.frombuffer(data, self.dtype)
 
     def _verify(self, document: int) -> None:
-        """Compare a document with its hash, unless that was done before."""
+        """Compare a document with its hash, unless it was already verified."""
         if self._verified[document]:
             return
         first, last = self.bounds(document)
@@ -215,7 +215,7 @@ class Shard:
 
 
 def _near_groups(offsets: list[int], starts: list[int], ends: list[int], size: int) -> list[range]:
-    """Split documents into runs that lie one behind the other in the file, so that one read fetches each run."""
+    """Split documents into groups that are close together in the file, so that one read fetches each group."""
     groups, begin = [], 0
     for i in range(1, len(offsets)):
         gap = offsets[i] - (offsets[i - 1] + (ends[i - 1] - starts[i - 1]) * size)

@@ -1,8 +1,7 @@
-"""Batches for training.
+"""Training batches.
 
-The rows of a step are a function of seed, step and batch size alone; ranks and workers only share the reading. Every
-step takes ``global_batch_size`` whole rows of ``seq_len`` from the order; a curriculum stage of shorter rows cuts
-each of them.
+The rows of a step depend only on seed, step and batch size; ranks and workers only divide the reading. Every step takes
+``global_batch_size`` rows of ``seq_len`` from the order; a curriculum stage of shorter rows splits each of them.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ __all__ = ["TrainingData", "ValidationData"]
 log = logging.getLogger(__name__)
 
 _OPEN_SHARDS = 192
-"""Shards kept open over all datasets; each takes three file descriptors at most, and 1,024 are usually allowed."""
+"""Shards kept open over all datasets; each takes up to three file descriptors, of usually 1,024 per process."""
 _FETCH_THREADS = 2
 _AHEAD_BYTES = 1 << 30
-"""Steps read ahead take no more than this, whatever prefetch_steps says."""
+"""Maximum bytes of steps read ahead; overrides ``prefetch_steps``."""
 
 
 class TrainingData:
@@ -64,17 +63,17 @@ class TrainingData:
         Args:
             config: the ``data`` section.
             seq_len: length of a row.
-            global_batch_size: rows a step, over all ranks.
-            micro_batch_size: rows a rank computes in one pass.
+            global_batch_size: rows per step, over all ranks.
+            micro_batch_size: rows per micro-batch of a rank.
             curriculum: stages ``[row length, steps]`` before ``seq_len`` is reached.
-            seed: decides the order.
+            seed: determines the order.
             vocab_size: of the model.
-            dp_rank: which part of a batch to read; ranks that share rows give the same.
+            dp_rank: part of each batch to read; equal for ranks that share rows.
             dp_size: number of parts.
 
         Raises:
-            UserError: a dataset is missing, empty, cannot be reached, was made with another tokenizer than its
-                siblings or the model, or its shards do not fit in the cache.
+            UserError: a dataset is missing, is empty, cannot be reached, was made with another tokenizer than the other
+                datasets or the model, or its shards do not fit in the cache.
         """
         assert 0 <= dp_rank < dp_size
         self.config, self.seq_len = config, seq_len
@@ -126,7 +125,7 @@ class TrainingData:
         )
 
     def _check_cache(self) -> None:
-        """Refuse a cache that rows read side by side would empty of each other's shards."""
+        """Check that the cache can hold all shards that are read at the same time."""
         together = self.config.shuffle_shards if self.config.shuffle else 1
         need = sum(
             sum(sorted(map(source.bytes, range(len(source.info.shards))))[-together:])
@@ -135,18 +134,18 @@ class TrainingData:
         )
         if need > self.config.cache_size_gib * 2**30:
             raise UserError(
-                f"rows of up to {together} shards of each remote dataset are read side by side, {need / 2**30:.3f} GiB "
-                f"together, and data.cache_size_gib is {self.config.cache_size_gib}; raise it, lower "
+                f"up to {together} shards of each remote dataset are read at the same time, {need / 2**30:.3f} GiB in "
+                f"total, and data.cache_size_gib is {self.config.cache_size_gib}; raise it, lower "
                 f"data.shuffle_shards or build smaller shards"
             )
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides the order of rows."""
+        """Hash of everything that determines the order of rows."""
         return self.order.fingerprint
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
-        """Write what a checkpoint should carry of the tokenizer into ``folder`` and return the files."""
+        """Write the tokenizer's files for a checkpoint into ``folder`` and return them."""
         return self.sources[0].save_tokenizer(folder)
 
     def stage_length(self, step: int) -> int:
@@ -154,13 +153,13 @@ class TrainingData:
         return self.lengths.length(step)
 
     def steps(self, state: dict[str, Any] | None = None) -> Iterator[tuple[StepBatch, dict[str, Any]]]:
-        """Yield every step's batch from ``state`` on, for ever, with the state to save after it.
+        """Yield the batch of every step from ``state`` on, without end, each with the state to save after the step.
 
-        One such iteration at a time; closing it ends its threads.
+        Only one iteration may be open at a time; closing it ends its threads.
 
         Raises:
-            UserError: ``state`` is of other datasets, or another seed, order or row length; a row cannot be read
-                (``on_damage: stop``), too many were skipped, or a place cannot be reached.
+            UserError: ``state`` belongs to other datasets or another seed, order or row length; a row cannot be read
+                (``on_damage: stop``); too many rows were skipped; or a dataset cannot be reached.
         """
         self._position = DataState.from_dict(state, self.order) if state is not None else DataState()
         self._recent.clear()
@@ -195,10 +194,10 @@ class TrainingData:
                 workers.close()
 
     def describe_row(self, number: int) -> str:
-        """Say where a row of the last two steps comes from: its dataset, shard and place in the shard.
+        """Return the origin of a row of the last two steps: dataset, shard and first token in the shard.
 
         Raises:
-            ValueError: ``number``, as in ``MicroBatch.rows_B``, is no row of them.
+            ValueError: ``number`` (as in ``MicroBatch.rows_B``) is not a row of the last two steps.
         """
         steps = [step for step in pairwise(self._recent) if step[0].number <= number < step[1].number]
         if not steps:
@@ -214,10 +213,10 @@ class TrainingData:
         return f"row {number} ({self.sources[source].place}/{shard}, from token {first})"
 
     def count_skipped(self, rows: int) -> None:
-        """Add the skipped rows of the last step, over all ranks, to its state.
+        """Add the last step's number of skipped rows, over all ranks, to its state.
 
         Raises:
-            UserError: they are more than ``max_skipped_rows`` in the whole run; the same on every rank.
+            UserError: the run has skipped more than ``max_skipped_rows`` rows; raised on every rank alike.
         """
         self._position.skipped_rows += rows
         self._last_state["skipped_rows"] = self._position.skipped_rows
@@ -245,9 +244,9 @@ class TrainingData:
         return DataState(position.step + 1, position.row + rows, position.number + rows * pieces)
 
     def _read_step(self, before: DataState) -> tuple[StepBatch, DataState]:
-        """Read this rank's part of the step after ``before``; all that it needs is in its argument."""
+        """Read this rank's part of the step after ``before``; depends on no other state of the loader."""
         share = -(-self.global_batch_size // self.dp_size)
-        # Ranks with fewer rows compute fillers: all must take part in every pass.
+        # Ranks with fewer rows compute fillers: all ranks must take part in every micro-batch.
         passes = -(-share // self.micro_batch_size)
         length = self.stage_length(before.step + 1)
         rows = RowsOfStep(passes * self.micro_batch_size, self.seq_len, length)
@@ -273,7 +272,7 @@ class TrainingData:
         return wanted
 
     def _shards_ahead(self) -> list[tuple[Source, int]]:
-        """List the shards that rows are being read from, and those that come after, as far as the cache holds them."""
+        """List the shards in use, followed by the next shards in order, as far as the cache can hold them."""
         counts = self.mixture.rows_before(self._asked_row)
         now: list[tuple[RemoteSource, int]] = []
         later: list[tuple[RemoteSource, int]] = []
@@ -283,8 +282,8 @@ class TrainingData:
                 now += [(source, shard) for shard in next(groups)]
                 following = (shard for group in groups for shard in group)
                 later += [(source, shard) for shard in islice(following, self.config.prefetch_shards)]
-        # As much again as is read from now stays free for it: rows read ahead are of the next block already, while
-        # other ranks and workers still read the one before.
+        # Reserve twice the size of the shards in use: rows read ahead may belong to the next block while other ranks
+        # and workers still read the current block.
         left = self.config.cache_size_gib * 2**30 - 2 * sum(source.bytes(shard) for source, shard in now)
         fitting: dict[tuple[Source, int], None] = dict.fromkeys(now)
         for source, shard in later:

@@ -1,4 +1,4 @@
-"""Documents of Megatron's indexed corpora (PREFIX.bin beside PREFIX.idx), through megatron-core's own reader."""
+"""Documents of Megatron's indexed corpora (PREFIX.bin beside PREFIX.idx), through megatron-core's reader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusiontree.utils.errors import UserError
 
 
 def is_megatron(file: Path) -> bool:
-    """True for the ``.bin`` of a corpus whose ``.idx`` lies beside it."""
+    """Return True if ``file`` is the ``.bin`` of a corpus and the ``.idx`` is in the same folder."""
     return file.suffix == ".bin" and file.with_suffix(".idx").is_file()
 
 
@@ -24,7 +24,7 @@ def read_megatron(file: Path) -> Iterator[np.ndarray]:
         UserError: megatron-core is not installed, or its reader cannot read the corpus.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of every GPU package it goes without
+        warnings.simplefilter("ignore")  # it warns about every missing GPU package
         try:
             from megatron.core.datasets.indexed_dataset import IndexedDataset
         except ImportError as error:

@@ -1,6 +1,6 @@
-"""The order in which rows are visited: keyed permutations that are computed, not stored.
+"""The order of rows: keyed permutations that are computed, not stored.
 
-Any row's place is found in O(1) from the seed, so a run resumes anywhere without reading or replaying anything.
+Any row's place is computed in O(1) from the seed, so a run resumes at any row without reading or replaying others.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ _WORD = (1 << 64) - 1
 
 
 class Permutation:
-    """A pseudo-random permutation of range(size), decided by a key.
+    """A pseudo-random permutation of range(size), determined by a key.
 
-    A Feistel network over the smallest even number of bits that holds ``size``; values outside are fed in again until
-    they fall inside (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network over the smallest even number of bits that represents ``size``; it is applied again to results
+    outside the range until they are inside (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite
+    domains").
     """
 
     def __init__(self, size: int, key: int) -> None:
-        """Make the permutation of ``size`` >= 1 elements."""
+        """Create the permutation of ``size`` >= 1 elements."""
         self.size = size
         self._half = max(1, ((size - 1).bit_length() + 1) // 2)
         self._mask = (1 << self._half) - 1
         self._keys = [stable_hash("round", key, number) for number in range(_ROUNDS)]
 
     def __getitem__(self, index: int) -> int:
-        """Return where ``index`` goes."""
+        """Return the image of ``index``."""
         if not 0 <= index < self.size:
             raise IndexError(f"{index} is outside a permutation of {self.size}")
         half, mask = self._half, self._mask
@@ -51,7 +52,7 @@ class Permutation:
 
 @dataclass(frozen=True)
 class RowPlace:
-    """A row of a dataset."""
+    """The place of a row in a dataset."""
 
     shard: int
     row: int
@@ -60,16 +61,16 @@ class RowPlace:
 
 @dataclass(frozen=True)
 class _Block:
-    """Shards whose rows are mixed with each other."""
+    """Shards whose rows are shuffled together."""
 
     shards: np.ndarray
     ends: np.ndarray
-    """Rows of the block up to the end of each shard."""
+    """Cumulative number of rows at the end of each shard of the block."""
     permutation: Permutation | None
 
 
 class _Epoch:
-    """Shards of one epoch in their order, and where its blocks end; nothing is kept a row."""
+    """Order of the shards in one epoch, and the ends of its blocks; stores nothing per row."""
 
     def __init__(self, rows: np.ndarray, seed: int, epoch: int, block: int, shuffle: bool) -> None:
         count = len(rows)
@@ -79,7 +80,7 @@ class _Epoch:
             keys = [stable_hash("shards", seed, epoch, shard) for shard in range(count)]
             self.shards = np.argsort(np.asarray(keys, dtype=np.uint64), kind="stable")
         self.sums = np.cumsum(rows[self.shards])
-        # Blocks of even size: a last block of one shard alone would not be mixed at all.
+        # Blocks of nearly equal size: a last block of a single shard would not be mixed with other shards.
         blocks = -(-count // block)
         self.firsts = [index * count // blocks for index in range(blocks + 1)]
         self.block_ends = self.sums[np.asarray(self.firsts[1:]) - 1].tolist()
@@ -103,21 +104,21 @@ class _Epoch:
 
 
 class RowOrder:
-    """Visits every row of every shard once an epoch, in an order of its own each epoch.
+    """Visits every row of every shard once per epoch, in a different order each epoch.
 
-    Shards are shuffled and taken in blocks; the rows of a block are mixed with each other. So reads stay within a few
-    shards for a long time, and neighbours in a batch come from different documents. Threads may share it: what it
-    keeps can be computed again at any time.
+    Shards are shuffled and divided into blocks; the rows of a block are shuffled together. So reads stay within a few
+    shards for a long time, and neighbouring rows of a batch come from different documents. Thread-safe: the only state
+    is a cache of values that can be recomputed.
     """
 
     def __init__(self, rows_of_shards: Sequence[int], *, seed: int, block: int, shuffle: bool) -> None:
         """Prepare the order.
 
         Args:
-            rows_of_shards: number of rows of each shard; at least one has some.
-            seed: decides the order.
-            block: most shards whose rows are mixed.
-            shuffle: False visits shards and rows as they lie.
+            rows_of_shards: number of rows of each shard; at least one must be positive.
+            seed: determines the order.
+            block: maximum number of shards per block.
+            shuffle: False visits shards and rows in stored order.
         """
         self.rows = np.asarray(rows_of_shards, dtype=np.int64)
         self.total = int(self.rows.sum())
@@ -126,7 +127,7 @@ class RowOrder:
         self._epochs: dict[int, _Epoch] = {}
 
     def place(self, index: int) -> tuple[int, RowPlace]:
-        """Return the epoch and the place of the ``index``-th row ever visited."""
+        """Return the epoch and the place of the row with index ``index`` in the order over all epochs."""
         number, index = divmod(index, self.total)
         epoch = self._epoch(number)
         which = bisect_right(epoch.block_ends, index)
@@ -138,9 +139,9 @@ class RowOrder:
         return number, RowPlace(int(block.shards[slot]), inside - (int(block.ends[slot - 1]) if slot else 0))
 
     def shards_from(self, index: int) -> Iterator[list[int]]:
-        """Yield shards in groups, in the order in which rows from the ``index``-th on need them, without end.
+        """Yield groups of shards in the order in which rows from ``index`` on need them, without end.
 
-        Rows of shards of one group are due at the same time: a block where rows are mixed, else single shards.
+        The shards of a group are needed at the same time: a block if rows are shuffled, else a single shard.
         """
         number, index = divmod(index, self.total)
         while True:

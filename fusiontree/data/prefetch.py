@@ -1,4 +1,4 @@
-"""Shards of remote datasets are brought near before their rows are due."""
+"""Fetches shards of remote datasets into the cache before their rows are needed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ log = logging.getLogger(__name__)
 
 _RECHECK_S = 5.0
 _PAUSE_S = 0.2
-"""Least time between two looks at the plan: a look costs the trainer's interpreter time, and a block lasts long."""
+"""Minimum time between two calls of ``plan``: a call takes the GIL from the trainer, and a block lasts long."""
 
 
 class ShardPrefetcher:
-    """Threads that fetch what a plan lists, in its order, and look again whenever the reader has moved.
+    """Threads that fetch the shards listed by ``plan``, in order, and call ``plan`` again when the reader has moved.
 
-    They only help: what they cannot fetch, the reader meets itself and reports.
+    Failures here only cost time: the reader fetches the shard again and reports the error.
     """
 
     def __init__(self, plan: Callable[[], Iterable[tuple[Source, int]]], threads: int) -> None:
-        """Start ``threads`` threads; ``plan`` lists the shards that should be near now."""
+        """Start ``threads`` threads; ``plan`` lists the shards that should be in the cache now."""
         self._plan = plan
         self._condition = threading.Condition()
         self._moves = 0
@@ -38,7 +38,7 @@ class ShardPrefetcher:
             thread.start()
 
     def moved(self) -> None:
-        """Say that other shards may be due."""
+        """Notify the threads that the reader has moved, so the plan may have changed."""
         with self._condition:
             self._moves += 1
             self._condition.notify_all()
@@ -52,7 +52,7 @@ class ShardPrefetcher:
                 if (source.place, number) in self._failed:
                     continue
                 try:
-                    source.fetch(number)  # nothing if it is there, or another thread or process fetches it
+                    source.fetch(number)  # no-op if it is cached or another thread or process fetches it
                 except (ShardDamage, UserError) as error:
                     self._failed.add((source.place, number))
                     log.warning("fetching ahead failed: %s", error)

@@ -1,4 +1,4 @@
-"""Lines that say how far a long piece of work is."""
+"""Progress lines of long tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _EVERY_S = 2.0
 
 
 class Progress:
-    """Says every few seconds how much of the input is done, how fast, and how long the rest takes."""
+    """Reports every few seconds how much of the input is done, the rate, and the remaining time."""
 
     def __init__(self, what: str, total_bytes: int, report: Callable[[str], object]) -> None:
         """Begin; ``what`` starts each line."""
@@ -19,7 +19,7 @@ class Progress:
         self._began = self._said = time.monotonic()
 
     def add(self, input_bytes: int, text_bytes: int = 0, *, skipped: bool = False) -> None:
-        """Count more as done: bytes of the input, and of the text it held; ``skipped`` if it cost no work now."""
+        """Add finished bytes of input, and the bytes of text in it; ``skipped`` if an earlier run did the work."""
         self._done += input_bytes
         if skipped:
             self._skipped += input_bytes
@@ -30,11 +30,11 @@ class Progress:
             self._report(self.line())
 
     def reached(self, input_bytes: int) -> None:
-        """Count so much of the input as done altogether."""
+        """Set the total finished bytes of the input to ``input_bytes``."""
         self.add(input_bytes - self._done, input_bytes - self._done)
 
     def line(self) -> str:
-        """Return where the work stands."""
+        """Return the progress line."""
         seconds = max(time.monotonic() - self._began, 1e-9)
         left = max(0, self._total - self._done)
         rate = (self._done - self._skipped) / seconds
@@ -43,7 +43,7 @@ class Progress:
         return f"{line}, {timedelta(seconds=round(left / rate))} left" if left and rate else line
 
     def end(self) -> None:
-        """Report the end."""
+        """Report the final line."""
         self._report(self.line())
         if self._skipped:
             self._report(f"{self._skipped / 1e6:,.0f} MB were finished before and not done again")

@@ -1,7 +1,7 @@
-"""Files of datasets that are not on a local disk: object stores and HTTP through fsspec, or a command's output.
+"""Files of remote datasets: object stores and HTTP through fsspec, or a command's output.
 
-A failure to reach a place is no damage of the data: it is tried again with growing waits, and then ends the run. Only
-a file that is plainly not there, or has the wrong content, is damage.
+A network failure is not data damage: the access is retried with growing waits; if all attempts fail, the run ends. Only
+a file that is definitely missing or has wrong content counts as damage.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _LONGEST_WAIT_S = 60.0
 _STALL_S = 120.0
-"""A transfer that brings nothing for so long has failed."""
+"""A transfer without data for this long has failed."""
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 _PACKAGES |= {"http": "aiohttp", "https": "aiohttp", "az": "adlfs", "abfs": "adlfs"}
 
 
 class FileMissing(Exception):
-    """A remote folder answers, and has no such file."""
+    """The remote folder responds but does not contain the file."""
 
 
 class RemoteFolder(Protocol):
-    """A place that holds a dataset's files."""
+    """A remote location of a dataset's files."""
 
     url: str
 
     def download(self, name: str, target: Path) -> None:
-        """Write the file ``name`` to ``target``, once, without trying again.
+        """Download the file ``name`` to ``target``, without retries.
 
         Raises:
-            FileMissing: the place has no such file.
-            UserError: the place refuses us, so that trying again is no use.
-            Exception: anything else that went wrong on the way.
+            FileMissing: the folder does not contain the file.
+            UserError: access is denied, so that retries are useless.
+            Exception: any other failure.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Retries:
-    """How often to try, and how long to wait in between."""
+    """Number of attempts and waits between them."""
 
     attempts: int
     wait_s: float
 
     def wait(self, attempt: int) -> None:
-        """Wait after failed attempt number ``attempt`` (the first is 1); others' waits differ, so they spread.
+        """Wait after failed attempt number ``attempt`` (the first is 1); waits are randomized per process.
 
         Raises:
             Stopped: the thread was told to end.
@@ -76,11 +76,11 @@ class Retries:
             time.sleep(min(left, 0.1))
 
     def run(self, action: Callable[[], T], what: str) -> T:
-        """Return what ``action`` returns.
+        """Return the result of ``action``, with retries.
 
         Raises:
-            UserError: it failed in every attempt; ``what`` names it.
-            FileMissing, Stopped: at once.
+            UserError: every attempt failed; the message begins with ``what``.
+            FileMissing, Stopped: not retried.
         """
         for attempt in range(1, self.attempts + 1):
             if stop_wanted():
@@ -93,8 +93,8 @@ class Retries:
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
                 if attempt == self.attempts:
                     raise UserError(
-                        f"{what} failed {attempt} times, the last time with {reason}; check the place and the network, "
-                        f"or raise data.fetch_attempts"
+                        f"{what} failed {attempt} times, the last time with {reason}; check the address and the "
+                        f"network, or raise data.fetch_attempts"
                     ) from error
                 log.warning("%s: attempt %d of %d failed (%s)", what, attempt, self.attempts, reason)
             self.wait(attempt)
@@ -102,22 +102,22 @@ class Retries:
 
 
 def is_remote(path: str) -> bool:
-    """Return whether a dataset's path is a URL or a command, and not a folder."""
+    """Return True if a dataset's path is a URL or a command, False if it is a folder."""
     return path.startswith("pipe:") or (
         re.match(r"[a-zA-Z][\w+.-]*://", path) is not None and not path.startswith("file://")
     )
 
 
 def local_folder(path: str) -> Path:
-    """Return the folder that a path which is not remote names."""
+    """Return the folder of a path that is not remote."""
     return Path(path.removeprefix("file://")).expanduser()
 
 
 def open_remote(path: str, options: dict[str, Any], allow_pipe: bool) -> RemoteFolder:
-    """Return the remote folder at ``path``; nothing is read yet.
+    """Return the remote folder at ``path``, without reading anything.
 
     Raises:
-        UserError: no such protocol, its package is missing, or commands are not allowed.
+        UserError: the protocol is unknown, its package is missing, or commands are not allowed.
     """
     if not path.startswith("pipe:"):
         return FsspecFolder(path, options)
@@ -141,7 +141,7 @@ class FsspecFolder:
             self._files = fsspec.filesystem(protocol, **options)
         except ImportError as error:
             known = f"; pip install {_PACKAGES[protocol]}" if protocol in _PACKAGES else ""
-            raise UserError(f"'{url}' needs a package that is not here ({error}){known}") from error
+            raise UserError(f"'{url}' needs a package that is not installed ({error}){known}") from error
         except ValueError as error:
             near = nearest(protocol, fsspec.available_protocols())
             raise UserError(f"'{url}': protocol '{protocol}' is unknown{near} ({error})") from error
@@ -165,13 +165,13 @@ def _http_timeouts() -> dict[str, Any]:
     try:
         import aiohttp
     except ImportError:
-        return {}  # fsspec says that it is missing
-    # The default ends a transfer after five minutes, however well it goes.
+        return {}  # fsspec reports the missing package
+    # aiohttp's default ends every transfer after five minutes, even if it makes progress.
     return {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30.0, sock_read=_STALL_S)}
 
 
-# A watcher in the background waits for the end of standard input, which is the end of the trainer, and kills the
-# command's whole process group; the command itself reads nothing.
+# A background process waits until standard input closes, which happens when the trainer ends, and then kills the
+# command's process group. The command's standard input is empty.
 _GUARD = "exec 3<&0 </dev/null; (read _ <&3; kill -9 0) >/dev/null 2>&1 & exec 3<&-\n"
 
 
@@ -181,14 +181,14 @@ class CommandFolder:
     def __init__(self, url: str) -> None:
         """Prepare; see :func:`open_remote`."""
         if "{name}" not in url:
-            raise UserError(f"'{url}' does not say where a file's name goes; write {{name}} there")
+            raise UserError(f"'{url}' does not contain {{name}}; write {{name}} where the command takes a file's name")
         self.url = url
         self._command = url.removeprefix("pipe:")
 
     def download(self, name: str, target: Path) -> None:
-        """See :class:`RemoteFolder`. A command that fails or falls silent is killed and is an OSError."""
+        """See :class:`RemoteFolder`. A command that fails or stalls is killed and raises OSError."""
         command = self._command.replace("{name}", shlex.quote(name))
-        ours, theirs = os.pipe()  # its end with us closes with us, however we end
+        ours, theirs = os.pipe()  # the write end closes when this process ends, for any reason
         with tempfile.TemporaryFile() as messages, target.open("wb") as output:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", _GUARD + command],
@@ -201,7 +201,7 @@ class CommandFolder:
             try:
                 while True:
                     if not select.select([process.stdout], [], [], _STALL_S)[0]:
-                        raise OSError(f"'{command}' brought nothing for {_STALL_S:.0f} s")
+                        raise OSError(f"'{command}' sent no data for {_STALL_S:.0f} s")
                     data = process.stdout.read1(1 << 20)  # type: ignore[attr-defined]
                     if not data:
                         break

@@ -1,6 +1,6 @@
-"""Rows of a dataset: fixed lengths cut from a shard's concatenated documents.
+"""Rows of a dataset: fixed-length ranges of a shard's concatenated documents.
 
-A row of length S reads S + 1 tokens with stride S, so every token but a shard's last few is an input once an epoch.
+A row of length S reads S + 1 tokens with stride S, so every token but a shard's last few is an input once per epoch.
 Shape legend: S tokens of a row.
 """
 
@@ -39,18 +39,18 @@ class RowReader:
     """Reads rows of one dataset. Threads may share it."""
 
     def __init__(self, source: Source, seq_len: int, vocab_size: int, *, open_shards: int = 64) -> None:
-        """Prepare; shards are opened when their rows are read, and ``open_shards`` of them stay open.
+        """Prepare to read; shards are opened when needed, and at most ``open_shards`` stay open.
 
         Raises:
-            UserError: there is no row of ``seq_len`` tokens, or the dataset's tokenizer has more tokens than the
-                model, or than its own data type holds.
+            UserError: the dataset has no row of ``seq_len`` tokens, or its vocabulary is larger than the model's or
+                than its data type can represent.
         """
         self.source, self.seq_len, self.vocab_size, self._open_shards = source, seq_len, vocab_size, open_shards
         info, tokenizer = source.info, source.info.tokenizer
         if info.dtype not in ("uint16", "uint32") or tokenizer.vocab_size - 1 > np.iinfo(info.dtype).max:
             raise UserError(
-                f"dataset '{source.place}': a vocabulary of {tokenizer.vocab_size} in tokens of type {info.dtype} "
-                f"cannot be; build the dataset again"
+                f"dataset '{source.place}': tokens of type {info.dtype} cannot represent a vocabulary of "
+                f"{tokenizer.vocab_size}; build the dataset again"
             )
         if tokenizer.vocab_size > vocab_size:
             raise UserError(
@@ -64,7 +64,7 @@ class RowReader:
             longest = max(shard.tokens for shard in info.shards)
             raise UserError(
                 f"dataset '{source.place}' has no row of training.seq_len {seq_len}: its largest shard holds {longest} "
-                f"tokens; use shorter rows or more text a shard"
+                f"tokens; use shorter rows or more text per shard"
             )
         self.info = info
         self._item_bytes = np.dtype(info.dtype).itemsize
@@ -76,13 +76,13 @@ class RowReader:
         """Write the row at ``place`` into ``out`` and return a 32-bit hash of it.
 
         Args:
-            place: which row.
-            out: where to write tokens, labels and positions.
-            piece: where the row is cut into shorter rows, their length; positions restart there.
+            place: of the row.
+            out: receives tokens, labels and positions.
+            piece: length of the shorter rows that a curriculum stage splits the row into; positions restart at each.
 
         Raises:
-            ShardDamage: its documents cannot be read or differ from their hashes.
-            UserError: it holds a token that is no token of the model, or its place cannot be reached.
+            ShardDamage: a document of the row cannot be read or differs from its hash.
+            UserError: the row contains a token outside the model's vocabulary, or the dataset cannot be reached.
         """
         span = self._span(place)
         seq_len, starts = self.seq_len, span.starts
@@ -101,7 +101,7 @@ class RowReader:
         return zlib.crc32(starts.data, zlib.crc32(span.tokens.data))
 
     def _span(self, place: RowPlace) -> TokenSpan:
-        """Read a row's tokens and the one after them, mending what can be mended."""
+        """Read a row's tokens and the next token; retry after damage that can be repaired."""
         begin = place.row * self.seq_len
         attempt = 1
         while True:
@@ -123,7 +123,7 @@ class RowReader:
                 )
             except ShardDamage as damage:
                 with self._lock:
-                    mended = self._kept.get(place.shard) is not kept  # by another thread, since we began
+                    mended = self._kept.get(place.shard) is not kept  # repaired by another thread meanwhile
                 if not mended:
                     if not self.source.mend(place.shard, damage, attempt):
                         raise

@@ -1,7 +1,7 @@
-"""The length curriculum: how long the rows of a step are.
+"""The length curriculum: row length by step.
 
-A stage of shorter rows cuts each row of ``seq_len`` into pieces, so it changes neither the tokens of a step nor which
-text comes when, and an epoch still meets every row once when a stage ends in its middle.
+A stage of shorter rows splits each row of ``seq_len``. So it changes neither the number of tokens per step nor the
+order of the text, and every epoch visits every row once even if a stage ends within the epoch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class LengthSchedule:
             stages: ``[row length, steps]`` each.
 
         Raises:
-            ValueError: a stage's length does not divide ``seq_len``, or a stage has no step.
+            ValueError: a stage's length does not divide ``seq_len``, or a stage has less than one step.
         """
         self.seq_len = seq_len
         self.stages = [(int(length), int(steps)) for length, steps in stages or []]

@@ -1,4 +1,4 @@
-"""Making one shard, in a worker process: tokenize, write, record."""
+"""Builds one data shard in a worker process: tokenize, write, record."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import atomic_write
 
 _BATCH_BYTES = 1 << 20
-"""Text that is encoded at once: enough for some threads, and what the library returns takes a hundred times a token."""
+"""Bytes of text per tokenizer call: enough for several threads; the library's output is about 100 times as large as the
+tokens, so it must stay bounded."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TokenizerChoice:
     """A tokenizer that any process can load."""
 
     path: Path | None = None
-    """Of a tokenizer.json; None means bytes."""
+    """Path of a tokenizer.json; None means the byte tokenizer."""
     name: str | None = None
     eos: str | None = None
 
@@ -46,12 +47,12 @@ class Chunk:
     """Documents of one shard."""
 
     def __init__(self, split: str, number: int, first_document: int, tokenizer_sha256: str) -> None:
-        """Begin without documents."""
+        """Start without documents."""
         self.split, self.number, self.first_document = split, number, first_document
         self.documents: list[Document] = []
         self.bytes = 0
         self.input_bytes = 0
-        """What was read of the corpus while the chunk became full."""
+        """Bytes of the corpus that were read to fill the chunk."""
         self._state = hashlib.sha256(f"{first_document} {tokenizer_sha256}".encode())
 
     def add(self, document: Document) -> None:
@@ -63,13 +64,13 @@ class Chunk:
 
     @property
     def digest(self) -> str:
-        """Hash of all that decides the shard, to recognise a finished one."""
+        """Hash of everything that determines the shard, to recognize a finished shard."""
         return self._state.hexdigest()
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """A shard to make."""
+    """A shard to build."""
 
     folder: Path
     number: int
@@ -80,12 +81,12 @@ class ShardJob:
 
 
 def record_path(folder: Path, number: int) -> Path:
-    """Return where a finished shard of an unfinished build is described."""
+    """Return the path of a finished shard's record in an unfinished build."""
     return folder / f"{shard_name(number)}.record.json"
 
 
 def finished_record(folder: Path, number: int, digest: str) -> dict[str, Any] | None:
-    """Return the record of a shard that was finished with the same documents, or None."""
+    """Return the record of a shard that was finished with the same ``digest``, or None."""
     path = record_path(folder, number)
     if not path.exists():
         return None
@@ -94,9 +95,9 @@ def finished_record(folder: Path, number: int, digest: str) -> dict[str, Any] | 
 
 
 def start_worker(threads: int) -> None:
-    """Prepare a worker process: ``threads`` of the tokenizers library, and it dies with the process that started it."""
+    """Set up a worker process: ``threads`` tokenizer threads, and it ends when its parent process ends."""
     limit_tokenizer_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets the signal too and ends its workers
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -109,7 +110,7 @@ def start_worker(threads: int) -> None:
 
 @lru_cache(maxsize=1)
 def _tokenizer(choice: TokenizerChoice) -> Tokenizer:
-    """Load a tokenizer once a process: large ones take a second."""
+    """Load a tokenizer, cached per process, since large tokenizers take a second to load."""
     return choice.load()
 
 
@@ -117,7 +118,7 @@ def write_shard(job: ShardJob) -> dict[str, Any]:
     """Tokenize and write one shard with its record, and return the record.
 
     Raises:
-        UserError: a document that came as tokens holds one that the tokenizer does not have.
+        UserError: a document given as tokens contains a token outside the tokenizer's vocabulary.
     """
     tokenizer = _tokenizer(job.tokenizer)
     info = tokenizer.info
@@ -130,7 +131,7 @@ def write_shard(job: ShardJob) -> dict[str, Any]:
                 f"{document.source} holds token {int(tokens.max())}, and tokenizer '{info.name}' has "
                 f"{info.vocab_size}; name the tokenizer that made the corpus with --tokenizer"
             )
-        # Corpora of tokens may end their documents themselves.
+        # Documents given as tokens may already end with the end-of-document token.
         ended = document.is_tokens and len(tokens) and tokens[-1] == info.eos_id
         whole = np.empty(len(tokens) + (not ended), dtype)
         whole[: len(tokens)] = tokens
@@ -140,7 +141,7 @@ def write_shard(job: ShardJob) -> dict[str, Any]:
     shard = asdict(writer.close())
     record = {"digest": job.digest, "shard": shard, "statistics": statistics.result()}
     with atomic_write(record_path(job.folder, job.number)) as file:
-        file.write(json.dumps(record))  # json.dump is several times slower
+        file.write(json.dumps(record))  # several times faster than json.dump
     return record
 
 

@@ -1,9 +1,9 @@
-"""The documents of a corpus of any size in a random order: written to buckets by key, then sorted bucket by bucket.
+"""Shuffles the documents of a corpus of any size: writes them to buckets by key, then sorts bucket by bucket.
 
-A document's key is a hash of seed and number, so the order depends on neither buckets nor restarts.
+A document's key is a hash of seed and document number, so the order depends on neither buckets nor restarts.
 
-    FOLDER/bucket-000    documents whose keys lie in one range, as they came
-    FOLDER/state.json    which files are in the buckets for good, and how long the buckets were then
+    FOLDER/bucket-000    documents with keys in one range, in order of arrival
+    FOLDER/state.json    files that are completely in the buckets, and the lengths of the buckets at that time
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from fusiontree.utils.hashing import stable_hash
 _HEADER = struct.Struct("<QQI?")
 """Key, bytes of content, bytes of source, whether the content is tokens."""
 _MOST_BUCKETS = 256
-"""All are open at once. A corpus that needs more gets larger ones, of which only the keys are kept in memory."""
+"""All buckets are open at once. A larger corpus gets larger buckets; only a bucket's keys are kept in memory."""
 _BUCKET_BYTES = 64 << 20
 _PACKED = 6
-"""What compressed text is taken to grow by, to choose the number of buckets."""
+"""Assumed compression ratio of compressed text, to choose the number of buckets."""
 
 
 class ShuffledCorpus:
@@ -46,29 +46,29 @@ class ShuffledCorpus:
         """Prepare.
 
         Args:
-            corpus: what to shuffle.
-            folder: where to keep the documents meanwhile; it takes as much room as their text.
-            seed: decides the order.
-            bucket_bytes: text of a bucket, as far as that can be foreseen; does not change the order.
-            save_bytes: how much is read again, at most about, after a kill.
+            corpus: to shuffle.
+            folder: for the buckets; needs as much disk space as the text.
+            seed: determines the order.
+            bucket_bytes: approximate bytes of text per bucket; does not change the order.
+            save_bytes: bytes between two saves of the state: about the maximum that is read again after a kill.
         """
         self.corpus, self.folder, self.seed, self._save_bytes = corpus, folder, seed, save_bytes
         packed = any(file.suffix in (".gz", ".zst") for file in corpus.files)
         self._text_bytes = corpus.bytes * (_PACKED if packed else 1)
         self.buckets = max(1, min(_MOST_BUCKETS, self._text_bytes // bucket_bytes))
         self.bytes = 0
-        """What the buckets hold."""
+        """Total bytes of the buckets."""
         self.bytes_read = 0
-        """Of the buckets, by the latest iteration."""
+        """Bytes of the buckets that the latest iteration has read."""
 
     def fill(self, progress: Progress) -> None:
-        """Write the documents to the buckets, unless that was done; go on where a killed process was.
+        """Write the documents to the buckets, unless already done; continue where a killed process stopped.
 
         Args:
-            progress: told how much of the corpus is read.
+            progress: receives the bytes of the corpus that were read.
 
         Raises:
-            UserError: the disk has no room, or a document cannot be read.
+            UserError: the disk has not enough space, or a document cannot be read.
         """
         state = self._saved_state()
         if state["files"] < len(self.corpus.files):
@@ -86,7 +86,7 @@ class ShuffledCorpus:
         with ExitStack() as stack:
             buckets = [stack.enter_context(self._path(b).open("ab", 1 << 18)) for b in range(self.buckets)]
             for bucket, size in zip(buckets, state["sizes"], strict=True):
-                bucket.truncate(size)  # behind it is what a killed process wrote
+                bucket.truncate(size)  # drop unsaved writes of a killed process
                 bucket.seek(size)
             for done, file in enumerate(self.corpus.files[state["files"] :], state["files"] + 1):
                 for content, source, is_tokens in self.corpus.documents_of(file):
@@ -112,7 +112,7 @@ class ShuffledCorpus:
             json.dump(values, file)
 
     def _saved_state(self) -> dict[str, Any]:
-        """Return how far the buckets were filled; of another corpus, they are removed."""
+        """Return the saved state of the buckets; buckets of another corpus are removed."""
         if self._state.exists():
             state = json.loads(self._state.read_text())
             if state["corpus"] == self._identity():
@@ -122,7 +122,7 @@ class ShuffledCorpus:
         return {"files": 0, "documents": 0, "sizes": [0] * self.buckets}
 
     def _identity(self) -> str:
-        """Hash of all that the buckets depend on."""
+        """Hash of everything that determines the buckets."""
         state = hashlib.sha256(json.dumps([self.seed, self.buckets, self.corpus.options.text_key]).encode())
         for file in self.corpus.files:
             stat = file.stat()
@@ -134,18 +134,18 @@ class ShuffledCorpus:
         if self._text_bytes - have > free:
             raise UserError(
                 f"shuffling writes all documents to '{self.folder}' first, about {self._text_bytes / 1e9:.1f} GB, and "
-                f"{free / 1e9:.1f} GB are free there; name an --output with more room, or do without --shuffle"
+                f"{free / 1e9:.1f} GB are free there; name an --output with more space, or leave out --shuffle"
             )
 
     def __iter__(self) -> Iterator[Document]:
-        """Yield the documents; :meth:`fill` comes first."""
+        """Yield the documents in shuffled order; call :meth:`fill` before."""
         self.bytes_read = 0
         for bucket in range(self.buckets):
             with self._path(bucket).open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 if not size:
                     continue
-                # Pages of the file leave the memory as others are wanted; only keys and places are kept.
+                # The system evicts pages of the file when memory is needed; only keys and offsets are kept.
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                     yield from self._sorted(content)
 

@@ -1,4 +1,4 @@
-"""Where the shards of a dataset come from: a local folder, or a remote one through the local cache."""
+"""Access to the shards of a dataset: in a local folder, or in a remote folder through the local cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fusiontree.utils.hashing import sha256_file
 
 log = logging.getLogger(__name__)
 
-# Errors of a disk or network file system that may pass; others say that the file is not there or not ours.
+# Possibly transient errors of a disk or network file system. Others mean that the file is missing or not accessible.
 _PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOLCK}
 
 
@@ -35,11 +35,11 @@ class OpenShard(Protocol):
     """A shard that a process keeps open."""
 
     def pin(self) -> Shard:
-        """Return the shard, which stays on the disk until :meth:`unpin`; several threads may hold it at once."""
+        """Return the shard and keep it on disk until :meth:`unpin`; several threads may pin it at once."""
         ...
 
     def unpin(self) -> None:
-        """Let the shard go; once for every :meth:`pin`."""
+        """Release the shard; call once per :meth:`pin`."""
         ...
 
     def close(self) -> None:
@@ -48,31 +48,31 @@ class OpenShard(Protocol):
 
 
 class Source(Protocol):
-    """A dataset and the way to its shards. Methods may be called from any thread."""
+    """A dataset and access to its shards. Methods may be called from any thread."""
 
     place: str
     info: DatasetInfo
     remote: bool
 
     def open(self, number: int) -> OpenShard:
-        """Open a shard, fetching it first where that is needed.
+        """Open a shard; fetch it first if necessary.
 
         Raises:
-            ShardDamage: it is missing, or not what dataset.json says.
-            UserError: the place cannot be reached.
+            ShardDamage: the shard is missing or does not match dataset.json.
+            UserError: the dataset cannot be reached.
         """
         ...
 
     def fetch(self, number: int) -> None:
-        """Bring a shard near, before it is needed; nothing where another process does that already."""
+        """Prefetch a shard into the cache; does nothing if another process is already fetching it."""
         ...
 
     def mend(self, number: int, damage: ShardDamage, attempt: int) -> bool:
-        """After a failed read of a shard: return True when it should be opened and read again."""
+        """Try to repair a shard after a failed read; return True if the caller should open and read it again."""
         ...
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
-        """Write what is known of the tokenizer into ``folder`` and return the files."""
+        """Write the tokenizer's files into ``folder`` and return them."""
         ...
 
 
@@ -80,7 +80,7 @@ def open_source(path: str, config: DataConfig) -> Source:
     """Open the dataset at ``path``: read its dataset.json.
 
     Raises:
-        UserError: there is no dataset, or its place cannot be reached.
+        UserError: there is no dataset, or it cannot be reached.
     """
     retries = Retries(config.fetch_attempts, config.fetch_wait_s)
     if not is_remote(path):
@@ -116,7 +116,7 @@ class LocalSource:
         """See :class:`Source`: nothing to do."""
 
     def mend(self, number: int, damage: ShardDamage, attempt: int) -> bool:
-        """See :class:`Source`: what a disk could not give may come later; wrong content stays wrong."""
+        """See :class:`Source`: retry after transient disk errors, but not after wrong content."""
         cause = damage.__cause__
         if not isinstance(cause, OSError) or cause.errno not in _PASSING or attempt >= self._retries.attempts:
             return False
@@ -130,7 +130,7 @@ class LocalSource:
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file does; its hash need not be taken again while this stays."""
+    """Return values that change when the file changes; while they are equal, its hash need not be recomputed."""
     try:
         stat = path.stat()
     except OSError:
@@ -153,7 +153,7 @@ class _OpenLocal:
 
 
 class RemoteSource:
-    """A dataset elsewhere; its shards are fetched whole into the cache and read there."""
+    """A remote dataset; full shards are fetched into the cache and read there."""
 
     remote = True
 
@@ -163,20 +163,20 @@ class RemoteSource:
         self._fetched_again: set[int] = set()
         self._lost: dict[int, ShardDamage] = {}
         self.inodes: dict[int, int] = {}
-        """Of the tars in the cache that were last opened."""
+        """Inode of each shard's tar when it was last opened in the cache."""
         with tempfile.TemporaryDirectory(prefix="fusiontree-") as folder:
             path = Path(folder) / DATASET
             try:
                 self._download(DATASET, path)
             except FileMissing as error:
-                raise UserError(f"'{self.place}' has no {DATASET}, so it is no complete dataset") from error
+                raise UserError(f"'{self.place}' has no {DATASET}, so it is not a complete dataset") from error
             self.info = parse_dataset(path.read_text(encoding="utf-8"), f"{self.place} ({DATASET})")
 
     def _download(self, name: str, target: Path) -> None:
         self._retries.run(lambda: self._remote.download(name, target), f"fetching {name} of {self.place}")
 
     def bytes(self, number: int) -> int:
-        """Return what a shard takes in the cache."""
+        """Return the size of a shard in the cache, in bytes."""
         info = self.info.shards[number]
         return info.bytes + index_size(info.documents)
 
@@ -192,7 +192,7 @@ class RemoteSource:
         try:
             self.cache.ensure(key, self.bytes(number), lambda part: self._fetch_into(part, number), wait=wait)
         except ShardDamage as damage:
-            self._lost[number] = damage  # all its rows are lost; not to be fetched anew for each
+            self._lost[number] = damage  # remember it, so that the shard is not fetched again for each of its rows
             raise
 
     def _fetch_into(self, part: Path, number: int) -> None:
@@ -207,7 +207,7 @@ class RemoteSource:
             except FileMissing as error:
                 raise ShardDamage(f"{self.place}/{info.name}", None, f"is missing ({error})") from error
             except ShardDamage as damage:
-                # Perhaps the transfer was cut short.
+                # The transfer may have been truncated.
                 if attempt == self._retries.attempts:
                     raise
                 log.warning("attempt %d of %d failed: %s", attempt, self._retries.attempts, damage)
@@ -216,11 +216,11 @@ class RemoteSource:
             damaged = _first_damage(shard)
             shard.close()
             if damaged is None or attempt > 1:
-                return  # damaged at its place: reading names the documents, as it would in a local folder
+                return  # damaged at its origin: keep it, reads then report the damaged documents
             log.warning("%s; fetching it again", damaged)
 
     def mend(self, number: int, damage: ShardDamage, attempt: int) -> bool:
-        """See :class:`Source`: the copy in the cache may be at fault, so another is fetched, once."""
+        """See :class:`Source`: the cached copy may be damaged, so it is fetched again, once."""
         if number in self._fetched_again or number in self._lost:
             return False
         self._fetched_again.add(number)
@@ -253,7 +253,7 @@ def _first_damage(shard: Shard) -> ShardDamage | None:
 
 
 class _OpenCached:
-    """A cached shard. It may leave the cache while nobody reads it, and is fetched again when it is read next."""
+    """A cached shard. While it is not pinned, it may be removed from the cache; the next read fetches it again."""
 
     def __init__(self, source: RemoteSource, number: int) -> None:
         self._source, self._number = source, number
@@ -281,20 +281,20 @@ class _OpenCached:
                 self._lock.release()
 
     def _shared(self) -> Shard:
-        """Share the shard's lock; return the shard, which is in the cache and open then.
+        """Acquire the shard's lock (shared) and return the shard, which is then open and in the cache.
 
         Raises:
             Stopped: the thread was told to end.
         """
         source, cache, info = self._source, self._source.cache, self._source.info.shards[self._number]
         if self._shard is not None and self._lock.share_again():
-            # A lock's file goes after its tar, so a tar that is there says that the lock is the lock.
+            # The lock file is removed after the tar, so if the tar exists, the lock file is still valid.
             if not self._shard.is_removed():
                 self._touched = cache.touch(self._key, self._touched)
                 return self._shard
             self._lock.release()
         while True:
-            # Whoever holds the lock alone is fetching the shard or throwing it away.
+            # An exclusive holder of the lock is fetching or removing the shard.
             self._lock.acquire(shared=True)
             try:
                 if self._shard is not None and self._shard.is_removed():

@@ -1,8 +1,8 @@
-"""Where a run stands in its data: a few numbers, however long the run, and the order they belong to.
+"""A run's position in its data (a few numbers, of constant size), and the order that it refers to.
 
-The sequence of rows is a function of the order alone (datasets, weights, seed, row length, shuffling). A state carries
-the order's fingerprint, so that it cannot go on in another one, and the values behind it, so that the refusal can say
-what changed. World size, workers, batch size, curriculum and places of the datasets are not part of it.
+The sequence of rows depends only on the order (datasets, weights, seed, row length, shuffling). A saved state contains
+the order's fingerprint, so that it cannot be used with another order, and the values behind the fingerprint, so that
+the error can name the changes. World size, workers, batch size, curriculum and dataset paths are not part of the order.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 from fusiontree.utils.errors import UserError
 
 ORDER_VERSION = 1
-"""Of the algorithms that make the order; another version visits other rows."""
+"""Version of the ordering algorithm; another version gives a different order."""
 
 
 @dataclass(frozen=True)
 class SourceIdentity:
-    """A dataset as the order knows it. Its path is only a name for people: datasets may move."""
+    """Identity of a dataset in the order. The path is only informative, as datasets may move."""
 
     path: str
     weight: float
@@ -32,7 +32,7 @@ class SourceIdentity:
 
 @dataclass(frozen=True)
 class Order:
-    """Everything that decides which row comes when."""
+    """Everything that determines the order of rows."""
 
     seed: int
     seq_len: int
@@ -43,12 +43,12 @@ class Order:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What decides the order beside the datasets."""
+        """Settings that determine the order, besides the datasets."""
         return {key: value for key, value in asdict(self).items() if key != "sources"}
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all that decides the order."""
+        """Hash of everything that determines the order."""
         values = asdict(self)
         for source in values["sources"]:
             del source["path"]
@@ -63,14 +63,14 @@ class DataState:
 
     step: int = 0
     row: int = 0
-    """Rows of seq_len taken so far."""
+    """Number of rows of ``seq_len`` taken so far."""
     number: int = 0
-    """Rows handed out so far, shorter ones of a curriculum counted singly; numbers the next row."""
+    """Number of rows yielded so far, where each shorter curriculum row counts as one; the number of the next row."""
     skipped_rows: int = 0
-    """Damaged rows so far, over all ranks."""
+    """Number of skipped damaged rows so far, over all ranks."""
 
     def to_dict(self, order: Order, rows_of_sources: list[int]) -> dict[str, Any]:
-        """Return plain values for a checkpoint; ``rows_of_sources`` is how many rows each source gave."""
+        """Return plain values for a checkpoint; ``rows_of_sources`` is the number of rows taken from each source."""
         sources = [
             {**vars(source), "epoch": count // source.rows, "row": count % source.rows}
             for source, count in zip(order.sources, rows_of_sources, strict=True)
@@ -82,7 +82,7 @@ class DataState:
         """Return the position that :meth:`to_dict` wrote.
 
         Raises:
-            UserError: it belongs to another order; every difference is named.
+            UserError: the values belong to another order; the message names every difference.
         """
         if values.get("fingerprint") != order.fingerprint:
             changes = "; ".join(differences(values, order)) or "it was written by another version of the program"
@@ -94,7 +94,7 @@ class DataState:
 
 
 def differences(saved: Mapping[str, Any], order: Order) -> list[str]:
-    """Return what differs between a saved state's order and ``order``, one sentence each."""
+    """Return the differences between a saved state's order and ``order``, one sentence per difference."""
     names = {"seed": "training.seed", "seq_len": "training.seq_len", "shuffle": "data.shuffle"}
     names |= {"shuffle_shards": "data.shuffle_shards", "version": "the version of the data order"}
     found = []
@@ -109,7 +109,7 @@ def differences(saved: Mapping[str, Any], order: Order) -> list[str]:
     for index, (old, new) in enumerate(zip(sources, order.sources, strict=True)):
         if old.get("fingerprint") != new.fingerprint:
             place = f"'{new.path}'" if old.get("path") == new.path else f"'{new.path}' (was '{old.get('path')}')"
-            found.append(f"dataset {index} {place} is another one or was rebuilt")
+            found.append(f"dataset {index} {place} is another dataset or was rebuilt")
         if len(order.sources) > 1 and old.get("weight") != new.weight:
             found.append(f"the weight of dataset {index} '{new.path}' was {old.get('weight')} and is {new.weight}")
     return found

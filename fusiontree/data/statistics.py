@@ -1,4 +1,4 @@
-"""What a dataset holds, in numbers: counted a shard, then added up."""
+"""Statistics of a dataset: counted per shard, then merged."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 _COUNTED_AT_ONCE = 1 << 18
-"""Tokens; a count takes as long as the table is large, so it is not made for every document."""
+"""Tokens to collect before counting: a count costs time proportional to the table size, too much per document."""
 
 
 class ShardStatistics:
-    """Counts the documents of one shard; for bytes, pairs of neighbours too."""
+    """Counts documents and tokens of one shard; for byte tokens also pairs of neighbouring bytes."""
 
     def __init__(self, vocab_size: int, count_pairs: bool) -> None:
         self._size = vocab_size
@@ -23,7 +23,7 @@ class ShardStatistics:
         self._waiting = 0
 
     def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """Count a document; ``text_bytes`` is 0 where it came as tokens."""
+        """Count a document; ``text_bytes`` is 0 if the document was given as tokens."""
         self._lengths.append(len(tokens))
         self._text_bytes += text_bytes
         if self._pairs is not None:
@@ -55,13 +55,13 @@ class ShardStatistics:
 
 
 def merge_statistics(parts: Sequence[dict[str, Any]], vocab_size: int) -> dict[str, Any]:
-    """Add up the statistics of shards; for bytes, find the entropy of a byte given the byte before it."""
+    """Merge the statistics of shards; for byte tokens, add the entropy of a byte given the previous byte."""
     width = max(len(p["length_histogram"]) for p in parts)
     histogram = np.zeros(width, np.int64)
     for part in parts:
         histogram[: len(part["length_histogram"])] += part["length_histogram"]
     merged: dict[str, Any] = {key: sum(p[key] for p in parts) for key in ("documents", "tokens", "text_bytes")}
-    if merged["text_bytes"]:  # a corpus of tokens has none
+    if merged["text_bytes"]:  # 0 for a corpus of tokens
         merged["bytes_per_token"] = merged["text_bytes"] / merged["tokens"]
     merged["longest_document"] = max(p["longest_document"] for p in parts)
     # Entry i counts documents of 2^(i-1) to 2^i - 1 tokens.

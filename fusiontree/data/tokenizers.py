@@ -19,14 +19,14 @@ from fusiontree.utils.files import atomic_write
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_INFO = "tokenizer_info.json"
-"""Which tokenizer a run or checkpoint was trained with."""
+"""File that describes the tokenizer of a run or checkpoint."""
 SMALLEST_BPE = 257
-"""Tokens of a byte-level BPE without merges: the bytes, and the end of a document."""
+"""Vocabulary size of a byte-level BPE without merges: 256 bytes and the end-of-document token."""
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "[SEP]")
 
 
 class Tokenizer(Protocol):
-    """What building shards and generating text need of a tokenizer."""
+    """Interface of a tokenizer for building shards and generating text."""
 
     info: TokenizerInfo
 
@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens; end-of-document tokens give nothing."""
+        """Return the text of tokens, without end-of-document tokens."""
         ...
 
     @property
@@ -53,7 +53,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens 0 to 255, and 256 as the end of a document."""
+    """Byte tokenizer: UTF-8 bytes are tokens 0 to 255; token 256 ends a document."""
 
     info = TokenizerInfo(
         kind="byte",
@@ -81,7 +81,7 @@ class ByteTokenizer:
         return self.info.eos_id
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text; bytes that are no UTF-8 become the replacement character."""
+        """Return the text; invalid UTF-8 becomes the replacement character."""
         return bytes(t for t in tokens if t < 256).decode("utf-8", errors="replace")
 
 
@@ -89,10 +89,10 @@ class HuggingFaceTokenizer:
     """A ``tokenizer.json`` of the tokenizers library."""
 
     def __init__(self, path: Path, name: str | None = None, eos: str | None = None, eos_id: int | None = None) -> None:
-        """Load ``path``; ``eos`` or ``eos_id`` is the end-of-document token, else the usual names are tried.
+        """Load ``path``; ``eos`` or ``eos_id`` is the end-of-document token; without both, common names are tried.
 
         Raises:
-            UserError: the file is missing or no tokenizer, or no end-of-document token can be found.
+            UserError: the file is missing or not a tokenizer, or no end-of-document token is found.
         """
         from tokenizers import Tokenizer as Backend
 
@@ -120,7 +120,7 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the tokens of each text."""
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        # array takes a list of numbers four times as fast as numpy does.
+        # array converts a list of numbers four times as fast as numpy.
         return [np.frombuffer(array("I", e.ids), dtype=np.uint32) for e in encodings]
 
     def encode_utf8(self, texts: Sequence[bytes]) -> list[np.ndarray]:
@@ -161,17 +161,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
 
 
 def tokenizer_of(info: TokenizerInfo, folder: Path) -> Tokenizer:
-    """Return the tokenizer that ``info`` describes; its file, if it has one, lies in ``folder``.
+    """Return the tokenizer that ``info`` describes; its file, if any, is in ``folder``.
 
     Raises:
-        UserError: the file is missing, or is another one than ``info`` says.
+        UserError: the file is missing, or its hash differs from ``info``.
     """
     if info.kind == "byte":
         return ByteTokenizer()
     tokenizer = HuggingFaceTokenizer(folder / (info.file or TOKENIZER_FILE), name=info.name, eos_id=info.eos_id)
     if tokenizer.info.sha256 != info.sha256:
         raise UserError(f"{tokenizer.path} is not the tokenizer that made the dataset (its SHA-256 differs)")
-    tokenizer.info = info  # name and end-of-document token as they were recorded with the tokens
+    tokenizer.info = info  # name and end-of-document token as recorded in the dataset
     return tokenizer
 
 
@@ -180,8 +180,8 @@ def save_tokenizer(info: TokenizerInfo, source: Path, folder: Path) -> list[Path
 
     Args:
         info: the tokenizer.
-        source: folder with its file, if it has one.
-        folder: where to write.
+        source: folder that contains its file, if any.
+        folder: to write to.
     """
     written = [folder / TOKENIZER_INFO]
     with atomic_write(written[0]) as file:
@@ -196,7 +196,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer of a run or checkpoint folder.
 
     Raises:
-        UserError: the folder does not say which tokenizer it was trained with.
+        UserError: the folder does not describe a tokenizer.
     """
     path = folder / TOKENIZER_INFO
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Batches for validation."""
+"""Validation batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class ValidationData:
-    """The same rows of the held-out split at every validation, spread evenly over it."""
+    """Rows of the held-out split, spread evenly over it; the same rows in every validation."""
 
     def __init__(
         self,
@@ -37,15 +37,15 @@ class ValidationData:
         Args:
             config: the ``data`` section, with ``validation`` set.
             seq_len: length of a row.
-            micro_batch_size: rows a rank computes in one pass.
-            max_rows: rows to read; 0 takes all.
+            micro_batch_size: rows per micro-batch of a rank.
+            max_rows: number of rows to read; 0 means all.
             vocab_size: of the model.
-            dp_rank: which part of the rows to read.
+            dp_rank: part of the rows to read.
             dp_size: number of parts.
-            training: the datasets that are trained on, to be told apart from.
+            training: the training datasets, none of which may equal the split.
 
         Raises:
-            UserError: the split is missing or empty, of another tokenizer, or one of the training datasets.
+            UserError: the split is missing or empty, has another tokenizer, or is one of the training datasets.
         """
         assert config.validation is not None
         self.source = open_source(config.validation, config)
@@ -64,7 +64,7 @@ class ValidationData:
         self._order = RowOrder(self.reader.rows_of_shards, seed=0, block=1, shuffle=False)
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """Yield this rank's rows; all ranks yield the same number of micro batches.
+        """Yield this rank's rows; all ranks yield the same number of micro-batches.
 
         Raises:
             UserError: a row cannot be read (``on_damage: stop``), or too many were skipped.

@@ -1,4 +1,4 @@
-"""Checking a dataset from outside: every member of every tar, every hash."""
+"""Verifies a dataset: every member of every tar, every hash."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def open_shard(folder: Path, info: ShardInfo) -> Shard:
 
 
 def verify_shard(folder: Path, info: ShardInfo) -> list[ShardDamage]:
-    """Return all damage of one shard: to its documents as training reads them, and to its tar as others read it."""
+    """Return all damage of one shard: to documents as training reads them, and to the tar as tar readers see it."""
     try:
         shard = open_shard(folder, info)
     except ShardDamage as damage:
@@ -47,7 +47,7 @@ def _verify_tar(shard: Shard) -> list[ShardDamage]:
         with tarfile.open(shard.tar, "r:") as tar:
             for member in tar:
                 if not member.isfile():
-                    found.append(ShardDamage(shard.tar, member.name, "is a link or no file; shards hold files alone"))
+                    found.append(ShardDamage(shard.tar, member.name, "is not a regular file; shards hold no others"))
                 elif member.name.startswith("/") or ".." in Path(member.name).parts:
                     found.append(ShardDamage(shard.tar, member.name, "has a path that leads out of the shard"))
                 elif member.name in seen:
@@ -59,7 +59,7 @@ def _verify_tar(shard: Shard) -> list[ShardDamage]:
         found.append(ShardDamage(shard.tar, None, f"its tar headers are damaged: {error}"))
     missing = next(expected, None)
     if missing is not None and not found:
-        # A damaged header ends a tar early without an error; what should have come next says where.
+        # A damaged header ends a tar early without an error; the next expected member tells where.
         found.append(ShardDamage(shard.tar, missing, "is missing: the tar ends before it"))
     return found
 
@@ -89,7 +89,7 @@ def document_of_dataset(folder: Path, info: DatasetInfo, number: int) -> tuple[s
 
 
 def dataset_hash(folder: Path) -> str:
-    """Return a hash of all tokens of a dataset in order, whatever its shards' sizes."""
+    """Return a hash of all tokens of a dataset in order, independent of shard sizes."""
     info = read_dataset(folder)
     state = hashlib.sha256()
     for shard_info in info.shards:

@@ -1,7 +1,7 @@
-"""Threads that work ahead of a consumer and hand over results in the order of the questions.
+"""Threads that work ahead of a consumer and return results in the order of the questions.
 
-Threads, not processes: a row is a few system calls, hashes and array copies, which leave the interpreter free; and a
-killed trainer leaves nobody behind.
+Threads rather than processes: reading a row is a few system calls, hashes and array copies, which release the GIL; and
+a killed trainer leaves no processes behind.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ A = TypeVar("A")
 
 
 class OrderedWorkers(Generic[Q, A]):
-    """Answers an endless or finite series of questions, some ahead."""
+    """Answers a finite or infinite series of questions in order, some of them ahead of the consumer."""
 
     def __init__(self, answer: Callable[[Q], A], questions: Iterator[Q], *, workers: int, ahead: int) -> None:
-        """Start.
+        """Start the threads.
 
         Args:
-            answer: what the threads call.
-            questions: asked one by one, in the consumer's thread.
-            workers: threads; 0 answers in the consumer's thread, when asked.
-            ahead: questions that may be under way or answered before the consumer wants them.
+            answer: function from a question to its answer, called in the threads.
+            questions: iterated in the consumer's thread.
+            workers: number of threads; 0 computes each answer in the consumer's thread when requested.
+            ahead: maximum number of questions that are being answered or answered ahead of the consumer.
         """
         self._answer, self._questions = answer, questions
         self._ahead = ahead if workers else 1
@@ -47,7 +47,7 @@ class OrderedWorkers(Generic[Q, A]):
             return
         try:
             future.set_result(self._answer(question))
-        except BaseException as error:  # the consumer gets it, in its turn
+        except BaseException as error:  # raised in the consumer, in order
             future.set_exception(error)
 
     def __iter__(self) -> OrderedWorkers[Q, A]:
@@ -58,7 +58,7 @@ class OrderedWorkers(Generic[Q, A]):
 
         Raises:
             StopIteration: no question is left.
-            Exception: what the answering raised, in place of its answer.
+            Exception: the exception that ``answer`` raised for this question.
         """
         while len(self._pending) < self._ahead:
             try:
@@ -76,7 +76,7 @@ class OrderedWorkers(Generic[Q, A]):
         return self._pending.popleft().result()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Drop what is not answered and end the threads; one that hangs in a read is left to end by itself."""
+        """Drop pending questions and end the threads; a thread still in a read after ``timeout_s`` is abandoned."""
         for future in self._pending:
             future.cancel()
         self._pending.clear()

@@ -1,1 +1,1 @@
-"""What a checkpoint can do: perplexity on held-out text, retrieval and copying over long rows."""
+"""Evaluates checkpoints: perplexity on held-out text, retrieval and copying over long rows."""

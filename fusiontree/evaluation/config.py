@@ -1,4 +1,4 @@
-"""What ``python -m fusiontree.evaluate`` measures."""
+"""The ``evaluation`` section: tasks of ``python -m fusiontree.evaluate`` and their sizes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class EvaluationConfig(Section):
     max_rows: int = setting(0, "Rows that perplexity reads, spread over the dataset; 0 reads all.", unit="rows", ge=0)
     stride: int | None = setting(
         None,
-        "text: tokens a row moves on; each token is scored with at least seq_len - stride tokens before it. Absent "
-        "means seq_len / 2.",
+        "text: tokens that each row starts after the previous row; each token is scored with at least "
+        "seq_len - stride tokens before it. Absent means seq_len / 2.",
         unit="tokens",
         ge=1,
     )

@@ -38,7 +38,7 @@ class CorpusScore:
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """What became of the questions of several rows."""
+    """Accuracy of the answers in several rows."""
 
     nats_per_token: float
     token_accuracy: float

@@ -198,7 +198,7 @@ class Evaluation:
         return score_answers(self.model, rows, self.config.batch_size)
 
     def _chance(self) -> Record:
-        """What guessing evenly among the tokens would give."""
+        """Return the score of uniform guessing among the tokens."""
         return {"alphabet": self._alphabet.numel(), "chance_nats_per_token": math.log(self._alphabet.numel())}
 
 
@@ -211,7 +211,7 @@ def _answered(score: AnswerScore) -> Record:
 
 
 def table(results: dict[str, list[Record]]) -> str:
-    """Return the records as aligned text, one block a task."""
+    """Return the records as aligned text, one block per task."""
     blocks = []
     for task, records in results.items():
         header = list(records[0])

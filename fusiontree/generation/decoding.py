@@ -1,4 +1,4 @@
-"""Batched autoregressive decoding: one prefill fills the cache, every later step feeds one token a row.
+"""Batched autoregressive decoding: one prefill fills the cache, every later step feeds one token per row.
 
 Shape legend: B rows of the cache, S tokens of the padded prompts, V vocabulary.
 """
@@ -28,7 +28,7 @@ FinishReason = Literal["stop_token", "stop_string", "length"]
 
 @dataclass
 class GeneratedRow:
-    """What one prompt was continued with."""
+    """The continuation of one prompt."""
 
     tokens: list[int] = field(default_factory=list)
     """Every token drawn, a final stop token included."""
@@ -101,9 +101,9 @@ def generate(
     Args:
         model: on its device, in the dtype to compute in; put into eval mode for the call.
         prompts: token ids, at least one each.
-        max_new_tokens: tokens drawn a row at most.
+        max_new_tokens: maximum number of tokens drawn per row.
         sampling: how the next token is chosen; draws from the model's distribution when absent.
-        seeds: one a prompt, ``0, 1, 2 …`` when absent. A row's randomness comes from its seed alone.
+        seeds: one per prompt, ``0, 1, 2 …`` when absent. A row's randomness depends only on its seed.
         stop_tokens: a row ends when it draws one of them.
         stop_strings: a row ends when its new text holds one of them; needs ``decode``.
         decode: text of a list of tokens.
@@ -119,7 +119,7 @@ def generate(
     sampling = sampling or SamplingConfig()
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one a prompt")
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one per prompt")
     if stop_strings and decode is None:
         raise ValueError("stop_strings are looked for in the text of the new tokens; give decode as well")
     check_request(
@@ -166,7 +166,7 @@ def check_request(
     stop_tokens: Sequence[int] = (),
     allow_longer: bool = False,
 ) -> None:
-    """Refuse what cannot be generated, before any computation.
+    """Check the request before any computation.
 
     Raises:
         UserError: see :func:`generate`.
@@ -302,7 +302,7 @@ class _RunningBatch:
         Args:
             tokens: the newest token of each row, as :meth:`draw` returned them.
             going: indices of the rows that go on.
-            steps: tokens a row that may be fed, this one included.
+            steps: maximum number of tokens per row still to feed, this token included.
         """
         tokens_of_slots = [0] * self._cache.rows
         for row in going:

@@ -110,7 +110,7 @@ def filter_logits(
 
 
 def draw(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Draw one token a row by inverting the cumulative distribution at the row's own uniform number.
+    """Draw one token per row by inverting the cumulative distribution at the row's uniform number.
 
     Args:
         logits_BV: scores, minus infinity for excluded tokens.
@@ -138,7 +138,7 @@ def sample(
         logits_BV: the model's scores, any float dtype; probabilities are computed in float64.
         config: how to choose.
         seen_BV: bool, tokens of each row so far; needed when a repetition penalty is set.
-        seeds: one a row.
+        seeds: one per row.
         step: number of tokens drawn for these rows before this one.
 
     Returns:
@@ -148,7 +148,7 @@ def sample(
         FloatingPointError: a row's logits hold NaN or plus infinity.
     """
     if len(seeds) != logits_BV.shape[0]:
-        raise ValueError(f"{len(seeds)} seeds for {logits_BV.shape[0]} rows; give one a row")
+        raise ValueError(f"{len(seeds)} seeds for {logits_BV.shape[0]} rows; give one per row")
     scores_BV = logits_BV.double()
     bad_B = (scores_BV.isnan() | scores_BV.isposinf()).any(dim=-1)
     if bool(bad_B.any()):

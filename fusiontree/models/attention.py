@@ -1,4 +1,4 @@
-"""Attention whose first heads see a window and whose last heads see the whole document; rotary positions.
+"""Attention with rotary positions: local heads (first) see a window, global heads (last) see the full document.
 
 Shape legend: B rows, S tokens, H query heads, K key/value heads, D channels of a head, C channels of the model.
 """
@@ -21,7 +21,8 @@ from fusiontree.ops.rotary import rotate_and_cut
 
 
 class AttentionCore(nn.Module):
-    """Scores, softmax and weighted sum of one kind of heads, without parameters: a parallel plan can replace it."""
+    """Scores, softmax and weighted sum of the local or the global heads. Has no parameters; a parallel plan can replace
+    it."""
 
     def __init__(self, window: int | None, backend: str) -> None:
         super().__init__()
@@ -29,22 +30,22 @@ class AttentionCore(nn.Module):
         self.backend = backend
 
     def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None) -> Tensor:
-        """Return ``[B, S, H, D]``; each token sees itself and tokens before it, in its document and window."""
+        """Return ``[B, S, H, D]``; each token sees itself and earlier tokens of its document and window."""
         return self.begin(q_BSHD, k_BSKD, v_BSKD, documents)()
 
     def begin(
         self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None
     ) -> Callable[[], Tensor]:
-        """Begin what can go on beside other work; the result does the rest of :meth:`forward`."""
+        """Start communication that can overlap other work; call the returned function to finish :meth:`forward`."""
         return partial(attention, q_BSHD, k_BSKD, v_BSKD, window=self.window, documents=documents, backend=self.backend)
 
     def decode(
         self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, cache: RingCache | GrowingCache, new: NewTokens
     ) -> Tensor:
-        """Return ``[B, S, H, D]`` for tokens that continue what ``cache`` holds, and keep their keys and values."""
+        """Return ``[B, S, H, D]`` for tokens that continue the texts in ``cache``; add their keys and values to it."""
         seen = cache.extend(k_BSKD, v_BSKD, new)
         if q_BSHD.shape[1] == 1 and not torch.is_grad_enabled():
-            # Layers of the same window hold the same tokens in the same slots.
+            # Layers with equal windows hold the same tokens in the same slots.
             bias_BT = new.once(
                 ("bias", type(cache), seen.positions_BT.shape[1], self.window),
                 lambda: key_bias(seen.positions_BT, new.positions_BS, self.window),
@@ -61,10 +62,10 @@ class AttentionCore(nn.Module):
 
 
 class LocalGlobalAttention(nn.Module):
-    """Grouped-query attention: local heads first, then global heads; a group of heads is of one kind.
+    """Grouped-query attention: local heads first, then global heads; no group mixes local and global heads.
 
-    Numbers of heads are read from what the projections return, so the same code runs on an equal share of the local
-    and of the global heads.
+    The numbers of heads are derived from the projections' outputs, so the same code runs on a tensor parallel rank's
+    share of the local and of the global heads.
     """
 
     fused_projections = False
@@ -98,9 +99,9 @@ class LocalGlobalAttention(nn.Module):
             u_BSC: input ``[B, S, hidden_size]``.
             cos_BSD: cosines of the tokens' rotary angles, ``[B or 1, S, D/2]``.
             sin_BSD: their sines.
-            documents: where attention restarts; None means each row is one document.
+            documents: boundaries at which attention restarts; None means each row is one document.
             cache: this layer's keys and values; updated.
-            new: positions of the tokens; given with a cache.
+            new: positions of the tokens; required with a cache.
 
         Returns:
             ``[B, S, hidden_size]``.
@@ -110,7 +111,7 @@ class LocalGlobalAttention(nn.Module):
             for x_BSC in project(u_BSC, (self.q_proj, self.k_proj, self.v_proj), joint=self.fused_projections)
         )
         local, local_kv = self.local_part(q.shape[2], k.shape[2])
-        # Local and global heads part here: each kind is attended to by itself.
+        # From here on, local and global heads are computed separately.
         queries, keys = rotate_and_cut(q, k, cos_BSD, sin_BSD, (local, local_kv), backend=self.backend)
         values = v.split([local_kv, v.shape[2] - local_kv], dim=2)
         cores = (self.local_core, self.global_core)
@@ -133,10 +134,10 @@ class LocalGlobalAttention(nn.Module):
         return self.o_proj(both.flatten(2))
 
     def local_part(self, heads: int, kv_heads: int) -> tuple[int, int]:
-        """Return how many of these query heads and of these key/value heads are local.
+        """Return the numbers of local heads among ``heads`` query heads and among ``kv_heads`` key/value heads.
 
-        ``heads`` is the whole number or an equal share of it; a share of less than one key/value head of a kind holds
-        a copy of that head.
+        ``heads`` is the total number or a tensor parallel rank's equal share of it. If the share of local or global
+        key/value heads is below one, the rank holds a copy of one head.
         """
         shares = self.num_heads // heads
         assert self.local_heads % shares == 0, f"{self.local_heads} local heads in {shares} equal parts"
@@ -151,6 +152,6 @@ def _side_by_side(*outputs: Tensor) -> Tensor:
 
 
 def _share(heads: int, shares: int) -> int:
-    """Return how many of ``heads`` each of ``shares`` equal parts holds; several parts may hold the same one."""
+    """Return how many of ``heads`` each of ``shares`` equal parts holds; several parts may hold the same head."""
     assert heads % shares == 0 or (heads and shares % heads == 0), f"{heads} heads in {shares} equal parts"
     return -(-heads // shares)

@@ -1,4 +1,4 @@
-"""One layer: two branches read the same input in parallel, a gate mixes what they found.
+"""One layer: two branches read the same input in parallel, a gate mixes their outputs.
 
 Shape legend: B rows, S tokens, C channels.
 """
@@ -23,11 +23,11 @@ from fusiontree.ops.recompute import recomputed
 class FusionBlock(nn.Module):
     """A residual block in two stages: :meth:`branches` mixes along the tokens, :meth:`mix` acts on each token alone.
 
-    The letter of ``layer_pattern`` says which branches exist: F both, M Mamba, A attention. A branch that does not
-    exist counts as zeros; neither it nor the columns of the alignment that would read it have parameters.
+    The layer's letter in ``layer_pattern`` selects the branches: F both, M Mamba, A attention. A missing branch counts
+    as zeros; neither it nor the columns of the alignment that would read its output have parameters.
 
-    ``gather_tokens`` and ``scatter_tokens`` mark the two borders between the stages. They pass tensors through; a
-    parallel plan puts an all-gather and a reduce-scatter in their place.
+    ``gather_tokens`` and ``scatter_tokens`` are identities at the two borders between the stages; a parallel plan
+    replaces them by an all-gather and a reduce-scatter.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -60,16 +60,16 @@ class FusionBlock(nn.Module):
 
         Args:
             x_BSC: residual stream ``[B, S, C]``.
-            inputs: where the tokens stand.
+            inputs: documents, positions and padding of the tokens.
             branch_scale_B2: factors of each row's (Mamba, attention) outputs; 0 drops a branch.
-            cache: what the branches keep for decoding; updated.
+            cache: the branches' caches for decoding; updated.
         """
         u_BSC, x_BSC = self.norm(x_BSC)
         ma_BSC = self.branches(self.gather_tokens(u_BSC), inputs, cache)
         return self.mix(x_BSC, self.scatter_tokens(ma_BSC), branch_scale_B2, inputs.padding_mask_BS)
 
     def branches(self, u_BSC: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> Tensor:
-        """Return the outputs of the branches that exist side by side: ``[B, S, C]``, or ``[B, S, 2C]`` for both."""
+        """Return the branches' concatenated outputs: ``[B, S, 2C]`` for two branches, ``[B, S, C]`` for one."""
         outputs = []
         if self.has_mamba:
             timed_BSC = u_BSC if inputs.srte_BSC is None else recomputed(torch.add, u_BSC, inputs.srte_BSC)

@@ -1,10 +1,10 @@
-"""What decoding keeps of the tokens before, of all layers: see :mod:`fusiontree.models.layer_cache`.
+"""The decoding cache of all layers; :mod:`fusiontree.models.layer_cache` has the cache of one layer.
 
-Rows of a batch have positions of their own: prompts of different length are padded on the left.
+Each row of a batch counts positions separately: prompts of different length are padded on the left.
 
-A cache can be fixed (:meth:`DecodeCache.fix`): from then on every tensor stays where it is and each step, of one
-token a row, changes them in place at indices that the device itself counts. Such a step can be recorded once and
-replayed (:mod:`fusiontree.models.cuda_graph`).
+A cache can be fixed (:meth:`DecodeCache.fix`): from then on no tensor is reallocated, and each step of one token per
+row updates the tensors in place at indices that the device counts. Such a step can be recorded once and replayed
+(:mod:`fusiontree.models.cuda_graph`).
 
 Shape legend: B rows, S new tokens; a number is an axis of that size.
 """
@@ -21,7 +21,7 @@ from fusiontree.models.layer_cache import AttentionCache, LayerCache, MambaCache
 
 
 class DecodeCache:
-    """What the model keeps of a batch of texts; :meth:`FusionTreeModel.new_cache` makes it, each forward updates it."""
+    """The model's cache for a batch of texts; :meth:`FusionTreeModel.new_cache` creates it, each forward updates it."""
 
     def __init__(
         self,
@@ -31,24 +31,25 @@ class DecodeCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        """Start empty.
+        """Create an empty cache.
 
         Args:
-            config: the model's.
-            rows: texts of the batch.
-            max_length: expected tokens of the longest text, pads included, to make room once; longer is allowed.
+            config: of the model.
+            rows: number of texts in the batch.
+            max_length: expected tokens of the longest text, pads included; memory is allocated for them once. Longer
+                texts are allowed.
             dtype: of keys and values.
-            device: where the model is.
+            device: of the model.
         """
         capacity = max_length or 0
         self.positions_B = torch.zeros(rows, dtype=torch.int64, device=device)
-        """Position of each row's next token: how many tokens its text has."""
+        """Position of each row's next token, which is the number of tokens in its text."""
         self.lengths = [0] * rows
-        """The same numbers on the host."""
+        """``positions_B`` on the host."""
         self.columns = 0
-        """Tokens of the texts as they lie side by side, pads on the left included."""
+        """Columns of the batch of texts: tokens of the longest text, pads on the left included."""
         self.fixed_columns: int | None = None
-        """How many there can be; None as long as the cache is not fixed."""
+        """Maximum of ``columns``; None as long as the cache is not fixed."""
         self.column_1: Tensor | None = None
         """``columns`` on the device, once the cache is fixed."""
         self.layers = [
@@ -61,7 +62,7 @@ class DecodeCache:
 
     @property
     def rows(self) -> int:
-        """Texts of the batch."""
+        """Number of texts in the batch."""
         return len(self.lengths)
 
     @property
@@ -74,21 +75,21 @@ class DecodeCache:
         return self.positions_B[:, None] + torch.arange(length, device=self.positions_B.device)
 
     def check_room(self, length: int) -> None:
-        """Refuse tokens that a fixed cache cannot take.
+        """Check that ``length`` tokens per row fit; a cache that is not fixed has no limit.
 
         Raises:
-            ValueError: more than one token a row, or no column is left.
+            ValueError: the cache is fixed, and ``length`` is more than one or no column is left.
         """
         if self.fixed_columns is None:
             return
         if length != 1:
-            raise ValueError(f"a fixed cache takes one token a row and step, not {length}")
+            raise ValueError(f"a fixed cache takes one token per row and step, not {length}")
         if self.columns + 1 > self.fixed_columns:
-            raise ValueError(f"the cache was fixed for {self.fixed_columns} tokens and all are there; fix it for more")
+            raise ValueError(f"the cache was fixed for {self.fixed_columns} tokens and is full; fix it for more")
 
     def advance(self, counts: Sequence[int], columns: int) -> None:
-        """Note that every row's text became ``counts`` tokens longer, in ``columns`` columns."""
-        if self.column_1 is not None:  # on the device these two change as the other tensors of a fixed cache do
+        """Record that row i's text grew by ``counts[i]`` tokens, in ``columns`` new columns."""
+        if self.column_1 is not None:  # a recorded step must update these two tensors on the device
             self.positions_B.add_(1)
             self.column_1.add_(1)
         elif min(counts) == max(counts):
@@ -98,21 +99,21 @@ class DecodeCache:
         self.count(counts, columns)
 
     def count(self, counts: Sequence[int], columns: int) -> None:
-        """Do what :meth:`advance` does on the host, for tokens that the device has counted already."""
+        """Update the host's counters as :meth:`advance` does, for tokens that the device has counted already."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         self.columns += columns
 
     def fix(self, columns: int) -> None:
-        """Keep every tensor where it is from now on, with room for ``columns`` tokens a row, pads included.
+        """Allocate room for ``columns`` tokens per row, pads included, and never reallocate a tensor afterwards.
 
-        From now on each forward continues every row by one token. May be called again to make more room, which
-        makes new tensors.
+        After this, each forward must continue every row by exactly one token. May be called again with more columns,
+        which allocates new tensors.
 
         Raises:
-            ValueError: the cache is empty, or holds more than ``columns`` already.
+            ValueError: the cache is empty, or already holds more than ``columns`` columns.
         """
         if self.is_empty:
-            raise ValueError("a cache is fixed after the forward that fills it")
+            raise ValueError("the cache is empty; fix it after the forward that fills it")
         if columns < self.columns:
             raise ValueError(f"the cache holds {self.columns} columns and cannot be fixed at {columns}")
         for layer in self.layers:
@@ -124,16 +125,16 @@ class DecodeCache:
         self.column_1 = torch.full((1,), self.columns, dtype=torch.int64, device=self.positions_B.device)
 
     def rehearsal(self) -> DecodeCache:
-        """Return a fixed cache for one trial step, which leaves this one as it was in all that later steps read.
+        """Return a fixed cache for one trial step that changes nothing that later steps read.
 
-        It has states and counters of its own and shares keys and values: the only slots that the trial writes are
-        those of the next token, which the next real step writes before it reads.
+        The returned cache has separate states and counters and shares keys and values with this cache: the trial only
+        writes the slots of the next token, which the next real step overwrites before it reads them.
         """
-        assert self.fixed_columns is not None, "only a fixed cache writes where the next step writes"
+        assert self.fixed_columns is not None, "a trial step needs a fixed cache"
         return self._copy(self.lengths, Tensor.clone, share_keys=True)
 
     def select(self, rows: Tensor | Sequence[int]) -> DecodeCache:
-        """Return a cache that holds the given rows in the given order; a row may be repeated or left out."""
+        """Return a cache with the given rows in the given order; rows may be repeated or omitted."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.positions_B.device)
 
         def pick(tensor: Tensor) -> Tensor:

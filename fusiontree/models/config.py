@@ -1,4 +1,4 @@
-"""Shape of the model. Names follow the field; sizes are in channels, heads or tokens as each field says."""
+"""The ``model`` section: sizes and kernels of the model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class MambaConfig(Section):
     """The Mamba-2 mixer."""
 
     head_dim: int = setting(64, "Channels of one state space head.", unit="channels", ge=1)
-    d_state: int = setting(128, "Size of the state a channel keeps.", ge=1)
+    d_state: int = setting(128, "State size per channel.", ge=1)
     n_groups: int = setting(1, "Groups of heads that share B and C.", ge=1)
-    norm_groups: int = setting(1, "Groups of channels the gated norm normalises apart; a multiple of tp.", ge=1)
+    norm_groups: int = setting(1, "Channel groups that the gated norm normalizes separately; a multiple of tp.", ge=1)
     d_conv: int = setting(4, "Width of the causal convolution, this token included.", unit="tokens", ge=2)
     expand: int = setting(2, "Inner width as a multiple of hidden_size.", ge=1)
     chunk_size: int = setting(
-        256, "Tokens the scan handles as one matrix product; kernels.ssd=triton chooses by itself.", unit="tokens", ge=1
+        256, "Tokens per scan chunk (one matrix product); kernels.ssd=triton ignores it.", unit="tokens", ge=1
     )
     A_init_range: list[float] = setting([1.0, 16.0], "Range from which -A is drawn.", min_length=2, max_length=2)
     dt_init_range: list[float] = setting(
@@ -43,17 +43,17 @@ class ModelConfig(Section):
     hidden_size: int = setting(2048, "Width of the residual stream.", unit="channels", ge=1)
     num_layers: int = setting(16, "Blocks.", ge=1)
     layer_pattern: str | None = setting(
-        None, "One letter a layer: F fused, M Mamba only, A attention only. Absent means all F."
+        None, "One letter per layer: F fused, M Mamba only, A attention only. Absent means all F."
     )
     num_heads: int = setting(16, "Query heads, local and global together.", ge=1)
     num_kv_heads: int | None = setting(None, "Key/value heads (grouped queries). Absent means num_heads.", ge=1)
     head_dim: int | None = setting(
         None, "Channels of one attention head. Absent means hidden_size / num_heads.", unit="channels", ge=2
     )
-    global_heads: int = setting(2, "Query heads that see the whole document; the last ones.", ge=0)
-    window_size: int = setting(1024, "Tokens a local head sees, its own included.", unit="tokens", ge=1)
+    global_heads: int = setting(2, "Global query heads, which see the full document; the last heads.", ge=0)
+    window_size: int = setting(1024, "Tokens that a local head sees, including the query's token.", unit="tokens", ge=1)
     attention_type: Literal["local_global", "pyramidal"] = setting(
-        "local_global", "pyramidal widens the window of the local heads with depth."
+        "local_global", "pyramidal: the window of the local heads widens with depth."
     )
     window_size_last: int | None = setting(
         None,
@@ -62,34 +62,34 @@ class ModelConfig(Section):
         unit="tokens",
         ge=1,
     )
-    max_position_embeddings: int = setting(32768, "Longest row the model is made for.", unit="tokens", ge=1)
+    max_position_embeddings: int = setting(32768, "Longest sequence that the model is made for.", unit="tokens", ge=1)
     rope_theta: float = setting(500000.0, "Base of the rotary position encoding.", gt=0)
     srte_encoding: Literal["none", "sincos", "learnable"] = setting(
         "sincos", "Shared relative time encoding, added to the input of every Mamba branch."
     )
     gate_rank: int = setting(256, "Rank of the gate's two projections.", ge=1)
-    use_alignment: bool = setting(True, "Mix both branches by a learned alignment; false takes their mean.")
+    use_alignment: bool = setting(True, "Combine both branches by a learned alignment; false: by their mean.")
     mlp_ratio: float = setting(2.0, "Inner width of the MLP as a multiple of hidden_size.", gt=0)
     mlp_activation: Literal["gelu", "swiglu"] = setting("gelu", "Non-linearity of the MLP.")
     norm_eps: float = setting(1e-5, "Added to the mean square in every norm.", gt=0)
     initializer_range: float = setting(
-        0.02, "Standard deviation of the initial weights; output projections take it over sqrt(2 num_layers).", gt=0
+        0.02, "Standard deviation of initial weights; divided by sqrt(2 num_layers) for output projections.", gt=0
     )
     tie_word_embeddings: bool = setting(False, "Use the embedding matrix as the head.")
     drop_branch_prob: float = setting(
-        0.0, "Chance that a row loses one of its two branches in a layer while training.", ge=0, lt=1
+        0.0, "Probability per sequence and layer of dropping one of the two branches in training.", ge=0, lt=1
     )
     load_balance_coeff: float = setting(0.0, "Weight of the gate's load balance loss.", ge=0)
     entropy_reg_coeff: float = setting(
         0.0, "Weight of the gate's mean entropy: positive makes gates decisive, negative keeps them open."
     )
-    z_loss_coeff: float = setting(0.0, "Weight of the mean squared log-partition of the head.", ge=0)
+    z_loss_coeff: float = setting(0.0, "Weight of the z-loss: the head's mean squared log-partition.", ge=0)
     mamba: MambaConfig = setting(MambaConfig, "The Mamba-2 mixer.")
     kernels: KernelsConfig = setting(KernelsConfig, "Backends of the operations.")
 
     @property
     def pattern(self) -> str:
-        """One letter a layer."""
+        """One letter per layer."""
         return self.layer_pattern or "F" * self.num_layers
 
     @property
@@ -104,17 +104,17 @@ class ModelConfig(Section):
 
     @property
     def local_heads(self) -> int:
-        """Query heads that see a window; they come first."""
+        """Number of local query heads (they see a window); they come first."""
         return self.num_heads - self.global_heads
 
     @property
     def local_kv_heads(self) -> int:
-        """Key/value heads of the local query heads; they come first."""
+        """Number of key/value heads of the local query heads; they come first."""
         return self.local_heads * self.kv_heads // self.num_heads
 
     @property
     def global_kv_heads(self) -> int:
-        """Key/value heads of the global query heads."""
+        """Number of key/value heads of the global query heads."""
         return self.kv_heads - self.local_kv_heads
 
     @property
@@ -124,7 +124,7 @@ class ModelConfig(Section):
 
     @property
     def mamba_heads(self) -> int:
-        """State space heads."""
+        """Number of state space heads."""
         return self.d_inner // self.mamba.head_dim
 
     @property
@@ -133,7 +133,7 @@ class ModelConfig(Section):
         return int(self.mlp_ratio * self.hidden_size)
 
     def window_of_layer(self, layer: int) -> int:
-        """Tokens that the local heads of ``layer`` see, their own included."""
+        """Tokens that a local head of ``layer`` sees, including the query's token."""
         if self.attention_type == "local_global" or self.num_layers == 1:
             return self.window_size
         last = self.window_size_last or self.max_position_embeddings
@@ -148,7 +148,7 @@ class ModelConfig(Section):
             if len(self.layer_pattern) != self.num_layers:
                 raise ValueError(
                     f"layer_pattern '{self.layer_pattern}' names {len(self.layer_pattern)} layers and num_layers is "
-                    f"{self.num_layers}; give one letter a layer"
+                    f"{self.num_layers}; give one letter per layer"
                 )
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
@@ -156,7 +156,7 @@ class ModelConfig(Section):
                 f"change one of them"
             )
         if self.attention_head_dim % 2:
-            raise ValueError(f"head_dim {self.attention_head_dim} is odd; rotary positions need an even one")
+            raise ValueError(f"head_dim {self.attention_head_dim} is odd; rotary positions need an even head_dim")
         if self.global_heads > self.num_heads:
             raise ValueError(f"global_heads {self.global_heads} is more than num_heads {self.num_heads}")
         if self.num_heads % self.kv_heads:
@@ -183,12 +183,12 @@ class ModelConfig(Section):
                 f"{self.mamba.norm_groups}"
             )
         if self.srte_encoding == "sincos" and self.hidden_size % 2:
-            raise ValueError(f"hidden_size {self.hidden_size} is odd; srte_encoding sincos needs an even one")
+            raise ValueError(f"hidden_size {self.hidden_size} is odd; srte_encoding sincos needs an even hidden_size")
         if self.mlp_size < 1:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} leaves no channel")
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} gives no channels")
         if self.window_size_last is not None:
             if self.attention_type != "pyramidal":
-                raise ValueError("window_size_last is only read with attention_type pyramidal; remove one of them")
+                raise ValueError("window_size_last needs attention_type pyramidal; set that or remove window_size_last")
             if self.window_size_last < self.window_size:
                 raise ValueError(
                     f"window_size_last {self.window_size_last} is less than window_size {self.window_size}; a pyramid "

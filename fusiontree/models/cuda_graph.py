@@ -1,7 +1,7 @@
-"""One decoding step recorded as a CUDA graph: a token costs one launch in place of a thousand.
+"""Records a decoding step as a CUDA graph: a step costs the host one launch instead of about a thousand.
 
-A step of a small batch is over on the GPU long before the host has asked for all its operations, so eager decoding
-runs at the host's pace. Shape legend: B rows, S tokens, V vocabulary.
+For small batches, the GPU executes a step faster than the host launches its operations, so the host limits eager
+decoding. Shape legend: B rows, S tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,48 +15,47 @@ from fusiontree.models.cache import DecodeCache
 from fusiontree.models.model import FusionTreeModel
 
 FEWEST_STEPS = 16
-"""Steps to come from which recording pays: it costs about as much as three eager ones."""
+"""Number of remaining steps from which recording pays off: recording costs about as much as three eager steps."""
 
 _REHEARSALS = 2
 
 
 def recordable(device: torch.device) -> bool:
-    """Whether steps on ``device`` can be recorded: on CUDA devices alone."""
+    """Return True if steps on ``device`` can be recorded, which needs CUDA."""
     return device.type == "cuda"
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of ``device`` on which steps are rehearsed and recorded: one, as cuBLAS keeps memory for each."""
+    """Return the stream of ``device`` for trial steps and recording; only one, as cuBLAS keeps memory per stream."""
     return torch.cuda.Stream()
 
 
 class GraphedStep:
     """The step ``model(tokens_B1, cache=cache)`` of a fixed cache, recorded once and replayed for every token.
 
-    A replay does on the device what the recorded forward did, to the same tensors; everything that changes from token
-    to token (positions, columns, slots) is therefore on the device, and the cache must be the one that was recorded.
-    Make and call it in the same inference or no-grad mode. Memory: the recorded step's own activations; keys and
-    values are not copied.
+    A replay repeats the recorded operations on the same tensors. So all values that change from token to token
+    (positions, columns, slots) are on the device, and replays work only with the recorded cache. Construct and call it
+    in the same inference or no-grad mode. Memory: the activations of one step; keys and values are not copied.
     """
 
     def __init__(self, model: FusionTreeModel, cache: DecodeCache) -> None:
-        """Rehearse the step, so that its kernels are compiled, tuned and loaded, and record it.
+        """Run a trial step, so that its kernels are compiled, tuned and loaded; then record the step.
 
         Args:
-            model: on a GPU, in eval mode; its parameters must stay where they are.
-            cache: of the same GPU, fixed (:meth:`DecodeCache.fix`).
+            model: on a GPU, in eval mode; its parameters must not be reallocated afterwards.
+            cache: on the same GPU, fixed (:meth:`DecodeCache.fix`).
 
         Raises:
             ValueError: the cache is not fixed or not on a GPU.
-            RuntimeError: something in the step cannot be recorded.
-            torch.OutOfMemoryError: no room for the step's activations.
+            RuntimeError: an operation of the step cannot be recorded.
+            torch.OutOfMemoryError: the step's activations do not fit into memory.
         """
         device = cache.positions_B.device
         if cache.fixed_columns is None:
             raise ValueError("only the step of a fixed cache can be recorded; call cache.fix first")
         if not recordable(device):
-            raise ValueError(f"a cache on '{device}' has no CUDA graphs; decode eagerly there")
+            raise ValueError(f"CUDA graphs need a GPU and the cache is on '{device}'; decode eagerly there")
         cache.check_room(1)
         self.cache = cache
         self._model = model
@@ -72,15 +71,15 @@ class GraphedStep:
             self._graph = torch.cuda.CUDAGraph()
             first: Exception | None = None
             try:
-                # Other threads (a data loader that pins memory, say) may go on while this one records.
+                # thread_local: other threads (such as a data loader that pins memory) may call CUDA during recording.
                 with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                     try:
                         output = model(self._tokens_B1, cache=cache)
                     except Exception as error:
-                        first = error  # ending the capture then fails too, with an error that does not say why
+                        first = error  # the end of the capture fails too, with an error that hides the cause
                         raise
             except Exception as error:
-                torch.cuda.set_stream(current)  # a capture whose end fails leaves its own in place
+                torch.cuda.set_stream(current)  # a capture that fails to end does not restore the stream
                 cause = first or error
                 if isinstance(cause, torch.OutOfMemoryError):
                     raise cause from None
@@ -89,7 +88,7 @@ class GraphedStep:
                     f"give the same tokens: generate(graphs=False), or generate.py with --no-graphs"
                 ) from cause
             finally:
-                cache.lengths, cache.columns = lengths, columns  # recording counted a token that was not computed
+                cache.lengths, cache.columns = lengths, columns  # recording advanced the counters but computed nothing
         self._logits_BSV = output.logits_BSV
 
     def __call__(self, tokens_B1: Tensor) -> Tensor:
@@ -98,8 +97,8 @@ class GraphedStep:
         The logits are overwritten by the next call.
 
         Raises:
-            ValueError: another number of rows, or no room in the cache.
-            UserError: a text longer than the learnable SRTE's table.
+            ValueError: the number of rows differs from the recorded number, or the cache is full.
+            UserError: a text is longer than the learnable SRTE's table.
         """
         if tokens_B1.shape != self._tokens_B1.shape:
             raise ValueError(

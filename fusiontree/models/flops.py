@@ -1,8 +1,8 @@
-"""How many floating point operations the model itself needs: no recomputation, nothing a kernel does beside it.
+"""Floating point operations of the model, without recomputation and without extra work inside kernels.
 
-A multiplication and an addition count as two. Per token, forward: two for every parameter of a matrix product (the
-head's too, embedding look-ups not), ``4 heads head_dim`` for every key a query sees, ``7 d_inner d_state`` for the
-scan, ``2 width`` for each channel of the convolutions. Training costs three times the forward.
+A multiply-add counts as two. Per token, forward: two per parameter of a matrix product (head included, embedding
+look-up not), ``4 heads head_dim`` per key that a query sees, ``7 d_inner d_state`` for the scan, ``2 width`` per
+channel of the convolutions. Training costs three times the forward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fusiontree.models.weight_layout import bc_proj_rows, in_proj_rows
 
 
 def matrix_parameters(config: ModelConfig) -> int:
-    """Return the number of parameters that a token is multiplied with: all matrices and the head."""
+    """Return the number of parameters in matrix products: all matrices and the head, without the embedding look-up."""
     hidden = config.hidden_size
     total = config.vocab_size * hidden
     for letter in config.pattern:
@@ -35,7 +35,7 @@ def matrix_parameters(config: ModelConfig) -> int:
 
 
 def visible_keys(length: int, window: int | None = None) -> int:
-    """Return how many keys all queries of a document of ``length`` tokens see together."""
+    """Return the number of (query, visible key) pairs in a document of ``length`` tokens."""
     reach = length if window is None else min(window, length)
     return length * reach - reach * (reach - 1) // 2
 
@@ -45,7 +45,7 @@ def forward_flops_per_token(config: ModelConfig, lengths: int | Sequence[int]) -
 
     Args:
         config: of the model.
-        lengths: tokens of each document, or of a row that is one document.
+        lengths: tokens of each document; an int for a single document.
     """
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
     tokens = sum(lengths)

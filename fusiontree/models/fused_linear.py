@@ -1,4 +1,4 @@
-"""Linear maps of one input, as one operation where their weights may be read together."""
+"""Projections of the same input, fused into one operation where their weights are available together."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def project(
     """Apply every module to ``x``.
 
     Args:
-        x_BSC: their input.
-        modules: linear maps; a parallel plan may have put others in their place.
-        joint: whether this forward may read the modules' weights itself. An engine that gathers a module's
-            parameters for the module's own forward alone leaves it False.
-        cuts: for each module None, or how its number of outputs may be cut; a joint product then returns the parts
-            in the whole's place.
+        x_BSC: input of every module.
+        modules: linear maps; a parallel plan may have replaced some by modules of another type.
+        joint: True to read the weights without calling the modules. Must be False for engines that gather a module's
+            parameters only during that module's forward.
+        cuts: for each module None, or a function from the number of outputs to the sizes to split them into; a joint
+            product then returns these parts in place of the full output.
     """
     weights: list[Tensor] = [m.weight for m in modules if type(m) is nn.Linear and m.bias is None]  # type: ignore[misc]
-    # A weight that is sharded at this moment is not a plain parameter.
+    # A weight that is currently sharded is not a plain nn.Parameter.
     plain = len(weights) == len(modules) and all(type(weight) is nn.Parameter for weight in weights)
     if not joint or not plain or torch.is_autocast_enabled(x_BSC.device.type):
         return tuple(module(x_BSC) for module in modules)

@@ -1,4 +1,4 @@
-"""What mixes the two branches: their alignment, the gate, and the gate's statistics.
+"""Alignment of the two branches, the gate that mixes them, and the gate's statistics.
 
 Shape legend: B rows, S tokens, C channels.
 """
@@ -26,7 +26,7 @@ class RowGateSums(NamedTuple):
 
 
 class Alignment(nn.Module):
-    """One input for gate and MLP from the branches' outputs: a two-layer GELU MLP beside a linear map."""
+    """Computes the input of gate and MLP from the branches' outputs: sum of a two-layer GELU MLP and a linear map."""
 
     fused_projections = False
 
@@ -37,13 +37,13 @@ class Alignment(nn.Module):
         self.skip = nn.Linear(branches * hidden_size, hidden_size, bias=False)
 
     def forward(self, ma_BSC: Tensor) -> Tensor:
-        """Map the branches' outputs side by side, ``[B, S, branches * hidden_size]``, to ``[B, S, hidden_size]``."""
+        """Map the branches' concatenated outputs, ``[B, S, branches * hidden_size]``, to ``[B, S, hidden_size]``."""
         inner_BSC, skip_BSC = project(ma_BSC, (self.up, self.skip), joint=self.fused_projections)
         return self.down(recomputed(F.gelu, inner_BSC)) + skip_BSC
 
 
 class FusionGate(nn.Module):
-    """``W_up tanh(W_down z)``: the logits of the Mamba branch's share, for every token and channel.
+    """``W_up tanh(W_down z)``: logits of the Mamba branch's weight in the mix, for every token and channel.
 
     ``W_up`` starts at zero, so every gate starts at 0.5.
     """

@@ -10,9 +10,9 @@ from fusiontree.ops.cross_entropy import linear_cross_entropy
 
 
 class LanguageModelHead(nn.Module):
-    """Logits of hidden states, or their summed loss without the logits ever existing whole.
+    """Logits of hidden states, or their summed loss without ever holding all logits in memory.
 
-    With a tied embedding, ``weight`` is the embedding's own parameter.
+    With a tied embedding, ``weight`` is the embedding's parameter.
     """
 
     def __init__(self, vocab_size: int, channels: int, backend: str) -> None:

@@ -1,7 +1,7 @@
-"""Initial values that depend on the seed, a parameter's full name and its global shape, and on nothing else.
+"""Initial values that depend only on the seed and on each parameter's full name and global shape.
 
-Values are drawn in blocks of 1024 rows, each block from a generator of its own, so that a rank can produce the rows
-it owns without the others and every layout starts from the same model.
+Values are drawn in blocks of 1024 rows with one generator per block. So a rank can draw the rows it owns without the
+other rows, and every layout starts from the same model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NO_DECAY = ("bias", "A_log", "D", "dt_bias")
 def no_weight_decay(name: str, parameter: nn.Parameter | None = None) -> bool:
     """Return True for norms, biases and the state space's A_log, D and dt_bias.
 
-    The name decides: engines may hand over parameters whose shape is no longer the model's.
+    Decides by name, not by shape: engines may pass sharded parameters.
     """
     *_, module, leaf = ("", *name.split("."))
     return leaf in _NO_DECAY or module == "norm"
@@ -49,13 +49,13 @@ def initialize_parameter(
 
     Args:
         name: full name in the model, such as ``layers.3.mamba.in_proj.weight``.
-        shape: of the whole parameter, not of a shard.
+        shape: of the full parameter, not of a shard.
         config: of the model.
         seed: of the run.
         rows: range of dim 0 to return, step 1; None means all. A shard of another dim is a slice of the result.
 
     Raises:
-        ValueError: a row range that is not within the parameter.
+        ValueError: ``rows`` is not a range within the parameter.
     """
     start, stop, step = (rows or slice(None)).indices(shape[0])
     if step != 1 or start > stop:
@@ -72,7 +72,7 @@ def initialize_parameter(
 
 @torch.no_grad()
 def initialize_model(model: FusionTreeModel, seed: int) -> None:
-    """Set every parameter to its initial value; the model must have left the meta device."""
+    """Set every parameter to its initial value; the model must not be on the meta device."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initialize_parameter(name, parameter.shape, model.config, seed))
 

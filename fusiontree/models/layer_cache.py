@@ -1,14 +1,14 @@
-"""What one layer keeps of the tokens before: convolution inputs, states, keys and values.
+"""Decoding cache of one layer: convolution inputs, states, keys and values of previous tokens.
 
-:mod:`fusiontree.models.cache` puts the layers of a model together.
+:mod:`fusiontree.models.cache` combines the caches of all layers.
 
-Local heads need their window alone, so they keep a ring of ``window`` slots; global heads keep everything, in
-buffers that grow by doubling. Rows of a batch have positions of their own, and pads are stored nowhere that a query
-could see. Once fixed, no tensor moves any more: new tokens are written in place.
+Local heads need only their window, so they keep a ring of ``window`` slots; global heads keep all tokens, in buffers
+that grow by doubling. Each row of a batch counts positions separately, and queries never see stored pads. After
+``fix``, no tensor is reallocated: new tokens are written in place.
 
-Shape legend: B rows, S new tokens, T stored tokens, W slots of a ring, K key/value heads (or K-1: inputs that a
-convolution of width K looks back to), D channels of an attention head, C channels, H P N heads, channels and size of
-a state.
+Shape legend: B rows, S new tokens, T stored tokens, W slots of a ring, K key/value heads (or K-1: the inputs that a
+convolution of width K needs before the first token), D channels of an attention head, C channels; H heads, P channels
+of a head and N state size of a state space head.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class NewTokens(NamedTuple):
     """The tokens that one forward adds to a cache."""
 
     positions_BS: Tensor
-    """Position in its row's text, -1 for pads; the valid tokens of a row are its last columns."""
+    """Position of each token in its row's text, -1 for pads; the real tokens of a row are its last columns."""
     end: int
-    """One more than the greatest position, known without asking the device."""
+    """One more than the greatest position; known on the host."""
     continued: bool
-    """True when the cache holds tokens before these."""
+    """True if the cache already holds tokens."""
     column_1: Tensor | None
-    """Index of the new token's column on the device, when the cache is fixed."""
+    """Index of the new token's column, on the device; None if the cache is not fixed."""
     shared: dict[Any, Any]
-    """What several layers would compute alike from these tokens' positions."""
+    """Results that depend only on the tokens' positions and are shared by several layers."""
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """Return what ``compute`` returned for the first layer that asked with this key."""
+        """Return the result of ``compute()``; only the first call with this key computes it."""
         if key not in self.shared:
             self.shared[key] = compute()
         return self.shared[key]
@@ -46,7 +46,7 @@ class NewTokens(NamedTuple):
 class KeyValues(NamedTuple):
     """Keys and values with the positions of their tokens; -1 marks an empty slot.
 
-    In memory the slots of one head lie together, [B, K, T, D], so that products over them need no copy.
+    The memory layout is [B, K, T, D] (all slots of a head are contiguous), so matrix products over slots need no copy.
     """
 
     k_BTKD: Tensor
@@ -54,15 +54,15 @@ class KeyValues(NamedTuple):
     positions_BT: Tensor
 
     def map(self, change: Callable[[Tensor], Tensor]) -> KeyValues:
-        """Return a copy with every tensor changed; ``change`` sees each as it lies in memory."""
+        """Return a copy with ``change`` applied to every tensor, each in its memory layout."""
         k_BTKD, v_BTKD = (change(t.transpose(1, 2)).transpose(1, 2) for t in (self.k_BTKD, self.v_BTKD))
         return KeyValues(k_BTKD, v_BTKD, change(self.positions_BT))
 
 
 class RingCache:
-    """Keys and values of the last ``window`` tokens of each row: position p lives in slot ``p % slots``.
+    """Keys and values of the last ``window`` tokens of each row: position p is in slot ``p % slots``.
 
-    There are fewer slots than the window as long as every position is below their number.
+    The number of slots can be below ``window`` as long as every position is below the number of slots.
     """
 
     def __init__(self, window: int, capacity: int, dtype: torch.dtype) -> None:
@@ -73,7 +73,7 @@ class RingCache:
 
     @property
     def kept(self) -> KeyValues:
-        """Everything stored; T = slots."""
+        """All slots; T = slots."""
         assert self._kept is not None, "the ring is empty"
         return self._kept
 
@@ -82,7 +82,7 @@ class RingCache:
         self._make_room(k_BSKD, new.end)
         k_BTKD, v_BTKD, positions_BT = self.kept
         rows, length = new.positions_BS.shape
-        if length == 1:  # the step of decoding: no pads, one slot a row changes
+        if length == 1:  # a decoding step: no pads, one slot per row changes
             row_B, slot_B = new.once(
                 ("slots of a ring", self._slots),
                 lambda: (torch.arange(rows, device=k_BSKD.device), new.positions_BS[:, 0] % self._slots),
@@ -91,7 +91,7 @@ class RingCache:
             v_BTKD[row_B, slot_B] = v_BSKD[:, 0].detach().to(self._dtype)
             positions_BT[row_B, slot_B] = new.positions_BS[:, 0]
             return
-        # The newest position that belongs in each slot; its column counts back from the row's last token.
+        # For each slot the newest position that belongs in it, and the column of that token, counted from the last.
         last_B1 = new.positions_BS[:, -1:]
         slot_W = torch.arange(self._slots, device=k_BSKD.device)
         wanted_BW = last_B1 - (last_B1 - slot_W) % self._slots
@@ -119,7 +119,7 @@ class RingCache:
         return seen
 
     def fix(self, columns: int) -> None:
-        """Make room for texts of ``columns`` tokens: no tensor is made anew before."""
+        """Allocate slots for texts of ``columns`` tokens; no tensor is reallocated until texts are longer."""
         if self._kept is not None:
             self._make_room(self._kept.k_BTKD, columns)
 
@@ -136,16 +136,16 @@ class RingCache:
         if self._kept is None:
             self._kept = _empty(like_BSKD, self._slots, self._dtype)
         elif self._slots > old:
-            # Every position so far is below the old number of slots, so each is in the slot of its own number.
+            # Every position so far is below the old number of slots, so position p is in slot p.
             self._kept = _enlarged(self._kept, self._slots, used=old)
 
 
 class GrowingCache:
-    """Keys and values of every token, in the order they came; amortised growth."""
+    """Keys and values of all tokens, in order of arrival, in a buffer that grows by doubling."""
 
     def __init__(self, capacity: int, dtype: torch.dtype) -> None:
         self.length = 0
-        """Columns in use, pads included; a fixed cache does not count them here."""
+        """Columns in use, pads included; not updated once the cache is fixed."""
         self._capacity = roomy(capacity)
         self._dtype = dtype
         self._buffer: KeyValues | None = None
@@ -153,7 +153,7 @@ class GrowingCache:
 
     @property
     def kept(self) -> KeyValues:
-        """Everything stored, as views; T = length. Of a fixed cache all slots, empty ones included."""
+        """Views of all stored tokens; T = length. For a fixed cache, views of all slots, empty slots included."""
         assert self._buffer is not None, "nothing is stored"
         if self._fixed:
             return self._buffer
@@ -162,7 +162,7 @@ class GrowingCache:
     def store(self, k_BSKD: Tensor, v_BSKD: Tensor, new: NewTokens) -> None:
         """Append the new tokens."""
         if self._fixed:
-            assert self._buffer is not None and new.column_1 is not None, "a fixed cache has room and a column to fill"
+            assert self._buffer is not None and new.column_1 is not None, "a fixed cache needs a buffer and a column"
             self._buffer.k_BTKD.index_copy_(1, new.column_1, k_BSKD.detach().to(self._dtype))
             self._buffer.v_BTKD.index_copy_(1, new.column_1, v_BSKD.detach().to(self._dtype))
             self._buffer.positions_BT.index_copy_(1, new.column_1, new.positions_BS)
@@ -185,7 +185,7 @@ class GrowingCache:
         return self.kept
 
     def fix(self, columns: int) -> None:
-        """Make room for ``columns`` tokens of every row; from now on ``new.column_1`` says where a token goes."""
+        """Allocate ``columns`` columns; from now on ``new.column_1`` is the column of the new token."""
         if self._buffer is None:
             return
         if self._buffer.positions_BT.shape[1] < columns:
@@ -218,7 +218,7 @@ def _enlarged(old: KeyValues, slots: int, used: int) -> KeyValues:
 
 
 class MambaCache:
-    """Inputs of the two convolutions' last K-1 tokens, and the state after the last token."""
+    """The last K-1 inputs of each of the two convolutions, and the state after the last token."""
 
     def __init__(self, look_back: int) -> None:
         self._look_back = look_back
@@ -228,13 +228,13 @@ class MambaCache:
         self._fixed = False
 
     def before(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return both convolutions' inputs before the new tokens and the state; None where there are none yet."""
+        """Return both convolutions' last inputs and the state; all None if the cache is empty."""
         return self._conv_x_BKC, self._conv_bc_BKC, self._state_BHPN
 
     def store(self, x_BSC: Tensor, bc_BSC: Tensor, state_BHPN: Tensor, padding_mask_BS: Tensor | None) -> None:
         """Keep the last inputs of each convolution and the state after the last token.
 
-        Pads become zeros, as the tokens before a text are. What :meth:`before` returned may change.
+        Pads are stored as zeros, like the tokens before a text. May overwrite tensors that :meth:`before` returned.
         """
         last_x_BKC = self._last(self._conv_x_BKC, x_BSC, padding_mask_BS)
         last_bc_BKC = self._last(self._conv_bc_BKC, bc_BSC, padding_mask_BS)
@@ -242,11 +242,11 @@ class MambaCache:
             self._conv_x_BKC, self._conv_bc_BKC, self._state_BHPN = last_x_BKC, last_bc_BKC, state_BHPN.detach()
             return
         for kept, newer in zip(self.before(), (last_x_BKC, last_bc_BKC, state_BHPN.detach()), strict=True):
-            assert kept is not None, "a cache is fixed after it was filled"
+            assert kept is not None, "a fixed cache must have been filled before"
             kept.copy_(newer)
 
     def fix(self) -> None:
-        """Give every tensor memory of its own, which is written from now on."""
+        """Copy every tensor into separate memory that later steps overwrite."""
         self._conv_x_BKC, self._conv_bc_BKC, self._state_BHPN = (
             None if kept is None else kept.clone(memory_format=torch.contiguous_format) for kept in self.before()
         )
@@ -281,7 +281,7 @@ class AttentionCache:
         self.everything = GrowingCache(capacity, dtype)
 
     def fix(self, columns: int) -> None:
-        """Make room for texts of ``columns`` tokens and keep every tensor where it is from now on."""
+        """Allocate room for texts of ``columns`` tokens and never reallocate a tensor afterwards."""
         self.local.fix(columns)
         self.everything.fix(columns)
 
@@ -293,7 +293,7 @@ class AttentionCache:
 
 
 class LayerCache(NamedTuple):
-    """What one block keeps; None for a branch it does not have."""
+    """The caches of one block's branches; None for a missing branch."""
 
     mamba: MambaCache | None
     attention: AttentionCache | None

@@ -1,4 +1,4 @@
-"""Mamba-2 mixer (Dao and Gu 2024, "Transformers are SSMs", section 7), with B and C in a projection of their own.
+"""Mamba-2 mixer (Dao and Gu 2024, "Transformers are SSMs", section 7), with a separate projection for B and C.
 
 Shape legend: B rows, S tokens, H state space heads, P channels of a head, G groups of B and C, N size of the state,
 C channels (of the model, or H*P of the mixer), K width of the convolution.
@@ -29,7 +29,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class SSMValues(NamedTuple):
-    """What the scan reads, in fp32."""
+    """A, D and step sizes for the scan, in fp32."""
 
     A_H: Tensor
     """Decay rates, negative."""
@@ -40,10 +40,10 @@ class SSMValues(NamedTuple):
 
 
 class SSMParameters(nn.Module):
-    """Decay, skip and step bias of the state space heads: fp32 always.
+    """Decay, skip and step bias of the state space heads, always in fp32.
 
-    A decay near one loses its meaning in half precision, so these parameters have a module of their own that engines
-    leave in fp32, and that stays in fp32 when the model around it is converted (``model.bfloat16()``).
+    Half precision cannot represent decays near one accurately enough. So these parameters have a separate module, which
+    engines keep in fp32 and which stays in fp32 when the model is converted (``model.bfloat16()``).
     """
 
     def __init__(self, heads: int, backend: str = "auto") -> None:
@@ -60,7 +60,7 @@ class SSMParameters(nn.Module):
         when a checkpointed block is recomputed on a GPU.
         """
         parameters = (_at_least_fp32(p) for p in (self.A_log, self.D, self.dt_bias))
-        decoding = dt_BSH.shape[1] == 1 and not torch.is_grad_enabled()  # where every small kernel counts
+        decoding = dt_BSH.shape[1] == 1 and not torch.is_grad_enabled()  # decoding: launches of small kernels dominate
         values = fused(_ssm_values, self.backend, dt_BSH.device.type) if decoding else _ssm_values
         return SSMValues(*values(dt_BSH, *parameters))
 
@@ -82,7 +82,7 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 class CausalConv(nn.Module):
-    """Depthwise causal convolution and SiLU; its taps stop at document starts."""
+    """Depthwise causal convolution and SiLU; taps do not reach beyond document starts."""
 
     def __init__(self, channels: int, width: int, backend: str) -> None:
         super().__init__()
@@ -97,14 +97,15 @@ class CausalConv(nn.Module):
         return recomputed(convolve, x_BSC, weight_CK, bias_C)
 
     def taps(self) -> tuple[Tensor, Tensor]:
-        """Return weight and bias of the channels it is given."""
+        """Return the weight and bias to apply; a subclass can select channels."""
         return self.weight, self.bias
 
 
 class SSDScan(nn.Module):
-    """The scan as a module without parameters, so that a parallel plan can put another in its place.
+    """The scan as a module without parameters, so that a parallel plan can replace it.
 
-    ``state_exchange``, where a plan sets it, says with which state a piece of a row begins.
+    ``state_exchange``: set under context parallelism. Returns the state before this rank's chunk; see
+    :func:`fusiontree.ops.ssd.ssd_scan`.
     """
 
     state_exchange: StateExchange | None = None
@@ -143,11 +144,11 @@ class SSDScan(nn.Module):
 class Mamba2Mixer(nn.Module):
     """Projections, convolution, scan, gated norm, output projection.
 
-    Numbers of heads and groups are read from what the projections return, so the same code runs on a part of the
-    heads.
+    The numbers of heads and groups are derived from the projections' outputs, so the same code runs on a tensor
+    parallel rank's share of the heads.
 
-    ``inputs_before``, where a parallel plan sets it, takes the inputs of both convolutions and a number of tokens, and
-    returns the inputs, to be used instead, and the last so many inputs left of this piece of a row.
+    ``inputs_before(inputs, n)``: set under context parallelism. Takes the inputs of both convolutions. Returns the
+    inputs (use these; they carry the gradient) and, for each, the ``n`` tokens that precede this rank's chunk.
     """
 
     fused_projections = False
@@ -180,9 +181,9 @@ class Mamba2Mixer(nn.Module):
 
         Args:
             u_BSC: input ``[B, S, hidden_size]``.
-            documents: where convolution and state restart; None means each row is one document.
+            documents: boundaries at which convolution and state restart; None means each row is one document.
             cache: this layer's convolution inputs and state before the first token; updated.
-            padding_mask_BS: True on real tokens, when a cache is filled from padded rows.
+            padding_mask_BS: True on real tokens; needed to fill a cache from padded rows.
 
         Returns:
             ``[B, S, hidden_size]``.

@@ -25,23 +25,23 @@ from fusiontree.utils.errors import UserError
 
 
 class GateSums(NamedTuple):
-    """Sums of the gates over each row's tokens and channels, pads left out, times the row's weight; fp32."""
+    """Sums of the gates over each row's real tokens and channels, times the row's weight; fp32."""
 
     gate_sum_LB: Tensor
     entropy_sum_LB: Tensor
     """Binary entropies, in nats."""
     square_sum_LB: Tensor
     count_B: Tensor
-    """How many gates a row has in a layer (tokens x channels), times the row's weight."""
+    """Number of gates per row and layer (tokens x channels), times the row's weight."""
 
 
 class ModelOutput(NamedTuple):
-    """What a forward returns; a field is None where it was not asked for."""
+    """Outputs of the model's forward; fields that were not requested are None."""
 
     loss_sum: Tensor | None
     """Cross entropy summed over the tokens with a label, in nats; fp32 scalar."""
     z_sum: Tensor | None
-    """Squared log-partition, summed likewise."""
+    """Squared log-partition summed over the tokens with a label; fp32 scalar."""
     logits_BSV: Tensor | None
     gates: GateSums
     cache: DecodeCache | None
@@ -50,8 +50,8 @@ class ModelOutput(NamedTuple):
 class FusionTreeModel(nn.Module):
     """Embedding, blocks, norm, head.
 
-    Building it gives parameters shapes, not values: build on any device (the meta device too) and call
-    :func:`fusiontree.models.initialization.initialize_model`, or load a checkpoint.
+    The constructor does not set parameter values: construct on any device (also meta), then call
+    :func:`fusiontree.models.initialization.initialize_model` or load a checkpoint.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -76,24 +76,24 @@ class FusionTreeModel(nn.Module):
         cache: DecodeCache | None = None,
         logits_to_keep: int | None = None,
     ) -> ModelOutput:
-        """Run the model on whole rows, packed rows, padded rows, or the next tokens of cached texts.
+        """Run the model on rows of one document each, packed rows, padded rows, or the next tokens of cached texts.
 
         Args:
             input_ids_BS: int64 tokens.
-            labels_BS: the token that follows each; negative where none counts, and ignored on pads. With labels the
-                output has the loss sums, without them the logits.
+            labels_BS: the next token of each token; negative labels and labels on pads are ignored. With labels the
+                output has the loss sums, without labels the logits.
             documents: boundaries of packed rows; None means each row is one document.
-            padding_mask_BS: bool, True on real tokens, which must be one run in each row; excludes ``documents``.
+            padding_mask_BS: bool, True on real tokens, which must be contiguous in each row; excludes ``documents``.
             branch_scale_LB2: factors of each layer's and row's (Mamba, attention) outputs; 0 drops a branch.
-            row_weight_B: weight of each row's gate sums, 0 for rows that only fill a batch; None means 1.
-            cache: of :meth:`new_cache`. Empty, it is filled (pads must be on the left); otherwise the tokens
-                continue its texts. It is updated in place and returned. Made for inference: no gradient flows
-                through it.
-            logits_to_keep: compute the logits of the last so many tokens only; None means all.
+            row_weight_B: weight of each row's gate sums, 0 for rows that only fill up a batch; None means 1.
+            cache: of :meth:`new_cache`. An empty cache is filled (pads must be on the left); otherwise the tokens
+                continue the cached texts. The cache is updated in place and returned. For inference only: no gradient
+                flows through it.
+            logits_to_keep: compute logits only for the last ``logits_to_keep`` tokens; None means all.
 
         Raises:
             TypeError: the padding mask is not boolean.
-            ValueError: arguments that contradict each other, or a mask with holes.
+            ValueError: arguments contradict each other, or real tokens in a mask are not contiguous.
             UserError: a row is longer than the learnable SRTE's table.
         """
         layout = lay_out_tokens(input_ids_BS.shape, input_ids_BS.device, documents, padding_mask_BS, cache)
@@ -127,10 +127,10 @@ class FusionTreeModel(nn.Module):
         return ModelOutput(loss_sum, z_sum, None, gates, cache)
 
     def check_length(self, length: int) -> None:
-        """Refuse texts of so many tokens if the model has no encoding for them.
+        """Check that the model has a position encoding for texts of ``length`` tokens.
 
         Raises:
-            UserError: the learnable SRTE's table is shorter.
+            UserError: the learnable SRTE's table is shorter than ``length``.
         """
         limit = self.config.max_position_embeddings
         if self.config.srte_encoding == "learnable" and length > limit:
@@ -150,10 +150,11 @@ class FusionTreeModel(nn.Module):
         """Return an empty cache for ``rows`` texts.
 
         Args:
-            rows: texts of the batch.
-            max_length: expected tokens of the longest text, pads included, to make room once; longer is allowed.
-            dtype: of keys and values; the embedding's when absent.
-            device: the embedding's when absent.
+            rows: number of texts in the batch.
+            max_length: expected tokens of the longest text, pads included; memory is allocated for them once. Longer
+                texts are allowed.
+            dtype: of keys and values; None means the embedding's dtype.
+            device: of the cache; None means the embedding's device.
         """
         weight = self.embed.weight
         return DecodeCache(self.config, rows, max_length, dtype or weight.dtype, device or weight.device)
@@ -164,14 +165,14 @@ class FusionTreeModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self._tie()  # leaving the meta device makes each module's parameter anew
+        self._tie()  # leaving the meta device creates separate parameters for tied modules
         return self
 
 
 def _stack(
     sums: list[RowGateSums], x_BSC: Tensor, padding_mask_BS: Tensor | None, row_weight_B: Tensor | None
 ) -> GateSums:
-    """Put the layers' gate sums together with the number of gates they are over."""
+    """Stack the gate sums of all layers and add the number of gates."""
     rows, length, channels = x_BSC.shape
     gate_sum_LB, entropy_sum_LB, square_sum_LB = (torch.stack(kind) for kind in zip(*sums, strict=True))
     if padding_mask_BS is None:

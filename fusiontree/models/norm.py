@@ -26,17 +26,17 @@ class RMSNorm(nn.Module):
 
 
 class ResidualRMSNorm(RMSNorm):
-    """:class:`RMSNorm` of a residual stream, which goes on beside it."""
+    """:class:`RMSNorm` of a residual stream that also returns the stream."""
 
     def forward(self, x_BSC: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Return the norm and the stream to go on with, each ``[B, S, C]``."""
+        """Return the norm and the residual stream for further use, each ``[B, S, C]``."""
         normed_BSC, stream_BSC = residual_rms_norm(x_BSC, self.weight, self.eps, backend=self.backend)
         mark_recomputable(normed_BSC, partial(rms_norm, eps=self.eps, backend=self.backend), x_BSC, self.weight)
         return normed_BSC, stream_BSC
 
 
 class GatedRMSNorm(nn.Module):
-    """``RMSNorm(y * silu(z))``, each group of channels by itself (Mamba-2's norm before its output projection)."""
+    """``RMSNorm(y * silu(z))`` of each group of channels separately (Mamba-2's norm before its output projection)."""
 
     def __init__(self, channels: int, groups: int, eps: float, backend: str = "auto") -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class GatedRMSNorm(nn.Module):
         self.backend = backend
 
     def forward(self, y_BSC: Tensor, z_BSC: Tensor) -> Tensor:
-        """Return ``[B, S, C]``; a part of the channels made of whole groups may be given."""
+        """Return ``[B, S, C]``; C may be a subset of the channels that consists of complete groups."""
         groups = y_BSC.shape[-1] // self.group_size
         norm = partial(gated_rms_norm, groups=groups, eps=self.eps, backend=self.backend)
         return recomputed(norm, y_BSC, z_BSC, self.weight)

@@ -1,4 +1,4 @@
-"""Shared relative time encoding: what tells every Mamba branch where in its document a token is.
+"""Shared relative time encoding (SRTE): encodes each token's position in its document for all Mamba branches.
 
 Shape legend: B rows, S tokens, C channels.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fusiontree.models.config import ModelConfig
 from fusiontree.ops.elementwise import fused
 
-_BLOCK = 4096  # tokens whose float64 angles exist at one time
+_BLOCK = 4096  # tokens per block, which limits the memory of float64 angles
 
 
 class SharedTimeEncoding(nn.Module):
@@ -29,19 +29,19 @@ class SharedTimeEncoding(nn.Module):
             self.weight = nn.Parameter(torch.empty(config.max_position_embeddings, config.hidden_size))
 
     def forward(self, positions_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return the encoding of positions in their documents, ``[B, S, C]`` in ``dtype``; None if there is none."""
+        """Return the encoding ``[B, S, C]`` in ``dtype`` of positions in documents; None without an encoding."""
         if self.kind == "none":
             return None
         if self.kind == "learnable":
             return F.embedding(positions_BS, self.weight).to(dtype)
         blocks = positions_BS.split(_BLOCK, dim=1)
         if len(blocks) > 1 and positions_BS.is_cuda and self.backend != "reference":
-            return fused(_sincos, self.backend, "cuda")(positions_BS, self.channels, dtype)  # holds no angles
+            return fused(_sincos, self.backend, "cuda")(positions_BS, self.channels, dtype)  # stores no angles
         return torch.cat([_sincos(block, self.channels, dtype) for block in blocks], dim=1)
 
 
 def _sincos(positions_BS: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Sines in the even channels, cosines in the odd ones; angles in float64, as those of RoPE."""
+    """Return sines in even channels and cosines in odd channels; angles are float64, as for RoPE."""
     even = torch.arange(0, channels, 2, dtype=torch.float64, device=positions_BS.device)
     angle = positions_BS.unsqueeze(-1).double() * torch.exp(even * (-math.log(10000.0) / channels))
     return torch.stack([angle.sin().to(dtype), angle.cos().to(dtype)], dim=-1).flatten(2)

@@ -1,4 +1,4 @@
-"""Where the tokens of a forward stand: documents, positions, pads, and what a cache holds before them.
+"""Token layout of a forward: documents, positions, padding, and cached tokens before the batch.
 
 Shape legend: B rows, S tokens, C channels, D half the channels of an attention head.
 """
@@ -16,32 +16,32 @@ from fusiontree.ops.documents import Documents
 
 
 class BlockInputs(NamedTuple):
-    """What every block knows of its tokens beside their hidden states."""
+    """Inputs of every block besides the hidden states."""
 
     documents: Documents | None
-    """Where attention, convolution and state restart; None means each row is one document, from its start or, with a
-    filled cache, continued."""
+    """Boundaries at which attention, convolution and state restart; None means each row is one document (with a filled
+    cache: the continuation of the cached text)."""
     cos_BSD: Tensor
-    """Rotary tables in fp32; B may be 1 where all rows agree."""
+    """Rotary tables in fp32; B is 1 if all rows have the same positions."""
     sin_BSD: Tensor
     srte_BSC: Tensor | None
     """Shared time encoding in the hidden dtype, added to the input of every Mamba branch; B may be 1."""
     padding_mask_BS: Tensor | None = None
     """True on real tokens; None means there are no pads."""
     new: NewTokens | None = None
-    """The same tokens as a cache counts them; None without a cache."""
+    """The tokens that this forward adds to the cache; None without a cache."""
 
 
 class TokenLayout(NamedTuple):
-    """The tokens of a forward, placed."""
+    """Positions, documents and padding of the tokens of a forward."""
 
     documents: Documents | None
     positions_BS: Tensor
     """Position of each token in its document; B may be 1."""
     end: int
-    """One more than the greatest position, as far as the host can know it."""
+    """One more than the greatest position that the host knows."""
     padding_mask_BS: Tensor | None
-    """None when no token is a pad."""
+    """True on real tokens; None if there are no pads."""
     counts: list[int]
     """Real tokens of each row."""
     new: NewTokens | None
@@ -54,11 +54,11 @@ def lay_out_tokens(
     padding_mask_BS: Tensor | None,
     cache: DecodeCache | None,
 ) -> TokenLayout:
-    """Place the tokens of a batch of ``shape`` [B, S].
+    """Return the token layout of a batch of ``shape`` [B, S].
 
     Raises:
         TypeError: the padding mask is not boolean.
-        ValueError: arguments that contradict each other, or a mask that is not one run of real tokens in each row.
+        ValueError: arguments contradict each other, or the real tokens of a row are not contiguous.
     """
     rows, length = shape
     if documents is not None:
@@ -96,7 +96,7 @@ def lay_out_tokens(
     elif documents is None:
         end = length
     elif positions_BS.is_cuda:
-        end = documents.max_seqlen  # the greatest position of a piece that continues a document is only on the GPU
+        end = documents.max_seqlen  # the true positions of a chunk that continues a document are only on the GPU
     else:
         end = int(positions_BS.max()) + 1
     new = None
@@ -109,7 +109,7 @@ def lay_out_tokens(
 
 
 def check_padding_mask(padding_mask_BS: Tensor, shape: torch.Size) -> None:
-    """Refuse masks that could be misread.
+    """Check type and shape of a padding mask.
 
     Raises:
         TypeError: the mask is not boolean.
@@ -130,16 +130,16 @@ def documents_of_positions(positions_BS: Tensor, device: torch.device | str) -> 
 
 
 def documents_of_padding(padding_mask_BS: Tensor) -> tuple[Documents, list[int], list[int]]:
-    """Turn a padding mask into document boundaries: a row's text is one document, the pads beside it are others.
+    """Turn a padding mask into document boundaries: the text of a row is one document, pads form separate documents.
 
     Args:
         padding_mask_BS: bool, True on real tokens.
 
     Returns:
-        The boundaries on the mask's device, the index of each row's first real token, and how many each row has.
+        The boundaries on the mask's device; the index of each row's first real token; each row's number of real tokens.
 
     Raises:
-        ValueError: a row has no real token, or pads between real tokens.
+        ValueError: a row has no real token, or has pads between real tokens.
     """
     mask_BS = padding_mask_BS.cpu()
     index_S = torch.arange(mask_BS.shape[1])

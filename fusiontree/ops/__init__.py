@@ -1,1 +1,1 @@
-"""Numerical operations: a reference in plain PyTorch for each, and faster backends."""
+"""Numerical operations, each with a reference in plain PyTorch and faster backends."""

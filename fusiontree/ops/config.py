@@ -1,4 +1,4 @@
-"""Which implementation computes each operation."""
+"""The ``model.kernels`` section: the backend of each operation."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _REMOVED = {"flash2": "varlen", "flash3": "auto"}
 
 
 class KernelsConfig(Section):
-    """Backends of the operations in ``ops/``. ``auto`` takes the fastest that is installed and fits the device."""
+    """Backends of the operations in ``ops/``. ``auto`` takes the fastest backend that runs on the device."""
 
     ssd: Literal["auto", "reference", "mamba_ssm", "triton"] = setting("auto", "State space scan.")
     conv: Literal["auto", "reference", "compiled", "triton"] = setting("auto", "Depthwise causal convolution.")
     attention: Literal["auto", "reference", "sdpa", "varlen", "flex", "flash4"] = setting(
-        "auto", "Local and global attention; flash4 is the package flash-attn-4, varlen is torch's own."
+        "auto", "Local and global attention; flash4 is the package flash-attn-4, varlen is torch's flash-attn 2."
     )
     elementwise: Literal["auto", "reference", "compiled"] = setting(
-        "auto", "Norms, rotary positions, gate mix: what lies between the matrix products."
+        "auto", "Operations between matrix products: norms, rotary positions, gate mix."
     )
     cross_entropy: Literal["auto", "reference", "chunked"] = setting("auto", "Loss over the vocabulary.")
 
@@ -32,6 +32,6 @@ class KernelsConfig(Section):
     @classmethod
     def _replace_removed(cls, value: Any) -> Any:
         if value in _REMOVED:
-            log.warning("kernels.attention=%s no longer exists; %s is used in its place", value, _REMOVED[value])
+            log.warning("kernels.attention=%s no longer exists; using %s instead", value, _REMOVED[value])
             return _REMOVED[value]
         return value

@@ -1,7 +1,7 @@
-"""Choosing the implementation of an operation.
+"""Selects the backend of an operation.
 
-Each operation lists its backends, fastest first. ``auto`` takes the first that can run on the tensor's device and
-says so once; a backend asked for by name that cannot run is an error, never replaced by another.
+Each operation lists its backends, fastest first. ``auto`` takes the first backend that can run on the tensor's device
+and logs the choice once. A backend requested by name that cannot run raises an error; it is never replaced.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Backend:
     load: Callable[[], Callable]
     """Imports and returns the implementation."""
     unavailable: Callable[[torch.device], str | None]
-    """Returns why it cannot run on a device, or None where it can."""
+    """Returns the reason why the backend cannot run on a device, or None if it can."""
 
 
 def anywhere(device: torch.device) -> str | None:
-    """No reason not to run: plain PyTorch."""
+    """Return None: plain PyTorch runs on every device."""
     return None
 
 
 def triton_unavailable(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on ``device``, or None."""
+    """Return the reason why Triton kernels cannot run on ``device``, or None."""
     if device.type != "cuda":
         return "its kernels need a GPU"
     return None if find_spec("triton") is not None else "triton is not installed"
@@ -46,16 +46,16 @@ class Operation:
     """The backends of one operation, fastest first."""
 
     def __init__(self, name: str, backends: list[Backend], shown: str | None = None) -> None:
-        """Register; nothing is imported before the first use.
+        """Register the backends; each is imported at first use.
 
         Args:
-            name: the setting under ``model.kernels`` that chooses.
+            name: the setting under ``model.kernels`` that selects the backend.
             backends: fastest first.
-            shown: what the operation is called where a choice is logged, if several share the setting.
+            shown: name of the operation in the log, if several operations share the setting.
         """
         self.name, self.shown = name, shown or name
         self.backends = {backend.name: backend for backend in backends}
-        # One choice for each (asked name, device type): this is in every layer of every step.
+        # Cached per (requested name, device type), as every layer of every step calls it.
         self.choose = functools.lru_cache(maxsize=None)(self._choose)
 
     def _choose(self, wanted: str, device_type: str) -> Callable:
@@ -75,5 +75,5 @@ class Operation:
         return self.backends[wanted].load()
 
     def reasons(self, device: torch.device) -> str:
-        """Why each backend cannot run on ``device``."""
+        """Return the reason why each backend cannot run on ``device``."""
         return "; ".join(f"{b.name}: {b.unavailable(device)}" for b in self.backends.values())

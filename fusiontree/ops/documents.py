@@ -1,6 +1,6 @@
-"""Where documents start in a batch of packed rows.
+"""Document boundaries in a batch of packed rows.
 
-Shape legend: B rows, S tokens of a row (or of a context-parallel rank's piece of it).
+Shape legend: B rows, S tokens of a row (or of a context parallel rank's chunk).
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from fusiontree.utils.device import send
 
 @dataclass(frozen=True)
 class Documents:
-    """Document boundaries of a batch ``[B, S]``; attention, convolution, state and positions restart at each.
+    """Document boundaries of a batch ``[B, S]``; attention, convolution, state and positions restart at each boundary.
 
-    Everything follows from ``positions_BS``: a token is a document's first exactly when its position is 0, and
-    a token with position p may look back at most p tokens, whatever rank holds them. A row that begins inside a
-    document starts at position 0; a context-parallel piece does not: its first token keeps its true position.
+    All fields follow from ``positions_BS``: a token starts a document exactly if its position is 0, and a token at
+    position p sees at most the p tokens before it, on whatever rank they are. A row that begins inside a document
+    starts at position 0. A context parallel chunk does not: its first token keeps its true position.
     """
 
     positions_BS: Tensor
     """Position of each token inside its document, int64."""
     segments_BS: Tensor
-    """Running count of document starts along the row, int32; 0 where the piece continues an earlier document."""
+    """Running count of document starts along the row, int32; 0 where the chunk continues an earlier document."""
     cu_seqlens: Tensor
-    """Starts of documents and of rows among the B*S flattened tokens, and B*S last; int32, [documents + 1]."""
+    """Starts of documents and of rows among the B*S flattened tokens, followed by B*S; int32, [documents + 1]."""
     max_seqlen: int
     """Longest run between two entries of ``cu_seqlens``, in tokens."""
     tokens_before: int | None
-    """Where no document starts after a row's first token: how many of its document's tokens lie before it, the same for
-    all rows. Boundaries then need no masking. None otherwise."""
+    """Number of tokens of the document before the row, if that is equal for all rows and no document starts after a
+    row's first token (boundaries then need no masking); otherwise None."""
 
     @property
     def inner_segments_BS(self) -> Tensor | None:
-        """``segments_BS`` where a document starts after a row's first token; None where there is nothing to compare."""
+        """``segments_BS``, or None if no document starts after a row's first token, so that no comparison is needed."""
         return None if self.tokens_before is not None else self.segments_BS
 
     @property
     def whole_rows(self) -> bool:
-        """True when each row is one document from its start."""
+        """True if each row is exactly one document, from the document's start."""
         return self.tokens_before == 0
 
     @classmethod
     def from_positions(cls, positions_BS: Tensor) -> Documents:
-        """Derive all boundaries from positions (int64 on the CPU, where this costs no device synchronisation)."""
+        """Derive all boundaries from positions (int64, on the CPU to avoid device synchronization)."""
         rows, length = positions_BS.shape
         starts_BS = positions_BS == 0
         breaks_BS = starts_BS.clone()
@@ -64,7 +64,7 @@ class Documents:
 
     @classmethod
     def whole(cls, rows: int, length: int, device: torch.device | str = "cpu") -> Documents:
-        """Every row is one document of ``length`` tokens."""
+        """Return boundaries for rows of one document of ``length`` tokens each."""
         return cls.from_positions(torch.arange(length).expand(rows, length).contiguous()).to(device)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Documents:

@@ -1,7 +1,7 @@
-"""Fusing what lies between the matrix products: on GPUs each formula is one kernel, of our own or of torch.compile.
+"""Fuses the operations between matrix products: on GPUs each formula is one Triton or torch.compile kernel.
 
-Unfused, each step of such a formula reads and writes the whole activation; at 32K tokens that costs more than the
-arithmetic of the layer's smaller products.
+Unfused, each operation of a formula reads and writes the full activation; at 32K tokens that costs more than the
+arithmetic of the layer's smaller matrix products.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dis
 from fusiontree.ops.dispatch import Backend, Operation, anywhere, triton_unavailable
 
 _KINDS = 64
-"""Kinds of inputs that a formula may be compiled for in one process."""
+"""Maximum number of input signatures that a formula is compiled for in one process."""
 
 
 def needs_gpu(device: torch.device) -> str | None:
-    """Why fusion is not offered on ``device``, or None: on CPUs compiling takes longer than a small run."""
+    """Return why fusion is not offered on ``device``, or None; on CPUs, compilation takes longer than a small run."""
     return None if device.type == "cuda" else "its kernels are compiled for GPUs"
 
 
@@ -29,13 +29,13 @@ def needs_gpu(device: torch.device) -> str | None:
 def compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``formula`` compiled; forward and backward become fused kernels.
 
-    Also in sight of a mode that watches operations, as full recomputation has one: torch would silently run the formula
-    step by step there.
+    The result stays compiled under a TorchDispatchMode (as activation checkpointing uses), where torch would silently
+    run the formula uncompiled.
     """
-    from torch._dynamo import config as limits  # takes a second to import, which CPU runs need not wait for
+    from torch._dynamo import config as limits  # imported here, as it takes a second and CPU runs do not need it
 
-    # One row or several, one token or several, each width of heads, each dtype: more kinds than the eight after which
-    # torch would run a formula uncompiled.
+    # One or several rows, one or several tokens, head widths, dtypes: more combinations than torch's limit of eight,
+    # beyond which it would run a formula uncompiled.
     limits.recompile_limit = max(limits.recompile_limit, _KINDS)
     fast = torch.compile(formula)
 
@@ -63,20 +63,20 @@ ELEMENTWISE = Operation(
 
 
 def fused(formula: Callable[..., Any], backend: str, device_type: str) -> Callable[..., Any]:
-    """Return ``formula`` as the backend computes it on a device."""
+    """Return ``formula``, compiled if the backend fuses on this device."""
     return ELEMENTWISE.choose(backend, device_type)(formula)
 
 
 def with_kernel(shown: str, formula: Callable[..., Any], kernel: str) -> Operation:
-    """Return the operation that computes ``formula``, by a Triton kernel of our own where there is a GPU.
+    """Return an operation that computes ``formula``, on GPUs by one of this project's Triton kernels.
 
-    The kernel is no faster than the compiled formula, but a compiled call costs the host four times a launch, and a
-    layer split over ranks waits for its host.
+    The kernel is no faster on the GPU than the compiled formula. But a compiled call costs the host four times as much
+    as a launch, and layers split over ranks are limited by the host.
 
     Args:
-        shown: what it is called where a choice is logged.
+        shown: name of the operation in the log.
         formula: the reference.
-        kernel: ``module:function`` of the same signature, imported when it is first chosen.
+        kernel: ``module:function`` with the same signature, imported when first selected.
     """
 
     def load() -> Callable[..., Any]:

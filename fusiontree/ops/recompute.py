@@ -1,9 +1,9 @@
-"""Results that are dropped after the forward pass and computed again when the backward pass asks for them.
+"""Selective recomputation: frees marked results after the forward pass and recomputes them when backward needs them.
 
-A norm, an activation or a mix costs one pass over memory, so keeping what it returned is worth less than the memory.
-:func:`recomputed` marks such a result; inside :class:`Recomputed` whoever would save it for the backward pass (a matrix
-product its input, say) saves the recipe instead. Everything else is kept as always: nothing but the marked formulas
-runs twice, and no operation is traced.
+A norm, an activation or a gate mix reads and writes memory only once, so recomputing its result is cheaper than keeping
+it. :func:`recomputed` marks such a result. Inside :class:`Recomputed`, an operation that would save the marked result
+for its backward (such as a matrix product that saves its input) saves the formula and the formula's inputs instead. All
+other tensors are saved as usual: only marked formulas run twice, and no operation is traced.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _active: list[Recomputed] = []
 
 
 def recomputed(formula: Callable[..., Any], *inputs: Any) -> Any:
-    """Return ``formula(*inputs)`` (a tensor or a tuple of them), to be computed again rather than kept.
+    """Return ``formula(*inputs)`` (a tensor or a tuple of tensors) and mark it to be recomputed rather than kept.
 
-    ``formula`` must give the same values from the same inputs. Outside :class:`Recomputed` this is a plain call.
+    ``formula`` must be deterministic. Outside :class:`Recomputed` this is a plain call.
     """
     outputs = formula(*inputs)
     mark_recomputable(outputs, formula, *inputs)
@@ -30,7 +30,7 @@ def recomputed(formula: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def mark_recomputable(outputs: Any, formula: Callable[..., Any], *inputs: Any) -> None:
-    """Say that ``outputs``, however they were computed, are what ``formula(*inputs)`` would return."""
+    """Mark ``outputs`` to be recomputed as ``formula(*inputs)``, which must return equal values."""
     if _active and torch.is_grad_enabled():
         _active[-1].register(formula, inputs, outputs)
 
@@ -39,7 +39,7 @@ class Recomputed(saved_tensors_hooks):
     """Context of a forward pass in which results of :func:`recomputed` are not kept for the backward pass."""
 
     def __init__(self) -> None:
-        """Start with nothing marked."""
+        """Start without marked results."""
         super().__init__(self._pack, self._unpack)
         self._recipes: dict[int, tuple[weakref.ref[Tensor], _Recipe, int]] = {}
 
@@ -53,12 +53,12 @@ class Recomputed(saved_tensors_hooks):
         self._recipes.clear()
 
     def register(self, formula: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any) -> None:
-        """Remember how ``outputs`` came about."""
+        """Record that ``formula(*inputs)`` computes ``outputs``."""
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
         places = [_place(tensor) for tensor in tensors]
         taken = {_place(value) for value in inputs if isinstance(value, Tensor)}
         if len(set(places)) < len(places) or taken & set(places):
-            return  # a view of an input or of another output has no memory of its own to give back
+            return  # a view of an input or of another output: dropping it frees no memory
         recipe = _Recipe(formula, tuple(self._pack(v) if isinstance(v, Tensor) else v for v in inputs), tensors)
         for index, (place, tensor) in enumerate(zip(places, tensors, strict=True)):
             self._recipes[place] = (weakref.ref(tensor), recipe, index)
@@ -68,7 +68,7 @@ class Recomputed(saved_tensors_hooks):
         if found is not None:
             marked, recipe, index = found
             result = marked()
-            # Memory of a result that is gone may belong to another tensor by now.
+            # The memory of a freed result may have been reused by another tensor.
             if result is not None and result.dtype == tensor.dtype and _place(result) == _place(tensor):
                 return _Use(recipe, index, tensor)
         return tensor if isinstance(tensor, torch.nn.Parameter) or not tensor.requires_grad else tensor.detach()
@@ -79,7 +79,7 @@ class Recomputed(saved_tensors_hooks):
 
 
 class _Recipe:
-    """One call of a formula; its values exist from their first use to their last."""
+    """One call of a formula; its values are recomputed at the first use and freed after the last."""
 
     def __init__(self, formula: Callable[..., Any], inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         self._formula = formula
@@ -89,7 +89,7 @@ class _Recipe:
         self.uses = 0
 
     def values(self) -> tuple[Tensor, ...]:
-        """Return the results; called once for each use."""
+        """Return the results; called exactly once per use."""
         values = self._values
         if values is None:
             with torch.no_grad():
@@ -102,7 +102,7 @@ class _Recipe:
 
 
 class _Use:
-    """What is saved in the place of a result, or of a view of it."""
+    """Saved for backward in place of a result or of a view of it."""
 
     def __init__(self, recipe: _Recipe, index: int, tensor: Tensor) -> None:
         self._recipe, self._index = recipe, index
@@ -118,9 +118,9 @@ def _place(tensor: Tensor) -> int:
 
 
 def _laid_out(tensor: Tensor, size: torch.Size, stride: tuple[int, ...], offset: Any) -> Tensor:
-    """Return ``tensor`` as the forward pass had it in memory, so that views of it can be found again."""
-    assert tensor.size() == size, f"computed again, {tuple(tensor.size())} instead of {tuple(size)}"
+    """Return ``tensor`` with the strides it had in the forward pass, so that views of it can be restored."""
+    assert tensor.size() == size, f"recomputed shape {tuple(tensor.size())} instead of {tuple(size)}"
     if tensor.stride() == stride and tensor.storage_offset() == offset:
         return tensor
-    assert offset == 0, "a marked result begins where its memory begins"
+    assert offset == 0, "a marked result must start at storage offset 0"
     return torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -1,7 +1,7 @@
-"""Which results of a block's forward are kept for the backward pass, and which are computed again.
+"""Activation checkpointing: selects the results of a block's forward to keep; the backward pass recomputes the rest.
 
-``forward`` is wrapped, not the module, so parameter names stay. Nothing in a block draws random numbers (branch dropout
-is an input), so there is no state of a generator to replay.
+``forward`` is wrapped, not the module, so parameter names stay. A block draws no random numbers (branch dropout is an
+input), so recomputation restores no generator state.
 """
 
 from __future__ import annotations
@@ -27,22 +27,24 @@ KEPT = {
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
-"""Operations whose results are kept by full recomputation too: dear, and small beside the other activations.
+"""Operations whose results mode ``full`` keeps too: expensive to compute, and small compared with other activations.
 
-torch's varlen_attn is not among them: what it returns is computed again.
+Not included: torch's varlen_attn, whose outputs are recomputed.
 """
 
 
 def checkpoint_activations(model: FusionTreeModel, mode: str, layers: int | None = None) -> None:
-    """Recompute blocks in the backward pass, throughout which all parameters of a block must be at hand.
+    """Recompute activations of blocks in the backward pass.
+
+    All parameters of a block must be available during its whole backward pass.
 
     Args:
-        model: its blocks' ``forward`` is wrapped.
-        mode: none; full keeps a block's input and the result of global attention; selective keeps all that is dear to
-            compute (matrix products, attention, scan) and computes norms, convolutions, activations and mixes again,
-            each where it is needed (:mod:`fusiontree.ops.recompute`); offload is full with the inputs in CPU memory.
-        layers: only the first so many (None: all). Of full and offload the others are selective, of selective they
-            keep everything.
+        model: the ``forward`` of each of its blocks is wrapped.
+        mode: none; full keeps a block's input and the result of global attention; selective keeps expensive results
+            (matrix products, attention, scan) and recomputes each norm, convolution, activation and gate mix where the
+            backward pass needs it (:mod:`fusiontree.ops.recompute`); offload is full with block inputs in CPU memory.
+        layers: apply ``mode`` to the first ``layers`` blocks (None: all). The remaining blocks use ``selective`` if
+            mode is ``full`` or ``offload``, and no recomputation if mode is ``selective``.
     """
     wrap: dict[str, Callable[..., Any]] = {"full": _full, "selective": _selective, "offload": _offload}
     if mode == "none":
@@ -55,7 +57,7 @@ def checkpoint_activations(model: FusionTreeModel, mode: str, layers: int | None
 
 
 def fuse_projections(model: FusionTreeModel) -> None:
-    """Let every block read its matrices' weights itself: for engines that gather a block's parameters together."""
+    """Let blocks fuse projections of the same input; for engines that gather a block's parameters together."""
     for module in model.modules():
         if hasattr(module, "fused_projections"):
             setattr(module, "fused_projections", True)  # noqa: B010
@@ -71,7 +73,7 @@ def _selective(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _offload(forward: Callable[..., Any], x_BSC: Tensor, *args: Any, **kwargs: Any) -> Any:
-    # The backward pass walks the forward's own graph; the recomputation only needs the input's value.
+    # The backward pass uses the graph of the forward; the recomputation only needs the input's value.
     stored = _Offloaded(x_BSC)
     out = _full(lambda *rest, **named: forward(stored.take(), *rest, **named), *args, **kwargs)
     stored.send()
@@ -79,7 +81,7 @@ def _offload(forward: Callable[..., Any], x_BSC: Tensor, *args: Any, **kwargs: A
 
 
 class _Offloaded:
-    """A tensor that waits in CPU memory between the forward and its recomputation."""
+    """A tensor that is kept in CPU memory between the forward and its recomputation."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -87,23 +89,24 @@ class _Offloaded:
         self.sent = False
 
     def send(self) -> None:
-        """Move the value to the CPU; the device's memory is free once its stream gets there."""
+        """Copy the value to the CPU; the device memory is freed when the device's stream has made the copy."""
         on_cpu = torch.empty(self.tensor.shape, dtype=self.tensor.dtype, pin_memory=self.device.type == "cuda")
         self.tensor = on_cpu.copy_(self.tensor.detach(), non_blocking=True)
         self.sent = True
 
     def take(self) -> Tensor:
-        """Return the tensor itself before :meth:`send`, and its value on the device after it."""
+        """Return the tensor itself before :meth:`send`; after it, a copy of the value on the device."""
         if not self.sent:
             return self.tensor
         return self.tensor.to(self.device, non_blocking=True).requires_grad_(self.requires_grad)
 
 
 def _keeping() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """Return the modes of a forward and of its recomputation.
+    """Return the dispatch modes for a forward and for its recomputation.
 
-    torch's own selective checkpointing matches every operation of the two passes by its order; engines that gather
-    parameters inside a block run others in the recomputation than in the forward. These modes look at what is kept.
+    torch's selective checkpointing matches all operations of forward and recomputation by order. That fails with
+    engines that gather parameters inside a block, as the recomputation then runs different operations. These modes
+    match only the operations in ``KEPT``.
     """
     kept: deque[Any] = deque()
     return _Keep(kept), _Replay(kept)
@@ -142,5 +145,5 @@ def _detached(out: Any) -> Any:
 
 
 def _versions(out: Any) -> list[int]:
-    """How often the results' memory was written to."""
+    """Return the version counter of each result: how often its memory was written to."""
     return [x._version for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]

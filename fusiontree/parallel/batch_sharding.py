@@ -1,4 +1,4 @@
-"""A micro batch of whole rows becomes the model's inputs on this rank's device.
+"""Turns a micro-batch of full sequences into the model's inputs on this rank's device.
 
 Shape legend: L layers, B rows, S tokens of a row.
 """
@@ -27,15 +27,15 @@ def shard_inputs(
     *,
     layout: Layout,
 ) -> dict[str, Any]:
-    """Return the keyword arguments of the model's forward: this rank's piece of the rows, on its device.
+    """Return the keyword arguments of the model's forward: this rank's chunk of each sequence, on its device.
 
-    The batch is on the CPU and the same on all ranks that share its rows.
+    The batch is on the CPU and equal on all ranks of ``layout.row_group``.
     """
     device = layout.device
     length = input_ids_BS.shape[1] // layout.cp_size
     piece = slice(layout.cp_rank * length, (layout.cp_rank + 1) * length)
 
-    # Boundaries are found on the CPU, where that costs no wait for the device.
+    # Document boundaries are computed on the CPU: on the device, reading them would synchronize.
     if layout.cp_size > 1:
         documents: Documents = PieceDocuments.from_row(positions_BS, layout.cp_rank, layout.cp_size)
     else:
@@ -49,9 +49,10 @@ def shard_inputs(
 
 
 def sum_over_row(gates: GateSums, layout: Layout) -> GateSums:
-    """Sum a micro batch's gate statistics over the ranks that hold parts of its rows.
+    """Sum a micro-batch's gate statistics over the ranks that hold tokens of the same sequences (cp x tp).
 
-    Each of these ranks computes the same loss from the sums; the backward gives each rank's own gates the gradient.
+    Each of these ranks computes the same loss from the sums; the backward gives each rank the gradient of its local
+    gates.
     """
     if layout.cp_size * layout.tp_size == 1:
         return gates

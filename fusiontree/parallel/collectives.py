@@ -1,10 +1,10 @@
-"""Exchanges between ranks that gradients pass through: each forward with its dual backward.
+"""Differentiable collectives: each forward has its dual as backward.
 
-What context parallelism exchanges can be begun and awaited apart, so that it travels beside computation; the backward
-then begins where the forward awaited, and awaits where the forward began.
+Functions ``begin_*`` start an exchange and return a function that waits for it, so that communication overlaps
+computation. The backward pass starts the dual exchange where the forward waited, and waits where the forward started.
 
-Every rank of a group calls these in the same order, forward and backward. A result that a rank does not need must still
-be part of its graph (times zero), or its backward would leave the peers waiting.
+Every rank of a group calls these functions in the same order, forward and backward. A result that a rank does not need
+must still be part of its graph (times zero); otherwise its peers would wait for it in the backward pass.
 
 Shape legend: B rows, S tokens of a rank, axes after them are free. R ranks of the group.
 """
@@ -19,35 +19,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Their names in torch 2.13, which warns of the older ones.
+# Names in torch 2.13, which warns about the older names.
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
 
 def gather_tokens(x_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Put the ranks' tokens together, ``[B, S, …]`` to ``[B, R*S, …]``; the backward reduce-scatters the gradient."""
+    """All-gather tokens, ``[B, S, …]`` to ``[B, R*S, …]``; the backward reduce-scatters the gradient."""
     return begin_gather_tokens(x_BS, group)()
 
 
 def begin_gather_tokens(x_BS: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
-    """Begin :func:`gather_tokens`; the result awaits it."""
+    """Start :func:`gather_tokens`; call the returned function to wait for the result."""
     _, arrive = _begin(_GatherTokens(group), x_BS)
     return lambda: arrive()[0]
 
 
 def scatter_tokens(x_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum over the ranks and keep an equal share of the tokens, ``[B, R*S, …]`` to ``[B, S, …]``.
-
-    The backward all-gathers the gradient.
-    """
+    """Reduce-scatter tokens, ``[B, R*S, …]`` to ``[B, S, …]``; the backward all-gathers the gradient."""
     return _ScatterTokens.apply(x_BS, group)
 
 
 def sum_identity(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum over the ranks; the backward passes the gradient on as it is.
+    """All-reduce in the forward, identity in the backward.
 
-    For sums that every rank of the group computes its loss from, when only one of these losses counts: each rank's
-    own share of the sum then gets the gradient once.
+    Use it when every rank computes the same loss from the sum but only one loss is counted: each rank's addend then
+    gets the gradient exactly once.
     """
     return _SumIdentity.apply(x, group)
 
@@ -55,16 +52,17 @@ def sum_identity(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def left_halos(
     pieces: Sequence[Tensor], length: int, group: dist.ProcessGroup
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return the pieces, to be used from here on, and the ``length`` tokens before each, zeros before the row's start.
+    """Return this rank's chunks and, for each chunk, the ``length`` tokens before it (its left halo).
 
-    The tokens come from as many left neighbours as hold them, of all pieces in one message; the backward sends their
-    gradients back and adds them to the last tokens of the pieces' own, in place: a sum over whole pieces would cost
-    more than the message.
+    Use the returned chunks instead of the given ones: they carry the gradient. Tokens before the start of the sequence
+    are zeros. The halo may span several left neighbours; one message carries the tokens of all chunks. The backward
+    sends the gradients of halos back and adds them in place to those of the last tokens of the chunks: adding tensors
+    of full chunks would cost more than the message.
 
     Args:
-        pieces: ``[B, S, …]``, of one dtype.
-        length: tokens wanted, at least 1.
-        group: ranks whose pieces make up the rows, in order.
+        pieces: this rank's chunks, ``[B, S, …]``, all of one dtype.
+        length: tokens of the halo, at least 1.
+        group: ranks that hold the chunks of the same sequences, in order.
     """
     same, arrive = begin_left_halos(pieces, length, group)
     return same, arrive()
@@ -73,14 +71,14 @@ def left_halos(
 def begin_left_halos(
     pieces: Sequence[Tensor], length: int, group: dist.ProcessGroup
 ) -> tuple[tuple[Tensor, ...], Callable[[], tuple[Tensor, ...]]]:
-    """Begin :func:`left_halos`; return the pieces, to be used from here on, and what awaits the halos."""
+    """Start :func:`left_halos`; return the chunks to use from here on and a function that waits for the halos."""
     return _begin(_LeftHalos(length, group, [tuple(p.shape) for p in pieces]), *pieces)
 
 
 def begin_swap_with_mirror(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
-    """Begin to exchange a tensor of equal shape with rank R-1-r; the result awaits it.
+    """Start to exchange tensors of equal shape with the mirrored rank, R-1-r; the backward exchanges the gradients.
 
-    The backward exchanges the gradients.
+    Call the returned function to wait for the other tensor.
     """
     _, arrive = _begin(_Swap(group), x)
     return lambda: arrive()[0]
@@ -116,9 +114,9 @@ def _part(x_BS: Tensor, ranks: int) -> Tensor:
 
 
 class _Exchange(Protocol):
-    """One exchange: what is sent and how it lands, forward and backward.
+    """One exchange: how to send and how to receive, forward and backward.
 
-    ``send`` and ``send_back`` begin; what they return is filled when the work is done.
+    ``send`` and ``send_back`` start the exchange; the tensor they return is filled when the returned work is done.
     """
 
     def send(self, *inputs: Tensor) -> tuple[Tensor, dist.Work]: ...
@@ -128,15 +126,15 @@ class _Exchange(Protocol):
     def send_back(self, *grads: Tensor) -> tuple[Tensor, dist.Work]: ...
 
     def land_back(self, arrived: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return the gradients of the inputs; ``grads`` are those of the inputs' other uses."""
+        """Return the gradients of the inputs; ``grads`` come from the uses of the inputs that ``send`` passed on."""
         ...
 
     passes: bool
-    """Whether the inputs are used on after the exchange began."""
+    """True if the exchange returns its inputs for further use."""
 
 
 class _Flight:
-    """An exchange on its way, and on its way back."""
+    """An exchange with its pending forward and backward work."""
 
     def __init__(self, exchange: _Exchange) -> None:
         self.exchange = exchange
@@ -145,7 +143,7 @@ class _Flight:
 
 
 def _begin(exchange: _Exchange, *inputs: Tensor) -> tuple[tuple[Tensor, ...], Callable[[], tuple[Tensor, ...]]]:
-    """Begin an exchange; return the inputs, to be used from here on where it passes them, and what awaits it."""
+    """Start an exchange; return its inputs, where it passes them on, and a function that waits for the results."""
     flight = _Flight(exchange)
     *same, arriving = _Begin.apply(flight, *inputs)
     return tuple(same), lambda: _Await.apply(flight, arriving)
@@ -160,7 +158,7 @@ class _Begin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        assert ctx.flight.back is not None, "what was begun was never awaited in the forward pass"
+        assert ctx.flight.back is not None, "the forward pass started this exchange and never waited for it"
         arrived, work = ctx.flight.back
         ctx.flight.back = None
         work.wait()
@@ -180,7 +178,7 @@ class _Await(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         ctx.flight.back = ctx.flight.exchange.send_back(*grads)
-        # The gradient itself is under way; this one, which nobody reads, only lets the graph go on.
+        # The gradient is still in flight; autograd needs a placeholder here, which _Begin.backward ignores.
         return None, grads[0].new_empty(1).expand(ctx.shape)
 
 
@@ -266,7 +264,7 @@ class _Swap:
 
 
 class _LeftHalos:
-    """A message holds piece after piece, each flat: what arrives needs no copy where one neighbour holds a halo."""
+    """Left halos. A message concatenates the chunks' tokens, flat: if one neighbour holds the halo, none is copied."""
 
     passes = True
 
@@ -276,7 +274,7 @@ class _LeftHalos:
         self.rows, self.size = shapes[0][:2]
         self.widths = [math.prod(shape[2:]) for shape in shapes]
         counts = enumerate(_halo_counts(length, self.size), start=1)
-        self.left, self.right = {}, {}  # tokens of a halo, by the rank that holds them or that wants them
+        self.left, self.right = {}, {}  # tokens of a halo, by the rank that sends or receives them
         for back, count in counts:
             if self.rank - back >= 0:
                 self.left[self.rank - back] = count
@@ -288,7 +286,7 @@ class _LeftHalos:
         return _exchange(send, self._sizes(self.left), inputs[0], self.group)
 
     def land(self, arrived: Tensor) -> tuple[Tensor, ...]:
-        # Of the farthest neighbour first, and zeros for those that do not exist.
+        # The farthest neighbour first; zeros for neighbours that do not exist.
         messages = [self._pieces(*part) for part in self._parts(arrived, self.left)]
         missing = self.length - sum(self.left.values())
         if missing:
@@ -304,7 +302,7 @@ class _LeftHalos:
         return _exchange(send, self._sizes(self.right), grads[0], self.group)
 
     def land_back(self, arrived: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        totals = tuple(grad.contiguous() for grad in grads)  # an expanded one could not be added to
+        totals = tuple(grad.contiguous() for grad in grads)  # an expanded gradient cannot be added to in place
         for part, count in self._parts(arrived, self.right):
             for total, own in zip(totals, self._pieces(part, count), strict=True):
                 total[:, self.size - count :].add_(own)  # += would copy the slice onto itself
@@ -314,29 +312,29 @@ class _LeftHalos:
         return {rank: self.rows * count * sum(self.widths) for rank, count in counts.items()}
 
     def _parts(self, arrived: Tensor, counts: dict[int, int]) -> list[tuple[Tensor, int]]:
-        """Cut what arrived into the messages of each rank, in their order, each with its number of tokens."""
+        """Split the received buffer into one message per rank, in rank order, each with its number of tokens."""
         sizes = self._sizes(counts)
         ranks = sorted(counts)
         return list(zip(arrived.split([sizes[rank] for rank in ranks]), [counts[rank] for rank in ranks], strict=True))
 
     def _pieces(self, message: Tensor, count: int) -> list[Tensor]:
-        """Cut a message of ``count`` tokens into its pieces ``[B, count, …]``."""
+        """Split a message of ``count`` tokens into one tensor ``[B, count, …]`` per chunk."""
         flat = message.split([self.rows * count * width for width in self.widths])
         return [part.view(self.rows, count, *shape[2:]) for part, shape in zip(flat, self.shapes, strict=True)]
 
 
 def _halo_counts(length: int, piece: int) -> list[int]:
-    """Tokens of a halo that each left neighbour holds, the nearest first."""
+    """Return how many tokens of a halo each left neighbour holds, the nearest first; ``piece``: tokens of a chunk."""
     return [min(piece, length - begin) for begin in range(0, length, piece)]
 
 
 def _exchange(
     send: dict[int, list[Tensor]], sizes: dict[int, int], like: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, dist.Work]:
-    """Begin to send tensors to ranks of the group and to receive so many elements; all ranks call this together.
+    """Start to send ``send[rank]`` to and to receive ``sizes[rank]`` elements from each rank; a collective call.
 
-    Returns what arrives, flat, in the order of the ranks; each rank's tensors are one message, flat, one after the
-    other. One call of the library, where pairs of sends and receives would cost the host several.
+    Returns the receive buffer: one message per sending rank, in rank order, with that rank's tensors concatenated flat.
+    A single all-to-all costs the host less than pairs of sends and receives.
     """
     ranks = range(dist.get_world_size(group))
     flat = [part.reshape(-1) for rank in ranks for part in send.get(rank, ())]

@@ -1,12 +1,12 @@
-"""Context parallelism: each rank of ``cp`` holds a contiguous piece of every row.
+"""Context parallelism: each rank of ``cp`` holds a contiguous chunk of every sequence.
 
-The convolution gets the inputs before its piece from the left neighbour, local heads the keys and values of their
-window, the scan the state that the pieces before it leave (one all-gather of states, whatever their length), global
-heads the keys and values of the whole row. Halves of the global heads' queries are swapped between rank r and its
-mirror, since late tokens see more keys than early ones.
+Left neighbours send the convolution its left context and the local heads the keys and values of their window. The scan
+starts from the state that the previous chunks leave (one all-gather of states, of a size that does not depend on chunk
+length). Global heads gather the keys and values of the full sequence. To balance causal work (late tokens see more
+keys than early tokens), rank r and its mirrored rank, cp-1-r, swap half of their global heads' queries.
 
-Shape legend: B rows, S tokens of a piece, C channels, H heads, K key/value heads, D channels of a head, P channels and
-N state size of a state space head.
+Shape legend: B rows, S tokens of a chunk, T tokens of a sequence or of chunk and halo, C channels, H heads, K key/value
+heads, D channels of a head, P channels and N state size of a state space head.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ _ALIGNED = 128
 
 @dataclass(frozen=True)
 class PieceDocuments(Documents):
-    """Boundaries of a piece, and of the two half pieces whose global attention this rank computes."""
+    """Document boundaries of a chunk, and of the two half chunks for which this rank computes global attention."""
 
     own_half: Documents
-    """The first half of this rank's piece."""
+    """The first half of this rank's chunk."""
     mirror_half: Documents
-    """The second half of the mirrored rank's piece."""
+    """The second half of the mirrored rank's chunk."""
 
     @classmethod
     def from_row(cls, positions_BT: Tensor, rank: int, ranks: int) -> PieceDocuments:
-        """Cut whole rows' positions (int64 on the CPU) into this rank's pieces."""
+        """Return this rank's boundaries from the positions of full sequences (int64 on the CPU)."""
         length = positions_BT.shape[1] // ranks
         half = first_half(length)
         begin, mirror = rank * length, (ranks - 1 - rank) * length
@@ -81,12 +81,12 @@ class PieceDocuments(Documents):
 
 
 def first_half(length: int) -> int:
-    """Return the tokens of a piece's first half; an odd piece's is the longer one."""
+    """Return the number of tokens in the first half of a chunk, rounded up."""
     return length - length // 2
 
 
 class ContextParallelScan(SSDScan):
-    """A scan that begins with the state that the pieces before it leave."""
+    """A scan that starts from the state after the previous chunks."""
 
     def __init__(self, scan: SSDScan, group: dist.ProcessGroup) -> None:
         super().__init__(scan.chunk_size, scan.backend)
@@ -94,28 +94,28 @@ class ContextParallelScan(SSDScan):
         self.state_exchange = self.state_before
 
     def state_before(self, reached_BHPN: Tensor, decay_BH: Tensor) -> Tensor:
-        """Fold the states of the pieces before this rank's: ``H_{r+1} = P_r H_r + S_r``.
+        """Return the state before this rank's chunk, H_r, by the recurrence ``H_{r+1} = P_r H_r + S_r``.
 
         Args:
-            reached_BHPN: the state this piece reaches from zero, S_r.
-            decay_BH: what remains of a state over the piece, P_r; 0 where a document starts in it.
+            reached_BHPN: state after this chunk if it starts from zero, S_r.
+            decay_BH: decay of the initial state over this chunk, P_r; 0 where a document starts in the chunk.
         """
         return pass_states(reached_BHPN, decay_BH, self.group)
 
 
 def pass_states(reached_BHPN: Tensor, decay_BH: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the state before this rank's piece; see :meth:`ContextParallelScan.state_before`."""
+    """Return the state before this rank's chunk; see :meth:`ContextParallelScan.state_before`."""
     return _PassStates.apply(reached_BHPN, decay_BH, group)
 
 
 class _PassStates(torch.autograd.Function):
-    """States and decays in one message. Each rank folds the pieces before its own; the first does no arithmetic."""
+    """All-gathers states and decays in one message; each rank then accumulates the states of the previous chunks."""
 
     @staticmethod
     def forward(ctx: Any, reached_BHPN: Tensor, decay_BH: Tensor, group: dist.ProcessGroup) -> Tensor:
         packed = torch.cat([reached_BHPN.flatten(2), decay_BH.unsqueeze(-1)], dim=-1)
         before = all_gather(packed, group)[: dist.get_rank(group)]
-        states: list[Tensor] = []  # after each piece before this one
+        states: list[Tensor] = []  # after each previous chunk
         for piece in before.unbind(0):
             state, kept = piece[..., :-1], piece[..., -1:]
             states.append(torch.addcmul(state, kept, states[-1]) if states else state)
@@ -127,7 +127,7 @@ class _PassStates(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         before, *states = ctx.saved_tensors
         dstate = grads[0].flatten(2)
-        # Every rank joins, also the first, whose gradient goes nowhere.
+        # Every rank takes part in the reduce-scatter, also the first, which adds only zeros.
         dpacked = dstate.new_zeros(dist.get_world_size(ctx.group), *dstate.shape[:2], dstate.shape[2] + 1)
         for index in reversed(range(len(states))):
             dpacked[index, ..., :-1] = dstate
@@ -139,7 +139,7 @@ class _PassStates(torch.autograd.Function):
 
 
 class LocalAttentionCP(AttentionCore):
-    """Local heads: the window's keys and values left of the piece come from the neighbours that hold them."""
+    """Attention of the local heads: left neighbours send the window's keys and values that precede the chunk."""
 
     def __init__(self, core: AttentionCore, group: dist.ProcessGroup) -> None:
         super().__init__(core.window, core.backend)
@@ -148,10 +148,10 @@ class LocalAttentionCP(AttentionCore):
     def begin(
         self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None
     ) -> Callable[[], Tensor]:
-        """Ask for the neighbours' keys and values."""
+        """Start to receive the neighbours' keys and values; the returned function computes attention."""
         assert self.window is not None and documents is not None
         length = self.window - 1
-        if length > _ALIGNED:  # kernels work on whole tiles of keys; the mask hides what is too much
+        if length > _ALIGNED:  # kernels read full tiles of keys; the mask excludes the surplus
             length = -(-length // _ALIGNED) * _ALIGNED
         length = min(length, q_BSHD.shape[1] * (dist.get_world_size(self.group) - 1))
         attend = partial(attention, window=self.window, documents=documents, backend=self.backend)
@@ -167,7 +167,7 @@ class LocalAttentionCP(AttentionCore):
 
 
 class GlobalAttentionCP(AttentionCore):
-    """Global heads: keys and values of the whole row, queries of mirrored half pieces."""
+    """Attention of the global heads: keys and values of the full sequence, queries of two mirrored half chunks."""
 
     def __init__(self, core: AttentionCore, group: dist.ProcessGroup) -> None:
         super().__init__(core.window, core.backend)
@@ -176,7 +176,7 @@ class GlobalAttentionCP(AttentionCore):
     def begin(
         self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None
     ) -> Callable[[], Tensor]:
-        """Ask for the row's keys and values and the mirrored rank's queries."""
+        """Start to receive the sequence's keys and values and the mirrored rank's queries."""
         assert isinstance(documents, PieceDocuments)
         own_documents, mirror_documents = documents.own_half, documents.mirror_half
         rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -184,7 +184,7 @@ class GlobalAttentionCP(AttentionCore):
         half = first_half(length)
         gathered = begin_gather_tokens(torch.cat([k_BSKD, v_BSKD], dim=-1), self.group)
         first, second = q_BSHD.split([half, length - half], dim=1)
-        # A piece of one token has no second half.
+        # A chunk of one token has no second half.
         mirrored = begin_swap_with_mirror(second, self.group) if half < length else None
         attend = partial(attention, backend=self.backend)
 
@@ -192,7 +192,7 @@ class GlobalAttentionCP(AttentionCore):
             ends = (rank * length + half, (ranks - rank) * length)
             k_own, v_own, k_mirror, v_mirror = _KeysUpTo.apply(gathered(), *ends)
             theirs = None
-            if mirrored is not None:  # first, so that the results travel while this rank computes its own
+            if mirrored is not None:  # first, so that sending these results overlaps the computation below
                 mirror = attend(mirrored(), k_mirror, v_mirror, documents=mirror_documents)
                 theirs = begin_swap_with_mirror(mirror, self.group)
             own = attend(first, k_own, v_own, documents=own_documents)
@@ -202,9 +202,10 @@ class GlobalAttentionCP(AttentionCore):
 
 
 class _KeysUpTo(torch.autograd.Function):
-    """Keys and values ``[B, end, K, D]`` of a row's first tokens, for two ends; ``kv_BTKD`` holds both side by side.
+    """Returns keys and values ``[B, end, K, D]`` of the first ``end`` tokens of a sequence, for two values of ``end``.
 
-    Backward, the longer gradient is the beginning of the row's own and the shorter is added to it in place.
+    ``kv_BTKD`` concatenates keys and values along the last axis. The backward copies the longer gradient into the
+    sequence's gradient and adds the shorter gradient in place.
     """
 
     @staticmethod
@@ -224,9 +225,9 @@ class _KeysUpTo(torch.autograd.Function):
 
 
 def apply_context_parallel(model: FusionTreeModel, layout: Layout) -> None:
-    """Put the modules above in the place of scan and attention cores, and give convolutions the inputs on their left.
+    """Replace scans and attention cores by the modules above, and let convolutions receive their left context.
 
-    Names of parameters stay. With one context parallel rank the model is left as it is.
+    Parameter names do not change. With cp = 1 the model does not change.
     """
     if layout.cp_size == 1:
         return

@@ -1,8 +1,9 @@
-"""Which part of a parameter a rank holds, and that part as a piece of the whole for checkpoints.
+"""Shards of a parameter, and their position in the full parameter for checkpoints.
 
-Tensor parallelism cuts a parameter along one axis, block by block (a packed projection gives every rank a range of
-each block); an engine cuts what is left into flat pieces. ``ShardSpec`` knows the first cut, ``GlobalTensor`` names the
-result of both by its place in the whole parameter, so that any layout can save what any other loads.
+Tensor parallelism splits a parameter along one axis, block by block (each rank gets a range of every block of a packed
+projection); an engine shards the result into flat slices. ``ShardSpec`` describes the tensor parallel split;
+``GlobalTensor`` describes the final shard by offsets in the full parameter, so that a checkpoint saved under one layout
+loads under any other.
 """
 
 from __future__ import annotations
@@ -20,28 +21,28 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 Piece = tuple[tuple[int, ...], Tensor]
-"""Offset in the whole parameter, and a view of the live values that lie there."""
+"""A rectangle of a parameter: its offset in the full parameter, and a view of the values in use."""
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """The part of a parameter (of one or two axes) that one tensor parallel rank holds."""
+    """The shard of a parameter (of one or two axes) that one tensor parallel rank holds."""
 
     global_shape: tuple[int, ...]
-    """Shape of the whole parameter."""
+    """Shape of the full parameter."""
     axis: int | None = None
-    """Axis that is cut; None means every rank holds the whole."""
+    """Axis that is split; None means the parameter is replicated."""
     ranges: tuple[tuple[int, int], ...] = ()
-    """``(start, stop)`` along ``axis`` of the whole, in the order in which the rank keeps them."""
+    """``(start, stop)`` along ``axis`` of the full parameter, in the order in which the rank stores them."""
 
     @property
     def is_split(self) -> bool:
-        """True when tensor parallel ranks hold different parts."""
+        """True if tensor parallel ranks hold different shards."""
         return self.axis is not None
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of the rank's part."""
+        """Shape of the rank's shard."""
         if self.axis is None:
             return self.global_shape
         shape = list(self.global_shape)
@@ -49,20 +50,20 @@ class ShardSpec:
         return tuple(shape)
 
     def cut(self, whole: Tensor) -> Tensor:
-        """Return the rank's part of the whole parameter's values."""
+        """Return the rank's shard of the full parameter's values."""
         if self.axis is None:
             return whole
         return torch.cat([whole.narrow(self.axis, start, stop - start) for start, stop in self.ranges], self.axis)
 
     def pieces(self, flat: Tensor, start: int = 0) -> list[Piece]:
-        """Name consecutive elements of the rank's part by their place in the whole parameter.
+        """Locate consecutive elements of the rank's shard in the full parameter.
 
         Args:
-            flat: 1-D view of the elements ``start … start + flat.numel()`` of the part, in row-major order.
-            start: of the first of them.
+            flat: 1-D view of the elements ``start … start + flat.numel()`` of the shard, in row-major order.
+            start: index of the first element in the shard.
 
         Returns:
-            Rectangles of the whole; their views share memory with ``flat``.
+            Rectangles of the full parameter; their views share memory with ``flat``.
         """
         columns = self.local_shape[1] if len(self.local_shape) > 1 else 1
         stop = start + flat.numel()
@@ -74,7 +75,7 @@ class ShardSpec:
                 end = min(stop, (row + 1) * columns)
                 view = flat[at - start : end - start].view(1, -1)
                 at = end
-            else:  # as many whole rows as there are
+            else:  # all complete rows that remain
                 rows = (stop - at) // columns
                 view = flat[at - start : at - start + rows * columns].view(rows, columns)
                 at += rows * columns
@@ -82,7 +83,7 @@ class ShardSpec:
         return found
 
     def _place(self, view: Tensor, row: int, column: int) -> list[Piece]:
-        """Cut the rectangle at local (row, column) where the ranges of the cut axis end."""
+        """Split the rectangle at local (row, column) at the ends of the ranges of the split axis."""
         parts: list[Piece] = [((row, column), view)]
         if self.axis is not None:
             parts.clear()
@@ -102,10 +103,10 @@ class ShardSpec:
 
 
 class GlobalTensor(torch.Tensor):
-    """A tensor of which this rank holds some rectangles; torch DCP saves and fills it by its place in the whole.
+    """A tensor of which this rank holds some rectangles; torch DCP saves and loads them by their global offsets.
 
-    DCP asks a tensor for the three methods below (its protocol for wrappers), so nothing of it needs to be a DTensor.
-    It has the whole's shape and no values of its own: nothing can be computed with it.
+    It implements the three methods of DCP's protocol for wrapper tensors, so it need not be a DTensor. It has the shape
+    of the full tensor and stores no values: nothing can be computed with it.
     """
 
     pieces: list[Piece]
@@ -114,12 +115,12 @@ class GlobalTensor(torch.Tensor):
     def __new__(
         cls, global_shape: tuple[int, ...], pieces: list[Piece], dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> GlobalTensor:
-        """Name the rectangles this rank reads and writes.
+        """Declare the rectangles that this rank reads and writes.
 
         Args:
-            global_shape: of the whole tensor.
-            pieces: this rank's rectangles; an element that several ranks name must be equal on them.
-            dtype: of the values; given because a rank may hold no rectangle.
+            global_shape: of the full tensor.
+            pieces: this rank's rectangles; an element held by several ranks must be equal on all of them.
+            dtype: of the values; an argument because a rank may hold no rectangle.
             device: of the values.
         """
         wrapper = torch.Tensor._make_wrapper_subclass(cls, global_shape, dtype=dtype, device=torch.device(device))

@@ -1,9 +1,9 @@
-"""The processes of a job and their groups: the one place where process groups are made.
+"""The processes of a job and their groups; no other module creates process groups.
 
-``Layout`` says which device this process computes on, which rows and tokens of a batch are its own, and over whom a
-value is summed. Mesh axes: dp (data parallel: other rows), cp (context parallel: other pieces of the same rows), tp
-(tensor parallel: other heads of the same piece, and other tokens of it between the mixers); tp is innermost, so its
-ranks are neighbours. rank = (dp_rank * cp + cp_rank) * tp + tp_rank.
+``Layout`` knows this process's device, its sequences and tokens of a batch, and the ranks to sum a value over. Ranks
+along each mesh axis hold: dp (data parallel) different sequences; cp (context parallel) different chunks of the same
+sequences; tp (tensor parallel) different heads of the same chunk inside the mixers, and different tokens of the chunk
+between the mixers. tp is innermost, so its ranks are neighbours: rank = (dp_rank * cp + cp_rank) * tp + tp_rank.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def choose_device(wanted: str, place: ProcessPlace) -> torch.device:
     if place.local_rank >= count:
         raise UserError(
             f"local rank {place.local_rank} has no GPU: this machine shows {count}; start at most {count} "
-            f"processes a node or set training.device=cpu"
+            f"processes per node or set training.device=cpu"
         )
     return torch.device("cuda", place.local_rank)
 
 
 class Layout:
-    """This process's place on the device mesh. Use as a context manager: leaving it ends the process groups."""
+    """This process's position in the device mesh. Use it as a context manager, which ends the process groups."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Layout:
     ) -> None:
         """Join the job's process group (nccl on GPUs, gloo on CPUs; one process alone needs no rendezvous).
 
-        :func:`fusiontree.parallel.validate.check_layout` says beforehand whether the sizes fit.
+        Call :func:`fusiontree.parallel.validate.check_layout` before to check the sizes.
 
         Args:
             device: auto | cuda | cpu.
@@ -86,9 +86,9 @@ class Layout:
         self._dp_cp_mesh = self._mesh(dp_cp=self.dp_size * cp, tp=tp)["dp_cp"] if tp * cp > 1 else self.mesh["dp"]
         self._row_mesh = self._mesh(dp=self.dp_size, row=cp * tp)["row"]
         self._world_mesh = self._mesh(world=world)
-        # Files are written by CPU code; a gloo group keeps that off the GPU's stream and its time-outs apart.
+        # For CPU code such as writing files: gloo stays off the GPU's stream, and NCCL's time-outs do not apply.
         self.cpu_group = dist.new_group(backend="gloo", timeout=timeout)
-        # Threads that write checkpoints talk while training does: on one group their messages would mix.
+        # Checkpoint threads communicate while training does; on a common group their messages would mix.
         self.checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)
 
     def _mesh(self, **axes: int) -> DeviceMesh:
@@ -96,52 +96,52 @@ class Layout:
 
     @property
     def dp_rank(self) -> int:
-        """Which part of every global batch this process reads."""
+        """Index of this process's part of every global batch."""
         return self.mesh.get_local_rank("dp")
 
     @property
     def cp_rank(self) -> int:
-        """Which piece of its rows this process holds."""
+        """Index of this process's chunk of its sequences."""
         return self.mesh.get_local_rank("cp")
 
     @property
     def tp_rank(self) -> int:
-        """Which share of the heads this process holds, and of its piece's tokens between the mixers."""
+        """Index of this process's share of the heads and, between the mixers, of the chunk's tokens."""
         return self.mesh.get_local_rank("tp")
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
-        """Ranks that hold other rows."""
+        """Ranks that hold different sequences."""
         return self.mesh.get_group("dp")
 
     @property
     def cp_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the other pieces of the same rows, in order."""
+        """Ranks that hold the chunks of the same sequences, in order."""
         return self.mesh.get_group("cp")
 
     @property
     def tp_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the other heads of the same tokens, in order."""
+        """Ranks that hold different heads of the same tokens, in order."""
         return self.mesh.get_group("tp")
 
     @property
     def dp_cp_group(self) -> dist.ProcessGroup:
-        """Ranks that compute the same heads on other tokens: tensor parallel parameters are sharded over them."""
+        """Ranks that compute the same heads on different tokens; tp-split parameters are sharded over them."""
         return self._dp_cp_mesh.get_group()
 
     @property
     def dp_cp_rank(self) -> int:
-        """This process's place in :attr:`dp_cp_group`."""
+        """This process's rank in :attr:`dp_cp_group`."""
         return self._dp_cp_mesh.get_local_rank()
 
     @property
     def row_group(self) -> dist.ProcessGroup:
-        """Ranks that share the same rows (cp x tp): sums over a row's tokens go over them."""
+        """Ranks that hold the same sequences (cp x tp); sums over a sequence's tokens are reduced over them."""
         return self._row_mesh.get_group()
 
     @property
     def world_group(self) -> dist.ProcessGroup:
-        """All ranks (dp x cp x tp): parameters that tensor parallelism leaves whole are sharded over them."""
+        """All ranks (dp x cp x tp); parameters that tp does not split are sharded over them."""
         return self._world_mesh.get_group()
 
     @property
@@ -150,15 +150,15 @@ class Layout:
         return self.place.is_main
 
     def parameter_group(self, tp_sharded: bool) -> dist.ProcessGroup:
-        """Return the ranks whose gradients of a parameter add up: dp x cp, and tp too where tp leaves it whole."""
+        """Return the ranks to reduce a parameter's gradient over: dp x cp if tp splits it, else dp x cp x tp."""
         return self.dp_cp_group if tp_sharded else self.world_group
 
     def parameter_mesh(self, shard: bool, tp_sharded: bool = False) -> DeviceMesh:
         """Return the mesh for ``fully_shard``.
 
         Args:
-            shard: shard over the mesh (over ``shard_size`` ranks of it, copied between such groups); otherwise keep
-                whole parameters on each rank.
+            shard: shard over groups of ``shard_size`` ranks and replicate between the groups; otherwise replicate the
+                parameters on each rank.
             tp_sharded: for parameters that are already split over tp: the mesh is dp x cp; otherwise dp x cp x tp.
         """
         flat, tp = (self._dp_cp_mesh, self.tp_size) if tp_sharded else (self._world_mesh, 1)
@@ -172,14 +172,14 @@ class Layout:
         return self._copies[key]
 
     def sum_over_parts(self, square: torch.Tensor) -> torch.Tensor:
-        """Add up the squares of the ranks' parts of the gradient, each element's once; ``square`` is an fp64 scalar.
+        """Sum the squares of the ranks' gradient shards, counting each element once; ``square`` is an fp64 scalar.
 
-        One copy of the gradient lies in parts over the ranks that are summed over. A parameter that tp splits has a
-        tp-th on each tensor parallel rank, which the engine cuts over dp x cp; any other the engine cuts over
-        dp x cp x tp. So of either kind each element is on one rank: under (dp, cp, tp) = (2, 2, 1) every rank has a
-        quarter of everything; under (1, 2, 2) and (2, 1, 2) half of its half of what is split, and a quarter of the
-        rest; under (1, 1, 4) its whole quarter of what is split, which no other rank has. ``shard_size`` leaves
-        copies: of ranks that share one copy, and these hold tp, the parts are added up.
+        Exactly one rank of the group summed over owns each gradient element: tp-split parameters are sharded over
+        dp x cp within their tp rank, all others over dp x cp x tp. So the plain sum of local squares is the global
+        squared norm. Examples: under (dp, cp, tp) = (2, 2, 1) each rank owns a quarter of every parameter; under
+        (1, 2, 2) and (2, 1, 2) half of its half of tp-split parameters and a quarter of the others; under (1, 1, 4) all
+        of its quarter of tp-split parameters. ``shard_size`` makes copies, so the sum is over the ranks that share one
+        copy; these include all tp ranks.
         """
         group, size = self.world_group, self.place.world_size
         if self.shard_size != size:
@@ -189,19 +189,19 @@ class Layout:
         return square
 
     def sum_over_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum ``values`` in place over the ranks that read different rows."""
+        """Sum ``values`` in place over the ranks that hold different sequences (dp)."""
         if self.dp_size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.dp_group)
         return values
 
     def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum ``values`` in place over the ranks whose losses are of different tokens (other rows, other pieces).
+        """Sum ``values`` in place over the ranks with losses of different tokens (dp x cp).
 
-        Every rank gets the same bits, so that all draw the same conclusions: sums over the groups of ranks with the
-        same share of the heads could differ between the groups in the last digit.
+        Every rank gets the same bits, so all ranks decide alike: separate sums in each dp x cp group could differ
+        between tp ranks in the last digit.
         """
         if self.tp_rank > 0:
-            values.zero_()  # one rank of those with the same tokens counts
+            values.zero_()  # count the tokens once, on tp rank 0
         return self.sum_over_ranks(values)
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -211,13 +211,13 @@ class Layout:
         return values
 
     def gather_text(self, text: str) -> list[str]:
-        """Return every rank's ``text``, in order of rank; all ranks call this together."""
+        """Return every rank's ``text``, in rank order; a collective call."""
         texts = [""] * self.place.world_size
         dist.all_gather_object(texts, text, group=self.cpu_group)
         return texts
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         dist.barrier(group=self.cpu_group)
 
     def close(self) -> None:
@@ -236,13 +236,13 @@ class Layout:
 
 @contextmanager
 def temporary_group(device: torch.device, store: dist.Store, rank: int, size: int, timeout_s: float) -> Iterator[None]:
-    """Be in a process group that meets at ``store`` while there is no other; leaving ends it.
+    """Initialize the default process group for the ``with`` block and destroy it afterwards; none may exist before.
 
     Args:
-        device: nccl on GPUs, gloo on CPUs.
-        store: holds nothing of another group.
-        rank: this process's in the group.
-        size: of the group.
+        device: decides the backend: nccl on GPUs, gloo on CPUs.
+        store: rendezvous of the processes; must hold no keys of another group.
+        rank: of this process in the group.
+        size: number of processes in the group.
         timeout_s: how long a collective may wait for its peers.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -250,7 +250,7 @@ def temporary_group(device: torch.device, store: dist.Store, rank: int, size: in
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except BaseException:
-        # A start that failed leaves its number behind, and the next group would wait for its peers under another name.
+        # A failed start leaves torch's group counter advanced: this rank's next group would get a name its peers lack.
         dist.distributed_c10d._world.group_count = 0
         raise
     try:

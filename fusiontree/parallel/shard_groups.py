@@ -1,4 +1,4 @@
-"""Which parts of the model are materialised and sharded together."""
+"""Shard groups: the parameters that are materialized and sharded together."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ class ShardGroup:
     """Parameters that an engine shards as one group."""
 
     modules: tuple[nn.Module, ...]
-    """What owns them; more than one where a parameter is tied."""
+    """Modules that own the parameters; several if a parameter is tied."""
     prefixes: tuple[str, ...]
     """Names of the modules in the model; empty for the root."""
     keep_fp32: bool = False
-    """True where the forward sees fp32 parameters whatever the precision: the state space's A, D and dt, which must,
-    and the root's last norm, which costs nothing."""
+    """Keep these parameters in fp32 in mixed precision: A, D and dt of the scan (required for accuracy) and the final
+    norm (free)."""
     tp_split: bool = False
-    """True where tensor parallel ranks hold different parts: the group is sharded over dp x cp, not over all ranks."""
+    """True if tensor parallel ranks hold different shards: the group is sharded over dp x cp, not over all ranks."""
 
     @property
     def is_root(self) -> bool:
-        """True for what is left of the model when its blocks are taken out."""
+        """True for the group of the model itself, which holds the parameters outside all other groups."""
         return self.prefixes == ("",)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield its parameters by their names in the model, those of inner groups too."""
+        """Yield parameters with their names in the model, including those of inner groups."""
         for prefix, module in zip(self.prefixes, self.modules, strict=True):
             yield from module.named_parameters(prefix=prefix)
 
 
 @dataclass(frozen=True)
 class DistributedModel:
-    """A model cut to this rank's part, on the meta device."""
+    """This rank's part of a model, on the meta device."""
 
     module: FusionTreeModel
     specs: dict[str, ShardSpec]
-    """What this rank holds of each parameter, by name."""
+    """This rank's shard of each parameter, by parameter name."""
 
 
 def build_model(config: ModelConfig, layout: Layout) -> DistributedModel:
@@ -72,10 +72,10 @@ def build_model(config: ModelConfig, layout: Layout) -> DistributedModel:
 
 
 def shard_groups_leaves_first(model: DistributedModel) -> Iterator[list[ShardGroup]]:
-    """Yield the model's groups block by block, inner groups before outer, the root (with the last norm) last.
+    """Yield the shard groups of each block, inner groups before outer; then those of the root (with the final norm).
 
-    A caller that materialises and shards one list before it asks for the next never holds a whole model. The last group
-    of a list contains the others.
+    The last group of each list contains the groups before it in the list. A caller that materializes and shards one
+    list before it requests the next never holds the full model.
     """
     split = {name for name, spec in model.specs.items() if spec.is_split}
     for index, block in enumerate(model.module.layers):
@@ -93,7 +93,7 @@ def shard_groups_leaves_first(model: DistributedModel) -> Iterator[list[ShardGro
 
 
 def _inner_groups(block: nn.Module, prefix: str, split: set[str]) -> Iterator[ShardGroup]:
-    """Yield what of a block cannot be in one group with the rest of it."""
+    """Yield the groups inside a block that differ from it in precision or in tensor parallel splitting."""
 
     def is_split(name: str, module: nn.Module) -> bool:
         return any(f"{prefix}.{name}.{leaf}" in split for leaf, _ in module.named_parameters())
@@ -115,17 +115,17 @@ def _inner_groups(block: nn.Module, prefix: str, split: set[str]) -> Iterator[Sh
 def materializer(
     config: ModelConfig, seed: int, device: torch.device, specs: dict[str, ShardSpec]
 ) -> Callable[[ShardGroup], None]:
-    """Return the function that gives a group's parameters memory on ``device`` and their initial values."""
+    """Return a function that allocates a group's parameters on ``device`` and initializes them."""
     return partial(materialize, config=config, seed=seed, device=device, specs=specs)
 
 
 def materialize(
     group: ShardGroup, config: ModelConfig, seed: int, device: torch.device, specs: dict[str, ShardSpec]
 ) -> None:
-    """Give the group's meta parameters memory on ``device`` and this rank's part of their initial values, in fp32.
+    """Allocate the group's meta parameters on ``device`` and set this rank's shard of their initial values, in fp32.
 
-    The values depend on the seed and each parameter's full name alone, so they are the same in every layout.
-    Parameters that already have memory (an inner group's) are left as they are.
+    The values depend only on the seed and each parameter's full name and shape, so they are the same in every layout.
+    Parameters that are already allocated (those of inner groups) do not change.
     """
     done: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one parameter
     for prefix, owner in zip(group.prefixes, group.modules, strict=True):
@@ -137,13 +137,13 @@ def materialize(
                     full_name = ".".join(part for part in (prefix, module_name, name) if part)
                     values = initial_part(full_name, specs[full_name], config, seed)
                     done[parameter] = nn.Parameter(values.to(device), requires_grad=parameter.requires_grad)
-                    done[parameter].__dict__.update(parameter.__dict__)  # tags of the tensor parallel plan
+                    done[parameter].__dict__.update(parameter.__dict__)  # attributes set by the tensor parallel plan
                 setattr(module, name, done[parameter])
         assert not any(b.is_meta for b in owner.buffers()), "buffers must be made on first use, not at construction"
 
 
 def initial_part(name: str, spec: ShardSpec, config: ModelConfig, seed: int) -> torch.Tensor:
-    """Return the initial values of the part of a parameter that ``spec`` names, in fp32 on the CPU."""
+    """Return the initial values of the shard of a parameter that ``spec`` describes, in fp32 on the CPU."""
     if spec.axis == 0:
         rows = [initialize_parameter(name, spec.global_shape, config, seed, slice(*span)) for span in spec.ranges]
         return torch.cat(rows)

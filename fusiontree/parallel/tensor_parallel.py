@@ -1,9 +1,9 @@
-"""Tensor and sequence parallelism: the model's leaves that a rank computes differently, and the plan applied.
+"""Tensor and sequence parallelism: the modules that replace modules of the model, and the function that applies them.
 
-Heads and vocabulary are cut over the ranks of ``tp``; between the mixers each rank holds 1/tp of its piece's tokens. A
-block gathers its input's tokens once for both branches and reduce-scatters both branches' partial outputs together.
+Heads and vocabulary are split over the ranks of ``tp``; between the mixers each rank holds 1/tp of its chunk's tokens.
+A block gathers its input's tokens once for both branches and reduce-scatters both branches' partial outputs together.
 
-Shape legend: B rows, S tokens of a piece (s: of a rank's share), C channels.
+Shape legend: B rows, S tokens of a chunk (s: this rank's 1/tp of them), C channels.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 class GatherTokens(nn.Module):
-    """``[B, s, C]`` to ``[B, S, C]``: the branches read all tokens of the piece."""
+    """All-gather ``[B, s, C]`` to ``[B, S, C]``: the branches read all tokens of the chunk."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.group = group
 
     def forward(self, x_BsC: Tensor) -> Tensor:
-        """Return all tokens of the piece."""
+        """Return all tokens of the chunk."""
         return gather_tokens(x_BsC, self.group)
 
 
 class ScatterTokens(nn.Module):
-    """``[B, S, C]`` partial sums to ``[B, s, C]`` sums of this rank's tokens."""
+    """Reduce-scatter partial sums ``[B, S, C]`` to the sums of this rank's tokens, ``[B, s, C]``."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.group = group
 
     def forward(self, x_BSC: Tensor) -> Tensor:
-        """Return this rank's tokens, summed over the ranks' heads."""
+        """Return this rank's tokens, summed over the heads of all ranks."""
         return scatter_tokens(x_BSC, self.group)
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """Looks up the tokens of this rank's part of the vocabulary and sends each rank its share of the tokens."""
+    """Looks up tokens in this rank's shard of the vocabulary and reduce-scatters the embeddings over the tokens."""
 
     def __init__(self, whole: nn.Embedding, group: dist.ProcessGroup) -> None:
         super().__init__(whole.num_embeddings, whole.embedding_dim, device="meta")
@@ -68,7 +68,7 @@ class VocabParallelEmbedding(nn.Embedding):
 
 
 class VocabParallelHead(LanguageModelHead):
-    """Cross entropy of gathered tokens, each rank with the logits of its part of the vocabulary."""
+    """Cross entropy of gathered tokens; each rank computes the logits of its shard of the vocabulary."""
 
     def __init__(self, whole: LanguageModelHead, group: dist.ProcessGroup) -> None:
         nn.Module.__init__(self)
@@ -77,8 +77,8 @@ class VocabParallelHead(LanguageModelHead):
         self.group = group
 
     def forward(self, hidden_BSC: Tensor, labels_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return ``(loss_sum, z_sum)`` of the piece, equal on all ranks of the group."""
-        assert labels_BS is not None, "logits are not made under tensor parallelism"
+        """Return ``(loss_sum, z_sum)`` of the chunk, equal on all ranks of the group."""
+        assert labels_BS is not None, "the full logits are not computed under tensor parallelism"
         hidden_BSC = gather_tokens(hidden_BSC, self.group)
         return linear_cross_entropy(
             hidden_BSC.flatten(0, 1),
@@ -91,7 +91,10 @@ class VocabParallelHead(LanguageModelHead):
 
 
 class SelectedLinear(nn.Linear):
-    """A projection kept whole of which this rank computes some outputs: of units fewer than ranks."""
+    """A projection with replicated weights of which this rank computes only some outputs.
+
+    Used if the projection has fewer indivisible units (heads, groups) than there are tensor parallel ranks.
+    """
 
     def __init__(self, whole: nn.Linear, ranges: Ranges) -> None:
         super().__init__(whole.in_features, whole.out_features, bias=False, device="meta")
@@ -104,7 +107,7 @@ class SelectedLinear(nn.Linear):
 
 
 class SelectedConv(CausalConv):
-    """A convolution kept whole of which this rank computes some channels."""
+    """A convolution with replicated weights of which this rank computes only some channels."""
 
     def __init__(self, whole: CausalConv, ranges: Ranges) -> None:
         nn.Module.__init__(self)
@@ -117,15 +120,15 @@ class SelectedConv(CausalConv):
 
 
 def _select(parameter: Tensor, ranges: Ranges) -> Tensor:
-    # A copy, never a view: engines free the whole parameter after this forward.
+    # A copy, never a view: engines free the full parameter after this forward.
     return torch.cat([parameter[start:stop] for start, stop in ranges])
 
 
 def apply_tensor_parallel(model: FusionTreeModel, layout: Layout) -> dict[str, ShardSpec]:
-    """Cut a model on the meta device to this rank's part; return what the rank holds of every parameter, by name.
+    """Reduce a model on the meta device to this rank's part; return this rank's shard of each parameter, by name.
 
-    Parameters that are cut become parameters of the local shape with the attribute ``tensor_model_parallel`` set.
-    Names stay. With one tensor parallel rank the model is left as it is.
+    Split parameters get the local shape and the attribute ``tensor_model_parallel``. Parameter names do not change.
+    With tp = 1 the model does not change.
     """
     specs = {name: ShardSpec(tuple(p.shape)) for name, p in model.named_parameters()}
     ranks, rank = layout.tp_size, layout.tp_rank
@@ -149,7 +152,7 @@ def apply_tensor_parallel(model: FusionTreeModel, layout: Layout) -> dict[str, S
             if not spec.is_split:
                 _select_outputs(model, module_name, split.ranges(config, rank, ranks))
                 continue
-            if name in specs:  # a tied head goes by the embedding's name
+            if name in specs:  # a tied head is listed under the embedding's name
                 specs[name] = spec
             if parameter not in replaced:
                 local = nn.Parameter(torch.empty(spec.local_shape, device="meta"))
@@ -161,13 +164,13 @@ def apply_tensor_parallel(model: FusionTreeModel, layout: Layout) -> dict[str, S
 
 def _select_outputs(model: nn.Module, name: str, ranges: Ranges) -> None:
     module = model.get_submodule(name)
-    if isinstance(module, SelectedLinear | SelectedConv):  # its bias came before
+    if isinstance(module, SelectedLinear | SelectedConv):  # already replaced for its other parameter (weight or bias)
         return
     parent, _, leaf = name.rpartition(".")
     new: nn.Module
     if isinstance(module, CausalConv):
         new = SelectedConv(module, ranges)
     else:
-        assert isinstance(module, nn.Linear), f"{name} has more ranks than units and cannot be kept whole"
+        assert isinstance(module, nn.Linear), f"{name} has fewer units than there are ranks and cannot be replicated"
         new = SelectedLinear(module, ranges)
     setattr(model.get_submodule(parent), leaf, new)

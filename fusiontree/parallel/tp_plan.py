@@ -1,7 +1,7 @@
-"""The plan of the hybrid block: heads and vocabulary are cut, what acts on single tokens stays whole.
+"""Tensor parallel plan: parameters with heads or vocabulary are split, token-wise modules are not.
 
-Norms, alignment, gate, output projection and MLP of a block see each rank's own tokens (sequence parallel), so they
-stay whole: the engine shards them over all ranks and sums their gradients.
+A block's norms, alignment, gate, output projection and MLP process only the local tokens (sequence parallel), so tp
+does not split them: the engine shards them over all ranks and sums their gradients.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _groups(config: ModelConfig) -> list[UnitBlock]:
 
 
 def _heads(blocks: Sequence[weight_layout.Block], config: ModelConfig) -> list[UnitBlock]:
-    # A kind of heads the model does not have is a block of size 0.
+    # If the model has no heads of a kind, the block of that kind has size 0.
     return [UnitBlock(b.size, b.size // config.attention_head_dim) for b in blocks if b.size]
 
 
@@ -61,9 +61,9 @@ PLAN: list[tuple[str, Split]] = [
     (r"layers\.\d+\.attention\.[kv]_proj\.weight", column(_kv_heads)),
     (r"layers\.\d+\.attention\.o_proj\.weight", row(_query_heads)),
 ]
-"""Pattern of a parameter's whole name, and its cut. What no pattern names stays whole."""
+"""Regular expression for a parameter's full name, and its split. Parameters that match none are not split."""
 
 
 def split_of(name: str) -> Split | None:
-    """Return the cut of a parameter, or None where it stays whole."""
+    """Return the split of a parameter, or None if tensor parallelism does not split it."""
     return next((split for pattern, split in PLAN if re.fullmatch(pattern, name)), None)

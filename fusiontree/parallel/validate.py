@@ -1,4 +1,4 @@
-"""Does a model fit a layout? Asked before any process group is made; needs no torch."""
+"""Checks that a layout can compute a model, before any process group is created; needs no torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fusiontree.utils.errors import UserError
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig, training: Any, world_size: int) -> None:
-    """Refuse layouts that cannot compute the model.
+    """Check that the layout can compute the model.
 
     Args:
         model: the ``model`` section.
         parallel: the ``parallel`` section.
-        training: the ``training`` section; its row lengths are read.
+        training: the ``training`` section; only its sequence lengths are read.
         world_size: number of processes.
 
     Raises:
-        UserError: names the size that does not fit, why, and the sizes that would.
+        UserError: a size does not fit; the message gives the reason and the valid sizes.
     """
     tp, cp = parallel.tp, parallel.cp
     if parallel.engine.startswith("zero") and find_spec("deepspeed") is None:
@@ -64,7 +64,7 @@ def tp_problems(model: ModelConfig, tp: int) -> Iterator[str]:
         if model.mamba.norm_groups % tp:
             yield (
                 f"mamba.norm_groups {model.mamba.norm_groups} is not a multiple of {tp}, so a group of the gated norm "
-                f"would lie on several ranks"
+                f"would span several ranks"
             )
     if set(model.pattern) & set("FA"):
         if model.local_heads % tp or model.global_heads % tp:
@@ -92,7 +92,7 @@ def _check_lengths(training: Any, cp: int, tp: int) -> None:
             near = f"{below} or {above}" if below else f"{above}"
             raise UserError(
                 f"{name} {length} does not divide by parallel.cp {cp} x parallel.tp {tp} = {parts} (each rank holds "
-                f"an equal share of a row's tokens); the nearest lengths that do: {near}"
+                f"an equal share of a sequence's tokens); the nearest lengths that do: {near}"
             )
 
 

@@ -1,6 +1,6 @@
 """What a run would need and how fast it would be, by arithmetic: no device, no process group.
 
-Memory is counted tensor by tensor. Time is operations over the rates of one profiled step (configs/bench/NOTES.md, one
+Memory is counted tensor by tensor. Time is operations over the rates of one profiled step (docs/speed.md, one
 H100) plus the bytes that cross links. Both are held to that step and to one of 128K tokens by a test. Measured on two
 GPUs, ddp with tp 2 and cp 2 came within 10%; fsdp2 with tp 2 and cp 2, which waits for its host, took up to half more.
 Unit of activations: elements of one token on one rank.
@@ -46,14 +46,14 @@ PASSING_WIDTHS = 10
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the estimate takes for granted of the machine."""
+    """Assumptions about the machine. Rates are in units of 10^9 bytes per second."""
 
     memory_gib: float = 80.0
     gpus_per_node: int = 8
     node_gb_per_s: float = 300.0
-    """Of one GPU's link inside a node, each way, as collectives reach it."""
+    """One GPU's link inside a node, per direction, as collectives reach it."""
     network_gb_per_s: float = 40.0
-    """Of one GPU's share of the network between nodes, likewise."""
+    """One GPU's share of the network between nodes, per direction."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fusiontree.tracking.crash_report import explain, read_reports
 from fusiontree.tracking.records import read_records
+from fusiontree.utils.errors import UserError
 
 
 @dataclass
@@ -83,11 +84,11 @@ def account(run_dir: Path) -> Goodput:
     """Read a run's events and add up.
 
     Raises:
-        ValueError: the folder holds no events.
+        UserError: the folder holds no events.
     """
     events = read_records(run_dir / "events.jsonl")
     if not events:
-        raise ValueError(f"'{run_dir}' holds no events.jsonl, so it is no run's folder, or the run never started")
+        raise UserError(f"'{run_dir}' holds no events.jsonl, so it is no run's folder, or the run never started")
     sessions: list[Session] = []
     interruptions: list[Interruption] = []
     saved_at: dict[int, float] = {}

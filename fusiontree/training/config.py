@@ -22,7 +22,8 @@ class TrainingConfig(Section):
     micro_batch_size: int = setting(1, "Rows of seq_len one rank computes in one pass; the rest accumulates.", ge=1)
     curriculum: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = setting(
         None,
-        "Stages [row length, steps] before seq_len is reached, e.g. [[4096, 10000], [8192, 5000]]; tokens a step stay.",
+        "Stages [row length, steps] before seq_len is reached, e.g. [[4096, 10000], [8192, 5000]]; the number of "
+        "tokens per step does not change.",
     )
     precision: Literal["bf16", "fp16", "fp32"] = setting(
         "bf16", "Type of activations and matrix products; master weights, reductions and optimizer are fp32."

@@ -29,7 +29,7 @@ class GlobalCounts:
     tokens: Tensor | float
     """Labels that count; on the device (scalar, fp32), so that no host has to wait for the others' counts."""
     rows: Tensor | float
-    """Rows that count, fillers excluded; likewise."""
+    """Rows that count, fillers excluded; on the device (scalar, fp32) for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def loss_terms(
         loss_sum: cross entropy summed over valid tokens.
         z_sum: squared log-partition summed over valid tokens.
         gate_sum_LB: gates summed over a row's tokens and channels.
-        entropy_sum_LB: their entropies, likewise.
-        count_B: how many gates a row has in a layer.
+        entropy_sum_LB: entropies of the gates, summed in the same way.
+        count_B: number of gates per row and layer.
         row_weight_B: 0 for filler rows, else 1.
         weights: coefficients.
         counts: global denominators.

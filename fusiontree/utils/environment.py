@@ -66,6 +66,11 @@ def child_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def environment_with_defaults(**defaults: str) -> dict[str, str]:
+    """Return this process's environment, for a process that it starts; ``defaults`` where a variable is not set."""
+    return {**defaults, **os.environ}
+
+
 def rendezvous_given() -> bool:
     """True when a launcher told this process where its peers meet (``MASTER_ADDR`` and ``MASTER_PORT``)."""
     return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ

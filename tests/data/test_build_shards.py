@@ -165,12 +165,11 @@ def test_bytes_round_trip_and_survive_lone_surrogates() -> None:
         (["--input", "{texts}x"], "does not exist; did you mean 'texts'"),
         (["--input", "{texts}", "--include", "*.rst"], "no file matching ['*.rst']"),
         (["--input", "{texts}", "--tokenizer", "bite"], "tokenizer 'bite' is no file"),
-        (["--input", "{texts}", "--tokenizer", "bpe:many"], "'many' is no vocabulary size"),
+        (["--input", "{texts}", "--tokenizer", "bpe:many"], "'many' is not a vocabulary size"),
         (["--input", "{texts}", "--tokenizer", "bpe:10"], "at least 257"),
         (["--input", "{texts}/empty.txt"], "hold no text"),
         (["--input", "{texts}", "--validation-fraction", "1.5"], "outside [0, 1)"),
         (["--input", "{texts}", "--tokenizer", "byte", "--eos", "</s>"], "--eos </s> is for a tokenizer.json"),
-        (["--input", "{texts}", "--tokeniser", "byte"], "unknown argument '--tokeniser'; did you mean '--tokenizer'"),
         (["--input", "{texts}", "--shard-mb", "0"], "--shard-mb 0.0 is no size"),
         (["--input", "{texts}", "--shard-mb", "nan"], "--shard-mb nan is no size"),
         ([], "give --input and --output"),
@@ -183,6 +182,13 @@ def test_mistakes_are_named(
     assert build(*filled, *(["--output", tmp_path / "d"] if filled else [])) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "d" / "dataset.json").exists()
+
+
+def test_an_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build("--tokeniser", "byte")
+    assert ended.value.code == 2
+    assert "unknown argument '--tokeniser'; did you mean '--tokenizer'" in capsys.readouterr().err
 
 
 def test_folders_of_others_are_left_alone(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

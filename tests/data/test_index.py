@@ -76,11 +76,11 @@ def test_unreadable_datasets_are_user_errors(tmp_path: Path) -> None:
     for broken, match in [
         (values | {"version": 9}, "version 9"),
         (values | {"shards": []}, "changed after it was written"),
-        (with_shard(values, name="../other/shard-000000.tar"), "no plain file name"),
-        (with_shard(values, name="/etc/passwd"), "no plain file name"),
-        (with_shard(values, index_sha256="../../outside"), "what it says of shard-000000.tar cannot be"),
-        (with_shard(values, documents=-1), "what it says of shard-000000.tar cannot be"),
-        (values | {"tokenizer": values["tokenizer"] | {"file": "../../.profile"}}, "no plain file name"),
+        (with_shard(values, name="../other/shard-000000.tar"), "not a plain file name"),
+        (with_shard(values, name="/etc/passwd"), "not a plain file name"),
+        (with_shard(values, index_sha256="../../outside"), "the entry of shard-000000.tar is invalid"),
+        (with_shard(values, documents=-1), "the entry of shard-000000.tar is invalid"),
+        (values | {"tokenizer": values["tokenizer"] | {"file": "../../.profile"}}, "not a plain file name"),
         ({"format": "fusiontree-shards"}, "cannot be read"),
     ]:
         (folder / "dataset.json").write_text(json.dumps(broken))

@@ -82,7 +82,8 @@ def test_other_datasets_cannot_resume_and_are_named(folders: list[Path], tmp_pat
         next(open_data(sources(3.0)).steps(state))
     rebuilt = random_dataset(tmp_path / "a", shards=4, seed=7)
     _, state = global_batches(DataConfig(train=str(folders[0]), num_workers=0), 2)
-    with pytest.raises(UserError, match=rf"dataset 0 '{rebuilt}' \(was '{folders[0]}'\) is another one or was rebuilt"):
+    changed = rf"dataset 0 '{rebuilt}' \(was '{folders[0]}'\) is another dataset or was rebuilt"
+    with pytest.raises(UserError, match=changed):
         next(open_data(DataConfig(train=str(rebuilt))).steps(state))
 
 

@@ -197,7 +197,7 @@ def test_commands_give_the_rows_of_the_folder(
 def test_commands_run_only_where_allowed(folder: Path) -> None:
     with pytest.raises(ValidationError, match=r"set data.allow_pipe to true"):
         config_of(f"pipe:cat {folder}/{{name}}")
-    with pytest.raises(ValidationError, match="does not say where a file's name goes"):
+    with pytest.raises(ValidationError, match=r"does not contain \{name\}; write \{name\} where"):
         config_of(f"pipe:cat {folder}", allow_pipe=True)
     with pytest.raises(ValidationError, match=r"set data.allow_pipe to true"):
         DataConfig(train="x", validation="pipe:cat y/{name}")
@@ -212,7 +212,7 @@ def test_names_do_not_reach_the_shell(tmp_path: Path) -> None:
 
 def test_a_silent_command_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusiontree.data.remote._STALL_S", 0.2)
-    with pytest.raises(OSError, match="brought nothing"):
+    with pytest.raises(OSError, match="sent no data for"):
         CommandFolder("pipe:sleep 60; echo {name}").download("x", tmp_path / "out")
 
 

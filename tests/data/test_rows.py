@@ -96,7 +96,7 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
     from fusiontree.data.format import DatasetInfo, read_dataset, write_dataset
 
     write_dataset(folder, DatasetInfo(narrow, "uint16", read_dataset(folder).shards))
-    with pytest.raises(UserError, match="vocabulary of 70000 in tokens of type uint16"):
+    with pytest.raises(UserError, match="tokens of type uint16 cannot represent a vocabulary of 70000"):
         row_reader(folder, 16, 80_000)
     # A shard of another type than dataset.json says.
     write_dataset(folder, DatasetInfo(TOKENIZER, "uint32", read_dataset(folder).shards))

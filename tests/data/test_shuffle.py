@@ -81,5 +81,5 @@ def test_a_killed_fill_goes_on_behind_the_files_that_are_safe(
 
 def test_a_disk_without_room_is_named(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100})())
-    with pytest.raises(UserError, match=r"free there; name an --output with more room, or do without --shuffle"):
+    with pytest.raises(UserError, match=r"free there; name an --output with more space, or leave out --shuffle"):
         fill(ShuffledCorpus(corpus, tmp_path / "s", 7))

@@ -30,7 +30,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ("model.window_size=0", ["window_size"]),
         ("model.mamba.n_groups=3", ["n_groups 3"]),
         ("model.vocab_size=200", ["257 tokens", "vocab_size is 200"]),
-        ("data.train=nowhere", ["'nowhere' does not exist", "build_shards"]),
+        ("data.train=nowhere", ["'nowhere' does not exist", "fusiontree data build"]),
         ("training.seq_len=100000 model.max_position_embeddings=100000", ["no row of training.seq_len 100000"]),
         ("parallel.tp=2", ["1 processes do not divide by parallel.tp 2", "start a multiple of 2"]),
         ("parallel.shard_size=3", ["parallel.shard_size 3", "use one of [1]"]),
@@ -72,7 +72,7 @@ def test_an_empty_or_unfinished_dataset_is_named(
     copy = tmp_path / "copy"
     shutil.copytree(data / "train", copy)
     (copy / "dataset.json").unlink()
-    assert "no complete dataset" in refused(capsys, config, f"data.train={copy}", "--check")
+    assert "not a complete dataset" in refused(capsys, config, f"data.train={copy}", "--check")
     info = json.loads((data / "train" / "dataset.json").read_text())
     (copy / "dataset.json").write_text(json.dumps(info | {"shards": info["shards"][:1]}))
     assert "was changed after it was written" in refused(capsys, config, f"data.train={copy}", "--check")

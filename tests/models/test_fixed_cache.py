@@ -73,7 +73,7 @@ def test_rows_of_a_fixed_cache_can_be_selected_and_more_room_made(window, monkey
         model(following_BS[:, i : i + 1], cache=cache)
     rows = [3, 1]
     chosen = cache.select(rows)
-    with pytest.raises(ValueError, match="all are there"):
+    with pytest.raises(ValueError, match="and is full"):
         model(following_BS[rows, 5:6], cache=chosen)
     chosen.fix(chosen.columns + STEPS)
     step = GraphedStep(model, chosen)
@@ -113,12 +113,12 @@ def test_misuse_of_a_fixed_cache_is_refused():
     with pytest.raises(ValueError, match=r"call cache\.fix first"):
         GraphedStep(model, cache)
     cache.fix(cache.columns + 1)
-    with pytest.raises(ValueError, match="no CUDA graphs"):
+    with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
         GraphedStep(model, cache)
-    with pytest.raises(ValueError, match="one token a row and step, not 2"):
+    with pytest.raises(ValueError, match="one token per row and step, not 2"):
         model(following_BS[:, :2], cache=cache)
     model(following_BS[:, :1], cache=cache)
-    with pytest.raises(ValueError, match="all are there"):
+    with pytest.raises(ValueError, match="and is full"):
         model(following_BS[:, 1:2], cache=cache)
 
 

@@ -206,4 +206,4 @@ def test_a_removed_backend_is_replaced_with_a_warning(
     removed: str, used: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert KernelsConfig(attention=removed).attention == used
-    assert f"kernels.attention={removed} no longer exists; {used}" in caplog.text
+    assert f"kernels.attention={removed} no longer exists; using {used}" in caplog.text

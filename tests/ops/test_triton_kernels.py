@@ -63,7 +63,7 @@ def test_sizes_without_a_kernel_are_computed_and_complained_of_once(caplog: pyte
         x, bc = torch.ones(1, 4, 2, 16), torch.ones(1, 4, 1, 24)
         y, _state = ssd_triton(x, torch.ones(1, 4, 2), -torch.ones(2), bc, bc, torch.ones(2), chunk_size=4)
         assert y.shape == x.shape
-    assert [record.message.count("states of 24") for record in caplog.records] == [1]
+    assert [record.message.count("d_state 24 in") for record in caplog.records] == [1]
 
 
 def test_sizes_without_a_kernel_go_to_the_next_backend(caplog: pytest.LogCaptureFixture) -> None:
@@ -71,4 +71,4 @@ def test_sizes_without_a_kernel_go_to_the_next_backend(caplog: pytest.LogCapture
     from fusiontree.ops.ssd.triton import _without_kernels
 
     assert _without_kernels(24, 40, torch.device("cpu")) is ssd_chunked
-    assert "heads of 24 channels and states of 40" in caplog.text and "backend reference" in caplog.text
+    assert "no kernel for mamba.head_dim 24 and d_state 40" in caplog.text and "backend reference" in caplog.text

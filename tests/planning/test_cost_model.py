@@ -21,7 +21,7 @@ def estimated(name: str, gpus: int, *overrides: str) -> Estimate:
 
 @pytest.mark.parametrize(("length", "gib", "seconds"), [("32k", 68.9, 0.744), ("128k", 63.9, 4.583)])
 def test_the_measured_steps(length: str, gib: float, seconds: float) -> None:
-    """One H100, 2026-11: see configs/bench/NOTES.md."""
+    """One H100, 2026-11: see docs/speed.md."""
     found = estimated(f"bench/hybrid_1b_{length}", 1)
     assert found.total_gib == pytest.approx(gib, rel=0.05)
     assert found.step_s == pytest.approx(seconds, rel=0.05)

@@ -1,4 +1,5 @@
-"""What an exported Hugging Face folder carries beside its weights: the model's code, needing transformers and torch.
+"""The model's code for exported Hugging Face folders; needs only transformers and torch.
 
-The two files are copied as they are, so they import nothing of ours; tests pin them to ``fusiontree.models``.
+The two files are copied unchanged, so they import nothing from fusiontree; tests compare them with
+``fusiontree.models``.
 """

@@ -23,7 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_fusiontree import FusionTreeConfig
 
-QUERIES_PER_BLOCK = 1024  # attention masks exist for so many queries at one time
+QUERIES_PER_BLOCK = 1024  # number of queries that an attention mask covers at one time
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # how others mark several texts in a row
 
 
@@ -201,7 +201,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Compute ``h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t`` and ``y_t = C_t h_t``, a chunk of tokens at a time, in fp32.
 
-    CheckpointSource: Dao and Gu 2024, "Transformers are SSMs", section 6. Cost is linear in the length.
+    Source: Dao and Gu 2024, "Transformers are SSMs", section 6. Cost is linear in the length.
 
     Returns:
         ``y [B, S, H, P]`` and the state after the last token ``[B, H, P, N]``.
@@ -632,7 +632,7 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:
         """Return logits, and with ``labels`` (the input tokens; -100 where none counts) their mean loss.
 
-        ``logits_to_keep`` limits the logits to so many last tokens; 0 means all. The other arguments are those of
+        ``logits_to_keep`` is the number of last tokens that get logits; 0 means all. The other arguments are those of
         :class:`FusionTreeModel`.
         """
         output = self.model(

@@ -96,7 +96,7 @@ def deepspeed_config(
         stage: 1 | 2 | 3.
         max_grad_norm: global norm to clip to; 0 never clips.
         offload: none | optimizer | all: what waits in CPU memory (all: parameters too, stage 3).
-        zero3_persistence_threshold: stage 3 keeps parameters of at most so many elements gathered.
+        zero3_persistence_threshold: elements; stage 3 keeps smaller parameters gathered.
         largest: elements of the largest parameter. A gradient that does not fit the bucket would be reduced in the
             precision of the forward pass.
         block: elements of the largest block, whose gradients stage 3 reduces together.

@@ -62,7 +62,7 @@ class ZeroEngine(LayoutMixin):
             compute_dtype: what the forward sees, except groups that stay in fp32.
             optimizer: AdamW's settings.
             offload: none | optimizer | all.
-            zero3_persistence_threshold: stage 3 keeps parameters of at most so many elements gathered.
+            zero3_persistence_threshold: elements; stage 3 keeps smaller parameters gathered.
         """
         super().__init__(layout)
         self.module: Any = model.module

@@ -64,7 +64,7 @@ class GradientReduction:
             self._start_from(self._bucket_size)
 
     def _start_from(self, elements: int) -> None:
-        """Start the buckets that hold at least so many elements."""
+        """Start the reduction of the buckets that hold at least ``elements`` elements."""
         for bucket in self._ready.values():
             if bucket and sum(p.ds_numel for p in bucket) >= elements:
                 self._start(bucket)

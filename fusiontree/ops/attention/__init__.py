@@ -1,4 +1,4 @@
-"""Causal attention within documents, over a window or over everything before."""
+"""Causal attention within documents, over a window or over all previous tokens."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attend from each token to itself and tokens before it, in its document and window.
+    """Compute causal attention: each token sees itself and earlier tokens of its document and window.
 
     The queries are the last S of the T keys. Query i at position p of its document sees key j exactly when
     0 <= (i + T - S) - j <= min(window - 1, p).
@@ -78,16 +78,16 @@ def attention(
         q_BSHD: queries; B rows, S tokens, H heads of D channels.
         k_BTKD: keys, T >= S tokens, K key/value heads; query head h reads key/value head h // (H / K).
         v_BTKD: values.
-        window: tokens a query sees, its own included; None means its whole document.
+        window: number of tokens that a query sees, including its own token; None means its full document.
         documents: boundaries of the queries' tokens; None means each row is one document that begins with the keys.
         scale: factor on the scores; None means 1 / sqrt(D).
-        backend: a name of :data:`ATTENTION` or "auto", the first of those that run here and have kernels for the sizes.
+        backend: a name of :data:`ATTENTION`, or "auto" for the first backend that runs here and supports the sizes.
 
     Returns:
         Outputs [B, S, H, D].
 
     Raises:
-        UserError: a backend asked for by name cannot run here, or has no kernel for such heads.
+        UserError: the named backend cannot run here, or has no kernel for these heads.
     """
     if k_BTKD.shape[1] < q_BSHD.shape[1]:
         raise ValueError(f"{k_BTKD.shape[1]} keys are fewer than {q_BSHD.shape[1]} queries")
@@ -98,7 +98,7 @@ def attention(
 
 @functools.cache
 def _fitting(backend: str, device_type: str, dtype: torch.dtype, width: int, whole_tiles: bool) -> str:
-    """Return the backend that computes heads of ``width`` channels in ``dtype``; a change of "auto" is said once."""
+    """Return the backend for heads of ``width`` channels in ``dtype``; logs once if "auto" takes another."""
     if backend in PACKAGES:
         why = PACKAGES[backend].unfit(dtype, width)
         if why is not None:
@@ -110,12 +110,12 @@ def _fitting(backend: str, device_type: str, dtype: torch.dtype, width: int, who
         if candidate.unavailable(device) is not None:
             continue
         if name == "flex" and (width < 16 or not whole_tiles):
-            # FlexAttention needs 16 channels a head, and compiles anew for each of the odd lengths that prompts have.
+            # FlexAttention needs 16 channels per head, and recompiles for every new prompt length.
             return "sdpa"
         why = PACKAGES[name].unfit(dtype, width) if name in PACKAGES else None
         if why is None:
             return name if passed_over else "auto"
-        log.info("attention on %s: not by %s; %s", device_type, name, why)
+        log.info("attention on %s: backend %s is not used; %s", device_type, name, why)
         passed_over = True
     raise AssertionError("the reference runs anywhere")
 
@@ -130,25 +130,25 @@ def cached_attention(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend from new tokens to cached keys that lie in any order.
+    """Compute attention of new tokens to cached keys in any order.
 
     Args:
         q_BSHD: queries.
-        k_BTKD: keys in the order of the cache's slots, the queries' own included.
+        k_BTKD: keys in the order of the cache's slots, including the keys of the new tokens.
         v_BTKD: values.
         key_positions_BT: each slot's position in its row's text; -1 marks an empty slot.
         query_positions_BS: the queries' positions.
-        window: tokens a query sees, its own included; None means all.
+        window: number of tokens that a query sees, including its own token; None means all.
         scale: factor on the scores; None means 1 / sqrt(D).
 
     Returns:
-        Outputs [B, S, H, D]; zero for a query that sees nothing (padding).
+        Outputs [B, S, H, D]; zero for a query that sees no key (padding).
     """
     distance_BST = query_positions_BS.unsqueeze(-1) - key_positions_BT.unsqueeze(1)
     visible_BST = (distance_BST >= 0) & (key_positions_BT >= 0).unsqueeze(1)
     if window is not None:
         visible_BST = visible_BST & (distance_BST < window)
     seen_BS = visible_BST.any(-1)
-    # A query without keys would divide zero by zero; give it all of them and drop the result.
+    # For a query without visible keys, softmax would divide zero by zero: show it all keys and discard the result.
     out_BSHD = masked_attention(q_BSHD, k_BTKD, v_BTKD, visible_BST | ~seen_BS.unsqueeze(-1), scale)
     return torch.where(seen_BS[..., None, None], out_BSHD, torch.zeros_like(out_BSHD))

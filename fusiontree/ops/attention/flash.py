@@ -1,9 +1,10 @@
-"""Attention by flash-attn-4 (Hopper, Blackwell) and by torch's own copy of flash-attn 2 (Ampere and newer).
+"""Attention by flash-attn-4 (Hopper, Blackwell) and by torch's copy of flash-attn 2 (Ampere and newer).
 
-Both take sequences of any lengths, count a window by the tokens left of a query, and let the last query of a sequence
-see its last key. Here windows and documents become that: whole rows are sequences of one length, packed documents are
-cut at ``cu_seqlens``. Where keys come before the queries (a context parallel piece), a row's first document has them in
-front of it, and those of other documents are a sequence without queries, whose gradients the kernels set to zero.
+Both packages take sequences of any lengths, define a window by the number of tokens left of a query, and align the last
+query of a sequence with its last key. This module converts windows and documents accordingly: rows of one document
+become sequences of equal length, packed documents become sequences bounded by ``cu_seqlens``. Under context
+parallelism, keys can precede the queries. Keys that belong to the row's first document are prepended to its sequence;
+earlier keys form a sequence with no queries, so the kernel returns zero gradients for them.
 
 Shape legend: B rows, S queries, T keys, H query heads, K key/value heads, D channels of a head, N = B S tokens.
 """
@@ -29,7 +30,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Where sequences begin among the flattened queries and keys, and how many tokens the longest has at most."""
+    """Starts of the sequences among the flattened queries and keys, and upper bounds of the longest sequence."""
 
     queries: Tensor
     """int32, [sequences + 1]."""
@@ -39,12 +40,12 @@ class Sequences:
 
 
 class Attend(Protocol):
-    """How a package is called: ``[B, S, H, D]`` without sequences, ``[N, H, D]`` with them."""
+    """Interface to a package: tensors are ``[B, S, H, D]`` without sequences, ``[N, H, D]`` with sequences."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None, left: int, scale: float | None
     ) -> Tensor:
-        """Return the outputs; a query sees ``left`` tokens before its own, all of them if negative."""
+        """Return the outputs; a query sees its own token and ``left`` tokens before it (all if negative)."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,18 @@ class Package:
     name: str
     module: str
     install: str
-    """What to install where it is missing."""
+    """How to install the package; part of the error message if it is missing."""
     least: tuple[int, int]
-    """Compute capability that it needs."""
+    """Minimum compute capability."""
     most: int
-    """Compute capability's last major number that it has kernels for."""
+    """Highest supported major version of the compute capability."""
     widest: int
-    """Channels of a head, at most."""
+    """Maximum channels of a head."""
     distribution: str | None = None
-    """What must be installed, where other distributions bring an older module of that name."""
+    """Distribution that must be installed; set if other distributions contain an older module of the same name."""
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why it cannot run on ``device``, or None."""
+        """Return the reason why the package cannot run on ``device``, or None."""
         if device.type != "cuda":
             return "its kernels need a GPU"
         if not _installed(self.module, self.distribution):
@@ -76,7 +77,7 @@ class Package:
         return None
 
     def unfit(self, dtype: torch.dtype, width: int) -> str | None:
-        """Why it has no kernel for heads of ``width`` channels in ``dtype``, or None."""
+        """Return the reason why the package has no kernel for heads of ``width`` channels in ``dtype``, or None."""
         if dtype not in _HALF:
             return f"its kernels compute in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}"
         if width % 8 or width > self.widest:
@@ -98,12 +99,12 @@ def _installed(module: str, distribution: str | None) -> bool:
         if distribution is not None:
             metadata.version(distribution)
         return find_spec(module) is not None
-    except ImportError:  # no such distribution, or not the package that the module lies in
+    except ImportError:  # no such distribution, or the parent package of the module is missing
         return False
 
 
 def load(name: str) -> Any:
-    """Return the backend ``name``, which computes :func:`fusiontree.ops.attention.attention`."""
+    """Return the function of backend ``name`` that computes :func:`fusiontree.ops.attention.attention`."""
     attend = {"flash4": _flash4, "varlen": _varlen}[name](PACKAGES[name].module)
     return functools.partial(attention_flash, attend)
 
@@ -118,7 +119,7 @@ def attention_flash(
     documents: Documents | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Compute :func:`fusiontree.ops.attention.attention` by a package's call."""
+    """Compute :func:`fusiontree.ops.attention.attention` with the given package."""
     rows, queries = q_BSHD.shape[:2]
     keys = k_BTKD.shape[1]
     left = -1 if window is None or window >= keys else window - 1
@@ -133,21 +134,22 @@ def attention_flash(
 
 
 def packed_sequences(documents: Documents, before: int) -> Sequences:
-    """Return the sequences of packed rows whose keys begin ``before`` tokens left of the queries."""
+    """Return the sequences of packed rows; the keys begin ``before`` tokens before the queries."""
     starts, longest = documents.cu_seqlens, documents.max_seqlen
     if before == 0:
         return Sequences(starts, starts, longest, longest)
     return _with_keys_before(documents.positions_BS, starts, longest, before)
 
 
-@functools.lru_cache(maxsize=8)  # every layer of a step asks for the same; tensors are told apart by identity
+@functools.lru_cache(maxsize=8)  # shared by the layers of a step; tensors hash by identity
 def _with_keys_before(positions_BS: Tensor, starts: Tensor, longest: int, before: int) -> Sequences:
-    """Sequences of each row: the keys that no query sees, then its documents; nothing here waits for the device.
+    """Return each row's sequences: first the keys that no query sees, then its documents. Does not synchronize.
 
-    A document that begins in the row reaches back to its start, the row's first one as far as its position says.
+    Keys of a document that starts in the row begin at its start; keys of the row's first document begin as far left as
+    the position of its first token.
     """
     rows, length = positions_BS.shape
-    with torch.inference_mode(False):  # a later step may keep what an evaluation asked for first
+    with torch.inference_mode(False):  # the cached tensors must also be usable in training
         first = starts[:-1]
         reach = positions_BS.flatten()[first.long()].clamp(max=before).int()
         row = torch.arange(rows + 1, dtype=torch.int32, device=starts.device)
@@ -158,9 +160,9 @@ def _with_keys_before(positions_BS: Tensor, starts: Tensor, longest: int, before
 
 def _flash4(module: str) -> Attend:
     try:
-        interface = import_module(f"{module}.interface")  # takes seconds: here, not in the first step
+        interface = import_module(f"{module}.interface")  # takes seconds, so import it now and not in the first step
         ours = "return_lse" in signature(interface._flash_attn_fwd).parameters
-        why = f"{interface.__name__} is of another version, perhaps of flash-attn 2, which brings that folder too"
+        why = f"{interface.__name__} is of another version, perhaps of flash-attn 2, which contains the same folder"
     except ImportError as error:
         ours, why = False, str(error)
     if not ours:
@@ -179,9 +181,9 @@ def _flash4(module: str) -> Attend:
 
 
 def _varlen(module: str) -> Attend:
-    """Return the call of torch's function, which knows packed sequences only."""
+    """Return an interface to torch's function, which supports only packed sequences."""
     varlen_attn = import_module(module).varlen_attn
-    # Versions without the argument take fewer key/value heads as they are.
+    # Versions without this argument support grouped key/value heads by default.
     grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None, left: int, scale: float | None) -> Tensor:

@@ -1,9 +1,9 @@
-"""flash-attn-4's kernels as operations of torch, so that a mode that watches operations can keep their results.
+"""flash-attn-4's kernels as torch operations, so that a TorchDispatchMode (activation checkpointing) sees them.
 
-They and the autograd function around them are set up by hand: through ``torch.library.custom_op`` and its autograd a
-forward call takes the host nearly three times as long (116 us instead of 43 with kernels that do nothing).
+The operations and the autograd function are registered without ``torch.library.custom_op``: with its autograd support,
+a forward call costs the host nearly three times as much (116 us instead of 43 us, measured with empty kernels).
 
-Shape legend: as the package has them: ``[B, S, H, D]``, or ``[N, H, D]`` where sequences are packed.
+Shape legend: as in the package: ``[B, S, H, D]``, or ``[N, H, D]`` for packed sequences.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ def flash4(
     left: int,
     scale: float | None,
 ) -> Tensor:
-    """Attend causally, the last query of a sequence to its last key.
+    """Compute causal attention; the last query of a sequence is aligned with its last key.
 
     Args:
-        q: queries; any strides whose last is 1 and whose others are multiples of 8.
+        q: queries; the last stride must be 1, other strides multiples of 8.
         k: keys.
         v: values.
-        starts_q: where sequences begin among packed queries, and their number last; int32. None: rows are sequences.
-        starts_k: the same of the keys.
-        longest_q: queries of the longest sequence, at most; 0 without ``starts_q``.
-        longest_k: keys of the longest sequence, at most.
-        left: keys before its own that a query sees; all of them if negative.
+        starts_q: starts of sequences among packed queries, followed by the number of queries; int32. None: each row is
+            a sequence.
+        starts_k: starts of sequences among packed keys, followed by the number of keys; int32.
+        longest_q: upper bound of the queries in a sequence; 0 without ``starts_q``.
+        longest_k: upper bound of the keys in a sequence.
+        left: number of keys before its own key that a query sees; all if negative.
         scale: factor on the scores; None means 1 / sqrt(D).
 
     Returns:
@@ -107,13 +108,13 @@ def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) 
 def _define(name: str, tensors: str, results: int, run: Any, fake: Any) -> None:
     given = ", ".join(f"Tensor {t}" for t in tensors.split())
     _LIBRARY.define(f"{name}({given}, {_WHERE}) -> ({', '.join(['Tensor'] * results)})")
-    for device in ("CUDA", "CPU"):  # CPU: for a stand-in of the package
+    for device in ("CUDA", "CPU"):  # CPU: for tests with a fake package
         _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"fusiontree::{name}", fake, lib=_LIBRARY)
 
 
-# One function, two names: full recomputation keeps what attention to everything before returns, and computes windows
-# again.
+# One function, two names: activation checkpointing mode ``full`` keeps the outputs of attention without a window and
+# recomputes windowed attention.
 _define("flash4_all_before", "q k v", 2, _forward, _fake_forward)
 _define("flash4_window", "q k v", 2, _forward, _fake_forward)
 _define("flash4_backward", "dout q k v out lse", 3, _backward, _fake_backward)

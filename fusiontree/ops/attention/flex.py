@@ -1,4 +1,4 @@
-"""Attention by FlexAttention: compiled for the GPU, blocks outside window and document are skipped.
+"""Attention by FlexAttention: compiled for the GPU, skips blocks outside window and document.
 
 Shape legend: B rows, S queries, T keys, H query heads, K key/value heads, D channels of a head.
 """
@@ -29,8 +29,8 @@ def _compiled_mask() -> Any:
     return torch.compile(create_block_mask, dynamic=False)
 
 
-# The masks of the newest batches' positions: every layer with the same window asks for the same one. A context parallel
-# rank has three kinds of positions a batch (its piece, and the two half pieces of its global heads).
+# Masks for the positions of the latest batches, shared by layers with equal windows. A context parallel rank has three
+# position tensors per batch: its chunk and the two half chunks of its global heads.
 _masks: dict[int, tuple[Tensor, dict[tuple[int, int, int | None], Any]]] = {}
 _KEPT_POSITIONS = 3
 
@@ -39,7 +39,7 @@ def _block_mask(positions_BS: Tensor, keys: int, window: int | None) -> Any:
     if id(positions_BS) not in _masks:
         while len(_masks) >= _KEPT_POSITIONS:
             del _masks[next(iter(_masks))]
-        _masks[id(positions_BS)] = (positions_BS, {})  # holding the tensor keeps its id from being given again
+        _masks[id(positions_BS)] = (positions_BS, {})  # a reference to the tensor, so that its id is not reused
     masks = _masks[id(positions_BS)][1]
     queries = positions_BS.shape[1]
     key = (queries, keys, window)
@@ -70,7 +70,7 @@ def attention_flex(
     queries, keys = q_BSHD.shape[1], k_BTKD.shape[1]
     whole = documents is None or documents.whole_rows
     if whole and queries == keys and (window is None or window >= keys):
-        # One causal triangle a row: cuDNN's kernel is the fastest that torch brings.
+        # One causal triangle per row: cuDNN's kernel is the fastest in torch.
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
             return causal_sdpa(q_BSHD, k_BTKD, v_BTKD, scale)
     q_BHSD, k_BKTD, v_BKTD = q_BSHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
@@ -81,7 +81,7 @@ def attention_flex(
         positions_BS = torch.arange(keys - queries, keys, device=q_BSHD.device).expand(q_BSHD.shape[0], -1)
     else:
         positions_BS = documents.positions_BS
-    with _disable_current_modes():  # FlexAttention cannot be compiled in sight of a mode that watches operations
+    with _disable_current_modes():  # FlexAttention cannot be compiled under a TorchDispatchMode
         out_BHSD = _compiled()(
             q_BHSD,
             k_BKTD,

@@ -1,4 +1,4 @@
-"""Two parts of one softmax become one, as a Triton kernel (GPU).
+"""Merges attention outputs over two disjoint sets of keys into one softmax, as a Triton kernel (GPU).
 
 Shape legend: B rows, H heads, S tokens, D channels of a head.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TOKENS = 16  # of a program
+_TOKENS = 16  # tokens per program
 
 
 @triton.jit
@@ -41,10 +41,10 @@ def _merge(
 
 
 def merged(out_0: Tensor, out_1: Tensor, lse_0: Tensor, lse_1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the outputs' average and the lse of both; outputs ``[B, H, S, D]``, lse ``[B, H, S, 1]`` in fp32."""
+    """Return the merged output and lse; outputs ``[B, H, S, D]``, lse ``[B, H, S, 1]`` in fp32."""
     first, second = (out if out.stride(-1) == 1 else out.contiguous() for out in (out_0, out_1))
     rows, heads, length, width = first.shape
-    out = torch.empty_like(first)  # in memory as the first is
+    out = torch.empty_like(first)  # with the strides of the first output
     assert out.stride() == first.stride()
     lse = torch.empty(lse_0.shape, dtype=torch.float32, device=lse_0.device)
     _merge[(triton.cdiv(length, _TOKENS), heads, rows)](

@@ -1,4 +1,4 @@
-"""The definition of attention: all scores, a mask, a softmax. Memory grows with S x T; for tests and short rows.
+"""Reference attention: all scores, a mask, a softmax. Memory grows with S x T; for tests and short rows.
 
 Shape legend: B rows, S queries, T keys, H query heads, K key/value heads, D channels of a head.
 """
@@ -16,7 +16,7 @@ from fusiontree.ops.documents import Documents
 def visible_keys(
     queries: int, keys: int, window: int | None, positions_BS: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Return which keys each query sees, [B or 1, S, T]."""
+    """Return the mask of visible keys per query, [B or 1, S, T]."""
     index_S = torch.arange(queries, device=device) + keys - queries
     distance_ST = index_S.unsqueeze(1) - torch.arange(keys, device=device)
     visible_BST = (distance_ST >= 0).unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Attention by torch's scaled_dot_product_attention; windows in blocks, so their cost is linear in the row's length.
+"""Attention by torch's scaled_dot_product_attention; windows are computed in blocks, at linear cost in row length.
 
 Shape legend: B rows, S queries, T keys, n blocks of W tokens, H query heads, K key/value heads, D channels of a head.
 """
@@ -35,7 +35,7 @@ def attention_sdpa(
 
 
 def causal_sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float | None) -> Tensor:
-    """Attend causally over whole rows, as many queries as keys."""
+    """Compute causal attention over full rows with equal numbers of queries and keys."""
     return _sdpa(q_BSHD, k_BTKD, v_BTKD, None, scale)
 
 
@@ -56,14 +56,17 @@ def _sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None, s
 def _blockwise(
     q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int, documents: Documents | None, scale: float | None
 ) -> Tensor:
-    """Blocks of ``window`` queries against their own and the previous block of keys, which hold all they can see."""
+    """Compute attention of each block of ``window`` queries to its own and the previous block of keys.
+
+    These two blocks contain all visible keys.
+    """
     rows, queries = q_BSHD.shape[:2]
     keys = k_BTKD.shape[1]
     offset = keys - queries
-    before = -offset % window  # so that the queries' blocks line up with the keys'
+    before = -offset % window  # aligns the blocks of queries with those of keys
     blocks = -(-queries // window)
     after = blocks * window - queries
-    skipped = (offset + before) // window - 1  # whole blocks of keys that no query sees
+    skipped = (offset + before) // window - 1  # blocks of keys that no query sees
 
     def key_blocks(x_BTKD: Tensor) -> Tensor:
         padded = F.pad(x_BTKD, (0, 0, 0, 0, before + (window if skipped < 0 else 0), after))
@@ -77,7 +80,7 @@ def _blockwise(
     index_W = torch.arange(window, device=device)
     distance_W2W = (index_W + window).unsqueeze(1) - torch.arange(2 * window, device=device)
     visible_W2W = (distance_W2W >= 0) & (distance_W2W < window)
-    # A token's reach: its document's start, or the first key there is.
+    # The first visible key of each token: its document's start, or the first key.
     index_S = torch.arange(queries, device=device)
     if documents is None:
         reach_BS = (index_S + offset).expand(rows, -1)

@@ -1,9 +1,9 @@
-"""Causal attention of a row's last tokens to the whole row, by kernels that know squares and rectangles only.
+"""Causal attention of a row's last tokens to the full row, by kernels that support only squares and rectangles.
 
-The keys before the queries form a rectangle that every query sees, the queries' own keys a causal square. Each part
-gives outputs and the logarithm of its softmax sum (lse), and the parts' average, weighted by their sums, is the answer
-(Milakov and Gimelshein 2018). A backward kernel that is given the merged output and lse computes the probabilities of
-the whole row, so each part's gradients simply add up.
+The scores of the keys before the queries form a rectangle without a mask, those of the queries' own tokens a causal
+square. Each part yields outputs and the logarithm of its softmax sum (lse); the average of the parts' outputs, weighted
+by their softmax sums, is the result (Milakov and Gimelshein 2018). Given the merged output and lse, a backward kernel
+computes the probabilities of the full row, so the gradients of the parts add up.
 
 Shape legend: B rows, S queries, T keys, H query heads, K key/value heads, D channels of a head.
 """
@@ -22,14 +22,14 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def can_attend_in_parts(q_BHSD: Tensor) -> bool:
-    """Whether there are kernels for these queries: 16-bit types on GPUs, everything on the CPU."""
+    """Return True if kernels exist for these queries: 16-bit dtypes on GPUs, any dtype on the CPU."""
     return q_BHSD.device.type == "cpu" or (q_BHSD.device.type == "cuda" and q_BHSD.dtype in _HALF)
 
 
 def causal_suffix_attention(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float | None) -> Tensor:
-    """Return ``[B, H, S, D]``: query i of the last S sees keys 0 to T - S + i; T > S.
+    """Return ``[B, H, S, D]``: query i of the last S tokens sees keys 0 to T - S + i; T > S.
 
-    H is a multiple of K on GPUs and equals it on the CPU.
+    H is a multiple of K on GPUs and equal to K on the CPU.
     """
     return _CausalTail.apply(q_BHSD, k_BKTD, v_BKTD, scale)
 
@@ -65,7 +65,7 @@ class _CausalTail(torch.autograd.Function):
 
 
 def _merged(out_0: Tensor, out_1: Tensor, lse_0: Tensor, lse_1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the outputs' average and the lse of both; outputs ``[B, H, S, D]``, lse ``[B, H, S, 1]`` in fp32."""
+    """Return the merged output and lse; outputs ``[B, H, S, D]``, lse ``[B, H, S, 1]`` in fp32."""
     lse = torch.logaddexp(lse_0, lse_1)
     out = out_0.float() * (lse_0 - lse).exp() + out_1.float() * (lse_1 - lse).exp()
     return out.to(out_0.dtype), lse
@@ -75,7 +75,7 @@ MERGED = with_kernel("merged attention", _merged, "fusiontree.ops.attention.merg
 
 
 def _parts(k_BKTD: Tensor, v_BKTD: Tensor, before: int) -> list[tuple[Tensor, Tensor, bool]]:
-    """Keys, values and causality of the rectangle and of the square."""
+    """Return keys, values and the causal flag of the rectangle and of the square."""
     return [
         (k_BKTD[:, :, :before], v_BKTD[:, :, :before], False),
         (k_BKTD[:, :, before:], v_BKTD[:, :, before:], True),
@@ -83,8 +83,8 @@ def _parts(k_BKTD: Tensor, v_BKTD: Tensor, before: int) -> list[tuple[Tensor, Te
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> tuple[Any, ...]:
-    """Return outputs, lse and what else the backward kernel asks for."""
-    if q.device.type == "cpu":  # for tests of this file's arithmetic
+    """Return outputs, lse and further arguments of the backward kernel."""
+    if q.device.type == "cpu":  # for tests of this module
         return _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     if _has_cudnn(q):
         return _ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
@@ -106,5 +106,5 @@ def _backward(*tensors: Tensor, rest: list[Any], causal: bool, scale: float | No
 
 
 def _has_cudnn(tensor: Tensor) -> bool:
-    """Whether cuDNN's kernels, the fastest that torch brings, run there: compute capability 9.0 and newer."""
+    """Return True if cuDNN's kernels, the fastest in torch, run on the device: compute capability 9.0 or newer."""
     return torch.cuda.get_device_capability(tensor.device) >= (9, 0)

@@ -50,16 +50,16 @@ def causal_conv1d(
     activation: str | None = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """Convolve each channel with its own K taps over this token and the K-1 before it, within its document.
+    """Convolve each channel with K taps over the token and the K-1 tokens before it, within its document.
 
-    y_t = activation(bias + sum_k weight[K-1-k] x_{t-k}), taps that reach before the document's start being zero.
+    y_t = activation(bias + sum_k weight[K-1-k] x_{t-k}); inputs before the document's start count as zero.
 
     Args:
         x_BSC: inputs; B rows, S tokens, C channels.
         weight_CK: taps, the last one for the token itself.
         bias_C: bias or None.
-        documents: where documents start; None means each row is one document (or continues ``initial_BKC``).
-        initial_BKC: the K-1 inputs left of the piece [B, K-1, C]; None means there are none.
+        documents: document boundaries; None means each row is one document (or continues ``initial_BKC``).
+        initial_BKC: left context, the K-1 inputs before the first token [B, K-1, C]; None means zeros.
         activation: "silu" or None.
         backend: a name of :data:`CONV` or "auto".
 
@@ -67,7 +67,7 @@ def causal_conv1d(
         Outputs [B, S, C] in x's dtype.
     """
     convolve = CONV.choose(backend, x_BSC.device.type)
-    if x_BSC.shape[1] == 1 and documents is None and initial_BKC is not None:  # the step of decoding
+    if x_BSC.shape[1] == 1 and documents is None and initial_BKC is not None:  # a decoding step
         step = fused(one_token, "reference" if backend == "reference" else "auto", x_BSC.device.type)
         return step(x_BSC, weight_CK, bias_C, initial_BKC, activation)
     return convolve(x_BSC, weight_CK, bias_C, documents=documents, initial_BKC=initial_BKC, activation=activation)

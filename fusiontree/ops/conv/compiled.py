@@ -1,4 +1,4 @@
-"""The convolution's reference, fused into one kernel by torch.compile (GPU)."""
+"""The reference convolution, fused into one kernel by torch.compile (GPU)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The definition of the convolution, as K shifted products."""
+"""Reference convolution, as a sum of K shifted products."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def causal_conv1d_reference(
     activation: str | None = "silu",
 ) -> Tensor:
     """Compute :func:`fusiontree.ops.conv.causal_conv1d`."""
-    # A whole row's reach is cut by the zero padding already; only boundaries inside a row need masks.
+    # Zero padding already ends the taps at a row's start; only document boundaries inside a row need masks.
     masked = documents is not None and (not documents.whole_rows or initial_BKC is not None)
     positions_BS = documents.positions_BS if masked and documents is not None else None
     return shifted_products(x_BSC, weight_CK, bias_C, positions_BS, initial_BKC, activation)
@@ -33,7 +33,7 @@ def shifted_products(
     initial_BKC: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    """Add up the taps; ``positions_BS`` tells how far each token may look back, None that the row's start is all."""
+    """Sum the taps; a token at position p of its document uses at most p earlier tokens (None: all in the row)."""
     length, taps = x_BSC.shape[1], weight_CK.shape[1]
     if initial_BKC is None:
         padded_BTC = F.pad(x_BSC, (0, 0, taps - 1, 0))
@@ -53,7 +53,7 @@ def shifted_products(
 def one_token(
     x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, initial_BKC: Tensor, activation: str | None
 ) -> Tensor:
-    """Convolve a single token (S = 1) that continues ``initial_BKC``: one weighted sum of K inputs."""
+    """Convolve one token (S = 1) that continues ``initial_BKC``: a weighted sum of K inputs."""
     compute = torch.promote_types(x_BSC.dtype, torch.float32)
     window_BKC = torch.cat([initial_BKC.to(x_BSC.dtype), x_BSC], dim=1).to(compute)
     y_BSC = (window_BKC * weight_CK.to(compute).t()).sum(1, keepdim=True)
@@ -66,5 +66,5 @@ def _activated(y_BSC: Tensor, bias_C: Tensor | None, activation: str | None) -> 
     if activation == "silu":
         return F.silu(y_BSC)
     if activation is not None:
-        raise ValueError(f"activation '{activation}' is not known; use 'silu' or None")
+        raise ValueError(f"unknown activation '{activation}'; use 'silu' or None")
     return y_BSC

@@ -1,8 +1,8 @@
-"""The convolution of four taps as one Triton kernel a direction (GPU): every value is read from memory once.
+"""The convolution with four taps: one Triton kernel each for forward and backward (GPU), each value is read once.
 
-A program walks along a few tokens of its channels and carries the last three inputs (forward) and the unfinished
-gradients (backward) in registers. The backward pass computes the activation's input again from x, so nothing but x is
-kept. Offsets are 64-bit: rows of any length. Shape legend: B rows, S tokens, C channels, K taps.
+A program processes a block of channels token by token and keeps the last three inputs (forward) and the incomplete
+gradients (backward) in registers. The backward pass recomputes the activation's input from x, so only x is saved.
+Offsets are 64-bit, so rows may have any length. Shape legend: B rows, S tokens, C channels, K taps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fusiontree.ops.conv.compiled import causal_conv1d_compiled
 from fusiontree.ops.documents import Documents
 
 _TAPS = 4
-_FORWARD = {"TOKENS": 64, "BC": 128, "num_warps": 1}  # tokens and channels of a program: the fastest of twelve tried
+_FORWARD = {"TOKENS": 64, "BC": 128, "num_warps": 1}  # tokens and channels per program: fastest of twelve tried
 _BACKWARD = {"TOKENS": 64, "BC": 128, "num_warps": 1}
 
 
@@ -31,7 +31,7 @@ def causal_conv1d_triton(
     initial_BKC: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
-    """Compute :func:`fusiontree.ops.conv.causal_conv1d`; other widths and float64 go through the compiled formula."""
+    """Compute :func:`fusiontree.ops.conv.causal_conv1d`; other widths and float64 use the compiled formula."""
     if weight_CK.shape[1] != _TAPS or x_BSC.dtype == torch.float64:
         return causal_conv1d_compiled(
             x_BSC, weight_CK, bias_C, documents=documents, initial_BKC=initial_BKC, activation=activation
@@ -43,7 +43,7 @@ def causal_conv1d_triton(
 
 @triton.jit
 def _load(x_ptr, initial_ptr, stride_token, t, c, length, channels, has_initial: tl.constexpr):
-    """x[t] as fp32; before the first token ``initial``, or 0."""
+    """Load x[t] as fp32; before the first token, ``initial`` or 0."""
     inside = (t >= 0) & (t < length)
     x = tl.load(x_ptr + t * stride_token + c, mask=inside & (c < channels), other=0.0).to(tl.float32)
     if has_initial:
@@ -53,7 +53,7 @@ def _load(x_ptr, initial_ptr, stride_token, t, c, length, channels, has_initial:
 
 @triton.jit
 def _position(position_ptr, t, length, packed: tl.constexpr):
-    """How far token t may look back, if that is less than the taps."""
+    """Return how many previous tokens of its document token t has (packed rows); otherwise at least K-1."""
     reach = t * 0 + 3
     if packed:
         reach = tl.load(position_ptr + t, mask=t < length, other=0)
@@ -111,7 +111,7 @@ def _causal_conv_forward(
     b3 = _load(x_ptr, initial_ptr, stride_token, first - 3, c, length, channels, has_initial)
     for i in range(0, TOKENS, 4):
         t = first + i
-        # Four tokens' loads together, so that they are under way at the same time.
+        # Issue the loads of four tokens together, so that they overlap.
         xa = _load(x_ptr, initial_ptr, stride_token, t, c, length, channels, False)
         xb = _load(x_ptr, initial_ptr, stride_token, t + 1, c, length, channels, False)
         xc = _load(x_ptr, initial_ptr, stride_token, t + 2, c, length, channels, False)
@@ -133,12 +133,12 @@ def _backward_token(
     a1, a2, a3, d0, d1, d2, d3, dbias,
     packed: tl.constexpr, has_initial: tl.constexpr, silu: tl.constexpr,
 ):  # fmt: skip
-    """Add token t's part to the gradients; that of token t - 3 is complete then and stored."""
+    """Add token t's contribution to the gradients; the gradient of token t - 3 is then complete and is stored."""
     value, x1, x2, x3 = _preactivation(x0, x1, x2, x3, reach, w0, w1, w2, w3, bias, packed)
     if silu:
         sigmoid = tl.sigmoid(value)
         dy = dy * sigmoid * (1.0 + value * (1.0 - sigmoid))
-    own = tl.where((t < last) & (t < length), dy, 0.0)  # tokens after the last are the next program's
+    own = tl.where((t < last) & (t < length), dy, 0.0)  # tokens from ``last`` on belong to the next program
     d3 += own * x0
     d2 += own * x1
     d1 += own * x2
@@ -189,7 +189,7 @@ def _causal_conv_backward(
     zero = tl.zeros([BC], dtype=tl.float32)
     a1, a2, a3 = zero, zero, zero
     d0, d1, d2, d3, dbias = zero, zero, zero, zero, zero
-    for i in range(0, TOKENS + 4, 4):  # the gradient of the last token needs the three after it
+    for i in range(0, TOKENS + 4, 4):  # the gradient of the last token needs the three tokens after it
         t = first + i
         xa = _load(x_ptr, initial_ptr, stride_token, t, c, length, channels, False)
         xb = _load(x_ptr, initial_ptr, stride_token, t + 1, c, length, channels, False)
@@ -220,7 +220,7 @@ def _causal_conv_backward(
             a1, a2, a3, d0, d1, d2, d3, dbias, packed, has_initial, silu,
         )  # fmt: skip
         b1, b2, b3 = xd, xc, xb
-    # This program's share of the weight's gradient, tap by tap, and of the bias's.
+    # This program's part of the weight gradient, tap by tap, and of the bias gradient.
     partial = partial_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * 5 * channels + c
     tl.store(partial, d0, mask=c < channels)
     tl.store(partial + channels, d1, mask=c < channels)

@@ -44,11 +44,12 @@ def linear_cross_entropy(
         hidden_NH: hidden states of N tokens.
         weight_VH: the head, one row for each of V tokens of the vocabulary.
         labels_N: int64 labels; negative means the token has none.
-        vocab_start: token of the vocabulary that the first row of ``weight_VH`` stands for.
-        gather_parts: where ranks hold different rows of the head: stacks a tensor of each, ``[…]`` to ``[R, …]``. The
-            sums are then over the whole vocabulary and equal on all ranks; the gradient of ``hidden_NH`` is this
-            rank's part.
-        chunk_tokens: tokens whose logits exist at one time (chunked backend); None means 8192 on GPUs, 2048 on CPUs.
+        vocab_start: token id of the first row of ``weight_VH``.
+        gather_parts: set if ranks hold shards of the vocabulary: a collective that stacks a tensor of each rank,
+            ``[…]`` to ``[R, …]``. The sums are then over the full vocabulary and equal on all ranks; the gradient of
+            ``hidden_NH`` contains only this rank's addend.
+        chunk_tokens: number of tokens per chunk of logits in memory (chunked backend); None means 8192 on GPUs, 2048
+            on CPUs.
         backend: a name of :data:`CROSS_ENTROPY` or "auto".
 
     Returns:

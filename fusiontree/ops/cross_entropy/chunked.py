@@ -1,4 +1,4 @@
-"""Logits of a few tokens at a time, computed again in the backward pass; all of them never exist together.
+"""Cross entropy by chunks of tokens: only one chunk's logits are in memory, and the backward pass recomputes them.
 
 Shape legend: N tokens, n tokens of a chunk, H channels, V vocabulary.
 """
@@ -25,17 +25,17 @@ def linear_cross_entropy_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`fusiontree.ops.cross_entropy.linear_cross_entropy`."""
     if chunk_tokens is None:
-        # Every chunk adds to the weight's whole gradient in fp32; on GPUs larger chunks spare that traffic.
+        # Every chunk adds to the full fp32 weight gradient; on GPUs larger chunks reduce this memory traffic.
         chunk_tokens = 8192 if hidden_NH.is_cuda else 2048
     valid_N = labels_N >= 0
-    # A label in another rank's part of the vocabulary is -1 here, as is a missing one.
+    # Missing labels, and labels in another rank's shard of the vocabulary, are -1 here.
     index_N = labels_N - vocab_start
     index_N = index_N.masked_fill((index_N < 0) | (index_N >= weight_VH.shape[0]) | ~valid_N, -1)
     return _Chunked.apply(hidden_NH, weight_VH, index_N, valid_N, gather_parts, chunk_tokens)
 
 
 def _statistics(logits_nV: Tensor, index_n: Tensor) -> Tensor:
-    """Return a chunk's log-partitions and logits of the labels (0 where the label is not here), ``[2, n]``."""
+    """Return a chunk's log-partitions and label logits (0 if the label is not in this shard), ``[2, n]``."""
     logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
     target_n = logits_nV.gather(-1, index_n.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return torch.stack([logits_nV.logsumexp(-1), target_n.masked_fill(index_n < 0, 0.0)])
@@ -55,7 +55,7 @@ def _gradient(
 def _gradient_fused(
     logits_nV: Tensor, index_n: Tensor, valid_n: Tensor, partition_n: Tensor, grad_loss: Tensor, grad_z: Tensor
 ) -> Tensor:
-    """The same as one pass for torch.compile: a comparison in the place of the scatter, no fp32 logits in memory."""
+    """Compute :func:`_gradient` for torch.compile: a fused kernel without scatter and without fp32 logits in memory."""
     factor_n1 = (valid_n * (grad_loss + 2.0 * grad_z * partition_n)).unsqueeze(-1)
     chance_nV = (logits_nV.to(partition_n.dtype) - partition_n.unsqueeze(-1)).exp()
     is_label_nV = torch.arange(logits_nV.shape[-1], device=logits_nV.device) == index_n.unsqueeze(-1)
@@ -64,7 +64,7 @@ def _gradient_fused(
 
 
 class _Chunked(torch.autograd.Function):
-    """Recomputes each chunk's logits in the backward pass, since both sums may carry their own gradient."""
+    """Recomputes each chunk's logits in the backward pass, since the two sums may have different gradients."""
 
     @staticmethod
     def forward(
@@ -98,7 +98,7 @@ class _Chunked(torch.autograd.Function):
         gradient = compiled(_gradient_fused) if hidden_NH.is_cuda else _gradient
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden_NH = torch.empty_like(hidden_NH) if wants_hidden else None
-        # fp32 over the chunks: hundreds of bf16 additions would lose the small ones.
+        # Accumulate over chunks in fp32: hundreds of bf16 additions would lose small addends.
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=partition_N.dtype) if wants_weight else None
         for begin in range(0, hidden_NH.shape[0], ctx.chunk_tokens):
             part = slice(begin, begin + ctx.chunk_tokens)

@@ -1,4 +1,4 @@
-"""The definition: all logits at once."""
+"""Reference cross entropy: computes all logits at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixing two branches by a gate, and the gate's sums. Shape legend: B rows, S tokens, C channels."""
+"""Mix of two branches by a gate, and sums of gate statistics. Shape legend: B rows, S tokens, C channels."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def gate_mix(
     kind: str = "F",
     backend: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Mix the branches by ``g = sigmoid(logits)`` and sum the gates up.
+    """Mix the branches by ``g = sigmoid(logits)`` and sum statistics of the gates.
 
-    Only logits and branches are kept for the backward pass, which is one pass over memory.
+    Only logits and branches are saved for the backward pass, which reads and writes each value once.
 
     Args:
-        logits_BSC: the gate's logits; g is the share of the Mamba branch.
-        branches_BSC: the branches' outputs side by side: ``[B, S, 2C]`` for both, ``[B, S, C]`` for one.
-        counted_BS: True on the tokens that the sums are over; None means all.
-        kind: F both branches, Mamba first; M or A one of them, the other counting as zeros.
+        logits_BSC: the gate's logits; g is the weight of the Mamba branch.
+        branches_BSC: the branches' concatenated outputs: ``[B, S, 2C]`` for both, ``[B, S, C]`` for one.
+        counted_BS: True on tokens included in the sums; None means all.
+        kind: F: both branches, Mamba first. M or A: only this branch; the missing branch counts as zeros.
         backend: a name of :data:`MIX_AND_SUMS` or "auto".
 
     Returns:

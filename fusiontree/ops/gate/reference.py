@@ -1,4 +1,4 @@
-"""The gate mix and the gates' sums in plain PyTorch. Shape legend: B rows, S tokens, C channels."""
+"""Gate mix and sums of gate statistics in plain PyTorch. Shape legend: B rows, S tokens, C channels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def gradients(
     square_grad_B: Tensor,
     kind: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the logits and of the branches, of :func:`mix` and :func:`sums` together."""
+    """Return the gradients of logits and branches through both :func:`mix` and :func:`sums`."""
     gate_grad, entropy_grad, square_grad = (g[:, None, None] for g in (gate_grad_B, entropy_grad_B, square_grad_B))
     logits, gate = _logits_and_gate(logits_BSC)
     d_mixed = mixed_grad_BSC.to(gate.dtype)

@@ -1,4 +1,4 @@
-"""The gate mix and the gates' sums as one Triton kernel a direction (GPU).
+"""Gate mix and sums of gate statistics: one Triton kernel each for forward and backward (GPU).
 
 Shape legend: B rows, S tokens, C channels.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from fusiontree.ops.elementwise import compiled
 from fusiontree.ops.gate import reference
 
-_BLOCK = {"TOKENS": 4, "BC": 1024, "num_warps": 4}  # tokens and channels of a program
+_BLOCK = {"TOKENS": 4, "BC": 1024, "num_warps": 4}  # tokens and channels per program
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _softplus(x):
 
 @triton.jit
 def _place(length, channels, TOKENS: tl.constexpr, BC: tl.constexpr):
-    """A program's row, its tokens in the row, its channels, the tokens among all rows', and which of them exist."""
+    """Return a program's row, tokens within the row, channels, tokens within the batch, and a mask of valid ones."""
     row = tl.program_id(1).to(tl.int64)
     columns = tl.cdiv(channels, BC)
     t = tl.program_id(0) // columns * TOKENS + tl.arange(0, TOKENS)
@@ -90,14 +90,14 @@ def _mix_backward(
 
 
 def mix(logits_BSC: Tensor, branches_BSC: Tensor, kind: str) -> Tensor:
-    """Compute :func:`fusiontree.ops.gate.reference.mix`, bit for bit as :func:`mix_and_sums` does."""
+    """Compute :func:`fusiontree.ops.gate.reference.mix`; bitwise equal to the mix of :func:`mix_and_sums`."""
     return mix_and_sums(logits_BSC, branches_BSC, None, kind)[0]
 
 
 def mix_and_sums(
     logits_BSC: Tensor, branches_BSC: Tensor, counted_BS: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute :func:`fusiontree.ops.gate.reference.mix_and_sums`; float64 takes the compiled formula."""
+    """Compute :func:`fusiontree.ops.gate.reference.mix_and_sums`; float64 uses the compiled formula."""
     if logits_BSC.dtype == torch.float64:
         return compiled(reference.mix_and_sums)(logits_BSC, branches_BSC, counted_BS, kind)
     logits, branches = logits_BSC.contiguous(), branches_BSC.contiguous()
@@ -122,7 +122,7 @@ def gradients(
     square_grad_B: Tensor,
     kind: str,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`fusiontree.ops.gate.reference.gradients`; float64 takes the compiled formula."""
+    """Compute :func:`fusiontree.ops.gate.reference.gradients`; float64 uses the compiled formula."""
     if logits_BSC.dtype == torch.float64:
         grads = (mixed_grad_BSC, gate_grad_B, entropy_grad_B, square_grad_B)
         return compiled(reference.gradients)(logits_BSC, branches_BSC, counted_BS, *grads, kind)
@@ -138,6 +138,6 @@ def gradients(
 
 
 def _grid(logits_BSC: Tensor) -> tuple[int, int]:
-    """Tokens and channels on one axis: a grid's others end at 65,535, which four tokens a program pass at 256K."""
+    """Return the grid, with tokens and channels on axis 0: other axes are limited to 65,535 programs (256K tokens)."""
     rows, length, channels = logits_BSC.shape
     return triton.cdiv(channels, _BLOCK["BC"]) * triton.cdiv(length, _BLOCK["TOKENS"]), rows

@@ -1,4 +1,4 @@
-"""Several linear maps of one input, whose gradients meet inside the matrix products.
+"""Several linear maps of one input; the matrix products of the backward pass accumulate the input's gradient.
 
 Shape legend: B rows, S tokens, C input channels, D output channels.
 """
@@ -13,20 +13,20 @@ from torch import Tensor
 
 
 def linears(x_BSC: Tensor, weights_DC: Sequence[Tensor], splits: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-    """Return the products of ``x`` with every weight, each cut into the given numbers of output channels.
+    """Return the products of ``x`` with every weight, each split into the given numbers of output channels.
 
-    The values are those of :func:`fusiontree.ops.linear.reference.linears`. Backward, the products add their
-    gradients of ``x`` up themselves, so the sum costs no pass over memory, and a weight whose output is cut gets its
-    gradient without the parts' being put together.
+    Equal to :func:`fusiontree.ops.linear.reference.linears`. In the backward pass, the matrix products accumulate the
+    gradient of ``x``, so no separate addition reads memory; and the weight gradient of a split output is computed part
+    by part, without concatenation.
 
     Args:
         x_BSC: input.
-        weights_DC: one matrix for each product.
-        splits: for each weight, the sizes its output channels are cut into.
+        weights_DC: one matrix per product.
+        splits: for each weight, the sizes to split its output channels into.
     """
     rows = tuple(tuple(sizes) for sizes in splits)
     for weight, sizes in zip(weights_DC, rows, strict=True):
-        assert sum(sizes) == weight.shape[0], f"{weight.shape[0]} output channels cut into {sizes}"
+        assert sum(sizes) == weight.shape[0], f"{weight.shape[0]} output channels split into {sizes}"
     return _Linears.apply(x_BSC, rows, *weights_DC)
 
 

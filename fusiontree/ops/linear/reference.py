@@ -1,4 +1,4 @@
-"""Several linear maps of one input, one after the other."""
+"""Several linear maps of one input, as separate products."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
 
 
 def residual_rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Return :func:`rms_norm` of a residual stream, and the stream to go on with.
+    """Return :func:`rms_norm` of a residual stream, and the stream for further use.
 
-    Going on with the returned stream lets its gradient be added where the norm's own is computed, instead of by a sum
-    of two activations afterwards.
+    If the caller uses the returned stream, the norm's backward kernel adds the stream's gradient, which saves a
+    separate addition of two activations.
     """
     return RESIDUAL_NORM.choose(backend, x.device.type)(x, weight, eps)
 
@@ -30,7 +30,7 @@ def residual_rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "
 def gated_rms_norm(
     y_BSC: Tensor, z_BSC: Tensor, weight_C: Tensor, *, groups: int, eps: float, backend: str = "auto"
 ) -> Tensor:
-    """Return RMSNorm(y * silu(z)), each of ``groups`` equal blocks of channels normalised apart, in y's dtype.
+    """Return RMSNorm(y * silu(z)) in y's dtype; ``groups`` equal blocks of channels are normalized separately.
 
     Source: Mamba-2's output norm (Dao and Gu 2024, section 7).
     """

@@ -14,12 +14,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def residual_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return :func:`rms_norm` of x, and x itself for who goes on with it."""
+    """Return :func:`rms_norm` of x, and x itself for further use."""
     return rms_norm(x, weight, eps), x
 
 
 def gated_rms_norm(y_BSC: Tensor, z_BSC: Tensor, weight_C: Tensor, *, groups: int, eps: float) -> Tensor:
-    """Return RMSNorm(y * silu(z)), each of ``groups`` equal blocks of channels normalised apart, in y's dtype.
+    """Return RMSNorm(y * silu(z)) in y's dtype; ``groups`` equal blocks of channels are normalized separately.
 
     Source: Mamba-2's output norm (Dao and Gu 2024, section 7).
     """

@@ -1,4 +1,4 @@
-"""The norms as one Triton kernel a direction (GPU): nothing is read twice, nothing but the inputs is kept.
+"""The norms: one Triton kernel each for forward and backward (GPU). Each value is read once; only inputs are saved.
 
 Shape legend: B rows, S tokens, C channels.
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 from fusiontree.ops.elementwise import compiled
 from fusiontree.ops.norm import reference
 
-_WIDEST = 8192  # channels of a group that fit into registers
-_FORWARD_TOKENS, _BACKWARD_TOKENS = 16, 64  # tokens of a program
+_WIDEST = 8192  # maximum channels per group that fit into registers
+_FORWARD_TOKENS, _BACKWARD_TOKENS = 16, 64  # tokens per program
 
 
 def gated_rms_norm_triton(y_BSC: Tensor, z_BSC: Tensor, weight_C: Tensor, *, groups: int, eps: float) -> Tensor:
-    """Compute :func:`fusiontree.ops.norm.gated_rms_norm`; very wide groups and float64 take the compiled formula."""
+    """Compute :func:`fusiontree.ops.norm.gated_rms_norm`; very wide groups and float64 use the compiled formula."""
     if y_BSC.shape[-1] // groups > _WIDEST or y_BSC.dtype == torch.float64:
         return compiled(reference.gated_rms_norm)(y_BSC, z_BSC, weight_C, groups=groups, eps=eps)
     return _GatedNorm.apply(y_BSC, z_BSC, weight_C, groups, eps)
@@ -119,12 +119,12 @@ def _norm_backward(
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute :func:`fusiontree.ops.norm.rms_norm`: the residual norm without the stream."""
+    """Compute :func:`fusiontree.ops.norm.rms_norm` by the residual norm's kernel, without the stream's gradient."""
     return residual_rms_norm_triton(x, weight, eps)[0]
 
 
 def residual_rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Compute :func:`fusiontree.ops.norm.residual_rms_norm`; many channels and float64 take the compiled formula."""
+    """Compute :func:`fusiontree.ops.norm.residual_rms_norm`; many channels and float64 use the compiled formula."""
     if x.shape[-1] > _WIDEST or x.dtype == torch.float64:
         return compiled(reference.rms_norm)(x, weight, eps), x
     return _Norm.apply(x, weight, eps)
@@ -163,7 +163,7 @@ class _Norm(torch.autograd.Function):
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Return ``[tokens, C]`` with adjacent channels; a slice of a wider projection stays where it is."""
+    """Return ``[tokens, C]`` with contiguous channels; a slice of a wider projection is not copied."""
     tensor = tensor.flatten(0, -2)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 

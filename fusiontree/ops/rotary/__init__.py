@@ -19,18 +19,19 @@ ROTATE_BACK = with_kernel("rotation, backward", reference.rotate_back, f"{_KERNE
 
 
 def apply_rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, *, backend: str = "auto") -> Tensor:
-    """Rotate channel i with channel i + D/2 by the tables' angles; same dtype out, rotation in fp32 or better."""
+    """Rotate channels i and i + D/2 by the tables' angles, in fp32 or better; returns the dtype of ``x``."""
     return fused(reference.apply_rotary, backend, x_BSHD.device.type)(x_BSHD, cos_BSD, sin_BSD)
 
 
 def rotate_and_cut(
     q_BSHD: Tensor, k_BSKD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, first: tuple[int, int], *, backend: str = "auto"
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return :func:`apply_rotary` of queries and keys, each cut into its first so many heads and the others.
+    """Return :func:`apply_rotary` of queries and keys, each split into its first heads and the rest.
 
-    Backward, the parts are put together. One call for both: it costs the host more than the device.
+    ``first`` has the number of first heads for queries and for keys. The backward concatenates the parts. Queries and
+    keys share a call because it costs the host more than the device.
     """
-    if first[0] in (0, q_BSHD.shape[2]):  # heads of one kind
+    if first[0] in (0, q_BSHD.shape[2]):  # only local or only global heads
         q, k = (apply_rotary(x, cos_BSD, sin_BSD, backend=backend) for x in (q_BSHD, k_BSKD))
         none = q[:, :, :0], k[:, :, :0]
         return ((q, none[0]), (k, none[1])) if first[0] else ((none[0], q), (none[1], k))
@@ -39,8 +40,8 @@ def rotate_and_cut(
 
 
 class _RotateAndCut(torch.autograd.Function):
-    """Both directions by hand: a compiled call that records a graph costs the host more than one that does not, and
-    copies gradients that lie in memory otherwise than its outputs.
+    """Explicit forward and backward: a compiled call with autograd costs the host more than a call without, and copies
+    gradients with strides that differ from its outputs'.
     """
 
     @staticmethod

@@ -17,7 +17,7 @@ def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Te
 
 
 def apply_rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
-    """Rotate channel i with channel i + D/2 by the tables' angles; same dtype out, rotation in fp32 or better."""
+    """Rotate channels i and i + D/2 by the tables' angles, in fp32 or better; returns the dtype of ``x``."""
     compute = torch.promote_types(x_BSHD.dtype, torch.float32)
     first, second = x_BSHD.to(compute).chunk(2, dim=-1)
     cos, sin = cos_BSD.unsqueeze(2).to(compute), sin_BSD.unsqueeze(2).to(compute)
@@ -27,7 +27,7 @@ def apply_rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
 def rotate_and_cut(
     q_BSHD: Tensor, k_BSKD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, first: tuple[int, int]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Rotate the first so many heads of queries and of keys and the rest, each into memory of its own."""
+    """Rotate queries and keys; return the ``first`` heads and the remaining heads of each as separate tensors."""
     q_first, q_rest = q_BSHD.split([first[0], q_BSHD.shape[2] - first[0]], dim=2)
     k_first, k_rest = k_BSKD.split([first[1], k_BSKD.shape[2] - first[1]], dim=2)
     queries = apply_rotary(q_first, cos_BSD, sin_BSD), apply_rotary(q_rest, cos_BSD, sin_BSD)
@@ -37,7 +37,7 @@ def rotate_and_cut(
 def rotate_back(
     q_first: Tensor, q_rest: Tensor, k_first: Tensor, k_rest: Tensor, cos_BSD: Tensor, sin_BSD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Put heads together that :func:`rotate_and_cut` returned, turned back: also its gradient, a rotation being one."""
+    """Invert :func:`rotate_and_cut`: rotate back and concatenate. A rotation's inverse is also its gradient."""
     q_BSHD = torch.cat([apply_rotary(q_first, cos_BSD, -sin_BSD), apply_rotary(q_rest, cos_BSD, -sin_BSD)], dim=2)
     k_BSKD = torch.cat([apply_rotary(k_first, cos_BSD, -sin_BSD), apply_rotary(k_rest, cos_BSD, -sin_BSD)], dim=2)
     return q_BSHD, k_BSKD

@@ -1,4 +1,4 @@
-"""Rotation of queries and keys, cut into local and global heads, as one Triton kernel (GPU).
+"""Rotation of queries and keys, split into local and global heads, as one Triton kernel (GPU).
 
 Shape legend: B rows, S tokens, H query heads, K key heads, D channels of a head.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from fusiontree.ops.elementwise import compiled
 from fusiontree.ops.rotary import reference
 
-_TOKENS = 32  # of a program
+_TOKENS = 32  # tokens per program
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _rotate(
     q_row, q_token, k_row, k_token, tables_row, length, heads, q_cut, k_cut, k_heads,
     back: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Rotate one head of q or k into its part; backward the other way round, by the angles' negatives."""
+    """Rotate one head of q or k into its part; backward: rotate by minus the angle, from the part into the head."""
     row = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1)
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -61,7 +61,7 @@ def _rotate(
 def rotate_and_cut(
     q_BSHD: Tensor, k_BSKD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, first: tuple[int, int]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Compute :func:`fusiontree.ops.rotary.reference.rotate_and_cut`; float64 takes the compiled formula."""
+    """Compute :func:`fusiontree.ops.rotary.reference.rotate_and_cut`; float64 uses the compiled formula."""
     if q_BSHD.dtype == torch.float64:
         return compiled(reference.rotate_and_cut)(q_BSHD, k_BSKD, cos_BSD, sin_BSD, first)
     q, k = _heads_together(q_BSHD), _heads_together(k_BSKD)
@@ -75,7 +75,7 @@ def rotate_and_cut(
 def rotate_back(
     q_first: Tensor, q_rest: Tensor, k_first: Tensor, k_rest: Tensor, cos_BSD: Tensor, sin_BSD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`fusiontree.ops.rotary.reference.rotate_back`; float64 takes the compiled formula."""
+    """Compute :func:`fusiontree.ops.rotary.reference.rotate_back`; float64 uses the compiled formula."""
     if q_first.dtype == torch.float64:
         return compiled(reference.rotate_back)(q_first, q_rest, k_first, k_rest, cos_BSD, sin_BSD)
     parts = tuple(part.contiguous() for part in (q_first, q_rest, k_first, k_rest))
@@ -99,6 +99,6 @@ def _launch(q: Tensor, k: Tensor, parts: tuple[Tensor, ...], cos_BSD: Tensor, si
 
 
 def _heads_together(x_BSHD: Tensor) -> Tensor:
-    """Heads and channels lie side by side; a slice of a wider projection stays where it is."""
+    """Return ``x`` with contiguous heads and channels; a slice of a wider projection is not copied."""
     fits = x_BSHD.stride(3) == 1 and x_BSHD.stride(2) == x_BSHD.shape[3]
     return x_BSHD if fits else x_BSHD.contiguous()

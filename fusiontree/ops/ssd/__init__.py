@@ -59,10 +59,10 @@ def ssd_scan(
     state_exchange: StateExchange | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Scan h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t and read y_t = C_t h_t + D x_t, restarting at document starts.
+    """Compute h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t and y_t = C_t h_t + D x_t; h restarts at document starts.
 
     Source: Dao and Gu 2024, "Transformers are SSMs", section 6 (the chunked algorithm). Rows of one token, as in
-    decoding, take the recurrence itself.
+    decoding, use the recurrence.
 
     Args:
         x_BSHP: inputs; B rows, S tokens, H heads of P channels.
@@ -71,12 +71,12 @@ def ssd_scan(
         B_BSGN: input projections; G groups of heads share them, N is the state's size.
         C_BSGN: output projections.
         D_H: skip weights.
-        chunk_size: tokens handled as one matrix product; "triton" chooses by itself. The result is the same.
-        documents: where the state restarts; None means each row is one document.
+        chunk_size: tokens per scan chunk (one matrix product); ignored by "triton". Does not change the result.
+        documents: boundaries at which the state restarts; None means each row is one document.
         initial_state_BHPN: state before the first token; tokens before the first document start continue it.
-        state_exchange: called with the state this piece reaches from zero [B, H, P, N] and the piece's total decay
-            [B, H] (0 where a document starts after its first token); returns the state to begin with. A context
-            parallel caller passes states between ranks in it; the tokens are scanned once.
+        state_exchange: called with the final state of a scan from zero [B, H, P, N] and the total decay over the tokens
+            [B, H] (0 where a document starts after the first token); returns the initial state. Context parallelism
+            uses it to pass states between ranks; the tokens are scanned only once.
         backend: a name of :data:`SSD` or "auto".
 
     Returns:

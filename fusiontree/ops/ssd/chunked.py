@@ -1,7 +1,7 @@
-"""The scan as matrix products over chunks, in plain PyTorch for any device.
+"""The scan as matrix products over scan chunks, in plain PyTorch for any device.
 
-Within a chunk, outputs are a masked product of C, B and decays; between chunks a small state is passed on. Cost is
-linear in the row's length (Dao and Gu 2024, "Transformers are SSMs", section 6).
+Within a chunk, outputs are a masked product of C, B and decays; between chunks a small state is passed on. The cost is
+linear in row length (Dao and Gu 2024, "Transformers are SSMs", section 6).
 
 Shape legend: B rows, S tokens, c chunks, Q tokens of a chunk, G groups of B/C, R heads of a group, P channels of a
 head, N state size.
@@ -60,7 +60,7 @@ def ssd_chunked(
     scores_BcGQQ = C_BcGQN @ B_BcGQN.transpose(-1, -2)
     y_BcGRQP = (scores_BcGQQ.unsqueeze(3) * decay_BcGRQQ) @ xdt_BcGRQP
 
-    # What each chunk adds to the state at its end, and what it keeps of the state at its start.
+    # Each chunk's contribution to the state at its end, and its decay of the state at its start.
     to_end_BcGRQ = (log_decay_BcGRQ[..., -1:] - log_decay_BcGRQ).exp() * marks.reaches_end
     added_BcGRPN = (xdt_BcGRQP * to_end_BcGRQ.unsqueeze(-1)).transpose(-1, -2) @ B_BcGQN.unsqueeze(3)
     kept_BcGR = log_decay_BcGRQ[..., -1].exp() * marks.passes_through
@@ -81,7 +81,7 @@ def ssd_chunked(
 
 
 class _ChunkMarks:
-    """Masks that document starts lay over the chunks, broadcastable to [B, c, G, R, ...]."""
+    """Masks of the chunks from document starts, broadcastable to [B, c, G, R, ...]."""
 
     def __init__(
         self, documents: Documents | None, rows: int, length: int, chunk: int, padding: int, device: torch.device
@@ -98,7 +98,7 @@ class _ChunkMarks:
             segments_BS = torch.cat([segments_BS, segments_BS[:, -1:].expand(-1, padding)], dim=1)
         segments_BcQ = segments_BS.view(rows, -1, chunk)
         last_Bc = segments_BcQ[..., -1]
-        # Segment 0 is what came before this piece, so the initial state belongs to it.
+        # Segment 0 continues the tokens before this row or chunk, so the initial state belongs to it.
         previous_Bc = torch.cat([torch.zeros_like(last_Bc[:, :1]), last_Bc[:, :-1]], dim=1)
         same_BcQQ = segments_BcQ.unsqueeze(-1) == segments_BcQ.unsqueeze(-2)
         self.visible = (same_BcQQ & causal_QQ)[:, :, None, None]

@@ -1,11 +1,11 @@
-"""States that come from outside in the middle of a scan, forward and backward (plain PyTorch, any device).
+"""State exchange in the middle of a scan, forward and backward (plain PyTorch, any device).
 
-A piece of a row adds ``S_c`` to the state in chunk c and keeps ``k_c`` of what was there: h_{c+1} = k_c h_c + S_c.
-From zero it reaches z, and it keeps P = prod k_c of its initial state h_0 = E(z, P), where E is the caller's. With
-g_c the gradient of h_c, the gradients that go into S_c obey the same recursion whether they come from the outputs or
-through z, so one pass with d(final) + dz gives both. Only the decays need more: that pass reads h_c where the part
-through z should read h_c without the initial state; the difference is P <dz, h_0> in every chunk's log decay, and P
-itself adds P dP.
+Scan chunk c multiplies the state by ``k_c`` and adds ``S_c``: h_{c+1} = k_c h_c + S_c. A scan from zero ends in z, and
+all chunks together multiply the initial state by P = prod k_c. The caller's function E computes the initial state
+h_0 = E(z, P). Let g_c be the gradient of h_c. Gradients of S_c from the outputs and gradients of S_c through z obey the
+same recursion, so one backward scan with d(final) + dz gives their sum. Only the decays need a correction: this scan
+uses h_c, but the gradient through z should use h_c without the initial state. The difference is P <dz, h_0> in every
+chunk's log decay; in addition, P contributes P dP.
 
 Shape legend: B rows, H heads, P channels of a head, N size of the state.
 """
@@ -20,13 +20,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Exchange:
-    """One call of a ``state_exchange``, kept for its backward pass."""
+    """One call of a ``state_exchange``, with its graph for the backward pass."""
 
     def __init__(self, state_exchange: Callable[[Tensor, Tensor], Tensor], z_BHPN: Tensor, decay_BH: Tensor) -> None:
-        """Call ``state_exchange`` with what the piece reaches from zero and its total decay.
+        """Call ``state_exchange`` with the final state of a scan from zero and the total decay.
 
-        What it saves for :meth:`backward` is kept as it is: that pass is one of its own inside the block's, and a
-        recomputation of the block that it asked for would be a second one.
+        Tensors that it saves for :meth:`backward` are kept, not recomputed: :meth:`backward` runs a separate backward
+        pass inside that of the block, and would trigger a second recomputation of the block.
         """
         with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
             self._z_BHPN = z_BHPN.detach().requires_grad_()
@@ -35,7 +35,7 @@ class Exchange:
         self.initial_BHPN = self._initial_BHPN.detach()
 
     def backward(self, grad_initial_BHPN: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``dz`` and what every chunk's log decay gets beside the usual pass, ``[B, H]``."""
+        """Return ``dz`` and the correction to the gradient of every chunk's log decay, ``[B, H]``."""
         if not self._initial_BHPN.requires_grad:
             return torch.zeros_like(self._z_BHPN), torch.zeros_like(self._decay_BH)
         dz, dP = torch.autograd.grad(

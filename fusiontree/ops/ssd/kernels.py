@@ -1,22 +1,23 @@
-"""Triton kernels of the scan over chunks, forward (GPU); :mod:`fusiontree.ops.ssd.kernels_backward` has the others.
+"""Forward Triton kernels of the chunked scan (GPU); :mod:`fusiontree.ops.ssd.kernels_backward` has the backward.
 
-A row is cut into chunks of Q tokens. With l_t = A dt_t and a_t the sum of a chunk's l up to and including t, and h the
-state before the chunk, a head of the chunk computes (Dao and Gu 2024, "Transformers are SSMs", section 6)
+A row is split into scan chunks of Q tokens. Let l_t = A dt_t, a_t the sum of l over the chunk up to and including t,
+and h the state before the chunk. Each head computes (Dao and Gu 2024, "Transformers are SSMs", section 6)
 
     y_i    = sum_{j <= i} (C_i . B_j) exp(a_i - a_j) dt_j x_j  +  exp(a_i) h C_i  +  D x_i
     h_next = exp(a_Q) h  +  sum_j exp(a_Q - a_j) dt_j x_j B_j^T
 
-and its gradients are those of these two lines. One program walks along the row and keeps the state in registers
-(:func:`chunk_walk`; from the last chunk to the first it carries the state's gradient); all other work is parallel over
-chunks. C.B never leaves a program, its gradient once a group of heads and in 16 bits.
+and the backward kernels compute the gradients of these two lines. One program processes the chunks of a row in order
+and keeps the state in registers (:func:`chunk_walk`; in the backward pass it runs from the last chunk to the first and
+carries the gradient of the state); all other work is parallel over chunks. C.B is not written to memory; its gradient
+is written once per group of heads, in 16 bits.
 
-Where documents start inside a row, terms between tokens of different segments vanish: no log decay of minus infinity is
-ever summed. Offsets of rows, tokens and chunks are 64-bit; heads and channels of a token lie side by side.
+Where documents start inside a row, terms between tokens of different segments are masked, so no log decay of minus
+infinity is ever summed. Offsets of rows, tokens and chunks are 64-bit; heads and channels of a token are contiguous.
 
-Logarithms are to base 2 (``decay``), for exp2. Padded tokens at a row's end have dt = 0 and load as zeros.
+Logarithms (``decay``) are to base 2, for exp2. Padded tokens at a row's end have dt = 0 and load as zeros.
 
 Shape legend: B rows, S tokens, T tokens padded to whole chunks, c chunks, Q tokens of a chunk, H heads, G groups,
-P channels of a head, N state size. ``decay``, ``step`` and gradients of one value a token and head are [B, H, T].
+P channels of a head, N state size. ``decay``, ``step`` and gradients with one value per token and head are [B, H, T].
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def segments_of(segment_ptr, row, first, length, Q: tl.constexpr):
-    """Segments of the Q tokens from ``first`` on; padded tokens have the last one's."""
+    """Load the segments of the Q tokens from ``first`` on; padded tokens get the last token's segment."""
     return tl.load(segment_ptr + row * length + tl.minimum(first + tl.arange(0, Q), length - 1))
 
 
 @triton.jit
 def segment_after(segment_ptr, row, first, length, Q: tl.constexpr):
-    """The segment that a chunk ends in."""
+    """Load the segment of a chunk's last token."""
     return tl.load(segment_ptr + row * length + tl.minimum(first + Q, length) - 1)
 
 
 @triton.jit
 def segment_before(segment_ptr, row, first, length):
-    """The segment of the token before a chunk; 0 before the row."""
+    """Load the segment of the token before a chunk; 0 before the row."""
     return tl.load(segment_ptr + row * length + first - 1, mask=first > 0, other=0)
 
 
 @triton.jit
 def tokens_of(x_ptr, first, x_token, length, Q: tl.constexpr, CHANNELS: tl.constexpr):
-    """``[Q, CHANNELS]``: the chunk that begins with token ``first``, zeros beyond the row."""
+    """Load ``[Q, CHANNELS]``: the chunk that begins with token ``first``; zeros beyond the row."""
     t = first + tl.arange(0, Q)
     return tl.load(x_ptr + t[:, None] * x_token + tl.arange(0, CHANNELS)[None, :], mask=t[:, None] < length, other=0.0)
 
@@ -56,7 +57,10 @@ def tokens_of(x_ptr, first, x_token, length, Q: tl.constexpr, CHANNELS: tl.const
 def chunk_decay(
     dt_ptr, A_ptr, decay_ptr, step_ptr, dt_row, dt_token, length, chunks, heads, Q: tl.constexpr, BH: tl.constexpr
 ):
-    """Sum the log decays along each chunk, and turn dt ``[B, S, H]`` into ``[B, H, T]``. Grid (c, H / BH, B)."""
+    """Compute the cumulative log decays of each chunk, and transpose dt ``[B, S, H]`` to ``[B, H, T]``.
+
+    Grid (c, H / BH, B).
+    """
     row = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     t = tl.program_id(0).to(tl.int64) * Q + tl.arange(0, Q)
@@ -80,10 +84,11 @@ def chunk_walk(
 ):  # fmt: skip
     """Write the state before every chunk; grid (N / BN, H, B).
 
-    Backward, the gradient of the state after every chunk, from the last to the first: x is the gradient of y, w is C.
-    Then ``dkeep [B, H, c, N / BN, P]`` are parts of its product with the state before the chunk (``before``), the
-    gradient of what the chunk keeps. ``kept`` is what a chunk has of ``begin``, the state (gradient) to begin with;
-    ``total`` and ``end`` come after the last step.
+    Backward: write the gradient of the state after every chunk, from the last chunk to the first; then x is the
+    gradient of y, and w is C. ``dkeep [B, H, c, N / BN, P]`` are partial sums of its product with the state before the
+    chunk (``before``): the gradient of the chunk's decay factor. ``begin`` is the initial state (gradient), ``kept``
+    the factor with which it enters each chunk's state; ``end`` and ``total`` are the state and the factor after the
+    last step.
     """
     head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -106,7 +111,7 @@ def chunk_walk(
             chunk = chunks - 1 - i
             product = tl.sum(state * ahead, 1)
             tl.store(dkeep_ptr + ((index * chunks + chunk) * tl.num_programs(0) + tl.program_id(0)) * P + p, product)
-            # Nobody waits for the next one yet.
+            # Prefetch: the value for the next chunk is not needed yet.
             place = (row * chunks + tl.maximum(chunk - 1, 0)) * heads + head
             ahead = tl.load(before_ptr + place * (P * N) + tile)
         first = row * 0 + chunk * Q  # 64 bits
@@ -146,7 +151,10 @@ def chunk_add_state(
     states_ptr, state_ptr, kept_ptr, before_ptr, dkeep_ptr, chunks, heads, parts,
     backward: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """``states += kept * state``, for a state that was not known during the walk; ``dkeep`` too. Grid (c, H, B)."""
+    """``states += kept * state``, for an initial state unknown during :func:`chunk_walk`; also updates ``dkeep``.
+
+    Grid (c, H, B).
+    """
     chunk, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     index = row * heads + head
     kept = tl.load(kept_ptr + index * chunks + chunk)
@@ -192,7 +200,7 @@ def chunk_outputs(
         index = row * heads + head
         decay = tl.load(decay_ptr + index * (chunks * Q) + first + q)
         step = tl.load(step_ptr + index * (chunks * Q) + first + q)
-        # Above the diagonal the difference is positive and may overflow; the score is zero there.
+        # Above the diagonal the difference is positive and could overflow, so clamp it; the score is zero there.
         weights = scores * tl.exp2(tl.minimum(decay[:, None] - decay[None, :], 0.0)) * step[None, :]
         x = tokens_of(x_ptr + head * x_head, first, x_token, length, Q, P)
         state = tl.load(states_ptr + ((row * chunks + chunk) * heads + head) * (P * N) + p[None, :] * N + n[:, None])

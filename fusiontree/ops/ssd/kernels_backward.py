@@ -1,7 +1,7 @@
-"""Triton kernels of the scan's gradients (GPU); formulas and names are those of :mod:`fusiontree.ops.ssd.kernels`.
+"""Backward Triton kernels of the scan (GPU), with the formulas and names of :mod:`fusiontree.ops.ssd.kernels`.
 
-C.B and what belongs to it are ``[j, i]`` here: token i sees token j. Two kernels compute the same C.B again, because
-one that needs it, its gradient and the gradients of x at once has more than the registers hold.
+C.B, its gradient and masks are ``[j, i]`` here: token i sees token j. Two kernels recompute C.B, because a single
+kernel with C.B, its gradient and the gradients of x would need more registers than there are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fusiontree.ops.ssd.kernels import segment_after, segment_before, segments_o
 
 @triton.jit
 def _visible(segment, packed: tl.constexpr, Q: tl.constexpr):
-    """``[j, i]``: whether token i sees token j."""
+    """Return the mask ``[j, i]``: True if token i sees token j."""
     q = tl.arange(0, Q)
     visible = q[None, :] >= q[:, None]
     if packed:
@@ -24,7 +24,7 @@ def _visible(segment, packed: tl.constexpr, Q: tl.constexpr):
 
 @triton.jit
 def _fade(decay_j, decay_i):
-    """``[j, i]``: what is left of token j at token i. Before j the difference is positive and may overflow."""
+    """Return ``[j, i]``, the decay from token j to token i; clamped, as for i < j the difference could overflow."""
     return tl.exp2(tl.minimum(decay_i[None, :] - decay_j[:, None], 0.0))
 
 
@@ -88,10 +88,11 @@ def chunk_inputs_backward(
     length, chunks, heads, heads_a_group,
     packed: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x and of dt without that of its decay, for ``HEADS`` heads and half a chunk a program.
+    """Compute the gradients of x, and of dt except through the decay, for ``HEADS`` heads and half a chunk per program.
 
-    ``to_state`` is what reaches the next state through each token's decay, ``skip`` is x . dy. Halves, because a first
-    half's tokens are seen by the whole chunk, a second's only by their own. Grid (2 H / HEADS, c, B).
+    ``to_state`` is each token's log decay gradient through the next state, ``skip`` is x . dy. A program handles half a
+    chunk, because all tokens of the chunk see the first half, but only the second half sees itself.
+    Grid (2 H / HEADS, c, B).
     """
     block = tl.program_id(0) // 2
     row = tl.program_id(2).to(tl.int64)
@@ -147,7 +148,7 @@ def _scores_of_half(
         dy = tokens_of(dy_ptr + head * dy_head, first, dy_token, length, HALF, P)
         dweights = tl.dot(x, tl.trans(dy), input_precision="ieee") * step[:, None] * _fade(decay, decay)
         dscores += dweights
-        moved = dweights * scores  # what passes from token j to token i, through all decays between them
+        moved = dweights * scores  # gradient of the log decay between tokens j and i
         ddecay = tl.sum(moved, 0) - tl.sum(moved, 1)
         if LATER:
             dy_later = tokens_of(dy_ptr + head * dy_head, later, dy_token, length, HALF, P)
@@ -176,10 +177,10 @@ def chunk_scores_backward(
     length, chunks, heads, heads_a_group,
     packed: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of C.B ``[j, i]``, summed over ``HEADS`` heads of one group, and of the decays inside the chunk.
+    """Compute the gradients of C.B ``[j, i]``, summed over ``HEADS`` heads of a group, and of decays inside the chunk.
 
-    What tokens of a second half get from the first half is in ``dlater``, everything else in ``ddecay``. Of
-    ``dscores`` the quarter where i is in the first half and j in the second, all zeros, is not written.
+    ``dlater`` has the contributions of the first half to tokens of the second half, ``ddecay`` all others. The quarter
+    of ``dscores`` with i in the first half and j in the second is zero and is not written.
     Grid (2 H / HEADS, c, B).
     """
     block, blocks = tl.program_id(0) // 2, tl.num_programs(0) // 2
@@ -209,10 +210,11 @@ def chunk_group_backward(
     length, chunks, heads, heads_a_group, blocks,
     of_C: tl.constexpr, packed: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of C (x is that of y, ``states`` the states) or of B (x is x, ``states`` the gradients of states).
+    """Compute the gradient of C or of B, as ``of_C`` says.
 
-    With C also what comes from the state through each token's decay (``from_state``). ``blocks`` of a group's heads
-    have a ``dscores`` of their own. Grid (G, c, B).
+    For C, ``x`` is the gradient of y and ``states`` are the states; for B, ``x`` is x and ``states`` are the gradients
+    of the states. For C also writes ``from_state``, each token's log decay gradient through the state before the chunk.
+    The heads of a group are divided into ``blocks``, each with a separate ``dscores``. Grid (G, c, B).
     """
     group, chunk = tl.program_id(0), tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -268,10 +270,10 @@ def chunk_decay_backward(
     segment_ptr, ddt_ptr, dA_ptr, length, chunks, heads,
     has_more: tl.constexpr, packed: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of dt ``[B, S, H]`` and, for each chunk, of A. Grid (c, H / BH, B).
+    """Compute the gradients of dt ``[B, S, H]`` and, for each chunk, of A. Grid (c, H / BH, B).
 
-    l_t is part of a_i for all i >= t of its chunk and of the chunk's whole decay. ``more [B, H]`` is an addition to the
-    gradients of all chunks' whole decays.
+    l_t enters a_i for all i >= t of its chunk, and the chunk's total log decay a_Q. ``more [B, H]`` is added to the
+    gradient of every chunk's total log decay.
     """
     chunk = tl.program_id(0).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
@@ -293,7 +295,7 @@ def chunk_decay_backward(
         whole = tl.where(last == segment_before(segment_ptr, row, chunk * Q, length), whole, 0.0)
     if has_more:
         whole += tl.load(more_ptr + index, mask=there, other=0.0)
-    # From token t on, and from tokens before t to the next state.
+    # Contributions of a_i for i >= t, of tokens before t to the next state, and of the chunk's total log decay.
     dlog = tl.cumsum(to_here, axis=1, reverse=True) + (tl.cumsum(to_state, axis=1) - to_state) + whole[:, None]
     step = tl.load(step_ptr + tokens, mask=mine, other=0.0)
     A = tl.load(A_ptr + h, mask=there, other=0.0)

@@ -1,7 +1,7 @@
-"""The scan by mamba_ssm's Triton kernels (CUDA). A machine's first call tunes them for one to two minutes.
+"""The scan by mamba_ssm's Triton kernels (CUDA). The first call on a machine tunes the kernels for 1 to 2 minutes.
 
-The kernels are called one by one: a state may come from other ranks between them, and what the forward pass already
-knows (the states before every chunk, the decays) is kept for the backward pass in place of being computed again.
+This module calls the kernels one by one, so that a state exchange between ranks can happen in between, and so that the
+states before every chunk and the decays are kept for the backward pass instead of recomputed.
 
 Shape legend: B rows, S tokens, c chunks, Q tokens of a chunk, H heads, G groups, P channels of a head, N state size.
 """
@@ -22,7 +22,7 @@ _INT32 = 2**31
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the kernels cannot run on ``device``, or None."""
+    """Return the reason why the kernels cannot run on ``device``, or None."""
     if device.type != "cuda":
         return "its kernels need a GPU"
     missing = [name for name in ("mamba_ssm", "triton", "einops") if find_spec(name) is None]
@@ -45,7 +45,7 @@ def ssd_mamba_ssm(
     """Compute :func:`fusiontree.ops.ssd.ssd_scan`.
 
     Raises:
-        ValueError: a row so long that the kernels' 32-bit offsets would overflow (they do so silently).
+        ValueError: a row is so long that the kernels' 32-bit offsets would silently overflow.
     """
     rows, length, heads, width = x_BSHP.shape
     size = B_BSGN.shape[-1]
@@ -54,13 +54,13 @@ def ssd_mamba_ssm(
     if largest >= _INT32:
         raise ValueError(
             f"rows of {length} tokens need offsets of {largest} elements, beyond the 32 bits of mamba_ssm's kernels; "
-            f"use shorter rows, fewer rows a micro batch, or kernels.ssd=reference"
+            f"use shorter rows, fewer rows per micro-batch, or kernels.ssd=reference"
         )
-    # Segment 0 continues the initial state, which is what the kernels take a first seq_idx of 0 to mean.
+    # Segment 0 continues the initial state, which is also the kernels' meaning of a first seq_idx of 0.
     seq_idx = None if documents is None else documents.inner_segments_BS
     initial = initial_state_BHPN
     if documents is not None and documents.whole_rows:
-        initial = None  # every row begins with a document of its own
+        initial = None  # every row begins with a document start
     return _Scan.apply(
         x_BSHP,
         dt_BSH.float(),
@@ -108,7 +108,7 @@ class _Scan(torch.autograd.Function):
             elif seq_idx_BS is not None:
                 total_BH = total_BH * (seq_idx_BS[:, -1:] == 0)
             exchange = Exchange(state_exchange, from_zero_BHPN, total_BH)
-            # A whole row begins with a document, which must not see what came before.
+            # A row of one document must not see a state from before its start.
             initial_BHPN = None if whole_rows else exchange.initial_BHPN.float()
         before_BcHPN, final_BHPN = _pass_on(added_BcHPN, decay_BHcQ, initial_BHPN, seq_idx_BS, chunk_size, x_BSHP.dtype)
         scores_BcGQQ = _bmm_chunk_fwd(C_BSGN, B_BSGN, chunk_size, seq_idx=seq_idx_BS, output_dtype=torch.float32)
@@ -145,7 +145,7 @@ class _Scan(torch.autograd.Function):
         if exchange is not None:
             if dinitial_BHPN is None:
                 dinitial_BHPN = torch.zeros_like(exchange.initial_BHPN)
-            # All ranks are here, also those whose own initial state counts for nothing.
+            # A collective call: ranks that ignore their initial state take part too.
             dz_BHPN, more_BH = exchange.backward(dinitial_BHPN)
             dend_BHPN = dz_BHPN.float() if dfinal_BHPN is None else dfinal_BHPN + dz_BHPN
             dadded_BcHPN, dchunk_decay_BHc, _ = _pass_back(*passed, dend_BHPN)
@@ -167,7 +167,7 @@ class _Scan(torch.autograd.Function):
         _bmm_chunk_bwd(C_BSGN, dscores, residual=dB_states, out=dB_BSGN)
         _bmm_chunk_bwd(B_BSGN, dscores.transpose(-1, -2), residual=dC_states, out=dC_BSGN)
 
-        # Each log decay is part of all sums after it in its chunk.
+        # Each log decay enters all later cumulative sums of its chunk.
         ddecay_before_BHcQ[..., -1] += dchunk_decay_BHc
         ddecay_BHcQ = _chunk_scan_bwd_ddAcs_stable(x_BSHP, dt_BHcQ, decay_BHcQ, dy_BSHP, scores_BcGQQ)
         ddecay_BHcQ += ddecay_next_BHcQ + ddecay_before_BHcQ.flip([-1]).cumsum(dim=-1).flip([-1])
@@ -183,7 +183,7 @@ def _pass_on(
     chunk_size: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return the states before every chunk in ``dtype`` and after the last in fp32."""
+    """Return the states before every chunk in ``dtype``, and the state after the last chunk in fp32."""
     from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_fwd
 
     before, final = _state_passing_fwd(
@@ -206,7 +206,7 @@ def _pass_back(
     has_initial: bool,
     dfinal_BHPN: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the gradients of what each chunk adds, of its log decay ``[B, H, c]``, and of the initial state."""
+    """Return the gradients of each chunk's added state, of its log decay ``[B, H, c]``, and of the initial state."""
     from mamba_ssm.ops.triton.ssd_state_passing import _state_passing_bwd
 
     dadded, dchunk_decay, dinitial = _state_passing_bwd(
@@ -223,5 +223,5 @@ def _pass_back(
 
 
 def _power_of_two(chunk_size: int) -> int:
-    """The kernels' chunks are powers of two of 16 at least; padding costs nothing in the result."""
+    """Round up to a power of two of at least 16, as the kernels need; padding does not change the result."""
     return max(16, 1 << (chunk_size - 1).bit_length())

@@ -1,4 +1,4 @@
-"""The scan of a single token: its recurrence, written out. On GPUs it is compiled into one pass over the state.
+"""The scan of a single token by the recurrence. On GPUs it is compiled into one kernel that reads the state once.
 
 Shape legend: B rows, S = 1 token, G groups of B/C, R heads of a group, H = G R heads, P channels of a head, N size of
 the state.

@@ -1,4 +1,4 @@
-"""The definition of the scan: one token after the other."""
+"""Reference scan: token by token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ssd_sequential(
     documents: Documents | None = None,
     initial_state_BHPN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute what :func:`fusiontree.ops.ssd.ssd_scan` promises, by its recurrence; slow, for tests."""
+    """Compute :func:`fusiontree.ops.ssd.ssd_scan` by its recurrence; slow, for tests."""
     rows, length, heads, width = x_BSHP.shape
     groups, size = B_BSGN.shape[2:]
     B_BSHN = B_BSGN.repeat_interleave(heads // groups, dim=2)

@@ -1,4 +1,4 @@
-"""The scan by this project's Triton kernels (GPU): three launches forward, six backward, nothing to tune.
+"""The scan by this project's Triton kernels (GPU): three launches forward, six backward, no autotuning.
 
 Shape legend: B rows, S tokens, T tokens padded to whole chunks, c chunks, Q tokens of a chunk, H heads, G groups,
 P channels of a head, N state size.
@@ -23,12 +23,12 @@ from fusiontree.ops.ssd.exchange import Exchange
 log = logging.getLogger(__name__)
 
 _WIDTHS, _STATES = (16, 32, 64, 128), (16, 32, 64, 128, 256)
-"""Channels of a head and sizes of a state that the kernels know: powers of two whose tiles fit a processor."""
+"""Supported channels per head and state sizes: powers of two with tiles that fit into a multiprocessor."""
 _HEADS_A_PROGRAM = 8
 _ENOUGH = 128
-"""Programs that keep a large GPU busy."""
+"""Number of programs that keep a large GPU busy."""
 _INPUTS = {"num_warps": 4, "num_stages": 1}
-"""The kernel that has no registers left to load ahead."""
+"""Launch options of the kernel that has no registers left to prefetch."""
 _KIB = 1024
 
 
@@ -45,9 +45,9 @@ def ssd_triton(
     initial_state_BHPN: Tensor | None = None,
     state_exchange: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`fusiontree.ops.ssd.ssd_scan`; float64 and sizes that do not fit go through the plain formula.
+    """Compute :func:`fusiontree.ops.ssd.ssd_scan`; float64 and unsupported sizes use the next backend.
 
-    The kernels choose their own chunks: the result does not depend on ``chunk_size``.
+    The kernels choose the chunk size; ``chunk_size`` is ignored and would not change the result.
     """
     sizes = _Sizes.of(x_BSHP, B_BSGN)
     if sizes is None:
@@ -69,31 +69,31 @@ def ssd_triton(
 
 @functools.cache
 def _without_kernels(width: int, size: int, device: torch.device) -> Callable:
-    """Return the next backend that computes sizes without a kernel; said once for each pair of them."""
+    """Return the next backend that supports these sizes; logs once per (``width``, ``size``)."""
     from fusiontree.ops.ssd import SSD
 
     others = (backend for name, backend in SSD.backends.items() if name != "triton")
     other = next(backend for backend in others if backend.unavailable(device) is None)
     log.warning(
-        "the scan has no kernel of ours for heads of %d channels and states of %d in this precision here: backend %s "
-        "computes it, slower; model.mamba.head_dim of %s and d_state of %s have one",
+        "kernels.ssd=triton has no kernel for mamba.head_dim %d and d_state %d in this precision on this device; using "
+        "backend %s, which is slower. Supported: model.mamba.head_dim of %s and d_state of %s",
         width, size, other.name, ", ".join(map(str, _WIDTHS)), ", ".join(map(str, _STATES)),
     )  # fmt: skip
     return other.load()
 
 
 def tiles(itemsize: int, width: int, size: int, room: int) -> tuple[int, int] | None:
-    """Return the tokens of a chunk and how many loads a kernel begins ahead, or None where no tile fits.
+    """Return the tokens per scan chunk and the number of prefetched loads, or None if no tile fits.
 
-    Chunks of 128 tokens need the registers of Hopper and newer. The kernel of the outputs takes the most fast memory: C
-    of a chunk, and x and the state of each head it loads ahead. Triton 3.6 takes that much for 16-bit inputs on sm_90,
-    less elsewhere, and at most 0.83 of it for 32-bit ones.
+    Chunks of 128 tokens need the registers of Hopper or newer. :func:`chunk_outputs` needs the most shared memory: C of
+    a chunk, and x and the state of each prefetched head. Triton 3.6 uses this amount for 16-bit inputs on sm_90, less
+    on other GPUs, and at most 0.83 of it for 32-bit inputs.
 
     Args:
-        itemsize: bytes of an input.
+        itemsize: bytes per input value.
         width: channels of a head.
-        size: size of a head's state.
-        room: bytes of fast (shared) memory of a processor.
+        size: state size of a head.
+        room: bytes of shared memory per multiprocessor.
     """
     large = itemsize == 2 and width <= 64 and size <= 128 and room >= 200 * _KIB
     share = 1.0 if itemsize == 2 else 0.85
@@ -123,28 +123,28 @@ class _Sizes(NamedTuple):
     size: int
     Q: int
     ahead: int
-    """Loads that a kernel begins before their turn."""
+    """Number of prefetched loads."""
 
     @property
     def chunks(self) -> int:
-        """Chunks of a row."""
+        """Number of chunks per row."""
         return -(-self.length // self.Q)
 
     @property
     def blocks(self) -> int:
-        """Programs that share the heads of a group."""
+        """Number of programs that share the heads of a group."""
         heads = self.heads // self.groups
         return next(n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= _HEADS_A_PROGRAM)
 
     @property
     def columns(self) -> int:
-        """Columns of the state that one program carries along a row; the fewer, the more often inputs are read."""
+        """Columns of the state per program of :func:`chunk_walk`; with fewer columns, inputs are read more often."""
         many = self.rows * self.heads * self.size // 64 >= _ENOUGH
         return min(self.size, 64 if many else 32)
 
     @property
     def tile(self) -> dict[str, int]:
-        """The kernels' constants."""
+        """Compile-time constants of the kernels."""
         return {"Q": self.Q, "P": self.width, "N": self.size}
 
     def launch(self, warps: int) -> dict[str, int]:
@@ -153,7 +153,7 @@ class _Sizes(NamedTuple):
 
     @classmethod
     def of(cls, x_BSHP: Tensor, B_BSGN: Tensor) -> _Sizes | None:
-        """Read them off the inputs; None where there is no kernel."""
+        """Derive the sizes from the inputs; None if there is no kernel for them."""
         rows, length, heads, width = x_BSHP.shape
         groups, size = B_BSGN.shape[2:]
         if x_BSHP.dtype == torch.float64 or width not in _WIDTHS or size not in _STATES:
@@ -192,7 +192,7 @@ class _Scan(torch.autograd.Function):
         exchange = None
         if state_exchange is not None:
             exchange = Exchange(state_exchange, final_BHPN, torch.zeros_like(total_BH) if whole_rows else total_BH)
-            if not whole_rows:  # a whole row begins with a document, which must not see what came before
+            if not whole_rows:  # a row of one document must not see a state from before its start
                 _add(sizes, states_BcHPN, exchange.initial_BHPN, kept_BHc)
                 final_BHPN = torch.addcmul(final_BHPN, total_BH[..., None, None], exchange.initial_BHPN.float())
         y_BSHP = torch.empty(x_BSHP.shape, dtype=x_BSHP.dtype, device=x_BSHP.device)
@@ -222,7 +222,7 @@ class _Scan(torch.autograd.Function):
         dstates_BcHPN, dinitial_BHPN, kept_BHc, _ = _walk(sizes, dy_BSHP, C_BSGN, decays, dfinal_BHPN, back)
         more_BH = None
         if exchange is not None:
-            # All ranks are here, also those whose own initial state counts for nothing.
+            # A collective call: ranks that ignore their initial state take part too.
             dreached_BHPN, more_BH = exchange.backward(dinitial_BHPN.zero_() if ctx.whole_rows else dinitial_BHPN)
             _add(sizes, dstates_BcHPN, dreached_BHPN, kept_BHc, back)
 
@@ -277,9 +277,10 @@ def _walk(
     begin_BHPN: Tensor | None,
     back: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return states ``[B, c, H, P, N]``, the last one (fp32), and what each and the last have of ``begin``.
+    """Run :func:`chunk_walk`.
 
-    ``back``, for the states' gradients: the states, and where parts of the gradient of what chunks keep go.
+    Returns the states ``[B, c, H, P, N]``, the final state (fp32), and the factors with which ``begin`` enters each
+    state and the final state. ``back`` is given for the backward walk: the states, and the output for ``dkeep``.
     """
     decay_BHT, step_BHT, segments_BS = decays
     shape = (sizes.rows, sizes.heads, sizes.width, sizes.size)
@@ -305,7 +306,7 @@ def _add(
     kept_BHc: Tensor,
     back: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Add to the states of a walk from zero what they would have had of ``begin``; ``back`` as in :func:`_walk`."""
+    """Add the contribution of ``begin`` to the states of a walk from zero; ``back`` as in :func:`_walk`."""
     before_BcHPN, dkeep_BHcnP = back or (states_BcHPN, kept_BHc)
     kernels.chunk_add_state[(sizes.chunks, sizes.heads, sizes.rows)](
         states_BcHPN, begin_BHPN.float().contiguous(), kept_BHc, before_BcHPN, dkeep_BHcnP, sizes.chunks, sizes.heads,
@@ -314,11 +315,11 @@ def _add(
 
 
 def _side_by_side(tensor: Tensor) -> Tensor:
-    """Heads (or groups) and channels of a token lie side by side; a slice of a wider projection stays where it is."""
+    """Return ``tensor`` with contiguous heads (or groups) and channels; a slice of a wider projection is not copied."""
     fits = tensor.stride(3) == 1 and (tensor.stride(2) == tensor.shape[3] or tensor.shape[2] == 1)
     return tensor if fits else tensor.contiguous()
 
 
 def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
-    """A pointer for an argument that a kernel does not read."""
+    """Return ``tensor``, or ``unused`` as a placeholder pointer that the kernel does not read."""
     return unused if tensor is None else tensor

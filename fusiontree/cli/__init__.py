@@ -1,0 +1,76 @@
+"""The console command ``fusiontree VERB …``. Each verb is a program of its own, imported when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fusiontree.utils.errors import nearest
+
+
+class Verb(NamedTuple):
+    """A program and what it is for."""
+
+    module: str
+    what: str
+    function: str = "main"
+
+
+VERBS = {
+    "train": Verb("fusiontree.train", "train a model; started again, the run goes on"),
+    "generate": Verb("fusiontree.generate", "continue prompts with a checkpoint"),
+    "evaluate": Verb("fusiontree.evaluate", "measure a checkpoint: perplexity, needle, recall"),
+    "benchmark": Verb("fusiontree.benchmark", "measure throughput, MFU and memory of a configuration"),
+    "plan": Verb("fusiontree.plan", "estimate memory and speed of a configuration in every layout"),
+    "preflight": Verb("fusiontree.preflight", "measure the links between the nodes of a job"),
+    "report": Verb("fusiontree.report", "goodput, interruptions and losses of a run"),
+    "plot": Verb("fusiontree.cli.plot_run", "draw loss and gates of a run"),
+    "quickstart": Verb("fusiontree.cli.quickstart", "the whole journey with a small model, in the current folder"),
+    "data build": Verb("fusiontree.cli.build_shards", "turn text into token shards"),
+    "data inspect": Verb("fusiontree.cli.show_dataset", "show what a dataset holds, and a document", "inspect_main"),
+    "data verify": Verb("fusiontree.cli.show_dataset", "check every byte of a dataset", "verify_main"),
+    "checkpoint convert": Verb("fusiontree.cli.convert_checkpoint", "convert between checkpoint formats"),
+    "checkpoint inspect": Verb("fusiontree.cli.inspect_checkpoint", "show, verify or compare checkpoints"),
+}
+_HELP = ("-h", "--help")
+
+
+def usage(verbs: Sequence[str] = tuple(VERBS)) -> str:
+    """Return the help: one line per verb."""
+    lines = [f"  {name:20}{VERBS[name].what}" for name in verbs]
+    return "\n".join(["usage: fusiontree VERB [options]", "", *lines, "", "fusiontree VERB --help shows its options."])
+
+
+def find_verb(words: Sequence[str]) -> tuple[str, list[str]] | None:
+    """Return the verb that ``words`` begin with, and the words behind it; None if there is none."""
+    for length in (1, 2):
+        name = " ".join(words[:length])
+        if len(words) >= length and name in VERBS:
+            return name, list(words[length:])
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; return its exit code: 2 where there is no such verb, or something given to it is wrong."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    first, second = [*words, "", ""][:2]
+    group = [name for name in VERBS if name.startswith(f"{first} ")]
+    if first in ("", *_HELP) or (group and second in ("", *_HELP)):
+        print(usage(group or tuple(VERBS)))
+        return 0
+    found = find_verb(words)
+    if found is None:
+        wrong = f"{first} {second}" if group else first
+        known = ", ".join(dict.fromkeys(group or [name.split()[0] for name in VERBS]))
+        print(f"error: there is no verb '{wrong}'{nearest(wrong, group or VERBS)}; known are: {known}", file=sys.stderr)
+        return 2
+    name, rest = found
+    verb = VERBS[name]
+    program = getattr(importlib.import_module(verb.module), verb.function)
+    before, sys.argv[0] = sys.argv[0], f"fusiontree {name}"  # usage lines show what was typed
+    try:
+        return program(rest)
+    finally:
+        sys.argv[0] = before

@@ -1,0 +1,100 @@
+"""Text to token shards.
+
+fusiontree data build --input FOLDER_OR_FILE … --output DIR --tokenizer byte|bpe:32000|tokenizer.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusiontree.cli.program import run_program
+from fusiontree.cli.show_dataset import print_summary
+from fusiontree.data.build import BuildOptions, build_dataset
+from fusiontree.data.corpus import CorpusOptions
+from fusiontree.utils.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description="Turn text files, folders, JSONL (.gz, .zst) and Megatron corpora (.bin beside .idx; --tokenizer "
+        "names the one that made them) into token shards that training and any WebDataset "
+        "reader can read. Repeating an interrupted command goes on where it was.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        action="extend",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="text, folders, JSONL, Megatron .bin",
+    )
+    add("--output", type=Path, metavar="DIR", help="new folder for the dataset")
+    add("--tokenizer", default="byte", metavar="T", help="byte, bpe:VOCAB_SIZE (trained here), or a tokenizer.json")
+    add("--eos", metavar="TOKEN", help="the tokenizer's end-of-document token, if it is not one of the usual names")
+    add("--include", action="append", default=[], metavar="PATTERN", help="file names to read in folders, e.g. *.py")
+    add("--exclude", action="append", default=[], metavar="PATTERN", help="file or folder names to leave out")
+    add("--text-key", default="text", metavar="KEY", help="field of a JSONL object with the text (default text)")
+    add(
+        "--validation-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="share of documents for DIR/validation, chosen by the hash of their text; the rest goes to DIR/train",
+    )
+    add(
+        "--shuffle",
+        action="store_true",
+        help="put the documents in an order decided by --seed; DIR holds their text once more meanwhile",
+    )
+    add("--remove-duplicates", action="store_true", help="keep only the first of documents with the same text")
+    add("--seed", type=int, default=0, help="decides the split and the shuffle (default 0)")
+    add("--shard-mb", type=float, default=64, metavar="MB", help="text in a shard (default 64)")
+    add("--processes", type=int, default=0, metavar="N", help="worker processes (default: one a core)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build a dataset; return the exit code: 0 done, 2 the user gave something wrong or the disk failed."""
+    return run_program(build_parser, build, argv)
+
+
+def build(args: argparse.Namespace) -> int:
+    """Build as asked and print what came out; return the exit code of :func:`main`.
+
+    Raises:
+        UserError: something the user gave is wrong.
+    """
+    if not args.input or not args.output:
+        raise UserError("give --input and --output; see --help")
+    if not 0 < args.shard_mb < 1e6:
+        raise UserError(f"--shard-mb {args.shard_mb} is no size of a shard; give megabytes of text, 64 say")
+    corpus = CorpusOptions(inputs=args.input, include=args.include, exclude=args.exclude, text_key=args.text_key)
+    options = BuildOptions(
+        corpus=corpus,
+        output=args.output,
+        tokenizer=args.tokenizer,
+        eos=args.eos,
+        validation_fraction=args.validation_fraction,
+        shard_bytes=int(args.shard_mb * 1e6),
+        shuffle=args.shuffle,
+        remove_duplicates=args.remove_duplicates,
+        seed=args.seed,
+        processes=args.processes,
+    )
+    try:
+        for split, info in build_dataset(options, report=lambda line: print(line, flush=True)).items():
+            print_summary(args.output / split, info)
+    except OSError as error:
+        # The disk is full, a file cannot be read: what is finished stays.
+        raise UserError(f"{error}; mend that and repeat the command to go on") from error
+    except KeyboardInterrupt:
+        print("stopped; repeat the command to go on", file=sys.stderr)
+        return 130
+    return 0

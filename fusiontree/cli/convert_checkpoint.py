@@ -1,0 +1,258 @@
+"""Between checkpoint formats; every conversion reads its result back and compares it before the target appears.
+
+fusiontree checkpoint convert RUN DST --to hf
+fusiontree checkpoint convert HF_FOLDER NEW_RUN --to dcp --config quickstart
+fusiontree checkpoint convert MAMBA2_FOLDER NEW_RUN --to dcp --map mamba2 --config FILE
+fusiontree checkpoint convert --list
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fusiontree.cli.program import run_program
+from fusiontree.config.packaged import find_file, hint_for, packaged_names
+from fusiontree.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fusiontree.convert.formats import Options
+    from fusiontree.convert.reader import CheckpointSource
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description="Convert a checkpoint. The target is written under a temporary name, read back, compared tensor by "
+        "tensor with the source, and only then renamed; memory stays near the largest tensor.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", nargs="?", type=Path, metavar="SRC", help="checkpoint to read")
+    add("target", nargs="?", type=Path, metavar="DST", help="new folder or file")
+    add("--to", metavar="FORMAT", help="format of DST; see --list")
+    add("--from", dest="source_format", metavar="FORMAT", help="format of SRC (default: seen from its files)")
+    add(
+        "--dtype", choices=["fp32", "bf16"], help="type of exported weights (default: as in SRC); A, D and dt stay fp32"
+    )
+    add(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="hf: size of a weight file, such as 500MB (default 5GB)"
+    )
+    add(
+        "--check-logits",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="hf: compare the exported model's logits with ours, which takes the model's memory (default: up to 4 GB)",
+    )
+    add("--tp", type=int, default=1, metavar="N", help="megatron, zero: tensor parallel size (default 1)")
+    add("--dp", type=int, default=1, metavar="N", help="zero: data parallel size, dp x cp (default 1)")
+    add("--stage", type=int, default=3, choices=[1, 2, 3], help="zero: its stage (default 3)")
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="configuration of the run that a dcp is made for, or that a megatron or zero folder is of",
+    )
+    add(
+        "--map",
+        type=Path,
+        metavar="FILE",
+        help=f"start a run from another model's weights: a file, or one of {', '.join(packaged_names('maps'))}",
+    )
+    add("--dry-run", action="store_true", help="open and check SRC, say what would be written, write nothing")
+    add("--list", action="store_true", help="list the formats and exit")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; return the exit code: 0 done and verified, 2 the user gave something wrong or SRC is damaged."""
+    return run_program(build_parser, command, argv)
+
+
+def command(args: argparse.Namespace) -> int:
+    """List or convert as asked; return the exit code of :func:`main`.
+
+    Raises:
+        UserError: something the user gave is wrong, or SRC is damaged.
+    """
+    try:
+        if args.list:
+            list_formats()
+        elif args.source is None or args.target is None or args.to is None:
+            raise UserError("give SRC DST --to FORMAT; --list shows the formats, --help everything")
+        else:
+            run(args)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def list_formats() -> None:
+    """Print the formats."""
+    from fusiontree.convert.formats import FORMATS
+
+    for form in FORMATS.values():
+        directions = "read and written" if form.write else "read"
+        print(f"{form.name:12} {form.what} ({directions})")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert as asked.
+
+    Raises:
+        UserError: something the user gave is wrong, or the result reads back different.
+        CheckpointDamage: a file of the source differs from its recorded hash.
+    """
+    from fusiontree.convert.formats import (
+        Options,
+        Stream,
+        check_target,
+        check_tp,
+        convert,
+        format_named,
+        target_dtype,
+        written_bytes,
+    )
+
+    form = format_named(args.to, "--to")
+    for name in ("tp", "dp"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    options = Options(
+        dtype=args.dtype,
+        max_shard_bytes=parse_size(args.max_shard_size),
+        tp=args.tp,
+        dp=args.dp,
+        stage=args.stage,
+        check_logits=args.check_logits,
+        **read_config(args),
+    )
+    dtype = target_dtype(form, options)
+    check_target(args.target, form)
+    what, source = mapped(args, options) if args.map else open_named(args, options)
+    parameters = [entry for name, entry in source.entries.items() if name.startswith("model.")]
+    check_tp(source, form, options)
+    stream = Stream(source, dtype, lambda done, total: None)
+    print(
+        f"{args.source} ({what}): {sum(math.prod(entry.shape) for entry in parameters):,} parameters in "
+        f"{len(parameters)} tensors, {size_text(sum(entry.nbytes for entry in parameters))}"
+        f"{', optimizer state' if source.has_optimizer else ''}; {args.target} ({form.name}) will take about "
+        f"{size_text(written_bytes(stream, form))}",
+        flush=True,
+    )
+    if form.name == "dcp" and options.config is None and not re.fullmatch(r"step-\d{8}", args.target.name):
+        options = with_run_config(source, args.target, options)
+    if form.name in ("dcp", "zero") and not source.has_optimizer:
+        print(f"{args.source} holds no optimizer state: training goes on from zero moments, at step 0")
+    if args.dry_run:
+        print("dry run: nothing was written")
+        return
+    began = time.monotonic()
+    verdict = convert(source, args.target, form, options, Progress().report, lambda text: print(text, flush=True))
+    print(f"verified: {len(verdict.hashes)} tensors read back from {args.target} equal those written (SHA-256)")
+    if verdict.logits:
+        print(verdict.logits)
+    print(f"{args.target} is complete; {time.monotonic() - began:.1f} s")
+    if form.name == "hf":
+        print(
+            f"use: AutoModelForCausalLM.from_pretrained('{args.target}', trust_remote_code=True), AutoTokenizer alike"
+        )
+
+
+def open_named(args: argparse.Namespace, options: Options) -> tuple[str, CheckpointSource]:
+    """Return the source as a checkpoint of one of the formats, and the format's name."""
+    from fusiontree.convert.formats import open_source
+
+    form, source = open_source(args.source, args.source_format, options)
+    if args.config and args.to != "dcp" and form.name not in ("megatron", "zero"):
+        raise UserError(f"--config has no meaning from {form.name} to {args.to}; leave it out")
+    return form.name, source
+
+
+def mapped(args: argparse.Namespace, options: Options) -> tuple[str, CheckpointSource]:
+    """Return the source as weights that a map puts under our names.
+
+    Raises:
+        UserError: the map does not fit, or no configuration says which model is to be filled.
+    """
+    from fusiontree.convert.warm_start import MappedWeights, read_map
+
+    if args.to != "dcp" or options.config is None or args.source_format:
+        raise UserError("--map starts a new run: give --to dcp and --config FILE with it, and no --from")
+    file = find_file(args.map, "maps")
+    if not file.exists():
+        raise UserError(f"map '{file}' does not exist{hint_for(file, 'maps')}")
+    source = MappedWeights(args.source, read_map(file), options.config, options.config["training"]["seed"])
+    initial = source.initial
+    shown = f": {', '.join(initial[:3])}{' …' if len(initial) > 3 else ''}" if initial else ""
+    print(f"{len(source.filled)} parameters are filled, {len(initial)} keep initial values{shown}")
+    return f"by {args.map}", source
+
+
+def read_config(args: argparse.Namespace) -> dict:
+    """Return the options that ``--config`` stands for."""
+    if args.config is None:
+        return {}
+    from fusiontree.config.load import config_values, dump_config, load_config
+
+    config = load_config(args.config, [f"run_dir={args.target}"])
+    return {"config": config_values(config), "config_yaml": dump_config(config)}
+
+
+def with_run_config(source: CheckpointSource, target: Path, options: Options) -> Options:
+    """Return the options with the configuration that a new run folder is trained on with, if the source knows it."""
+    from dataclasses import replace
+
+    from fusiontree.config.load import build_config, dump_config
+
+    if {"training", "data"} <= source.config.keys():
+        try:
+            config = build_config({**source.config, "run_dir": str(target)}, "the source's configuration")
+            return replace(options, config_yaml=dump_config(config))
+        except UserError as error:
+            print(f"{target} gets no config.yaml: {error}")
+            return options
+    print(f"the source does not say how it was trained: to train on from {target}, convert with --config FILE")
+    return options
+
+
+def parse_size(text: str) -> int:
+    """Return bytes from a number with KB, MB or GB.
+
+    Raises:
+        UserError: it is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if not match or float(match.group(1)) <= 0:
+        raise UserError(f"--max-shard-size '{text}' is no size; write for example 500MB or 5GB")
+    return max(1, int(float(match.group(1)) * 1000 ** " KMG".index(match.group(2).upper() or " ")))
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes for reading."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB")):
+        if size >= limit:
+            return f"{size / limit:.2f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
+class Progress:
+    """Says every few seconds how far the conversion is."""
+
+    def __init__(self, interval_s: float = 5.0) -> None:
+        self._interval_s = interval_s
+        self._said = time.monotonic()
+
+    def report(self, done: int, total: int) -> None:
+        """Take note of the bytes done."""
+        now = time.monotonic()
+        if now - self._said >= self._interval_s:
+            self._said = now
+            print(f"{size_text(done)} of {size_text(total)}", flush=True)

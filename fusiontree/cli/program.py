@@ -1,0 +1,37 @@
+"""What every program does alike: read the command line, run, and answer a user's mistake with one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from fusiontree.utils.errors import UserError, nearest
+
+
+def run_program(
+    build_parser: Callable[[], argparse.ArgumentParser],
+    command: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None = None,
+    errors: tuple[type[Exception], ...] = (UserError,),
+) -> int:
+    """Parse ``argv`` (default: the process's) and return the exit code of ``command``, or 2 if it raises ``errors``.
+
+    Options may stand before, between and behind the other words.
+
+    Raises:
+        SystemExit: ``--help`` was asked for (code 0), or an option is unknown or its value wrong (code 2).
+    """
+    parser = build_parser()
+    if sys.argv[0].startswith("fusiontree "):  # set by fusiontree.cli.main: the command that the user typed
+        parser.prog = sys.argv[0]
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        hint = nearest(unknown[0].split("=")[0], parser._option_string_actions)
+        parser.error(f"unknown argument '{unknown[0]}'{hint}; see --help")
+    try:
+        return command(args)
+    except errors as error:
+        # Every rank meets the same error; one message is enough, unless it is this rank's own.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2

@@ -1,0 +1,143 @@
+"""The whole journey on any machine: token shards, training, a stop, a resume, generated text, a picture.
+
+``fusiontree quickstart`` and, after installing, ``make quickstart`` run it in the current folder. Run it again and it
+continues where it was; delete runs/quickstart to start over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusiontree.cli.program import run_program
+from fusiontree.utils.environment import environment_with_defaults
+
+RUN = Path("runs/quickstart")
+CONFIG = "quickstart"  # packaged: found in every folder
+STOP = "training.exit_at_step=120"
+PROMPT = "def "
+
+
+def say(text: str) -> None:
+    """Print a heading that stands out from the programs' own output."""
+    print(f"\n== {text}", flush=True)
+
+
+def run(*command: str, capture: bool = False) -> str:
+    """Run a module with this python, shown first as a user would type it; leave with its exit code if it fails."""
+    typed = [f"'{part}'" if " " in part or not part else part for part in command]
+    shown = " ".join(["python", "-m", *typed]).replace("python -m torch.distributed.run", "torchrun")
+    print("$ " + shown.replace("python -m fusiontree.cli", "fusiontree"), flush=True)
+    threads = max(1, (os.cpu_count() or 2) // processes())
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        stdout=subprocess.PIPE if capture else None,
+        text=True,
+        env=None if count_gpus() else environment_with_defaults(OMP_NUM_THREADS=str(threads)),
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+def count_gpus() -> int:
+    """Number of GPUs torch can use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def processes() -> int:
+    """Ranks of the training: one per GPU, or two."""
+    return count_gpus() or 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    return argparse.ArgumentParser(
+        description="Token shards of Python's own sources, training, a stop, a resume, generated text and a picture: "
+        "minutes on two CPU cores. Writes runs/quickstart in the current folder; a second start continues there."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run every step; return the exit code."""
+    return run_program(build_parser, lambda args: journey(), argv)
+
+
+def journey() -> int:
+    """Run every step; return 0, or 1 where the model did not learn."""
+    began = time.monotonic()
+    gpus, ranks = count_gpus(), processes()
+    machine = f"{gpus} GPU(s)" if gpus else f"no GPU, {ranks} processes on {os.cpu_count()} CPU cores"
+
+    say(f"1/5  token shards from the Python standard library's sources ({machine})")
+    sources = sysconfig.get_paths()["stdlib"]
+    if not (RUN / "data" / "train" / "dataset.json").is_file():
+        shutil.rmtree(RUN / "data", ignore_errors=True)
+        run(
+            *("fusiontree.cli", "data", "build", "--input", sources, "--include", "*.py", "--exclude", "site-packages"),
+            *("--tokenizer", "byte", "--validation-fraction", "0.02", "--shuffle", "--shard-mb", "4"),
+            *("--output", str(RUN / "data")),
+        )
+    else:
+        print(f"{RUN / 'data'} is there already")
+    bigram = json.loads((RUN / "data/train/dataset.json").read_text())["statistics"]["bigram_entropy_nats"]
+
+    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    train = [*launch, "-m", "fusiontree.train", "--config", CONFIG]
+    say(f"2/5  training: {ranks} ranks under FSDP2; stops itself on the way ({STOP}), as a preemption would")
+    run(*train, STOP)
+    say("3/5  the same command again: it resumes from the checkpoint and goes on to the end")
+    run(*train)
+
+    say("4/5  text from the checkpoint")
+    generate = ("fusiontree.cli", "generate", "--checkpoint", str(RUN), "--prompt", PROMPT)
+    sample = run(
+        *generate, "--max-new-tokens", "400", "--temperature", "0.8", "--top-p", "0.95", "--seed", "1", capture=True
+    )
+    print(sample)
+    (RUN / "sample.txt").write_text(sample)
+
+    say("5/5  picture and summary")
+    run("fusiontree.cli", "plot", str(RUN), "--reference", "bigram entropy", f"{bigram:.4f}")
+    return summarize(bigram, time.monotonic() - began)
+
+
+def summarize(bigram: float, seconds: float) -> int:
+    """Print what came out and where it lies; fail if the model learnt less than pairs of bytes tell."""
+    records = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    validation = [r["validation_loss"] for r in records if "validation_loss" in r][-1]
+    last = [r for r in records if "loss" in r][-1]
+    print(f"""
+validation loss   {validation:.3f} nats a byte ({validation / 0.6931:.2f} bits); byte pairs alone give {bigram:.3f}
+trained on        {last["tokens"] / 1e6:.1f}M bytes at {last["tokens_per_s"]:,.0f} a second; {seconds:.0f} s in all
+
+{RUN}/config.yaml       the resolved configuration
+{RUN}/metrics.jsonl     loss, gradient norm, gates, speed of every logged step
+{RUN}/events.jsonl      starts, resumes, saves
+{RUN}/checkpoints/      what a resume or a conversion reads
+{RUN}/sample.txt        the text above
+{RUN}/loss.png          loss and gates
+{RUN}/data/             token shards, readable by any WebDataset reader
+
+Try next:
+  fusiontree generate --checkpoint {RUN} --prompt 'class '
+  fusiontree train --config {CONFIG} run_dir=runs/mine model.layer_pattern=MFMF training.max_steps=300
+  fusiontree train --help
+""")
+    if validation >= bigram:
+        print(
+            f"error: validation loss {validation:.3f} is not below {bigram:.3f}; the model did not learn",
+            file=sys.stderr,
+        )
+        return 1
+    return 0

@@ -1,0 +1,87 @@
+"""What a dataset holds, and whether it is whole: ``fusiontree data inspect DIR`` and ``fusiontree data verify DIR``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusiontree.cli.program import run_program
+from fusiontree.data.format import DatasetInfo, read_dataset
+from fusiontree.data.tokenizers import tokenizer_of
+from fusiontree.data.verify import document_of_dataset, verify_dataset
+from fusiontree.utils.errors import UserError
+
+
+def inspect_parser() -> argparse.ArgumentParser:
+    """Return the command line of ``data inspect``."""
+    parser = argparse.ArgumentParser(
+        description="Show what a dataset holds, and a document as text.", allow_abbrev=False
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the dataset")
+    parser.add_argument("--document", type=int, default=0, metavar="N", help="the document to show (default 0)")
+    return parser
+
+
+def verify_parser() -> argparse.ArgumentParser:
+    """Return the command line of ``data verify``."""
+    parser = argparse.ArgumentParser(description="Check every byte of a dataset; exit code 1 if any is damaged.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the dataset")
+    return parser
+
+
+def inspect_main(argv: Sequence[str] | None = None) -> int:
+    """Show a dataset; return the exit code: 0 done, 2 the user gave something wrong."""
+    return run_program(inspect_parser, lambda args: inspect(args.folder, args.document), argv)
+
+
+def verify_main(argv: Sequence[str] | None = None) -> int:
+    """Check a dataset; return the exit code: 0 whole, 1 damaged, 2 the user gave something wrong."""
+    return run_program(verify_parser, lambda args: verify(args.folder), argv)
+
+
+def print_summary(folder: Path, info: DatasetInfo) -> None:
+    """Print what a dataset holds."""
+    s = info.statistics
+    print(
+        f"\n{folder}: {info.documents:,} documents, {info.tokens:,} tokens in {len(info.shards)} shards ({info.dtype})"
+    )
+    print(f"  tokenizer {info.tokenizer.name}, vocabulary {info.tokenizer.vocab_size:,}, eos {info.tokenizer.eos_id}")
+    if s["text_bytes"]:
+        print(f"  {s['text_bytes'] / 1e6:,.1f} MB of text, {s['text_bytes'] / info.tokens:.2f} bytes a token")
+    if s.get("duplicates_removed"):
+        print(f"  {s['duplicates_removed']:,} duplicates were removed")
+    if "bigram_entropy_nats" in s:
+        print(f"  a byte given the byte before it: {s['bigram_entropy_nats']:.3f} nats")
+    print("  document lengths in tokens:")
+    histogram = s["length_histogram_log2"]
+    widest = max(histogram)
+    for power, count in enumerate(histogram):
+        if count:
+            bar = "#" * max(1, round(40 * count / widest))
+            print(f"    {1 << (power - 1):>10,} to {(1 << power) - 1:>10,}  {count:>10,}  {bar}")
+
+
+def verify(folder: Path) -> int:
+    """Check a dataset and name all damage."""
+    damaged = 0
+    for info, problems in verify_dataset(folder):
+        damaged += bool(problems)
+        print(f"{info.name}: {'ok' if not problems else f'{len(problems)} problems'}", flush=True)
+        for problem in problems:
+            print(f"  {problem}")
+    print("every shard is whole" if not damaged else f"{damaged} shards are damaged")
+    return 1 if damaged else 0
+
+
+def inspect(folder: Path, number: int) -> int:
+    """Show a dataset's summary and one document."""
+    info = read_dataset(folder)
+    print_summary(folder, info)
+    try:
+        shard, tokens = document_of_dataset(folder, info, number)
+    except IndexError as error:
+        raise UserError(f"--document {number}: the dataset has {info.documents:,} documents, from 0") from error
+    print(f"\ndocument {number} ({len(tokens):,} tokens, {shard}):\n")
+    print(tokenizer_of(info.tokenizer, folder).decode(tokens))
+    return 0

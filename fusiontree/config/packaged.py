@@ -1,0 +1,35 @@
+"""Configurations and maps that an installation brings along: one copy, in ``configs/`` of the clone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fusiontree.utils.errors import nearest
+
+
+def packaged_folder() -> Path:
+    """Return the folder with the YAML files: inside an installed package, beside the package in a clone."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "configs"  # setup.py copies it there
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def packaged_names(kind: str = "") -> list[str]:
+    """Return the names that stand for a packaged file; ``kind`` is ``maps``, or empty for configurations."""
+    folder = packaged_folder() / kind
+    names = (file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+    return sorted(name for name in names if kind or not name.startswith("maps/"))
+
+
+def find_file(given: Path, kind: str = "") -> Path:
+    """Return the packaged file if ``given`` is its name and no such file exists, else ``given`` unchanged."""
+    known = given.as_posix() in packaged_names(kind) and not given.is_file()
+    return packaged_folder() / kind / f"{given.as_posix()}.yaml" if known else given
+
+
+def hint_for(given: Path, kind: str = "") -> str:
+    """Return what to write instead of a file that does not exist: one with a similar name, or a packaged one."""
+    names = packaged_names(kind)
+    beside = [file.name for file in given.parent.glob("*.yaml")] if given.parent.is_dir() else []
+    near = nearest(given.name, beside) or nearest(given.as_posix(), names)
+    return f"{near}; packaged names are {', '.join(names)}" if names else near

@@ -1,0 +1,21 @@
+"""Launchers answer questions about a run in one process, without starting ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.end_to_end.runs import ROOT, environment
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun"])
+@pytest.mark.parametrize(("option", "shown"), [("--help", "usage: "), ("--print-config", "num_layers: 5")])
+def test_launchers_answer_without_ranks(launcher: str, option: str, shown: str) -> None:
+    command = [str(ROOT / "launchers" / f"{launcher}.sh"), "--config", "quickstart", "model.num_layers=5", option]
+    env = environment() | {"FUSIONTREE_PYTHON": sys.executable}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout
+    assert ("FUSIONTREE_PYTHON" in done.stdout) == (option == "--help")  # the launcher's own variables
