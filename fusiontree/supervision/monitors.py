@@ -26,7 +26,7 @@ class RunMonitors:
         self._stragglers = StragglerWatch(engine, config.straggler_factor)
 
     def at_start(self, run_dir: Path, values: dict[str, Any]) -> None:
-        """Examine every rank's node and write RUN/node_health.json.
+        """Examine every rank's node and write RUN/health.json.
 
         Raises:
             UserError: ranks run different code, packages or configurations; or one is slow and ``health_check`` is

@@ -73,7 +73,7 @@ def start(monkeypatch: pytest.MonkeyPatch, folder: Path, mode: str, reports: lis
 
 def test_a_start_writes_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert start(monkeypatch, tmp_path, "warn", nodes(4)) == []
-    assert len(json.loads((tmp_path / "node_health.json").read_text())) == 4
+    assert len(json.loads((tmp_path / "health.json").read_text())) == 4
     (event,) = start(monkeypatch, tmp_path, "warn", nodes(4, 3, matmul_tflops=1.0))
     assert event["event"] == "slow_node"
     assert "rank 3 (node1)" in event["reason"]
