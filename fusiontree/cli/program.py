@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from fusiontree.config.plugins import load_plugins
 from fusiontree.utils.errors import UserError, nearest
 
 
@@ -25,11 +26,20 @@ def run_program(
     parser = build_parser()
     if sys.argv[0].startswith("fusiontree "):  # set by fusiontree.cli.main: the command that the user typed
         parser.prog = sys.argv[0]
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module (dotted name, or path of a .py file) that adds mixers, optimizers, metrics or token sources; "
+        "may be given several times",
+    )
     args, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         hint = nearest(unknown[0].split("=")[0], parser._option_string_actions)
         parser.error(f"unknown argument '{unknown[0]}'{hint}; see --help")
     try:
+        load_plugins(args.plugin)
         return command(args)
     except errors as error:
         # Every rank meets the same error; one message is enough, unless it is this rank's own.

@@ -11,7 +11,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
+from fusiontree.config.moved import present_name, under_present_names
 from fusiontree.config.packaged import find_file, hint_for
+from fusiontree.config.plugins import load_plugins
 from fusiontree.config.root import Config
 from fusiontree.utils.errors import UserError, nearest
 from fusiontree.utils.settings import Section
@@ -67,6 +69,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise UserError(f"config file '{path}' is empty or no mapping; it needs sections such as model, training, data")
+    values = under_present_names(values, str(path))
     return build_config(apply_overrides(values, overrides), place=str(path))
 
 
@@ -77,7 +80,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         dotted, separator, text = override.partition("=")
         if not separator or not dotted:
             raise UserError(f"override '{override}' is not of the form section.key=value")
-        *parents, key = dotted.split(".")
+        *parents, key = present_name(dotted).split(".")
         place = values
         for depth, parent in enumerate(parents):
             child = place.setdefault(parent, {})
@@ -91,11 +94,15 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def build_config(values: dict[str, Any], place: str) -> Config:
-    """Validate a mapping; ``place`` names its origin in errors.
+    """Import the plugins that a mapping names and validate it; ``place`` names its origin in errors.
 
     Raises:
-        UserError: listing every problem, one a line.
+        UserError: a plugin cannot be imported, or a setting is wrong; lists every problem, one per line.
     """
+    values = under_present_names(values, place)
+    plugins = values.get("plugins")
+    if isinstance(plugins, list) and all(isinstance(name, str) for name in plugins):
+        load_plugins(plugins)
     try:
         return Config.model_validate(values)
     except ValidationError as error:

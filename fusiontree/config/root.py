@@ -19,6 +19,11 @@ class Config(Section):
     """A run: one YAML file with these sections, then ``section.key=value`` overrides."""
 
     run_dir: str = setting(..., "Folder of the run; starting again with the same folder resumes it.")
+    plugins: list[str] = setting(
+        list,
+        "Python modules (dotted names, or paths that end in .py) to import first; they register mixers, optimizers, "
+        "metrics or token sources.",
+    )
     model: ModelConfig = setting(..., "Shape of the model.")
     parallel: ParallelConfig = setting(ParallelConfig, "Layout over processes.")
     training: TrainingConfig = setting(..., "Batch, optimizer, schedule, precision.")

@@ -57,7 +57,7 @@ class Section(BaseModel):
             if new in present:
                 raise ValueError(f"'{old}' is the former name of '{new}', and both are given; remove '{old}'")
             present[new] = present.pop(old)
-            _warn_once(old, new)
+            warn_of_former_name(old, new)
         return present
 
     @classmethod
@@ -67,7 +67,8 @@ class Section(BaseModel):
 
 
 @functools.cache
-def _warn_once(old: str, new: str) -> None:
+def warn_of_former_name(old: str, new: str) -> None:
+    """Warn once per process that a setting has another name now."""
     log.warning("the setting '%s' is now named '%s'", old, new)
 
 

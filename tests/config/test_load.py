@@ -60,7 +60,7 @@ def test_a_bare_off_is_a_choice_and_no_boolean(file: Path, tmp_path: Path) -> No
 def test_a_former_name_is_understood_and_warns_once(
     file: Path, old: str, new: str, value: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings._warn_once.cache_clear()
+    settings.warn_of_former_name.cache_clear()
     configs = [load_config(file, [f"{old}={value}"]), load_config(file, [f"{old}={value}"])]
     assert configs == [load_config(file, [f"{new}={value}"])] * 2
     leaf, present = old.split(".")[1], new.split(".")[1]
