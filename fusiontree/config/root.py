@@ -11,7 +11,8 @@ from fusiontree.data.config import DataConfig
 from fusiontree.evaluation.config import EvaluationConfig
 from fusiontree.models.config import ModelConfig
 from fusiontree.parallel.config import ParallelConfig
-from fusiontree.training.config import LoggingConfig, TrainingConfig
+from fusiontree.tracking.config import LoggingConfig
+from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.settings import Section, setting
 
 
@@ -29,7 +30,7 @@ class Config(Section):
     training: TrainingConfig = setting(..., "Batch, optimizer, schedule, precision.")
     data: DataConfig = setting(..., "Token shards.")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, "When to save, what to keep.")
-    logging: LoggingConfig = setting(LoggingConfig, "Metrics and their mirror.")
+    logging: LoggingConfig = setting(LoggingConfig, "Metrics, console and experiment trackers.")
     evaluation: EvaluationConfig = setting(EvaluationConfig, "What fusiontree.evaluate measures of this run.")
 
     @model_validator(mode="after")

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fusiontree.tracking.config import WandbConfig
 from fusiontree.tracking.wandb_tracker import WandbTracker
-from fusiontree.training.config import WandbConfig
 from fusiontree.utils.files import atomic_write
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fusiontree.training.config import WandbConfig
+from fusiontree.tracking.config import WandbConfig
 from fusiontree.utils.environment import wandb_server
 from fusiontree.utils.errors import UserError
 

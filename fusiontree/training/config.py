@@ -1,4 +1,4 @@
-"""How the model is trained, and what is written down meanwhile."""
+"""Settings of training: batch, optimizer, schedule, precision, supervision."""
 
 from __future__ import annotations
 
@@ -119,21 +119,3 @@ class TrainingConfig(Section):
                     f"curriculum row length {length} does not divide seq_len {self.seq_len}; tokens a step would change"
                 )
         return self
-
-
-class WandbConfig(Section):
-    """WandbTracker of the metrics; local files stay the truth."""
-
-    mode: Literal["disabled", "offline", "online"] = setting("disabled", "Whether and how to log to wandb.")
-    project: str = setting("fusiontree", "Project to log into.")
-    entity: str | None = setting(None, "Team or user; absent means wandb's default.")
-    name: str | None = setting(None, "Name of the run; absent means the run folder's name.")
-
-
-class LoggingConfig(Section):
-    """What is written while training."""
-
-    log_interval: int = setting(
-        10, "Steps between lines of metrics.jsonl and the console; 0 never.", unit="steps", ge=0
-    )
-    wandb: WandbConfig = setting(WandbConfig, "WandbTracker to Weights & Biases.")

@@ -9,7 +9,8 @@ from typing import Any
 
 from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.models.config import ModelConfig
-from fusiontree.training.config import LoggingConfig, TrainingConfig
+from fusiontree.tracking.config import LoggingConfig
+from fusiontree.training.config import TrainingConfig
 from fusiontree.training.losses import LossWeights
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from fusiontree.tracking import wandb_tracker
+from fusiontree.tracking.config import WandbConfig
 from fusiontree.tracking.records import Records, read_records
 from fusiontree.tracking.wandb_tracker import WandbTracker, flatten, follow, unreachable
-from fusiontree.training.config import WandbConfig
 from fusiontree.utils.errors import UserError
 
 OFFLINE = WandbConfig(mode="offline")
