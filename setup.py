@@ -31,6 +31,7 @@ setup(
         "fsspec[http]>=2024.6,<2028",  # shards in object stores and behind HTTP
         "zstandard>=0.22,<1",  # JSONL.zst corpora
         "matplotlib>=3.8,<4",  # loss and gate plots
+        "tqdm>=4.66,<5",  # the progress bar of a run in a terminal
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],  # ZeRO-1, 2 and 3 engines; install with DS_BUILD_OPS=0
@@ -41,7 +42,8 @@ setup(
         "megatron": ["megatron-core>=0.12,<0.20"],  # import of .bin/.idx corpora by its own reader
         "s3": ["s3fs>=2024.6,<2028"],  # shards at s3://
         "gs": ["gcsfs>=2024.6,<2028"],  # shards at gs://
-        "wandb": ["wandb>=0.18,<1"],  # mirror of the metrics
+        "wandb": ["wandb>=0.18,<1"],  # experiment tracker
+        "tensorboard": ["tensorboard>=2.14,<3"],  # experiment tracker
         "hf": ["transformers>=4.57,<6"],  # peers and exports, shards at hf://
         "dev": [
             "pytest>=8,<10",
@@ -57,7 +59,8 @@ setup(
             "megatron-core>=0.12,<0.20",  # writes the corpora that its import is tested with
             "webdataset>=1.0.2,<2",  # our shards must be readable by it
             "transformers>=4.57,<6",  # its Mamba-2 mixer is an independent reference
-            "wandb>=0.18,<1",  # the mirror is tested with the real client
+            "wandb>=0.18,<1",  # experiment trackers are tested with the real clients
+            "tensorboard>=2.14,<3",
         ],
     },
 )

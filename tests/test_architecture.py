@@ -40,6 +40,8 @@ RESERVED: dict[str, set[str]] = {
     "fla": {"ops"},
     "triton": {"ops"},
     "wandb": {"tracking"},
+    "tensorboard": {"tracking"},
+    "tqdm": {"tracking"},
 }
 # Files that are copied into exported folders, where they stand beside each other without us.
 EXPORTED = ROOT / "convert" / "hf_model"

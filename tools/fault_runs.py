@@ -259,7 +259,7 @@ class FaultyRun:
         environment: dict[str, str] = {}
         faults = [fault] if fault else []
         if fault and fault.kind == "wandb":
-            sections["logging"] = {"log_interval": 1, "wandb": {"mode": "online"}}
+            sections["logging"] = {"log_interval": 1, "trackers": ["wandb"]}
             environment = {"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": "0" * 40}
         config = write_config(self.folder, self.data, self.engine, self.run, **sections)
         return start(self.folder, config, world, faults, environment)

@@ -75,7 +75,7 @@ class Goodput:
 FAULTS = (
     *("step_skipped", "rewind", "checkpoint_damaged", "partial_checkpoint_removed", "save_failed", "failed"),
     *("hang", "crash", "slow_rank", "slow_node", "unfit_node", "replica_mismatch"),
-    *("wandb_failed", "wandb_offline", "clock_jump"),
+    *("wandb_failed", "wandb_offline", "tensorboard_failed", "clock_jump"),
 )
 """Events that the report counts and shows."""
 

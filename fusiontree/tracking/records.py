@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, events.jsonl and their tracker in wandb."""
+"""The record files of a run: metrics.jsonl and events.jsonl; experiment trackers follow the former."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fusiontree.tracking.config import WandbConfig
-from fusiontree.tracking.wandb_tracker import WandbTracker
+from fusiontree.tracking.config import LoggingConfig
+from fusiontree.tracking.tracker_process import TrackerProcess
 from fusiontree.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -45,21 +45,28 @@ class Records:
         self.enabled = enabled
         self._unwritten: dict[Path, list[str]] = {}
         self._whole: set[Path] = set()  # files known to end with a whole line
-        self._tracker: WandbTracker | None = None
+        self._trackers: list[TrackerProcess] = []
         self._session = secrets.token_hex(4)
         self._began = time.monotonic()
         self._clock_offset = time.time() - self._began
 
-    def open_tracker(self, config: WandbConfig, run_dir: Path, values: dict[str, Any], after_step: int) -> None:
-        """Start the wandb tracker of the steps after ``after_step``.
+    def open_trackers(self, config: LoggingConfig, run_dir: Path, values: dict[str, Any], after_step: int) -> None:
+        """Start the configured experiment trackers for the steps after ``after_step``.
+
+        Args:
+            config: the ``logging`` section.
+            run_dir: the run folder.
+            values: the whole configuration as plain values.
+            after_step: step of the checkpoint that training starts from.
 
         Raises:
-            UserError: it is configured and wandb is not installed.
+            UserError: the package of a tracker is not installed.
         """
-        if self.enabled:
-            self._tracker = WandbTracker.start(config, run_dir, values, after_step)
-            if self._tracker and self._tracker.note:
-                self.event("wandb_offline", reason=self._tracker.note)
+        for name in config.trackers if self.enabled else ():
+            tracker = TrackerProcess(name, config, run_dir, values, after_step)
+            self._trackers.append(tracker)
+            if tracker.note:
+                self.event(f"{name}_offline", reason=tracker.note)
 
     def truncate_metrics(self, step: int) -> None:
         """Move lines after ``step`` to metrics.discarded.jsonl: those steps are about to be done again."""
@@ -78,8 +85,9 @@ class Records:
         if not self.enabled:
             return
         self._append(self.metrics_path, values)
-        if self._tracker is not None and (problem := self._tracker.failure()):
-            self.event("wandb_failed", reason=problem)
+        for tracker in self._trackers:
+            if problem := tracker.failure():
+                self.event(f"{tracker.name}_failed", reason=problem)
 
     def event(self, event: str, **details: Any) -> None:
         """Append something that happened: a start, a resume, a save, a skipped step, a fault.
@@ -102,9 +110,10 @@ class Records:
         self._append(self.events_path, entry | details)
 
     def close(self, patience_s: float = 60.0) -> None:
-        """Write what is left and end the tracker, waiting at most ``patience_s`` for it to send its rest."""
-        if self._tracker is not None and (problem := self._tracker.close(patience_s)):
-            self.event("wandb_failed", reason=problem)
+        """Write lines that are left and end the trackers, each of which has ``patience_s`` to send its rest."""
+        for tracker in self._trackers:
+            if problem := tracker.close(patience_s):
+                self.event(f"{tracker.name}_failed", reason=problem)
         self.flush()
 
     def flush(self) -> None:

@@ -131,7 +131,7 @@ class Trainer:
             return Outcome.FINISHED
         run_dir, values = self.settings.run_dir, self.settings.values
         with watch.section("health check", config.slow_timeout_s):
-            self.records.open_tracker(self.settings.logging.wandb, run_dir, values, self.position.step)
+            self.records.open_trackers(self.settings.logging, run_dir, values, self.position.step)
             self.checks.at_start(run_dir, values)
             watch.silent_hosts = Peers(self.engine.gather_text(host_address())).silent
         self.progress.mark(self.position.step)

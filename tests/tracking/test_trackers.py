@@ -12,13 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from fusiontree.tracking import wandb_tracker
-from fusiontree.tracking.config import WandbConfig
+from fusiontree.config.plugins import load_plugins
+from fusiontree.tracking import tracker, wandb_tracker
+from fusiontree.tracking.config import LoggingConfig
 from fusiontree.tracking.records import Records, read_records
-from fusiontree.tracking.wandb_tracker import WandbTracker, flatten, follow, unreachable
+from fusiontree.tracking.tensorboard_tracker import TensorboardTracker
+from fusiontree.tracking.tracker_process import flatten, follow
+from fusiontree.tracking.wandb_tracker import WandbTracker, unreachable
 from fusiontree.utils.errors import UserError
 
-OFFLINE = WandbConfig(mode="offline")
+
+def wandb_config(mode: str) -> LoggingConfig:
+    return LoggingConfig.model_validate({"trackers": ["wandb"], "wandb": {"mode": mode}})
+
+
+OFFLINE = wandb_config("offline")
 
 
 @pytest.fixture
@@ -71,7 +79,7 @@ def records(tmp_path: Path) -> Records:
 
 def test_all_steps_arrive_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, records: Records) -> None:
     fake_wandb(monkeypatch, tmp_path, "pass")
-    records.open_tracker(OFFLINE, tmp_path / "run", {}, after_step=2)
+    records.open_trackers(OFFLINE, tmp_path / "run", {}, after_step=2)
     for step in range(1, 7):
         records.metrics({"step": step, "loss": 1.0})
     records.close()
@@ -79,11 +87,11 @@ def test_all_steps_arrive_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert events(tmp_path) == []
 
 
-def test_a_mirror_that_hangs_is_ended_in_time(
+def test_a_tracker_that_hangs_is_ended_in_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, records: Records
 ) -> None:
     fake_wandb(monkeypatch, tmp_path, "time.sleep(1000)")
-    records.open_tracker(OFFLINE, tmp_path / "run", {}, after_step=0)
+    records.open_trackers(OFFLINE, tmp_path / "run", {}, after_step=0)
     began = time.monotonic()
     for step in range(1, 200):
         records.metrics({"step": step, "loss": 1.0})
@@ -94,9 +102,9 @@ def test_a_mirror_that_hangs_is_ended_in_time(
     assert len(read_records(tmp_path / "run" / "metrics.jsonl")) == 199
 
 
-def test_a_mirror_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, records: Records) -> None:
+def test_a_tracker_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, records: Records) -> None:
     fake_wandb(monkeypatch, tmp_path, "raise OSError('no licence')")
-    records.open_tracker(OFFLINE, tmp_path / "run", {}, after_step=0)
+    records.open_trackers(OFFLINE, tmp_path / "run", {}, after_step=0)
     deadline = time.monotonic() + 60
     step = 0
     while not events(tmp_path) and time.monotonic() < deadline:
@@ -106,7 +114,7 @@ def test_a_mirror_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_p
     records.metrics({"step": step + 1, "loss": 1.0})
     records.close()
     assert events(tmp_path) == ["wandb_failed"]
-    assert "no licence" in (tmp_path / "run" / "wandb-mirror.log").read_text()
+    assert "no licence" in (tmp_path / "run" / "tracker-wandb.log").read_text()
 
 
 @pytest.mark.parametrize("kind", ["closed", "silent"])
@@ -114,11 +122,11 @@ def test_an_unreachable_server_means_offline_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, records: Records, closed_port: int, silent_port: int, kind: str
 ) -> None:
     fake_wandb(monkeypatch, tmp_path, "assert options['mode'] == 'offline'")
-    monkeypatch.setattr(wandb_tracker, "_REACH_S", 1.0)
+    monkeypatch.setattr(wandb_tracker, "REACH_S", 1.0)
     port = closed_port if kind == "closed" else silent_port
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     began = time.monotonic()
-    records.open_tracker(WandbConfig(mode="online"), tmp_path / "run", {}, after_step=0)
+    records.open_trackers(wandb_config("online"), tmp_path / "run", {}, after_step=0)
     assert time.monotonic() - began < 8
     records.metrics({"step": 1, "loss": 1.0})
     records.close()
@@ -159,11 +167,12 @@ def test_a_file_that_is_rewritten_is_followed_without_repeats(tmp_path: Path) ->
     assert new() == [4]
 
 
-def test_without_wandb_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(wandb_tracker.importlib.util, "find_spec", lambda name: None)
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tracker.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'fusiontree\[wandb\]'"):
-        WandbTracker.start(OFFLINE, tmp_path, {}, 0)
-    assert WandbTracker.start(WandbConfig(mode="disabled"), tmp_path, {}, 0) is None
+        WandbTracker.prepare(OFFLINE, tmp_path, {})
+    with pytest.raises(UserError, match=r"pip install 'fusiontree\[tensorboard\]'"):
+        TensorboardTracker.prepare(LoggingConfig(trackers=["tensorboard"]), tmp_path, {})
 
 
 def test_names_are_joined() -> None:
@@ -179,10 +188,102 @@ def test_the_real_wandb_offline(tmp_path: Path, records: Records, monkeypatch: p
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    records.open_tracker(WandbConfig(mode="online"), tmp_path / "run", {"model": {"hidden_size": 32}}, after_step=0)
+    records.open_trackers(wandb_config("online"), tmp_path / "run", {"model": {"hidden_size": 32}}, after_step=0)
     for step in (1, 2, 3):
         records.metrics({"step": step, "train_speed": 4.0 / step})
     records.close(patience_s=120)
-    assert events(tmp_path) == ["wandb_offline"], (tmp_path / "run" / "wandb-mirror.log").read_text()
+    assert events(tmp_path) == ["wandb_offline"], (tmp_path / "run" / "tracker-wandb.log").read_text()
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     assert b"train_speed" in file.read_bytes()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard's own reader shows of an event folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    reader.Reload()
+    return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+
+
+def test_the_real_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+    run.mkdir()
+    config = LoggingConfig(trackers=["tensorboard"])
+    records = Records(run, enabled=True)
+    records.open_trackers(config, run, {"model": {"hidden_size": 32}}, after_step=0)
+    for step in range(1, 6):
+        records.metrics({"step": step, "loss": 1.0, "gates": {"mean": [0.5]}, "tokens_hash": "ab", "mfu": None})
+    records.close(patience_s=120)
+    assert [step for step, _ in scalars(run / "tensorboard")["loss"]] == [1, 2, 3, 4, 5]
+
+    resumed = Records(run, enabled=True)
+    resumed.truncate_metrics(3)
+    resumed.open_trackers(config, run, {}, after_step=3)
+    for step in (4, 5, 6):
+        resumed.metrics({"step": step, "loss": 2.0, "gates": {"mean": [0.25]}})
+        resumed.metrics({"step": step, "validation_loss": 3.0})
+    resumed.close(patience_s=120)
+    assert events(tmp_path) == [], (run / "tracker-tensorboard.log").read_text()
+    found = scalars(run / "tensorboard")
+    assert found["loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+    assert found["gates/mean/0"][-1] == (6, 0.25)
+    assert [step for step, _ in found["validation_loss"]] == [4, 5, 6]
+    assert "tokens_hash" not in found
+
+
+def test_a_plugin_adds_a_tracker(tmp_path: Path, records: Records) -> None:
+    """Its module is a file outside the path, which the tracker's process imports as well."""
+    plugin = tmp_path / "lines.py"
+    plugin.write_text(
+        "from fusiontree.tracking.tracker import TRACKERS, TrackerStart\n"
+        "class Lines:\n"
+        "    def __init__(self, options, after_step):\n"
+        "        self.file = open(options['file'], 'w')\n"
+        "    @classmethod\n"
+        "    def prepare(cls, config, run_dir, values):\n"
+        "        return TrackerStart({'file': str(run_dir / config.options['lines']['name'])})\n"
+        "    def log(self, values, step):\n"
+        "        self.file.write(f\"{step} {values['gates/mean/0']}\\n\")\n"
+        "    def close(self):\n"
+        "        self.file.close()\n"
+        "TRACKERS.register('lines', Lines)\n"
+    )
+    load_plugins([str(plugin)])
+    config = LoggingConfig(trackers=["lines"], options={"lines": {"name": "out.txt"}})
+    records.open_trackers(config, tmp_path / "run", {}, after_step=0)
+    records.metrics({"step": 1, "gates": {"mean": [0.5]}})
+    records.close()
+    assert events(tmp_path) == []
+    assert (tmp_path / "run" / "out.txt").read_text() == "1 0.5\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "trackers", "mode"),
+    [
+        ({}, [], "online"),
+        ({"wandb": {"mode": "offline"}}, ["wandb"], "offline"),
+        ({"wandb": {"mode": "disabled", "project": "p"}}, [], "online"),
+        ({"trackers": ["wandb", "tensorboard"], "wandb": {"mode": "disabled"}}, ["tensorboard"], "online"),
+        ({"trackers": ["tensorboard"], "wandb": {"mode": "offline"}}, ["tensorboard"], "offline"),
+        ({"trackers": ["wandb"]}, ["wandb"], "online"),
+    ],
+)
+def test_the_former_mode_selects_wandb(given: dict, trackers: list[str], mode: str) -> None:
+    config = LoggingConfig.model_validate(given)
+    assert (config.trackers, config.wandb.mode) == (trackers, mode)
+    assert LoggingConfig.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"trackers": ["tensorbord"]}, "did you mean 'tensorboard'"),
+        ({"trackers": ["wandb", "wandb"]}, "lists wandb twice"),
+        ({"options": {"aim": {}}}, "aim is not in logging.trackers"),
+    ],
+)
+def test_wrong_trackers_are_refused(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoggingConfig.model_validate(given)
