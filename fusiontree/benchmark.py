@@ -154,6 +154,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             run_dir=Path(config.run_dir),
             model=model,
             training=training,
+            supervision=config.supervision,
             checkpoint=config.checkpoint,
             logging=config.logging,
             values={},

@@ -126,18 +126,18 @@ def train(config: Config) -> int:
 
     model, training = config.model, config.training
     run_dir = Path(config.run_dir)
-    wait_or_refuse(run_dir, training)
+    wait_or_refuse(run_dir, config.supervision)
     keep_flight_record()
     parallel = config.parallel
     with Layout(training.device, tp=parallel.tp, cp=parallel.cp, shard_size=parallel.shard_size) as layout:
         train_data = TrainingData.for_training(config.data, training, model.vocab_size, layout.dp_rank, layout.dp_size)
         validation_data = None
-        if config.data.validation and training.eval_interval:
+        if config.data.validation and training.validation.interval:
             validation_data = ValidationData(
                 config.data,
                 seq_len=training.seq_len,
                 micro_batch_size=training.micro_batch_size,
-                max_rows=training.eval_rows,
+                max_rows=training.validation.rows,
                 vocab_size=model.vocab_size,
                 dp_rank=layout.dp_rank,
                 dp_size=layout.dp_size,
@@ -162,6 +162,7 @@ def train(config: Config) -> int:
             run_dir=run_dir,
             model=model,
             training=training,
+            supervision=config.supervision,
             checkpoint=config.checkpoint,
             logging=config.logging,
             values=config_values(config),

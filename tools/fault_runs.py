@@ -55,8 +55,9 @@ CONFIG: dict[str, Any] = {
         "device": "cpu",
         "learning_rate": 3e-4,
         "warmup_steps": 4,
-        "eval_interval": 12,
-        "eval_rows": 4,
+        "validation": {"interval": 12, "rows": 4},
+    },
+    "supervision": {
         "hang_timeout_s": 12.0,  # a crowded machine makes a step of milliseconds last seconds
         "slow_timeout_s": 45.0,
         "straggler_interval": 4,

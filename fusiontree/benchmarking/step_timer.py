@@ -45,7 +45,7 @@ class StepTimer:
             one_document: take every row as one document.
         """
         watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size)  # not started: no step has a time limit
-        self._step = TrainStep(settings, engine, data, watchdog, SpikeFilter(settings.training))
+        self._step = TrainStep(settings, engine, data, watchdog, SpikeFilter(settings.training.spikes))
         self._device = engine.device
         self._batches = self._read(data, one_document)
         self._number, self._tokens = 0, 0

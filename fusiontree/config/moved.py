@@ -8,7 +8,22 @@ from typing import Any
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.settings import warn_of_former_name
 
-MOVED: dict[str, str] = {}
+MOVED: dict[str, str] = {
+    "training.eval_interval": "training.validation.interval",
+    "training.eval_rows": "training.validation.rows",
+    "training.spike_policy": "training.spikes.policy",
+    "training.spike_window": "training.spikes.window",
+    "training.spike_threshold": "training.spikes.threshold",
+    "training.max_spikes": "training.spikes.max_in_a_row",
+    "training.replica_check_interval": "supervision.replica_check_interval",
+    "training.straggler_interval": "supervision.straggler_interval",
+    "training.straggler_factor": "supervision.straggler_factor",
+    "training.health_check": "supervision.health_check",
+    "training.max_failed_starts": "supervision.max_failed_starts",
+    "training.restart_backoff_s": "supervision.restart_backoff_s",
+    "training.hang_timeout_s": "supervision.hang_timeout_s",
+    "training.slow_timeout_s": "supervision.slow_timeout_s",
+}
 """Former name -> name, both with their sections: ``training.adam_beta1`` -> ``training.optimizer.beta1``."""
 
 

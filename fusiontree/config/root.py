@@ -11,6 +11,7 @@ from fusiontree.data.config import DataConfig
 from fusiontree.evaluation.config import EvaluationConfig
 from fusiontree.models.config import ModelConfig
 from fusiontree.parallel.config import ParallelConfig
+from fusiontree.supervision.config import SupervisionConfig
 from fusiontree.tracking.config import LoggingConfig
 from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.settings import Section, setting
@@ -28,6 +29,7 @@ class Config(Section):
     model: ModelConfig = setting(..., "Shape of the model.")
     parallel: ParallelConfig = setting(ParallelConfig, "Layout over processes.")
     training: TrainingConfig = setting(..., "Batch, optimizer, schedule, precision.")
+    supervision: SupervisionConfig = setting(SupervisionConfig, "Health checks, time limits, restarts.")
     data: DataConfig = setting(..., "Token shards.")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, "When to save, what to keep.")
     logging: LoggingConfig = setting(LoggingConfig, "Metrics, console and experiment trackers.")
@@ -40,6 +42,8 @@ class Config(Section):
                 f"training.seq_len {self.training.seq_len} is longer than model.max_position_embeddings "
                 f"{self.model.max_position_embeddings}; raise the latter or shorten the rows"
             )
-        if self.training.eval_interval and not self.data.validation:
-            raise ValueError("training.eval_interval is set and data.validation is not; name a split or set it to 0")
+        if self.training.validation.interval and not self.data.validation:
+            raise ValueError(
+                "training.validation.interval is set and data.validation is not; name a split or set the interval to 0"
+            )
         return self

@@ -8,10 +8,10 @@ from typing import Any
 
 from fusiontree.engines.base import Engine
 from fusiontree.supervision import node_health
+from fusiontree.supervision.config import SupervisionConfig
 from fusiontree.supervision.replica_check import find_differences
 from fusiontree.supervision.stragglers import StragglerWatch
 from fusiontree.tracking.records import Records
-from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class RunMonitors:
     """Calls the checks when they are due and writes what they find into events.jsonl; on all ranks together."""
 
-    def __init__(self, engine: Engine, config: TrainingConfig, records: Records) -> None:
+    def __init__(self, engine: Engine, config: SupervisionConfig, records: Records) -> None:
         """Prepare; nothing is measured yet."""
         self.engine, self.config, self.records = engine, config, records
         self._stragglers = StragglerWatch(engine, config.straggler_factor)
@@ -46,7 +46,7 @@ class RunMonitors:
             self._tell("slow_node", reason=reason)
         if slow and self.config.health_check == "stop":
             raise UserError(
-                "; ".join(slow) + "; take the node out, or set training.health_check=warn to train on it nevertheless"
+                "; ".join(slow) + "; take the node out, or set supervision.health_check=warn to train on it"
             )
 
     def after_step(self, step: int, own_s: float, step_s: float) -> None:

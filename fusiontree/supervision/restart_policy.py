@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fusiontree.supervision.config import SupervisionConfig
 from fusiontree.tracking.crash_report import explain, read_reports
 from fusiontree.tracking.records import read_records
-from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def failures_in_a_row(events: list[dict[str, Any]]) -> int:
     return failed
 
 
-def wait_or_refuse(run_dir: Path, config: TrainingConfig, sleep: Callable[[float], None] = time.sleep) -> None:
+def wait_or_refuse(run_dir: Path, config: SupervisionConfig, sleep: Callable[[float], None] = time.sleep) -> None:
     """Before a start: wait when the last ones failed without progress, refuse when too many did.
 
     Every rank reads the same events and comes to the same answer.
@@ -53,8 +53,8 @@ def wait_or_refuse(run_dir: Path, config: TrainingConfig, sleep: Callable[[float
     if limit and failed >= limit:
         raise UserError(
             f"the last {failed} starts of {run_dir} died before they saved a new checkpoint, as many as "
-            f"training.max_failed_starts allows; the last one: {explain(read_reports(run_dir))}. Mend the cause; "
-            f"training.max_failed_starts=0 tries again"
+            f"supervision.max_failed_starts allows; the last one: {explain(read_reports(run_dir))}. Mend the cause; "
+            f"supervision.max_failed_starts=0 tries again"
         )
     if failed >= 2:  # one death may happen to anybody
         seconds = min(config.restart_backoff_s * 2 ** (failed - 2), _LONGEST_WAIT_S)

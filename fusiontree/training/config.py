@@ -1,4 +1,4 @@
-"""Settings of training: batch, optimizer, schedule, precision, supervision."""
+"""Settings of training: batch, optimizer, schedule, precision, validation and loss spikes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,32 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from fusiontree.utils.settings import Section, setting
+
+
+class ValidationConfig(Section):
+    """Loss on ``data.validation`` during training."""
+
+    interval: int = setting(0, "Steps between validations; 0 never validates.", unit="steps", ge=0)
+    rows: int = setting(64, "Sequences of seq_len per validation; 0 reads the whole split.", ge=0)
+
+
+class SpikeConfig(Section):
+    """Detection of loss spikes and the reaction to them."""
+
+    policy: Literal["off", "skip", "rewind"] = setting(
+        "off",
+        "On a loss spike: skip leaves the step's gradient out; rewind returns to the newest checkpoint and continues "
+        "with the data behind the spike.",
+    )
+    window: int = setting(
+        128, "Losses that a new loss is compared with; detection starts with a quarter of them.", unit="steps", ge=8
+    )
+    threshold: float = setting(
+        8.0, "Robust standard deviations above the window's median from which a loss is a spike.", gt=0
+    )
+    max_in_a_row: int = setting(
+        5, "Spikes in a row that may be skipped, or rewinds to the same checkpoint, before the run stops.", ge=0
+    )
 
 
 class TrainingConfig(Section):
@@ -44,8 +70,7 @@ class TrainingConfig(Section):
     adam_beta2: float = setting(0.95, "AdamW's decay of the mean square.", ge=0, lt=1)
     adam_eps: float = setting(1e-8, "AdamW's denominator term.", gt=0)
     seed: int = setting(0, "Decides initial weights, data order and branch dropout.", ge=0)
-    eval_interval: int = setting(0, "Steps between validations; 0 never validates.", unit="steps", ge=0)
-    eval_rows: int = setting(64, "Rows of seq_len a validation reads; 0 reads the whole split.", ge=0)
+    validation: ValidationConfig = setting(ValidationConfig, "Loss on held-out data.")
     activation_checkpointing: Literal["none", "selective", "full", "offload"] = setting(
         "none",
         "full keeps a block's input and its global attention and recomputes the block in the backward pass; selective "
@@ -63,46 +88,7 @@ class TrainingConfig(Section):
     max_skipped_steps: int = setting(
         20, "Steps in a row with a non-finite gradient that may be skipped before the run stops.", ge=0
     )
-    spike_policy: Literal["off", "skip", "rewind"] = setting(
-        "off",
-        "On a loss spike: skip leaves the step's gradient out; rewind goes back to the newest checkpoint and goes on "
-        "with the data behind the spike.",
-    )
-    spike_window: int = setting(
-        128, "Losses that a new one is compared with; a quarter of them must be there.", unit="steps", ge=8
-    )
-    spike_threshold: float = setting(
-        8.0, "A spike is this many robust standard deviations (of the window's median) above the median.", gt=0
-    )
-    max_spikes: int = setting(
-        5, "Spikes in a row that may be skipped, or rewinds to the same checkpoint, before the run stops.", ge=0
-    )
-    replica_check_interval: int = setting(
-        1000, "Steps between comparisons of parameters that several ranks hold; 0 never.", unit="steps", ge=0
-    )
-    straggler_interval: int = setting(
-        100, "Steps between comparisons of the ranks' speed; a slow one is named in events.jsonl; 0 never.", ge=0
-    )
-    straggler_factor: float = setting(
-        1.5, "A rank is slow when it takes this many times what the middle rank takes.", gt=1
-    )
-    health_check: Literal["off", "warn", "stop"] = setting(
-        "warn",
-        "Measure every rank's device, link and disk at the start. Other versions of code or packages on a rank always "
-        "stop the run; warn names slow ranks in events.jsonl, stop also ends the run.",
-    )
-    max_failed_starts: int = setting(
-        5, "Starts in a row that die without a new checkpoint before the next one refuses; 0 never.", ge=0
-    )
-    restart_backoff_s: float = setting(
-        10.0, "Wait before a start after two that failed so; doubles with each further one.", unit="seconds", ge=0
-    )
-    hang_timeout_s: float = setting(
-        110.0, "A step that lasts longer ends the process with its stacks; 0 never.", unit="seconds", ge=0
-    )
-    slow_timeout_s: float = setting(
-        1800.0, "The same for starting, the first step (kernels compile), validating and saving.", unit="seconds", ge=0
-    )
+    spikes: SpikeConfig = setting(SpikeConfig, "Loss spikes.")
     exit_at_step: int | None = setting(
         None, "Save and stop after this step, as a stop signal would; the same command resumes.", unit="steps", ge=1
     )

@@ -90,10 +90,10 @@ class Trainer:
         self._saved_train_seconds = 0.0
         self._pending: tuple[PendingStep, Mark] | None = None  # the last step, and when the device began it
         self.watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)
-        self.checks = RunMonitors(engine, settings.training, self.records)
-        self.spikes = SpikeFilter(settings.training)
+        self.checks = RunMonitors(engine, settings.supervision, self.records)
+        self.spikes = SpikeFilter(settings.training.spikes)
         self.step = TrainStep(settings, engine, train_data, self.watchdog, self.spikes)
-        self.rewinds = Rewinds(settings.run_dir, settings.training.max_spikes)
+        self.rewinds = Rewinds(settings.run_dir, settings.training.spikes.max_in_a_row)
         self.progress = Progress(settings.training.max_steps)
         self._last_step = min(
             settings.training.max_steps, settings.training.exit_at_step or settings.training.max_steps
@@ -119,8 +119,8 @@ class Trainer:
             gc_control.unfreeze()
 
     def _run(self, stop: StopRequest) -> Outcome:
-        config, watch = self.settings.training, self.watchdog
-        with watch.section("resume", config.slow_timeout_s):
+        config, limits, watch = self.settings.training, self.settings.supervision, self.watchdog
+        with watch.section("resume", limits.slow_timeout_s):
             self._resume()
             self.saver.prepare(self.engine.state_tensors())
         if self.position.step >= config.max_steps:
@@ -130,12 +130,12 @@ class Trainer:
             self._say(why)
             return Outcome.FINISHED
         run_dir, values = self.settings.run_dir, self.settings.values
-        with watch.section("health check", config.slow_timeout_s):
+        with watch.section("health check", limits.slow_timeout_s):
             self.records.open_trackers(self.settings.logging, run_dir, values, self.position.step)
             self.checks.at_start(run_dir, values)
             watch.silent_hosts = Peers(self.engine.gather_text(host_address())).silent
         self.progress.mark(self.position.step)
-        interrupted, settled, limit = False, False, config.slow_timeout_s
+        interrupted, settled, limit = False, False, limits.slow_timeout_s
         batches = self.train_data.steps(self.position.data)
         while True:
             step = watch.step = self.position.step + 1
@@ -147,9 +147,9 @@ class Trainer:
             with watch.section("step", limit):
                 wanted = stop.signal_name is not None
                 done = self.step.run(step, batch, stop_wanted=wanted, limit=limit, overlap_work=self._read_step)
-            if done.spike and config.spike_policy == "rewind" and self._rewind(step, data_state, done.spike):
+            if done.spike and config.spikes.policy == "rewind" and self._rewind(step, data_state, done.spike):
                 batches.close()
-                batches, limit = self.train_data.steps(self.position.data), config.slow_timeout_s
+                batches, limit = self.train_data.steps(self.position.data), limits.slow_timeout_s
                 self.progress = Progress(config.max_steps)
                 continue
             if not settled:  # the first step is over, in which kernels were compiled
@@ -158,7 +158,9 @@ class Trainer:
             interrupted = done.stop
             stopping = interrupted or step >= self._last_step
             saving = self._due(self.settings.checkpoint.save_interval) or stopping
-            validating = self._due(config.eval_interval) or (config.eval_interval and step == config.max_steps)
+            validating = self._due(config.validation.interval) or (
+                config.validation.interval and step == config.max_steps
+            )
             pausing = saving or validating or not settled  # otherwise the device goes on while the step is read
             if pausing:
                 with watch.section("end of the step", limit):
@@ -169,14 +171,14 @@ class Trainer:
             self._pending = (done, start)
             if pausing:
                 self._read_step()
-            settled, limit = True, config.hang_timeout_s
-            with watch.section("checks", config.slow_timeout_s):
+            settled, limit = True, limits.hang_timeout_s
+            with watch.section("checks", limits.slow_timeout_s):
                 self.checks.after_step(step, done.reached_collective_at - began, seconds)
             if validating:
-                with watch.section("validate", config.slow_timeout_s):
+                with watch.section("validate", limits.slow_timeout_s):
                     self._validate()
             if saving:
-                with watch.section("save", config.slow_timeout_s):
+                with watch.section("save", limits.slow_timeout_s):
                     self._save(wait=stopping)
             self._note_saves()
             if stopping:
@@ -222,7 +224,7 @@ class Trainer:
             self._note_skip(done, done.result.skipped)
         interval = self.settings.logging.log_interval
         if (interval and step % interval == 0) or step == self._last_step:
-            with self.watchdog.section("log", self.settings.training.slow_timeout_s):
+            with self.watchdog.section("log", self.settings.supervision.slow_timeout_s):
                 values = self.step.values(done, self.position.tokens)
                 values |= self.step.speed(done.batch, done.ended.seconds_since(start))
                 self.records.metrics(values)
@@ -243,7 +245,7 @@ class Trainer:
 
     def _rewind(self, step: int, data_after: dict[str, Any], reason: str) -> bool:
         """Go back to the newest checkpoint, and on with the data behind ``step``; False where there is none."""
-        with self.watchdog.section("rewind", self.settings.training.slow_timeout_s):
+        with self.watchdog.section("rewind", self.settings.supervision.slow_timeout_s):
             self.saver.wait()
             self._note_saves()
             found = self._load_newest()

@@ -9,6 +9,7 @@ from typing import Any
 
 from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.models.config import ModelConfig
+from fusiontree.supervision.config import SupervisionConfig
 from fusiontree.tracking.config import LoggingConfig
 from fusiontree.training.config import TrainingConfig
 from fusiontree.training.losses import LossWeights
@@ -20,6 +21,7 @@ class RunSettings:
 
     run_dir: Path
     training: TrainingConfig
+    supervision: SupervisionConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     values: dict[str, Any]
@@ -40,6 +42,7 @@ class RunSettings:
         run_dir: Path,
         model: ModelConfig,
         training: TrainingConfig,
+        supervision: SupervisionConfig,
         checkpoint: CheckpointConfig,
         logging: LoggingConfig,
         values: dict[str, Any],
@@ -58,6 +61,7 @@ class RunSettings:
         return cls(
             run_dir=run_dir,
             training=training,
+            supervision=supervision,
             checkpoint=checkpoint,
             logging=logging,
             values=values,

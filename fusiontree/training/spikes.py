@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fusiontree.training.config import TrainingConfig
+from fusiontree.training.config import SpikeConfig
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import atomic_write
 
@@ -31,13 +31,13 @@ _FLOOR = 0.01
 class SpikeFilter:
     """Judges one loss a step; its state is part of every checkpoint, so that a resumed run judges alike."""
 
-    config: TrainingConfig
+    config: SpikeConfig
     losses: deque[float] = field(init=False)
     seq_len: int = 0
     skipped_in_a_row: int = 0
 
     def __post_init__(self) -> None:
-        self.losses = deque(maxlen=self.config.spike_window)
+        self.losses = deque(maxlen=self.config.window)
 
     def judge(self, loss: float, seq_len: int) -> str | None:
         """Return what is wrong with a step's loss, or None; changes nothing.
@@ -46,13 +46,13 @@ class SpikeFilter:
             loss: the global loss before the optimizer step.
             seq_len: row length of the step; another length has another loss, so the window starts anew.
         """
-        if self.config.spike_policy == "off" or seq_len != self.seq_len or not math.isfinite(loss):
+        if self.config.policy == "off" or seq_len != self.seq_len or not math.isfinite(loss):
             return None
-        if len(self.losses) < self.config.spike_window // 4:
+        if len(self.losses) < self.config.window // 4:
             return None
         middle = median(self.losses)
         spread = _TO_DEVIATION * median(abs(value - middle) for value in self.losses)
-        limit = middle + self.config.spike_threshold * max(spread, _FLOOR * abs(middle))
+        limit = middle + self.config.threshold * max(spread, _FLOOR * abs(middle))
         if loss <= limit:
             return None
         return f"loss spike: {loss:.4f} is over {limit:.4f} (median {middle:.4f} of the last {len(self.losses)} losses)"
@@ -70,14 +70,14 @@ class SpikeFilter:
         """Count a step whose gradient was left out.
 
         Raises:
-            UserError: more than ``max_spikes`` in a row: this is the run's new level, not a spike.
+            UserError: more than ``max_in_a_row`` in a row: this is the run's new level, not a spike.
         """
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row > self.config.max_spikes:
+        if self.skipped_in_a_row > self.config.max_in_a_row:
             raise UserError(
                 f"step {step}: {self.skipped_in_a_row} steps in a row were left out ({reason}), more than "
-                f"training.max_spikes {self.config.max_spikes}; the run diverges or its data changed: look at the "
-                f"losses, lower the learning rate, or set training.spike_policy=off"
+                f"training.spikes.max_in_a_row {self.config.max_in_a_row}; the run diverges or its data changed: look "
+                f"at the losses, lower the learning rate, or set training.spikes.policy=off"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class SpikeFilter:
     def load(self, values: dict[str, Any] | None) -> None:
         """Take back :meth:`to_dict`; None (an older checkpoint) starts anew."""
         values = values or {"losses": [], "seq_len": 0, "skipped_in_a_row": 0}
-        self.losses = deque(values["losses"], maxlen=self.config.spike_window)
+        self.losses = deque(values["losses"], maxlen=self.config.window)
         self.seq_len, self.skipped_in_a_row = values["seq_len"], values["skipped_in_a_row"]
 
 
@@ -132,8 +132,8 @@ class Rewinds:
         if same >= self.limit:
             raise UserError(
                 f"step {step}: {reason}; the run went back to step {to_step} {same} times already, as often as "
-                f"training.max_spikes allows: look at the losses, lower the learning rate, resume from an earlier "
-                f"checkpoint, or set training.spike_policy=off"
+                f"training.spikes.max_in_a_row allows: look at the losses, lower the learning rate, resume from an "
+                f"earlier checkpoint, or set training.spikes.policy=off"
             )
         return [*self._all[: self.done], Rewind(step, to_step, data)]
 

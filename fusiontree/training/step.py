@@ -172,7 +172,7 @@ class TrainStep:
         self, batch: StepBatch, rate: float, token_sums: Callable[[], TokenSums]
     ) -> tuple[str | None, StepResult]:
         """Apply the gradient unless the loss is a spike; a spike must not reach the weights."""
-        if self.settings.training.spike_policy != "off":
+        if self.settings.training.spikes.policy != "off":
             spike = self.spikes.judge(token_sums().lm, batch.seq_len)
             if spike:
                 self.engine.discard()

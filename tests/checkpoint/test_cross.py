@@ -70,7 +70,7 @@ class Table:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         data = build_data(folder)
-        training = TRAINING | {"max_steps": STEPS, "eval_interval": 0}
+        training = TRAINING | {"max_steps": STEPS, "validation": {}}
         values = {**CONFIG, "model": MODEL, "training": training}
         values["checkpoint"] = {"save_interval": SAVED, "keep_last": 0}
         values["data"] = {"train": str(data / "train"), "validation": str(data / "validation")}

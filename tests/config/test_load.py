@@ -42,8 +42,8 @@ def test_overrides_win_and_scientific_numbers_are_numbers(file: Path) -> None:
 
 
 def test_a_bare_off_is_a_choice_and_no_boolean(file: Path, tmp_path: Path) -> None:
-    config = load_config(file, ["training.health_check=off", "training.spike_policy=off"])
-    assert (config.training.health_check, config.training.spike_policy) == ("off", "off")
+    config = load_config(file, ["supervision.health_check=off", "training.spikes.policy=off"])
+    assert (config.supervision.health_check, config.training.spikes.policy) == ("off", "off")
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config))
     assert load_config(again) == config
@@ -93,7 +93,7 @@ def test_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> None:
         ("model.layer_pattern=FX", ["'X'"]),
         ("training.seq_len=4096", ["seq_len 4096", "max_position_embeddings 128"]),
         ("training.curriculum=[[48, 5]]", ["48", "does not divide seq_len 64"]),
-        ("training.eval_interval=5", ["data.validation"]),
+        ("training.validation.interval=5", ["data.validation"]),
         ("model=3", ["model"]),
         ("model.hidden_size.x=3", ["model.hidden_size is a value"]),
         ("nonsense", ["section.key=value"]),

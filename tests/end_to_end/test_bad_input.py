@@ -56,7 +56,10 @@ def test_the_folder_of_another_run_is_left_alone(
     capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, data)
-    assert train(config, "training.max_steps=2", "training.warmup_steps=0", "training.eval_interval=0").returncode == 0
+    assert (
+        train(config, "training.max_steps=2", "training.warmup_steps=0", "training.validation.interval=0").returncode
+        == 0
+    )
     before = snapshot(tmp_path / "run")
     message = refused(capsys, config, "model.num_layers=3", "training.seed=5")
     assert "model.num_layers: 2 in the folder, 3 now" in message

@@ -46,8 +46,8 @@ def test_a_step_is_read_while_the_device_has_the_next(
     monkeypatch.setattr(torch_engine.TorchEngine, "forward", forward)
     monkeypatch.setattr(torch_engine, "copy_to_host", copy_to_host)
     monkeypatch.setattr(step, "copy_to_host", copy_to_host)
-    settings = ["training.max_steps=9", "training.eval_interval=0", "checkpoint.save_interval=4"]
-    config = load_config(str(write_config(tmp_path, data)), [*settings, f"training.spike_policy={spike_policy}"])
+    settings = ["training.max_steps=9", "training.validation.interval=0", "checkpoint.save_interval=4"]
+    config = load_config(str(write_config(tmp_path, data)), [*settings, f"training.spikes.policy={spike_policy}"])
     assert train(config) == 0
     assert forwards == 9 * 4
     # The first step, in which kernels are compiled, saves, and the last one.
@@ -82,7 +82,7 @@ def test_a_step_lasts_from_the_end_of_the_one_before(
 
     monkeypatch.setattr(loop, "Mark", Begin)
     monkeypatch.setattr(step, "Mark", End)
-    settings = ["training.max_steps=6", "training.eval_interval=0", "checkpoint.save_interval=4"]
+    settings = ["training.max_steps=6", "training.validation.interval=0", "checkpoint.save_interval=4"]
     assert train(load_config(str(write_config(tmp_path, data)), settings)) == 0
     begins = ["Begin 1", "Begin 2", "End 2", "End 3", "Begin 3", "End 5"]
     assert measured == [f"{begin} to End {number}" for number, begin in enumerate(begins, start=1)]

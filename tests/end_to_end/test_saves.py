@@ -41,7 +41,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(data: Path, tmp_path: Pat
     """Something fills the disk after the first save; the run goes on, and says at its end that it was not saved."""
     config = write_config(tmp_path, data)
     shutil.copy(config, tmp_path / "run" / "config.yaml")
-    short = ("training.max_steps=12", "checkpoint.save_interval=3", "training.eval_interval=0")
+    short = ("training.max_steps=12", "checkpoint.save_interval=3", "training.validation.interval=0")
     values = yaml.safe_load(train(config, *short, "--print-config").stdout)
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(values))
     assert train(config, *short, "training.exit_at_step=3").returncode == 0
@@ -87,7 +87,7 @@ def test_a_second_launch_is_refused_and_a_killed_one_followed(data: Path, tmp_pa
 
 def test_a_checkpoint_of_another_model_is_named_by_its_fields(data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, data)
-    short = ("training.max_steps=2", "training.warmup_steps=0", "training.eval_interval=0")
+    short = ("training.max_steps=2", "training.warmup_steps=0", "training.validation.interval=0")
     assert train(config, *short).returncode == 0
     other = write_config(tmp_path, data, "other")
     shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "other" / "checkpoints")
@@ -108,7 +108,7 @@ def test_the_best_checkpoints_are_kept(data: Path, tmp_path: Path) -> None:
         "checkpoint.save_interval=2",
         "checkpoint.keep_last=1",
         "checkpoint.keep_best=1",
-        "training.eval_interval=2",
+        "training.validation.interval=2",
     ]
     # A learning rate that spoils the model after the warm-up: the best is not the last.
     done = train(config, *keep, "training.max_steps=8", "training.learning_rate=0.5", "training.warmup_steps=8")

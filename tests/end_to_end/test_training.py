@@ -76,7 +76,7 @@ def test_the_token_hash_is_that_of_the_rows_that_were_read(reference: Path, data
 
 def test_three_ranks_share_a_batch_of_eight(reference: Path, data: Path, tmp_path: Path) -> None:
     """Eight rows do not divide by three ranks; fillers keep them in step and count nothing."""
-    done = train(write_config(tmp_path, data), "training.max_steps=6", "training.eval_interval=0", processes=3)
+    done = train(write_config(tmp_path, data), "training.max_steps=6", "training.validation.interval=0", processes=3)
     assert done.returncode == 0, done.stderr
     # Another max_steps is another learning rate from step 5 on; the first four are the warm-up.
     for key in ("loss", "grad_norm"):

@@ -32,7 +32,7 @@ def main() -> None:
         {
             "run_dir": "unused",
             "model": {**MODEL, "layer_pattern": "F" * LAYERS, "num_layers": LAYERS, "srte_encoding": "sincos"},
-            "training": {**TRAINING, "eval_interval": 0, "seq_len": 32, "activation_checkpointing": checkpointing},
+            "training": {**TRAINING, "validation": {}, "seq_len": 32, "activation_checkpointing": checkpointing},
             "parallel": {"engine": "zero3"},
             "data": {"train": "unused"},
         }

@@ -45,7 +45,7 @@ def _counted(calls: Counter[str], kind: str, real: Any) -> Any:
 
 def main() -> None:
     (output,) = sys.argv[1:]
-    training = {**TRAINING, "eval_interval": 0, "seq_len": 32, "precision": "bf16"}
+    training = {**TRAINING, "validation": {}, "seq_len": 32, "precision": "bf16"}
     config = Config.model_validate(
         {
             "run_dir": "unused",

@@ -22,7 +22,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A configuration, and a checkpoint of step 3 that FSDP2 wrote."""
     folder = tmp_path_factory.mktemp("start")
     config = write_config(folder, build_data(folder))
-    done = train(config, "training.exit_at_step=3", "training.eval_interval=0", processes=2)
+    done = train(config, "training.exit_at_step=3", "training.validation.interval=0", processes=2)
     assert done.returncode == 0, done.stderr
     return config, folder / "run" / "checkpoints" / "step-00000003"
 

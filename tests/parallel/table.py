@@ -39,8 +39,7 @@ MODEL: dict[str, Any] = {
 TRAINING: dict[str, Any] = {
     **CONFIG["training"],
     "max_steps": STEPS,
-    "eval_interval": STEPS,
-    "eval_rows": 4,
+    "validation": {"interval": STEPS, "rows": 4},
     "global_batch_size": ROWS,
     # Away from the hinge's kink: gates start at 0.5, where a target of 0.5 leaves the gradient's sign to rounding.
     "gate_target": 0.45,

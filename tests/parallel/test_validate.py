@@ -19,7 +19,7 @@ def config(model: dict[str, Any], parallel: dict[str, Any], training: dict[str, 
         {
             "run_dir": "unused",
             "model": {**MODEL, **model},
-            "training": {**TRAINING, "eval_interval": 0, **training},
+            "training": {**TRAINING, "validation": {}, **training},
             "parallel": parallel,
             "data": {"train": "unused"},
         }

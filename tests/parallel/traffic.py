@@ -161,7 +161,7 @@ def measure(engine_name: str, dp: int, cp: int, tp: int, seq_len: int, checkpoin
         {
             "run_dir": "unused",
             "model": {**MODEL, **SHAPE},
-            "training": {**TRAINING, "eval_interval": 0, "seq_len": seq_len, "activation_checkpointing": checkpointing},
+            "training": {**TRAINING, "validation": {}, "seq_len": seq_len, "activation_checkpointing": checkpointing},
             "parallel": {"engine": engine_name, "cp": cp, "tp": tp},
             "data": {"train": "unused"},
         }

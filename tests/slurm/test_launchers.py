@@ -90,7 +90,7 @@ def test_a_killed_rank_costs_a_restart_and_a_signal_saves(
 ) -> None:
     """kill -9 of a rank: all start again by themselves. SIGUSR1 and SIGTERM to the launcher: saved, exit code 75."""
     config, run, log = write_config(tmp_path, data), tmp_path / "run", tmp_path / "log"
-    overrides = (*LONG, "checkpoint.save_interval=5", "training.hang_timeout_s=30")
+    overrides = (*LONG, "checkpoint.save_interval=5", "supervision.hang_timeout_s=30")
     process = launch(launcher, config, log, *overrides)
     wait(lambda: at_step(run, 7), "7 steps", log)
     found = subprocess.run(["pgrep", "-f", "--", f"-u -m fusiontree.train .*{config}"], capture_output=True)

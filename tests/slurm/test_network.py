@@ -27,7 +27,7 @@ def start(hosts: Hosts, launcher: str, config: Path, folder: Path) -> list[Path]
     """Start two ranks on each host; return the two logs."""
     hostfile = folder / "hosts"
     hostfile.write_text("host-0 slots=2\nhost-1 slots=2\n")
-    limits = [f"training.hang_timeout_s={LIMIT_S}", "training.slow_timeout_s=600", "checkpoint.save_interval=5"]
+    limits = [f"supervision.hang_timeout_s={LIMIT_S}", "supervision.slow_timeout_s=600", "checkpoint.save_interval=5"]
     logs = [folder / f"{name}.log" for name in "01"]
     for host, log in enumerate(logs):
         hosts.start(

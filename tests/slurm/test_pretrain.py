@@ -62,7 +62,7 @@ def test_the_warning_saves_requeues_and_resumes(
 def test_the_time_limit_itself_warns(cluster: SlurmCluster, data: Path, tmp_path: Path) -> None:
     """Slurm's own clock sends the signal, up to a minute early; the job is saved and back in the queue in time."""
     config, log, run = write_config(tmp_path, data), tmp_path / "job.log", tmp_path / "run"
-    endless = ("training.max_steps=100000", "training.eval_interval=0")
+    endless = ("training.max_steps=100000", "training.validation.interval=0")
     job = submit(cluster, log, config, "--nodes=1", "--time=4", "--signal=B:USR1@60", overrides=endless)
     try:
         cluster.wait_for(lambda: "saved; requeueing" in read(log), "the requeue", 290)

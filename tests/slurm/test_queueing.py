@@ -81,7 +81,7 @@ def test_an_array_is_a_chain_too(cluster: SlurmCluster, reference: Path, data: P
 
 def test_the_network_is_measured_first_where_asked(cluster: SlurmCluster, data: Path, tmp_path: Path) -> None:
     config, log = write_config(tmp_path, data), tmp_path / "job.log"
-    short = ("training.max_steps=4", "training.eval_interval=0")
+    short = ("training.max_steps=4", "training.validation.interval=0")
     job = submit(cluster, log, config, "--nodes=2", "--ntasks-per-node=1", overrides=short, PREFLIGHT="1")
     assert wait_for_end(cluster, job, log) == "COMPLETED", read(log)
     measured = json.loads((tmp_path / "run" / "logs" / "preflight.json").read_text())

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from fusiontree.supervision import node_health
+from fusiontree.supervision.config import SupervisionConfig
 from fusiontree.supervision.device_speed import Probe
 from fusiontree.supervision.monitors import RunMonitors
 from fusiontree.supervision.node_health import check
 from fusiontree.supervision.stragglers import slow_ranks
 from fusiontree.tracking.records import Records, read_records
-from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.errors import UserError
 
 
@@ -60,9 +60,7 @@ def test_other_code_or_configuration_is_an_error_that_names_the_node(key: str, v
 def start(monkeypatch: pytest.MonkeyPatch, folder: Path, mode: str, reports: list[dict[str, Any]]) -> list[dict]:
     """Do the check of a start on the main rank; return its events."""
     monkeypatch.setattr(node_health, "examine", lambda *_: reports)
-    config = TrainingConfig.model_validate(
-        {"seq_len": 8, "max_steps": 1, "global_batch_size": 1, "health_check": mode},
-    )
+    config = SupervisionConfig.model_validate({"health_check": mode})
     engine: Any = SimpleNamespace(is_main=True, world_size=len(reports))
     try:
         RunMonitors(engine, config, Records(folder, enabled=True)).at_start(folder, {})
@@ -80,7 +78,7 @@ def test_a_start_writes_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_a_start_that_must_not_be_stops_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"rank 3 \(node1\) is slow.* training\.health_check=warn"):
+    with pytest.raises(UserError, match=r"rank 3 \(node1\) is slow.* supervision\.health_check=warn"):
         start(monkeypatch, tmp_path, "stop", nodes(4, 3, matmul_tflops=1.0))
     with pytest.raises(UserError, match="not run the same source"):
         start(monkeypatch, tmp_path, "warn", nodes(4, 3, source="old"))

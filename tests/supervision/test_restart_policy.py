@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from fusiontree.supervision.config import SupervisionConfig
 from fusiontree.supervision.restart_policy import count_starts, failures_in_a_row, wait_or_refuse
 from fusiontree.tracking.crash_report import write_report
-from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.errors import UserError
 
-CONFIG = TrainingConfig(seq_len=8, max_steps=10, global_batch_size=1, max_failed_starts=4, restart_backoff_s=3.0)
+CONFIG = SupervisionConfig(max_failed_starts=4, restart_backoff_s=3.0)
 
 
 def events(*kinds: str) -> list[dict]:
@@ -33,7 +33,7 @@ def test_starts_without_a_new_checkpoint_are_counted(kinds: list[str], failed: i
     assert count_starts(events(*kinds)) == sum(k in ("start", "resume") for k in kinds)
 
 
-def waits(folder: Path, starts: int, config: TrainingConfig = CONFIG) -> list[float]:
+def waits(folder: Path, starts: int, config: SupervisionConfig = CONFIG) -> list[float]:
     (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events(*["resume"] * starts)))
     slept: list[float] = []
     wait_or_refuse(folder, config, slept.append)

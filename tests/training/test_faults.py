@@ -14,7 +14,7 @@ from tools.fault_injection import Fault
 from tools.fault_runs import CONFIG, STEPS, build_corpus, start, write_config
 
 pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(600)]
-TRAINING = {"spike_window": 8, "spike_threshold": 12.0}
+SPIKES = {"window": 8, "threshold": 12.0}
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def go(
-    folder: Path, corpus: Path, *faults: Fault, world: int = 2, parallel: dict[str, Any] | None = None, **training: Any
+    folder: Path,
+    corpus: Path,
+    *faults: Fault,
+    world: int = 2,
+    parallel: dict[str, Any] | None = None,
+    supervision: dict[str, Any] | None = None,
+    policy: str = "off",
+    **training: Any,
 ) -> list[int]:
     folder.mkdir(exist_ok=True)
-    training = {**CONFIG["training"], **TRAINING, **training}
-    config = write_config(folder, corpus, "fsdp2", parallel=parallel or {}, training=training)
+    sections = {
+        "parallel": parallel or {},
+        "training": CONFIG["training"] | {"spikes": SPIKES | {"policy": policy}} | training,
+        "supervision": CONFIG["supervision"] | (supervision or {}),
+    }
+    config = write_config(folder, corpus, "fsdp2", **sections)
     return start(folder, config, world, list(faults), {})
 
 
@@ -42,7 +53,9 @@ def losses(folder: Path) -> dict[int, tuple[float, str]]:
 
 def test_a_stopped_rank_ends_the_job_in_time_and_is_named(tmp_path: Path, corpus: Path) -> None:
     began = time.monotonic()
-    codes = go(tmp_path, corpus, Fault("hang", rank=1, entry=6, section="backward"), hang_timeout_s=6.0)
+    codes = go(
+        tmp_path, corpus, Fault("hang", rank=1, entry=6, section="backward"), supervision={"hang_timeout_s": 6.0}
+    )
     assert time.monotonic() - began < 120
     assert codes[0] == 70
     said = (tmp_path / "log.txt").read_text()
@@ -105,7 +118,7 @@ SPIKE = Fault("spike", rank=0, entry=33, section="forward", amount=40.0)  # two 
 @pytest.mark.slow
 def test_a_spike_is_skipped_on_all_ranks(tmp_path: Path, corpus: Path) -> None:
     fault = Fault("spike", rank=1, entry=17, section="forward", amount=40.0)  # one micro batch a step and rank
-    assert go(tmp_path, corpus, fault, spike_policy="skip") == [0, 0]
+    assert go(tmp_path, corpus, fault, policy="skip") == [0, 0]
     (event,) = events(tmp_path, "step_skipped")
     assert event["step"] == 17
     assert event["reason"].startswith("loss spike")
@@ -115,7 +128,7 @@ def test_a_spike_is_skipped_on_all_ranks(tmp_path: Path, corpus: Path) -> None:
 @pytest.mark.slow
 def test_a_rewind_goes_on_behind_the_spike_and_a_resume_does_the_same(tmp_path: Path, corpus: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert go(whole, corpus, SPIKE, world=1, spike_policy="rewind") == [0]
+    assert go(whole, corpus, SPIKE, world=1, policy="rewind") == [0]
     (event,) = events(whole, "rewind")
     assert (event["step"], event["to_step"]) == (17, 15)
     final = losses(whole)
@@ -127,7 +140,7 @@ def test_a_rewind_goes_on_behind_the_spike_and_a_resume_does_the_same(tmp_path: 
 
     # The same, killed as soon as it trains again: before any checkpoint knows of the rewind.
     killed = Fault("kill", rank=0, entry=18, section="wait for data")
-    assert go(broken, corpus, SPIKE, killed, world=1, spike_policy="rewind") != [0]
-    assert go(broken, corpus, world=1, spike_policy="rewind") == [0]
+    assert go(broken, corpus, SPIKE, killed, world=1, policy="rewind") != [0]
+    assert go(broken, corpus, world=1, policy="rewind") == [0]
     assert len(events(broken, "rewind")) == 1
     assert losses(broken) == final

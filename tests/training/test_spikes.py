@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from fusiontree.training.config import TrainingConfig
+from fusiontree.training.config import SpikeConfig
 from fusiontree.training.spikes import Rewinds, SpikeFilter
 from fusiontree.utils.errors import UserError
 
 
 def new_filter(**settings: Any) -> SpikeFilter:
-    values = {"seq_len": 8, "max_steps": 10, "global_batch_size": 1, "spike_policy": "skip", "spike_window": 32}
-    return SpikeFilter(TrainingConfig.model_validate(values | settings))
+    return SpikeFilter(SpikeConfig.model_validate({"policy": "skip", "window": 32} | settings))
 
 
 def run(spikes: SpikeFilter, losses: list[float], seq_len: int = 8) -> list[int]:
@@ -38,7 +37,7 @@ def test_a_spike_is_found_and_noise_is_none() -> None:
     assert run(new_filter(), losses) == []
     losses[200] = 5.0
     assert run(new_filter(), losses) == [200]
-    assert run(new_filter(spike_policy="off"), losses) == []
+    assert run(new_filter(policy="off"), losses) == []
 
 
 def test_a_falling_loss_and_a_flat_one_are_no_spikes() -> None:
@@ -60,12 +59,12 @@ def test_another_row_length_starts_the_window_anew() -> None:
 
 
 def test_a_new_level_ends_the_run_instead_of_skipping_for_ever() -> None:
-    spikes = new_filter(max_spikes=3)
+    spikes = new_filter(max_in_a_row=3)
     run(spikes, noisy(50))
     for step in range(3):
         assert spikes.judge(9.0, 8)
         spikes.count_skip(step, "loss spike")
-    with pytest.raises(UserError, match=r"4 steps in a row .* training\.max_spikes 3"):
+    with pytest.raises(UserError, match=r"4 steps in a row .* training\.spikes\.max_in_a_row 3"):
         spikes.count_skip(3, "loss spike")
 
 
