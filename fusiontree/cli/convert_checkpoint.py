@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
     if form.name == "dcp" and options.config is None and not re.fullmatch(r"step-\d{8}", args.target.name):
         options = with_run_config(source, args.target, options)
     if form.name in ("dcp", "zero") and not source.has_optimizer:
-        print(f"{args.source} holds no optimizer state: training goes on from zero moments, at step 0")
+        print(f"{args.source} holds no optimizer state: training goes on from states of zeros, at step 0")
     if args.dry_run:
         print("dry run: nothing was written")
         return

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from fusiontree.config.load import section_type
+from fusiontree.config.load import field_section, section_type
 from fusiontree.config.root import Config
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.settings import Section
@@ -29,8 +29,8 @@ def describe_settings(section: type[Section] = Config, prefix: str = "") -> str:
     lines: list[str] = []
     for name, field in section.model_fields.items():
         dotted = f"{prefix}{field.alias or name}"
-        nested = section_type(field.annotation)
-        is_section = nested is field.annotation  # not a list of sections
+        nested = field_section(field)
+        is_section = section_type(field.annotation) is field.annotation  # not a list of sections
         if nested is not None and is_section:
             lines += ["", f"{dotted}: {(nested.__doc__ or '').strip().splitlines()[0]}"]
             lines.append(describe_settings(nested, f"{dotted}."))
@@ -46,8 +46,8 @@ def settings_markdown(section: type[Section] = Config, prefix: str = "") -> str:
     below: list[str] = []
     for name, field in section.model_fields.items():
         dotted = f"{prefix}{field.alias or name}"
-        nested = section_type(field.annotation)
-        is_section = nested is field.annotation  # not a list of sections
+        nested = field_section(field)
+        is_section = section_type(field.annotation) is field.annotation  # not a list of sections
         if nested is not None and is_section:
             heading = (nested.__doc__ or "").strip().splitlines()[0].replace("``", "`")
             below.append(f"### `{dotted}`\n\n{heading}\n\n{settings_markdown(nested, f'{dotted}.')}")

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from fusiontree.config.moved import present_name, under_present_names
 from fusiontree.config.packaged import find_file, hint_for
@@ -138,7 +139,7 @@ def _section_at(parents: Sequence[str]) -> type[Section] | None:
         if parent.isdigit():
             continue
         field = next((f for n, f in section.model_fields.items() if parent in (n, f.alias)), None)
-        nested = section_type(field.annotation) if field else None
+        nested = field_section(field) if field else None
         if nested is None:
             return None
         section = nested
@@ -156,11 +157,18 @@ def section_type(annotation: Any) -> type[Section] | None:
     return None
 
 
+def field_section(field: FieldInfo) -> type[Section] | None:
+    """Return the :class:`Section` inside a field; where the default is of a derived section, that one."""
+    section = section_type(field.annotation)
+    default = field.default_factory
+    return default if isinstance(default, type) and section and issubclass(default, section) else section
+
+
 def _all_keys(section: type[Section] = Config, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in section.model_fields.items():
         dotted = f"{prefix}{field.alias or name}"
-        nested = section_type(field.annotation)
+        nested = field_section(field)
         keys.append(dotted)
         if nested:
             keys += _all_keys(nested, f"{dotted}.")

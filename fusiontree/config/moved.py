@@ -24,6 +24,7 @@ MOVED: dict[str, str] = {
     "training.hang_timeout_s": "supervision.hang_timeout_s",
     "training.slow_timeout_s": "supervision.slow_timeout_s",
 }
+MOVED: dict[str, str] = {f"training.adam_{key}": f"training.optimizer.{key}" for key in ("beta1", "beta2", "eps")}
 """Former name -> name, both with their sections: ``training.adam_beta1`` -> ``training.optimizer.beta1``."""
 
 

@@ -20,7 +20,7 @@ from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, metadat
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.checkpoint.save_plan import Rectangle
 from fusiontree.checkpoint.write_files import Written, write_file
-from fusiontree.convert.reader import MODEL, MOMENTS, TOKENIZER_FILES, CheckpointSource, Entry, Stream, checked
+from fusiontree.convert.reader import MODEL, TOKENIZER_FILES, CheckpointSource, Entry, Stream, checked
 from fusiontree.utils.files import atomic_write
 
 _FILE_BYTES = 4 << 30
@@ -111,7 +111,7 @@ def write_dcp(folder: Path, tensors: dict[str, Lazy]) -> list[Written]:
 def write(folder: Path, stream: Stream, *, config_yaml: str | None, name: str) -> None:
     """Write a run folder with one checkpoint, or one checkpoint folder.
 
-    A source without moments gets zeros, so that training can go on from it as from step 0.
+    A source without states of the optimizer gets zeros, so that training can go on from it as from step 0.
 
     Args:
         folder: temporary folder that becomes the target.
@@ -136,7 +136,7 @@ def write(folder: Path, stream: Stream, *, config_yaml: str | None, name: str) -
     for tensor in source.entries:
         tensors[tensor] = whole(stream.entry(tensor), lambda tensor=tensor: stream.read(tensor))  # type: ignore[misc]
     if not source.has_optimizer:
-        tensors.update(_zero_moments(source.entries))
+        tensors.update(_zero_states(source))
     _finish(target, values | {"config": source.config}, source.files, write_dcp(target, tensors))
 
 
@@ -153,12 +153,12 @@ def fresh_state() -> dict[str, Any]:
     }
 
 
-def _zero_moments(entries: dict[str, Entry]) -> dict[str, Lazy]:
+def _zero_states(source: CheckpointSource) -> dict[str, Lazy]:
     zeros: dict[str, Lazy] = {}
-    for name, (shape, _) in entries.items():
-        for prefix in MOMENTS:
-            entry = Entry(shape, torch.float32)
-            zeros[prefix + name.removeprefix(MODEL)] = whole(entry, lambda shape=shape: torch.zeros(shape))  # type: ignore[misc]
+    for name, (shape, _) in source.entries.items():
+        for prefix, dtype in source.state_dtypes.items():
+            entry = Entry(shape, dtype)
+            zeros[prefix + name.removeprefix(MODEL)] = whole(entry, lambda e=entry: torch.zeros(e.shape, dtype=e.dtype))  # type: ignore[misc]
     return zeros
 
 

@@ -4,7 +4,7 @@ It is a torch DCP folder with an additional ``metadata.json`` and ``common.pt``.
 megatron-core's writer needs the full state in memory, and a GPU. Keys are FusionTree's names. A packed projection has
 one key per block (``model.layers.0.mamba.in_proj.weight.z``, ``.x``, ``.dt``), as in Megatron's Mamba mixers, so every
 key is an even grid that ``ShardedTensor.from_rank_offsets(key, part, (axis, tp_rank, tp))`` reads at any tp.
-Moments are under ``optimizer.state.exp_avg.KEY``, where Megatron's reshardable optimizer keeps them.
+States of the optimizer are under ``optimizer.state.exp_avg.KEY``, where Megatron's reshardable optimizer keeps them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from fusiontree.convert.dcp import Lazy, write_dcp
 from fusiontree.convert.hf import tokenizer_files
 from fusiontree.convert.reader import (
     MODEL,
-    MOMENTS,
     CheckpointSource,
     Entry,
     Stream,
@@ -39,8 +38,6 @@ from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import atomic_write
 
 KIND = "metadata.json"
-_KINDS = {MODEL: MODEL, **{moment: moment.replace("optimizer.", "optimizer.state.") + MODEL for moment in MOMENTS}}
-"""FusionTree's name prefixes and Megatron's."""
 _MASTER = "optimizer.state.fp32_param." + MODEL
 """Prefix of Megatron's fp32 master weights of bf16 weights."""
 
@@ -55,9 +52,9 @@ def write(folder: Path, stream: Stream, *, tp: int) -> None:
     source = stream.source
     config = source.model_config
     lazy: dict[str, Lazy] = {}
-    reader = _OneAtATime(stream)
+    reader, prefixes = _OneAtATime(stream), _prefixes(source)
     for name in source.entries:
-        ours, theirs = next(pair for pair in _KINDS.items() if name.startswith(pair[0]))
+        ours, theirs = next(pair for pair in prefixes.items() if name.startswith(pair[0]))
         entry = stream.entry(name)
         for block in blocks_of(name.removeprefix(ours), entry.shape, config, tp):
             key = _key(theirs + name.removeprefix(ours), block)
@@ -116,7 +113,7 @@ class MegatronFolder(CheckpointSource):
         entries: dict[str, Entry] = {}
         model = ModelConfig.model_validate(self.config["model"])
         for name, shape in parameter_shapes(model).items():
-            for ours, theirs in _KINDS.items():
+            for ours, theirs in _prefixes(self).items():
                 if ours == MODEL and any(key.startswith(_MASTER + name) for key in self._saved):
                     theirs = _MASTER
                 blocks = [(_key(theirs + name, block), block) for block in blocks_of(name, shape, model, 1)]
@@ -156,6 +153,12 @@ class MegatronFolder(CheckpointSource):
             for axis, (offset, length) in enumerate(zip(chunk.offset, chunk.shape, strict=True)):
                 target = target.narrow(axis, offset, length)
             target.copy_(part.view(chunk.shape))
+
+
+def _prefixes(source: CheckpointSource) -> dict[str, str]:
+    """Return FusionTree's prefixes of names and Megatron's."""
+    states = (prefix.removeprefix("optimizer.") for prefix in source.state_dtypes)
+    return {MODEL: MODEL, **{f"optimizer.{state}": f"optimizer.state.{state}{MODEL}" for state in states}}
 
 
 def _key(name: str, block: BlockPlace) -> str:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.model import FusionTreeModel
+from fusiontree.optim.config import stored_spec
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import atomic_write
 
-MODEL, MOMENTS = "model.", ("optimizer.exp_avg.", "optimizer.exp_avg_sq.")
-"""Prefixes of the names in a training checkpoint: parameters, AdamW's first and second moments."""
+MODEL = "model."
+"""Prefix of the parameters' names in a training checkpoint; states of the optimizer are ``optimizer.STATE.NAME``."""
 
 OURS = "fusiontree.json"
 """File with configuration and small values that is added to the files of another library, which ignores it."""
@@ -66,8 +67,13 @@ class CheckpointSource(ABC):
 
     @property
     def has_optimizer(self) -> bool:
-        """True if the checkpoint has AdamW's moments."""
-        return any(name.startswith(MOMENTS) for name in self.entries)
+        """True if the checkpoint has the optimizer's states."""
+        return any(not name.startswith(MODEL) for name in self.entries)
+
+    @property
+    def state_dtypes(self) -> dict[str, torch.dtype]:
+        """Prefix of the names and dtype of each state of the optimizer that the configuration names."""
+        return state_dtypes(self.config)
 
 
 class Stream:
@@ -78,7 +84,8 @@ class Stream:
 
         Args:
             source: of the tensors.
-            dtype: of the target's parameters; None keeps them. The state space's fp32 parameters and moments stay fp32.
+            dtype: of the target's parameters; None keeps them. The state space's fp32 parameters stay fp32, and the
+                optimizer's states keep their type.
             report: called with the bytes done and the total bytes.
         """
         self.source = source
@@ -106,6 +113,16 @@ class Stream:
     def total(self) -> int:
         """Bytes of all tensors as they will be written."""
         return sum(self.entry(name).nbytes for name in self.source.entries)
+
+
+def state_dtypes(config: dict[str, Any]) -> dict[str, torch.dtype]:
+    """Return ``optimizer.STATE.`` -> dtype of the optimizer that a whole configuration names.
+
+    Raises:
+        UserError: the optimizer is not registered; its plugin is missing.
+    """
+    states = stored_spec(config).states
+    return {f"optimizer.{name}.": getattr(torch, dtype) for name, dtype in states.items()}
 
 
 def tensor_hash(tensor: Tensor) -> str:

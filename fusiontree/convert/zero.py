@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1, 2 and 3 checkpoints: fp32 master weights and AdamW's moments in flat partitions.
+"""DeepSpeed's ZeRO-1, 2 and 3 checkpoints: fp32 master weights and the optimizer's states in flat partitions.
 
 Reading needs no DeepSpeed and executes nothing in the files (see :mod:`fusiontree.convert.safe_unpickle`). Writing
 creates the files that DeepSpeed's ``load_checkpoint`` expects of a model trained by FusionTree's zero engines at a
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusiontree.convert.dcp import fresh_state
 from fusiontree.convert.hf import tokenizer_files
-from fusiontree.convert.reader import MODEL, MOMENTS, CheckpointSource, Entry, checked, known, parameter_shapes
+from fusiontree.convert.reader import MODEL, CheckpointSource, Entry, checked, known, parameter_shapes
 from fusiontree.convert.safe_unpickle import Inert, load_inert
 from fusiontree.convert.zero_layout import File, ZeroLayout
 from fusiontree.models.config import ModelConfig
@@ -27,7 +27,8 @@ from fusiontree.utils.errors import UserError
 LATEST = "latest"
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _STATE = "optimizer_state_dict"
-_KINDS = {MODEL: "fp32", **{moment: moment.split(".")[1] for moment in MOMENTS}}
+MASTERS = "fp32"
+"""Kind of a flat tensor of master weights; other kinds are the states of the optimizer, by name."""
 
 
 def is_zero(path: Path) -> bool:
@@ -91,22 +92,22 @@ class ZeroFolder(CheckpointSource):
                 wanted = self.layout.specs[name][0].local_shape
                 if tuple(shape) != wanted:
                     raise UserError(f"{folder}: '{name}' is {tuple(shape)} on a rank; at tp {tp} it should be {wanted}")
-        if "exp_avg" in self._group(first, 0):
-            self.entries |= {moment + n: Entry(shapes[n], torch.float32) for moment in MOMENTS for n in held}
+        for prefix, dtype in self.state_dtypes.items():
+            if state_name(prefix) in self._group(first, 0):
+                self.entries |= {prefix + n: Entry(shapes[n], dtype) for n in held}
         step = plain_int(self._group(first, 0).get("step", 0))
         made = {"step": plain_int(described["global_steps"]), "engine": {"optimizer_step": step}}
         self.state = saved if saved is not None else fresh_state() | made
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, put together from the ranks' partitions."""
-        prefix = next(p for p in _KINDS if name.startswith(p))
-        parameter = name.removeprefix(prefix)
-        values = torch.empty(self.entries[name].shape)
+        kind, parameter = kind_and_parameter(name)
+        values = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
         for rank in self.layout.holders(parameter):
             spec = self.layout.specs[parameter][rank]
-            part = torch.empty(math.prod(spec.local_shape))
+            part = values.new_empty(math.prod(spec.local_shape))
             for run in self.layout.runs(parameter, rank):
-                flat = self._flat(self._states[run.file], run.group, _KINDS[prefix])
+                flat = self._flat(self._states[run.file], run.group, kind)
                 if run.offset + run.length > flat.numel():
                     raise UserError(f"'{name}' does not fit the partition of ranks {run.file}; copy it again")
                 part[run.start : run.start + run.length] = flat[run.offset : run.offset + run.length]
@@ -114,18 +115,31 @@ class ZeroFolder(CheckpointSource):
         return values
 
     def _flat(self, state: dict[str, Any], group: int, kind: str) -> Tensor:
-        if kind != "fp32":
+        if kind != MASTERS:
             return self._group(state, group)[kind].view(-1)
         key = "fp32_flat_groups" if "fp32_flat_groups" in state else "single_partition_of_fp32_groups"
         return state[key][group].view(-1)
 
     def _group(self, state: dict[str, Any], group: int) -> dict[str, Any]:
-        """Return AdamW's state of one flat tensor."""
+        """Return the optimizer's state of one flat tensor."""
         base = state[_STATE] if _STATE in state else state["base_optimizer_state"]
         states = base["state"] if isinstance(base, dict) else base
         if isinstance(states, dict):
             return states.get(group, {})
         return states[group] if group < len(states) else {}
+
+
+def state_name(prefix: str) -> str:
+    """Return ``STATE`` of the prefix ``optimizer.STATE.``."""
+    return prefix.split(".")[1]
+
+
+def kind_and_parameter(name: str) -> tuple[str, str]:
+    """Return the kind of flat tensor and the parameter of a tensor ``model.NAME`` or ``optimizer.STATE.NAME``."""
+    if name.startswith(MODEL):
+        return MASTERS, name.removeprefix(MODEL)
+    _, state, parameter = name.split(".", 2)
+    return state, parameter
 
 
 def put(spec: Any, part: Tensor, whole: Tensor) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusiontree.convert.reader import MODEL, MOMENTS, Stream, parameter_shapes, write_ours
-from fusiontree.convert.zero import LATEST, param_shapes, take
+from fusiontree.config.moved import under_present_names
+from fusiontree.convert.reader import Stream, parameter_shapes, state_dtypes, write_ours
+from fusiontree.convert.zero import LATEST, MASTERS, kind_and_parameter, param_shapes, state_name, take
 from fusiontree.convert.zero_layout import ZeroLayout
+from fusiontree.optim.build import build_optimizer, parameter_groups
+from fusiontree.optim.config import validated_settings
 from fusiontree.utils.errors import UserError
 
-_KINDS = {MODEL: "fp32", **{moment: moment.split(".")[1] for moment in MOMENTS}}
 Key = tuple[Any, ...]
 
 
@@ -28,7 +30,7 @@ def write(folder: Path, stream: Stream, *, stage: int, dp: int, tp: int) -> None
 
     Args:
         folder: temporary folder that becomes the target.
-        stream: the tensors; moments that the source does not have are zeros.
+        stream: the tensors; states of the optimizer that the source does not have are zeros.
         stage: 1 | 2 | 3.
         dp: ranks that see other tokens (dp x cp).
         tp: tensor parallel ranks.
@@ -75,11 +77,11 @@ class _Flats:
         self._folder = folder
         self._tensors: dict[Key, Tensor] = {}
 
-    def new(self, key: Key, shape: tuple[int, ...]) -> None:
+    def new(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
         file = self._folder / "-".join(map(str, key))
         numel = math.prod(shape)
         # A new file reads as zeros.
-        self._tensors[key] = torch.from_file(str(file), shared=True, size=numel, dtype=torch.float32).view(shape)
+        self._tensors[key] = torch.from_file(str(file), shared=True, size=numel, dtype=dtype).view(shape)
 
     def __getitem__(self, key: Key) -> Tensor:
         return self._tensors[key]
@@ -89,29 +91,31 @@ class _Flats:
 
 
 def _fill(flats: _Flats, layout: ZeroLayout, stream: Stream) -> None:
-    for kind in _KINDS.values():
+    states = {state_name(prefix): dtype for prefix, dtype in stream.source.state_dtypes.items()}
+    kinds = {MASTERS: torch.float32, **states}
+    for kind, dtype in kinds.items():
         for tp_rank in range(layout.tp):
             for dp_rank in range(layout.dp):
                 for group, size in enumerate(layout.sizes):
-                    flats.new((kind, dp_rank, tp_rank, group), (size,))
+                    flats.new((kind, dp_rank, tp_rank, group), (size,), dtype)
     if layout.stage < 3:
         for parameter, specs in layout.specs.items():
             for tp_rank, spec in enumerate(specs):
                 flats.new(("module", parameter, tp_rank), spec.local_shape)
-    # One buffer for all parts: copies of every size, made and freed one by one, would leave the heap full of holes.
-    buffer = torch.empty(max(layout.numel(parameter) for parameter in layout.specs))
+    # One buffer per kind: copies of every size, made and freed one by one, would leave the heap full of holes.
+    largest = max(layout.numel(parameter) for parameter in layout.specs)
+    buffers = {kind: torch.empty(largest, dtype=dtype) for kind, dtype in kinds.items()}
     for name in stream.source.entries:
-        prefix = next(p for p in _KINDS if name.startswith(p))
-        parameter = name.removeprefix(prefix)
+        kind, parameter = kind_and_parameter(name)
         whole = stream.read(name)
         for tp_rank in layout.holders(parameter):
             spec = layout.specs[parameter][tp_rank]
-            part = buffer[: layout.numel(parameter)]
+            part = buffers[kind][: layout.numel(parameter)]
             take(spec, whole, part.view(spec.local_shape))
             for run in layout.runs(parameter, tp_rank):
-                flat = flats[(_KINDS[prefix], *run.file, run.group)]
+                flat = flats[(kind, *run.file, run.group)]
                 flat[run.offset : run.offset + run.length] = part[run.start : run.start + run.length]
-            if prefix == MODEL and layout.stage < 3:  # where every rank is a holder
+            if kind == MASTERS and layout.stage < 3:  # where every rank is a holder
                 flats.module(parameter, tp_rank).view(-1).copy_(part)
         del whole  # before the next one is read
 
@@ -122,7 +126,8 @@ class _Common:
     def __init__(self, layout: ZeroLayout, config: dict[str, Any], state: dict[str, Any], version: str) -> None:
         self._layout = layout
         self._tied = config["model"].get("tie_word_embeddings", False)
-        self._training = config.get("training", {})
+        self._training = under_present_names(config, "the source's configuration").get("training", {})
+        self._states = [state_name(prefix) for prefix in state_dtypes(config)]
         self._state = state
         self._version = version
 
@@ -160,14 +165,11 @@ class _Common:
         layout = self._layout
         groups = range(len(layout.groups))
         step = torch.tensor(float(self._state["engine"]["optimizer_step"]))
-        adam = {
-            group: {
-                "step": step,
-                **{kind: flats[kind, dp_rank, tp_rank, group] for kind in list(_KINDS.values())[1:]},
-            }
+        states = {
+            group: {"step": step, **{name: flats[name, dp_rank, tp_rank, group] for name in self._states}}
             for group in groups
         }
-        base = {"state": adam, "param_groups": self._param_groups()}
+        base = {"state": states, "param_groups": self._param_groups()}
         masters = [flats["fp32", dp_rank, tp_rank, group] for group in groups]
         state: dict[str, Any] = {
             "zero_stage": ZeroStageEnum(layout.stage),
@@ -192,23 +194,14 @@ class _Common:
         return {"optimizer_state_dict": state, "ds_config": {}, "ds_version": self._version}
 
     def _param_groups(self) -> list[dict[str, Any]]:
-        """Return the groups as AdamW itself describes them: the first decays, the second does not."""
+        """Return the groups as the optimizer itself describes them: the first decays, the second does not."""
         training, layout = self._training, self._layout
         from fusiontree.models.initialization import no_weight_decay
 
-        decays = [not no_weight_decay(names[0]) for names in layout.groups]
-        flats = [torch.zeros(1) for _ in layout.groups]
-        optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": [flat for flat, d in zip(flats, decays, strict=True) if d is wanted],
-                    "weight_decay": training.get("weight_decay", 0.0) if wanted else 0.0,
-                }
-                for wanted in dict.fromkeys(decays)
-            ],
-            lr=training.get("learning_rate", 0.0),
-            betas=(training.get("adam_beta1", 0.9), training.get("adam_beta2", 0.95)),
-            eps=training.get("adam_eps", 1e-8),
-            fused=True,
-        )
-        return optimizer.state_dict()["param_groups"]
+        plain = [no_weight_decay(names[0]) for names in layout.groups]
+        decayed, others = ([torch.zeros(1) for p in plain if p is wanted] for wanted in (False, True))
+        weight_decay = training.get("weight_decay", 0.0)
+        settings = validated_settings(training.get("optimizer", {}))
+        optimizer = build_optimizer(settings, parameter_groups(decayed, others, weight_decay))
+        groups = optimizer.state_dict()["param_groups"]
+        return [group | {"lr": training.get("learning_rate", 0.0)} for group in groups]

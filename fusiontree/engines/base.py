@@ -9,26 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's, by their names in its state."""
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW and clipping, as ``training`` configures them."""
-
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    max_grad_norm: float
 
 
 class StepResult:
@@ -162,7 +147,7 @@ class Engine(Protocol):
         ...
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Live tensors of the training state under layout-free names: ``model.*``, ``optimizer.exp_avg.*`` …"""
+        """Live tensors of the training state under layout-free names: ``model.NAME``, ``optimizer.STATE.NAME``."""
         ...
 
     def state_values(self) -> dict[str, Any]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from fusiontree.engines.base import Engine, OptimizerSettings
+from fusiontree.engines.base import Engine
 from fusiontree.engines.mixed_precision import compute_in
 from fusiontree.engines.torch_engine import PRECISION, TorchEngine
+from fusiontree.models.config import ModelConfig
 from fusiontree.parallel.activation_checkpointing import checkpoint_activations, fuse_projections
+from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import build_model, materializer, no_weight_decay, shard_groups_leaves_first
+from fusiontree.training.config import TrainingConfig
 
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
-def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout) -> Engine:
+def build_engine(
+    model_config: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, layout: Layout
+) -> Engine:
     """Return the configured engine with a freshly initialised model.
 
     Args:
@@ -27,13 +30,6 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
     """
     model = build_model(model_config, layout)
     materialize = materializer(model_config, training.seed, layout.device, model.specs)
-    optimizer = OptimizerSettings(
-        beta1=training.adam_beta1,
-        beta2=training.adam_beta2,
-        eps=training.adam_eps,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-    )
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
         return not no_weight_decay(name, parameter)
@@ -54,17 +50,15 @@ def build_engine(model_config: Any, parallel: Any, training: Any, layout: Layout
             materialize=materialize,
             decays=decays,
             compute_dtype=PRECISION[training.precision],
-            optimizer=optimizer,
-            offload=parallel.offload,
-            zero3_persistence_threshold=parallel.zero3_persistence_threshold,
+            training=training,
+            parallel=parallel,
         )
     return TorchEngine(
         model,
         layout,
         materialize=materialize,
         decays=decays,
-        precision=training.precision,
-        optimizer=optimizer,
+        training=training,
         shard=parallel.engine == "fsdp2",
         reshard_after_forward=parallel.reshard_after_forward,
     )

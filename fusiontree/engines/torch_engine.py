@@ -13,16 +13,19 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fusiontree.engines.base import MOMENTS, OptimizerSettings, StepInputs, StepOutputs, StepResult
+from fusiontree.engines.base import StepInputs, StepOutputs, StepResult
 from fusiontree.engines.layout_mixin import LayoutMixin
 from fusiontree.engines.loss_scale import LossScale
 from fusiontree.engines.nonfinite_watch import GradientWatch
 from fusiontree.engines.parameters.local import LocalParameters
 from fusiontree.engines.parameters.replicated import ReplicatedParameters
 from fusiontree.engines.step import run_model
+from fusiontree.optim.build import Leaf, build_optimizer, fill_states, new_states, parameter_groups, scaled_step
+from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.global_tensor import GlobalTensor
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import DistributedModel, ShardGroup, shard_groups_leaves_first
+from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.device import copy_to_host
 
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,8 +45,7 @@ class TorchEngine(LayoutMixin):
         *,
         materialize: Callable[[ShardGroup], None],
         decays: Callable[[str, nn.Parameter], bool],
-        precision: str,
-        optimizer: OptimizerSettings,
+        training: TrainingConfig,
         shard: bool,
         reshard_after_forward: bool = True,
     ) -> None:
@@ -54,8 +56,7 @@ class TorchEngine(LayoutMixin):
             layout: the process's place; its mesh is sharded over.
             materialize: gives a group memory and initial values.
             decays: tells from name and parameter whether weight decay applies.
-            precision: bf16 | fp16 | fp32, the type of activations and matrix products.
-            optimizer: AdamW's settings.
+            training: precision, optimizer and clipping.
             shard: True shards over all data parallel ranks, False keeps the model's parameters whole (ddp).
             reshard_after_forward: whether a block's parameters are gathered again for its backward pass, or kept.
         """
@@ -64,10 +65,14 @@ class TorchEngine(LayoutMixin):
         self.specs = model.specs
         self._shard = shard
         self._reshard = reshard_after_forward
-        self._settings = optimizer
-        self._local, self._replicated = LocalParameters(self.module), ReplicatedParameters(self.module, decays)
+        self._spec = OPTIMIZERS.get(training.optimizer.name)
+        self._limit = training.max_grad_norm
+        self._local, self._replicated = (
+            LocalParameters(self.module),
+            ReplicatedParameters(self.module, decays, self._spec),
+        )
         self._root: Any = self.module
-        self._distribute(model, materialize, PRECISION[precision])
+        self._distribute(model, materialize, PRECISION[training.precision])
         replicated = {view for group in self._replicated.groups for view in group.views.values()}
         self.parameters = {
             name: self._local.masters.get(p, p) for name, p in self.module.named_parameters() if p not in replicated
@@ -75,13 +80,13 @@ class TorchEngine(LayoutMixin):
         """The optimizer's, by name, but for those that lie in flat groups."""
         with torch.no_grad():
             self._parts = {name: _local(parameter) for name, parameter in self.parameters.items()}
-        self._moments = {
-            (kind, name): torch.zeros_like(parameter, requires_grad=False)
-            for kind in MOMENTS
-            for name, parameter in self.parameters.items()
-        }
-        self.optimizer = self._build_optimizer(decays)
-        self.loss_scale = LossScale() if precision == "fp16" else None
+        self._states = {name: new_states(self._spec, parameter) for name, parameter in self.parameters.items()}
+        leaves = [*self._leaves(decays)]
+        decayed, plain = ([leaf.tensor for leaf in leaves if leaf.decays is wanted] for wanted in (True, False))
+        self.optimizer = build_optimizer(training.optimizer, parameter_groups(decayed, plain, training.weight_decay))
+        for leaf in leaves:
+            fill_states(self.optimizer, leaf.tensor, leaf.states)
+        self.loss_scale = LossScale() if training.precision == "fp16" else None
         self._last_result: StepResult | None = None
         self._watch = GradientWatch(self.module.embed)
 
@@ -141,30 +146,13 @@ class TorchEngine(LayoutMixin):
         for now, after in pairwise(module for module in order if isinstance(module, FSDPModule)):
             now.set_modules_to_forward_prefetch([after])
 
-    def _build_optimizer(self, decays: Callable[[str, nn.Parameter], bool]) -> torch.optim.AdamW:
-        """Return AdamW over this rank's parts as plain tensors: sharded ones cost the host several times the calls."""
-        decayed = [self._parts[name] for name, parameter in self.parameters.items() if decays(name, parameter)]
-        plain = [self._parts[name] for name, parameter in self.parameters.items() if not decays(name, parameter)]
-        moments = {part: {k: _local(self._moments[k, name]) for k in MOMENTS} for name, part in self._parts.items()}
+    def _leaves(self, decays: Callable[[str, nn.Parameter], bool]) -> Iterator[Leaf]:
+        """Yield this rank's parts as plain tensors: sharded ones cost the host several times the calls."""
+        for name, parameter in self.parameters.items():
+            states = {kind: _local(values) for kind, values in self._states[name].items()}
+            yield Leaf(self._parts[name], decays(name, parameter), states)
         for group in self._replicated.groups:
-            for (leaf, of_leaf), leaves in zip(group.optimized(), (decayed, plain), strict=True):
-                if leaf.numel():
-                    leaves.append(leaf)
-                    moments[leaf] = of_leaf
-        groups = [
-            {"params": decayed, "weight_decay": self._settings.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            betas=(self._settings.beta1, self._settings.beta2),
-            eps=self._settings.eps,
-            fused=True,
-        )
-        # AdamW makes its moments in the first step; a checkpoint to load needs them before.
-        for part, of_part in moments.items():
-            optimizer.state[part] = {"step": torch.zeros((), dtype=torch.float32, device=self.device), **of_part}
-        return optimizer
+            yield from (leaf for leaf in group.optimized() if leaf.tensor.numel())
 
     def forward(self, inputs: StepInputs) -> StepOutputs:
         """Run the model on one micro batch."""
@@ -196,7 +184,7 @@ class TorchEngine(LayoutMixin):
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepResult:
-        """Clip by the global norm, apply AdamW, clear the gradient; the device decides by itself whether to skip.
+        """Clip by the global norm, apply the gradient, clear it; the device decides by itself whether to skip.
 
         All of it is queued and none of it waited for: the host is free to prepare the next step.
         """
@@ -207,16 +195,11 @@ class TorchEngine(LayoutMixin):
         if self.loss_scale:
             norm = norm / self.loss_scale.scale
             divisor = divisor * self.loss_scale.scale
-        limit = self._settings.max_grad_norm
-        if limit:
-            divisor = divisor * (norm / limit).clamp(min=1.0)
-        optimizer: Any = self.optimizer
-        # AdamW's kernel divides the gradient on its way, and leaves all as it was when told of an infinity.
-        optimizer.grad_scale = divisor.float()
-        optimizer.found_inf = (~norm.isfinite()).float()
-        for group in optimizer.param_groups:
+        if self._limit:
+            divisor = divisor * (norm / self._limit).clamp(min=1.0)
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        optimizer.step()
+        scaled_step(self.optimizer, self._spec, divisor, norm)
         scale, read_norm = self.loss_scale, copy_to_host(norm.view(1))
         why = f"overflow at loss scale {scale.scale}" if scale else "non-finite gradient norm"
         result = StepResult(lambda: read_norm()[0], unless_finite=why)
@@ -274,12 +257,12 @@ class TorchEngine(LayoutMixin):
         return self.layout.sum_over_parts(square).sqrt()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Live tensors: ``model.NAME``, ``optimizer.exp_avg.NAME``, ``optimizer.exp_avg_sq.NAME``."""
+        """Live tensors: ``model.NAME``, ``optimizer.STATE.NAME``."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             tensors[f"model.{name}"] = self._placed(name, parameter.detach())
-            for kind in MOMENTS:
-                tensors[f"optimizer.{kind}.{name}"] = self._placed(name, self._moments[kind, name])
+            for kind, values in self._states[name].items():
+                tensors[f"optimizer.{kind}.{name}"] = self._placed(name, values)
         for group in self._replicated.groups:
             for kind, part, values in group.state():
                 spec = self.specs[part.name]

@@ -17,6 +17,7 @@ from fusiontree.models.config import ModelConfig
 from fusiontree.models.flops import matrix_parameters, visible_keys
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.models.weight_layout import bc_proj_rows, in_proj_rows
+from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.tp_plan import split_of
 
@@ -156,12 +157,18 @@ def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: 
     passes = max(1, -(-training.global_batch_size // (dp * training.micro_batch_size)))
     # One process keeps gradients as the backward pass made them. Several add up those of several passes in fp32; of one
     # pass each rank keeps its part.
-    one_pass = half * on_rank + 16 * share
+    stepped = 4 + OPTIMIZERS.get(training.optimizer.name).bytes_per_parameter
+    """Bytes of a parameter's fp32 value and of its states in the optimizer; an fp32 gradient has 4 more."""
+    one_pass = half * on_rank + (4 + stepped) * share
     states = {
-        "ddp": 16 * on_rank if gpus == 1 else one_pass if passes == 1 else (half + 4) * on_rank + 12 * share,
-        "zero1": half * on_rank + 4 * on_rank + 12 * share,
-        "zero2": half * on_rank + 16 * share,
-    }.get(engine, 16 * share)
+        "ddp": (4 + stepped) * on_rank
+        if gpus == 1
+        else one_pass
+        if passes == 1
+        else (half + 4) * on_rank + stepped * share,
+        "zero1": half * on_rank + 4 * on_rank + stepped * share,
+        "zero2": half * on_rank + (4 + stepped) * share,
+    }.get(engine, (4 + stepped) * share)
     # The block at work, the one fetched ahead, and the gradients of one, in half precision.
     gathered = 0.0 if whole_weights or gpus == 1 else 3.0 * half * block
     if (

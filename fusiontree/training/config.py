@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from fusiontree.optim.config import AdamWSettings, OptimizerSettings, validated_settings
 from fusiontree.utils.settings import Section, setting
 
 
@@ -66,9 +67,9 @@ class TrainingConfig(Section):
         0.1, "Decoupled decay of matrices; norms, biases and A_log, D, dt_bias get none.", ge=0
     )
     max_grad_norm: float = setting(1.0, "Global norm to which gradients are clipped; 0 never clips.", ge=0)
-    adam_beta1: float = setting(0.9, "AdamW's decay of the mean.", ge=0, lt=1)
-    adam_beta2: float = setting(0.95, "AdamW's decay of the mean square.", ge=0, lt=1)
-    adam_eps: float = setting(1e-8, "AdamW's denominator term.", gt=0)
+    optimizer: SerializeAsAny[Annotated[OptimizerSettings, BeforeValidator(validated_settings)]] = setting(
+        AdamWSettings, "Optimizer and its settings."
+    )
     seed: int = setting(0, "Decides initial weights, data order and branch dropout.", ge=0)
     validation: ValidationConfig = setting(ValidationConfig, "Loss on held-out data.")
     activation_checkpointing: Literal["none", "selective", "full", "offload"] = setting(

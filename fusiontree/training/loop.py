@@ -21,6 +21,7 @@ from fusiontree.checkpoint.folders import complete_checkpoints, remove_partial, 
 from fusiontree.checkpoint.load import check_model, load_newest
 from fusiontree.checkpoint.saver import Saver
 from fusiontree.engines.base import Engine
+from fusiontree.optim.config import check_same_optimizer
 from fusiontree.supervision.monitors import RunMonitors
 from fusiontree.supervision.restart_policy import count_starts
 from fusiontree.supervision.signals import StopRequest
@@ -369,7 +370,7 @@ class Trainer:
             self.saver.checkpoints,
             self.engine.state_tensors(),
             group=self.saver.group,
-            check=lambda folder, state: check_model(folder, state, self.settings.values["model"]),
+            check=self._check_checkpoint,
             on_damage=self._report_damage,
             report=spoken(self._say, "reading and verifying the checkpoint"),
         )
@@ -379,6 +380,10 @@ class Trainer:
                     self._set_aside(folder)
         self.engine.barrier()
         return found
+
+    def _check_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
+        check_model(folder, state, self.settings.values["model"])
+        check_same_optimizer(folder, state.get("config", {}), self.settings.training.optimizer.name)
 
     def _set_aside(self, folder: Path) -> None:
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fusiontree.config.describe import BEGIN, END, main, settings_markdown, with_current_tables
-from fusiontree.config.load import section_type
+from fusiontree.config.load import field_section, section_type
 from fusiontree.config.root import Config
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.settings import Section
@@ -20,8 +20,9 @@ def leaves(section: type[Section] = Config, prefix: str = "") -> list[str]:
     found = []
     for name, field in section.model_fields.items():
         dotted = f"{prefix}{field.alias or name}"
-        nested = section_type(field.annotation)
-        found += leaves(nested, f"{dotted}.") if nested is not None and nested is field.annotation else [dotted]
+        nested = field_section(field)
+        is_section = nested is not None and section_type(field.annotation) is field.annotation
+        found += leaves(nested, f"{dotted}.") if is_section else [dotted]
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusiontree.engines.parameters import flat_buffer
 from fusiontree.engines.parameters.flat_buffer import ALIGNMENT
 from fusiontree.engines.parameters.replicated import ReplicatedParameters
+from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 from fusiontree.parallel.layout import Layout
 from tests.engines.test_local import train
@@ -51,7 +52,7 @@ def test_passes_add_up_in_fp32_and_a_given_up_step_leaves_nothing(monkeypatch: p
     gathers, reductions = counted(monkeypatch, ALL_GATHER), counted(monkeypatch, REDUCE_SCATTER)
     model = Two()
     with Layout("cpu") as layout:
-        replicated = ReplicatedParameters(model, lambda name, parameter: name == "b")
+        replicated = ReplicatedParameters(model, lambda name, parameter: name == "b", OPTIMIZERS.get("adamw"))
         replicated.collect(dict(model.named_parameters()), torch.bfloat16, layout.world_group, (model,))
         replicated.build()
         replicated.in_order([model])

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fusiontree.engines.base import MOMENTS
 from fusiontree.engines.parameters.flat_slice import FlatSlice
+from fusiontree.optim.build import Leaf, new_states
+from fusiontree.optim.config import OptimizerSpec
 from fusiontree.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 
 ALIGNMENT = 64
@@ -36,6 +37,7 @@ class FlatBuffer:
         dtype: torch.dtype,
         group: dist.ProcessGroup,
         decays: Callable[[str, nn.Parameter], bool],
+        optimizer: OptimizerSpec,
     ) -> None:
         """Lay the parameters out.
 
@@ -45,6 +47,7 @@ class FlatBuffer:
             dtype: what the model computes with.
             group: the ranks with copies of the parameters.
             decays: tells from name and parameter whether weight decay applies.
+            optimizer: its states.
         """
         names: dict[nn.Parameter, str] = {}
         for name, parameter in parameters.items():
@@ -65,8 +68,8 @@ class FlatBuffer:
         self._mine = self._whole.narrow(0, begin, size)
         self.master = torch.zeros(size, device=device)
         """fp32 values of this rank's part."""
-        self.moments = {kind: torch.zeros_like(self.master) for kind in MOMENTS}
-        """AdamW's, of this rank's part."""
+        self.states = new_states(optimizer, self.master)
+        """The optimizer's, of this rank's part."""
         self.parts: list[FlatSlice] = []
         """What this rank owns of each parameter."""
         self.views: dict[str, nn.Parameter] = {}
@@ -103,14 +106,17 @@ class FlatBuffer:
         """Return of values of this rank's part those that decay and the others; they share memory with ``flat``."""
         return flat[: self._border], flat[self._border :]
 
-    def optimized(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Return what the optimizer works on with its moments: first what decays, then the others."""
-        moments = {kind: self.cut(moment) for kind, moment in self.moments.items()}
-        return [(leaf, {kind: cut[i] for kind, cut in moments.items()}) for i, leaf in enumerate(self.leaves)]
+    def optimized(self) -> list[Leaf]:
+        """Return the optimizer's tensors: first those with weight decay, then the others; either may be empty."""
+        states = {kind: self.cut(values) for kind, values in self.states.items()}
+        return [
+            Leaf(tensor, index == 0, {kind: cut[index] for kind, cut in states.items()})
+            for index, tensor in enumerate(self.leaves)
+        ]
 
     def state(self) -> Iterator[tuple[str, FlatSlice, Tensor]]:
-        """Yield for each parameter ``model`` and ``optimizer.MOMENT``, what this rank owns of it, and its values."""
-        flats = {"model": self.master} | {f"optimizer.{kind}": moment for kind, moment in self.moments.items()}
+        """Yield for each parameter ``model`` and ``optimizer.STATE``, what this rank owns of it, and its values."""
+        flats = {"model": self.master} | {f"optimizer.{kind}": values for kind, values in self.states.items()}
         for part in self.parts:
             yield from ((kind, part, part.of(flat)) for kind, flat in flats.items())
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fusiontree.engines.parameters.flat_buffer import FlatBuffer
 from fusiontree.engines.parameters.local import put_in_place
+from fusiontree.optim.config import OptimizerSpec
 
 AHEAD = 4
 """Groups that are on their way while a module computes; with tensor parallelism a block has two or three."""
@@ -30,12 +31,12 @@ _Key = tuple[torch.dtype, dist.ProcessGroup, _Users]
 class ReplicatedParameters:
     """All flat groups of a model, in the order in which the forward pass needs them."""
 
-    def __init__(self, model: nn.Module, decays: Callable[[str, nn.Parameter], bool]) -> None:
+    def __init__(self, model: nn.Module, decays: Callable[[str, nn.Parameter], bool], optimizer: OptimizerSpec) -> None:
         """Start with none; ``decays`` tells from name and parameter whether weight decay applies."""
         self.groups: list[FlatBuffer] = []
         self.last_pass = True
         """Whether the step's final backward pass is under way."""
-        self._model, self._decays = model, decays
+        self._model, self._decays, self._optimizer = model, decays, optimizer
         self._collected: dict[_Key, dict[str, nn.Parameter]] = {}
         self._used_by: dict[FlatBuffer, _Users] = {}
         self._order: list[FlatBuffer] = []
@@ -56,7 +57,7 @@ class ReplicatedParameters:
         """Make groups of what was collected, but for what ``later`` uses, and let the model compute with them."""
         for key in [key for key in self._collected if later not in key[2]]:
             dtype, group, used_by = key
-            flat = FlatBuffer(len(self.groups), self._collected.pop(key), dtype, group, self._decays)
+            flat = FlatBuffer(len(self.groups), self._collected.pop(key), dtype, group, self._decays, self._optimizer)
             self.groups.append(flat)
             self._used_by[flat] = used_by
             put_in_place(self._model, flat.views)

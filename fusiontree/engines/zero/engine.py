@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fusiontree.engines.base import OptimizerSettings, StepInputs, StepOutputs, StepResult
+from fusiontree.engines.base import StepInputs, StepOutputs, StepResult
 from fusiontree.engines.layout_mixin import LayoutMixin
 from fusiontree.engines.loss_scale import LossScale
 from fusiontree.engines.nonfinite_watch import GradientWatch
@@ -25,9 +25,13 @@ from fusiontree.engines.zero.deepspeed_setup import (
 )
 from fusiontree.engines.zero.gather import gather_ahead, gather_in
 from fusiontree.engines.zero.reduce import GradientReduction
+from fusiontree.optim.build import build_optimizer, fill_states, new_states, parameter_groups
+from fusiontree.optim.config import OPTIMIZERS
+from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.global_tensor import GlobalTensor
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import DistributedModel, ShardGroup, shard_groups_leaves_first
+from fusiontree.training.config import TrainingConfig
 
 
 class ZeroEngine(LayoutMixin):
@@ -47,9 +51,8 @@ class ZeroEngine(LayoutMixin):
         materialize: Callable[[ShardGroup], None],
         decays: Callable[[str, nn.Parameter], bool],
         compute_dtype: torch.dtype,
-        optimizer: OptimizerSettings,
-        offload: str = "none",
-        zero3_persistence_threshold: int = 0,
+        training: TrainingConfig,
+        parallel: ParallelConfig,
     ) -> None:
         """Materialise, initialise and cut ``model`` (on the meta device) one block at a time.
 
@@ -60,20 +63,20 @@ class ZeroEngine(LayoutMixin):
             materialize: gives a group memory and initial values.
             decays: tells from name and parameter whether weight decay applies.
             compute_dtype: what the forward sees, except groups that stay in fp32.
-            optimizer: AdamW's settings.
-            offload: none | optimizer | all.
-            zero3_persistence_threshold: elements; stage 3 keeps smaller parameters gathered.
+            training: optimizer and clipping.
+            parallel: what waits in CPU memory, and which parameters stage 3 keeps gathered.
         """
         super().__init__(layout)
         self.module: Any = model.module
         self.specs = specs = model.specs
-        self.stage, self._offload = stage, offload
+        self.stage, self._offload = stage, parallel.offload
+        self._spec = OPTIMIZERS.get(training.optimizer.name)
         self._deepspeed = start_deepspeed(layout)
         config = deepspeed_config(
             stage,
-            max_grad_norm=optimizer.max_grad_norm,
-            offload=offload,
-            zero3_persistence_threshold=zero3_persistence_threshold,
+            max_grad_norm=training.max_grad_norm,
+            offload=self._offload,
+            zero3_persistence_threshold=parallel.zero3_persistence_threshold,
             largest=max(math.prod(spec.local_shape) for spec in specs.values()),
             block=max(sum(p.numel() for p in block.parameters()) for block in self.module.layers),
             pin_memory=layout.device.type == "cuda",
@@ -95,13 +98,13 @@ class ZeroEngine(LayoutMixin):
                 self._deepspeed.utils.set_z3_leaf_module(block, True)
         self._engine, *_ = self._deepspeed.initialize(
             model=self.module,
-            optimizer=self._build_optimizer(optimizer, decays),
+            optimizer=self._build_optimizer(training, decays),
             config=config,
             mpu=ParallelGroups(layout),
             dist_init_required=False,
         )
         self._zero: Any = self._engine.optimizer
-        check_report(self._engine, stage, offload)
+        check_report(self._engine, stage, self._offload)
         self._sum_gradients()
         if stage == 3:
             modules = [self.module.embed, *self.module.layers, self.module.head]
@@ -113,7 +116,8 @@ class ZeroEngine(LayoutMixin):
         else:
             self._flats = self._zero.single_partition_of_fp32_groups
             self._parts = list(stage12_slices(self._zero, names, layout.dp_cp_rank))
-        self._make_moments()
+        for flat in self._flats:
+            fill_states(self._zero.optimizer, flat, new_states(self._spec, flat))
         self.loss_scale = LossScale() if compute_dtype == torch.float16 else None
         self._watch = GradientWatch(self.module.embed)
 
@@ -133,17 +137,11 @@ class ZeroEngine(LayoutMixin):
         )
 
     def _build_optimizer(
-        self, settings: OptimizerSettings, decays: Callable[[str, nn.Parameter], bool]
-    ) -> torch.optim.AdamW:
+        self, training: TrainingConfig, decays: Callable[[str, nn.Parameter], bool]
+    ) -> torch.optim.Optimizer:
         decayed = [p for n, p in self.parameters.items() if decays(n, p)]
         plain = [p for n, p in self.parameters.items() if not decays(n, p)]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            fused=True,
-        )
+        return build_optimizer(training.optimizer, parameter_groups(decayed, plain, training.weight_decay))
 
     def _sum_gradients(self) -> None:
         """Let gradients be summed over the ranks: the loss is already divided by the global token count."""
@@ -176,15 +174,6 @@ class ZeroEngine(LayoutMixin):
             for gradient, values in zip(whole, flat.split([g.numel() for g in whole]), strict=True):
                 gradient.copy_(values.view_as(gradient))
 
-    def _make_moments(self) -> None:
-        # AdamW makes its moments in the first step; a checkpoint to load needs them before.
-        for flat in self._flats:
-            self._zero.optimizer.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-                "exp_avg": torch.zeros_like(flat, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
-            }
-
     def forward(self, inputs: StepInputs) -> StepOutputs:
         """Run the model on one micro batch."""
         return run_model(self._engine, inputs, self.layout)
@@ -205,7 +194,7 @@ class ZeroEngine(LayoutMixin):
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepResult:
-        """Clip by the global norm, apply AdamW, clear the gradient."""
+        """Clip by the global norm, apply the gradient, clear it."""
         self._zero.set_lr(learning_rate)
         if self.stage < 3 and self.layout.tp_size > 1:
             self._sum_over_tp()
@@ -253,7 +242,7 @@ class ZeroEngine(LayoutMixin):
         return self.specs[part.name].pieces(part.of(flat), part.start)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Live tensors: ``model.NAME``, ``optimizer.exp_avg.NAME``, ``optimizer.exp_avg_sq.NAME``."""
+        """Live tensors: ``model.NAME``, ``optimizer.STATE.NAME``."""
         tensors: dict[str, Tensor] = {}
         for part in self._parts:
             master = self._flats[part.group]
@@ -261,8 +250,7 @@ class ZeroEngine(LayoutMixin):
             shape = self.specs[part.name].global_shape
             for kind, flat in (
                 ("model", master.detach()),
-                ("optimizer.exp_avg", state["exp_avg"]),
-                ("optimizer.exp_avg_sq", state["exp_avg_sq"]),
+                *((f"optimizer.{name}", state[name]) for name in self._spec.states),
             ):
                 tensors[f"{kind}.{part.name}"] = GlobalTensor(shape, self._pieces(part, flat), flat.dtype, flat.device)
         return tensors

@@ -1,0 +1,1 @@
+"""Optimizers by name: settings, states and construction. A plugin adds one to ``OPTIMIZERS``."""
