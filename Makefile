@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 # What `make constraints` raises: nothing, all (--upgrade) or one package (--upgrade-package NAME).
 UPGRADE ?=
 
-.PHONY: help install constraints quickstart test test-all test-slow-shard test-gpu lint format clean
+.PHONY: help install constraints quickstart test test-all test-slow-shard test-gpu lint format export clean
 
 help:
 	@echo "make quickstart   install, build token shards, train, resume, generate, report (about 8 minutes on 2 cores)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-gpu     tests that need a CUDA device"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite the code"
+	@echo "make export       assemble the model file of Hugging Face exports anew from its sources"
 	@echo "make constraints  pin the CPU environment anew; UPGRADE=--upgrade raises every version"
 
 install: $(STAMP)
@@ -66,6 +67,9 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+export: install
+	$(BIN)/python -m fusiontree.convert.hf_source.assemble
 
 clean:
 	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -19,7 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "parallel": {"models", "ops", "utils"},
     "engines": {"optim", "parallel", "utils"},
     "checkpoint": {"models", "parallel", "utils"},
-    "convert": {"checkpoint", "models", "optim", "parallel", "utils"},
+    "convert": {"checkpoint", "models", "ops", "optim", "parallel", "utils"},  # ops: formulas of the assembled export
     "tracking": {"utils"},
     "supervision": {"engines.base", "tracking", "utils"},
     "training": {"engines.base", "data", "checkpoint", "supervision", "tracking", "utils"},

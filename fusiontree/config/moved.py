@@ -9,6 +9,7 @@ from fusiontree.utils.errors import UserError
 from fusiontree.utils.settings import warn_of_former_name
 
 MOVED: dict[str, str] = {
+    **{f"training.adam_{key}": f"training.optimizer.{key}" for key in ("beta1", "beta2", "eps")},
     "training.eval_interval": "training.validation.interval",
     "training.eval_rows": "training.validation.rows",
     "training.spike_policy": "training.spikes.policy",
@@ -24,7 +25,6 @@ MOVED: dict[str, str] = {
     "training.hang_timeout_s": "supervision.hang_timeout_s",
     "training.slow_timeout_s": "supervision.slow_timeout_s",
 }
-MOVED: dict[str, str] = {f"training.adam_{key}": f"training.optimizer.{key}" for key in ("beta1", "beta2", "eps")}
 """Former name -> name, both with their sections: ``training.adam_beta1`` -> ``training.optimizer.beta1``."""
 
 

@@ -36,11 +36,11 @@ class SharedTimeEncoding(nn.Module):
             return F.embedding(positions_BS, self.weight).to(dtype)
         blocks = positions_BS.split(_BLOCK, dim=1)
         if len(blocks) > 1 and positions_BS.is_cuda and self.backend != "reference":
-            return fused(_sincos, self.backend, "cuda")(positions_BS, self.channels, dtype)  # stores no angles
-        return torch.cat([_sincos(block, self.channels, dtype) for block in blocks], dim=1)
+            return fused(sincos_encoding, self.backend, "cuda")(positions_BS, self.channels, dtype)  # stores no angles
+        return torch.cat([sincos_encoding(block, self.channels, dtype) for block in blocks], dim=1)
 
 
-def _sincos(positions_BS: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+def sincos_encoding(positions_BS: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Return sines in even channels and cosines in odd channels; angles are float64, as for RoPE."""
     even = torch.arange(0, channels, 2, dtype=torch.float64, device=positions_BS.device)
     angle = positions_BS.unsqueeze(-1).double() * torch.exp(even * (-math.log(10000.0) / channels))

@@ -45,7 +45,7 @@ def test_a_model_that_is_read_otherwise_is_not_kept(
     code = tmp_path / "code"
     shutil.copytree(Path(hf_model.__file__).parent, code)
     file = code / "modeling_fusiontree.py"
-    wrong = file.read_text().replace("(query_S1 - key_T < window)", "(query_S1 - key_T <= window)")
+    wrong = file.read_text().replace("(distance_ST < window)", "(distance_ST <= window)")
     assert wrong != file.read_text()
     file.write_text(wrong)
     monkeypatch.setattr(hf_model, "__file__", str(code / "__init__.py"))

@@ -75,6 +75,11 @@ class FusionTreeConfig(PretrainedConfig):
         """Inner width of the Mamba-2 mixer."""
         return self.mamba["expand"] * self.hidden_size
 
+    @property
+    def mlp_size(self) -> int:
+        """Inner width of the MLP."""
+        return int(self.mlp_ratio * self.hidden_size)
+
     def window_of_layer(self, layer: int) -> int:
         """Tokens that the local heads of ``layer`` see, their own included."""
         if self.attention_type == "local_global" or self.num_layers == 1:

@@ -1,10 +1,25 @@
 """FusionTree language model for transformers, in one file of plain PyTorch (no kernels, any device).
 
-Every layer reads the sequence twice in parallel, by a Mamba-2 mixer and by attention whose first heads see a window
-and whose last heads see everything; a gate mixes the two, per token and channel.
+Every layer reads the sequence twice in parallel, by a Mamba-2 mixer and by attention whose first heads see a window and
+whose last heads see all earlier tokens; a gate mixes the two outputs per token and channel.
 
-Shape legend: B rows, S new tokens, T stored and new tokens, C channels, H heads, K key/value heads, D channels of an
-attention head; in the Mamba-2 mixer: G groups of B and C, P channels of a head, N size of the state.
+Shape legend: B rows, S new tokens, T cached and new tokens, C channels, K key/value heads or taps of a convolution, D
+channels of an attention head, V vocabulary; H heads, G groups of B and C, R heads of a group, P channels of a head and
+N size of the state of a Mamba-2 mixer; c scan chunks, Q tokens of a scan chunk.
+
+Assembled by ``python -m fusiontree.convert.hf_source.assemble`` from these modules; change them and not this file:
+fusiontree.convert.hf_source.causal_lm
+fusiontree.convert.hf_source.layers
+fusiontree.models.gate
+fusiontree.models.mlp
+fusiontree.models.srte
+fusiontree.ops.attention.reference
+fusiontree.ops.attention.sdpa
+fusiontree.ops.conv.reference
+fusiontree.ops.gate.reference
+fusiontree.ops.norm.reference
+fusiontree.ops.rotary.reference
+fusiontree.ops.ssd.chunked
 """
 
 from __future__ import annotations
@@ -23,12 +38,555 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_fusiontree import FusionTreeConfig
 
-QUERIES_PER_BLOCK = 1024  # number of queries that an attention mask covers at one time
-PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # how others mark several texts in a row
+QUERIES_PER_BLOCK = 1024  # queries per attention mask, which limits the memory of masks
+TOKENS_PER_SCAN = 4096  # tokens per call of the scan, which limits the memory of its matrices
+
+
+class TokenLayout:
+    """Columns, positions and padding of the new tokens of a forward."""
+
+    def __init__(
+        self, rows: int, length: int, mask: Tensor | None, start: int, first_B: Tensor | None, device: Any
+    ) -> None:
+        """Lay out ``length`` new columns after ``start`` cached columns.
+
+        Args:
+            rows: number of texts.
+            length: number of new columns.
+            mask: 1 on real tokens and 0 on pads, for all columns or for the new columns; None means no pads.
+            start: number of cached columns.
+            first_B: column of each cached row's first real token; None without cached columns.
+            device: of the tokens.
+
+        Raises:
+            ValueError: a pad is between real tokens or after a cached token, or a row has no real token.
+        """
+        self.columns_S = torch.arange(start, start + length, device=device)
+        new_BS = None if mask is None else mask[:, -length:].to(device).bool()
+        self.real_BS = None if new_BS is None or bool(new_BS.all()) else new_BS
+        """True on real tokens; None if there are no pads."""
+        if first_B is not None:
+            if first_B.shape[0] != rows:
+                raise ValueError(f"the cache holds {first_B.shape[0]} rows and the input {rows}")
+            if self.real_BS is not None:
+                raise ValueError(
+                    "attention_mask marks new tokens as pads; pads are allowed before the first token only"
+                )
+        elif self.real_BS is None:
+            first_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        else:
+            first_B = self.real_BS.int().argmax(1)
+            end_B = first_B + self.real_BS.sum(1)
+            run_BS = (self.columns_S >= first_B[:, None]) & (self.columns_S < end_B[:, None])
+            if not torch.equal(run_BS, self.real_BS) or not bool(self.real_BS.any(1).all()):
+                raise ValueError("attention_mask must mark one run of real tokens in every row")
+        self.first_B = first_B
+        self.positions_BS = (self.columns_S - first_B[:, None]).clamp(min=0)
+        """Position of each token in its text; 0 on pads on the left."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in x's dtype (Zhang and Sennrich 2019)."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(compute), x.shape[-1:], weight.to(compute), eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm; statistics in fp32."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        """Return ``[B, S, C]``."""
+        return rms_norm(x_BSC, self.weight, self.eps)
+
+
+def sincos_encoding(positions_BS: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Return sines in even channels and cosines in odd channels; angles are float64, as for RoPE."""
+    even = torch.arange(0, channels, 2, dtype=torch.float64, device=positions_BS.device)
+    angle = positions_BS.unsqueeze(-1).double() * torch.exp(even * (-math.log(10000.0) / channels))
+    return torch.stack([angle.sin().to(dtype), angle.cos().to(dtype)], dim=-1).flatten(2)
+
+
+class TimeEncoding(nn.Module):
+    """Shared relative time encoding: encodes each token's position in its text for all Mamba mixers."""
+
+    def __init__(self, config: FusionTreeConfig) -> None:
+        super().__init__()
+        self.kind, self.channels = config.srte_encoding, config.hidden_size
+        if self.kind == "learnable":
+            self.weight = nn.Parameter(torch.zeros(config.max_position_embeddings, config.hidden_size))
+
+    def forward(self, positions_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return the encoding ``[B, S, C]``, or None without an encoding."""
+        if self.kind == "none":
+            return None
+        if self.kind == "sincos":
+            return sincos_encoding(positions_BS, self.channels, dtype)
+        longest = int(positions_BS.max()) + 1
+        if longest > self.weight.shape[0]:
+            raise ValueError(
+                f"a text of {longest} tokens is longer than max_position_embeddings {self.weight.shape[0]}, where the "
+                f"learnable time encoding ends"
+            )
+        return F.embedding(positions_BS, self.weight).to(dtype)
+
+
+def _activated(y_BSC: Tensor, bias_C: Tensor | None, activation: str | None) -> Tensor:
+    if bias_C is not None:
+        y_BSC = y_BSC + bias_C.to(y_BSC.dtype)
+    if activation == "silu":
+        return F.silu(y_BSC)
+    if activation is not None:
+        raise ValueError(f"unknown activation '{activation}'; use 'silu' or None")
+    return y_BSC
+
+
+def shifted_products(
+    x_BSC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    positions_BS: Tensor | None,
+    initial_BKC: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """Sum the taps; a token at position p of its document uses at most p earlier tokens (None: all in the row)."""
+    length, taps = x_BSC.shape[1], weight_CK.shape[1]
+    if initial_BKC is None:
+        padded_BTC = F.pad(x_BSC, (0, 0, taps - 1, 0))
+    else:
+        padded_BTC = torch.cat([initial_BKC.to(x_BSC.dtype), x_BSC], dim=1)
+    compute = torch.promote_types(x_BSC.dtype, torch.float32)
+    weight_KC = weight_CK.to(compute).t()
+    y_BSC = x_BSC * weight_KC[-1]
+    for back in range(1, taps):
+        tap_BSC = padded_BTC[:, taps - 1 - back : taps - 1 - back + length] * weight_KC[taps - 1 - back]
+        if positions_BS is not None:
+            tap_BSC = tap_BSC * (positions_BS >= back).unsqueeze(-1)
+        y_BSC = y_BSC + tap_BSC
+    return _activated(y_BSC, bias_C, activation).to(x_BSC.dtype)
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution and SiLU."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, width))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x_BSC: Tensor, cache: dict[str, Tensor] | None, name: str) -> Tensor:
+        """Return ``[B, S, C]``; ``cache[name]`` holds the inputs before the first token and is updated."""
+        before_BKC = None if cache is None else cache.get(name)
+        if cache is not None:
+            look_back = self.weight.shape[1] - 1
+            if before_BKC is None:
+                before_BKC = x_BSC.new_zeros(x_BSC.shape[0], look_back, x_BSC.shape[2])
+            inputs_BTC = torch.cat([before_BKC, x_BSC], dim=1)
+            cache[name] = inputs_BTC[:, inputs_BTC.shape[1] - look_back :].detach().clone()
+        return shifted_products(x_BSC, self.weight, self.bias, None, before_BKC, "silu")
+
+
+class SSMParameters(nn.Module):
+    """Decay, skip and step bias of the state space heads, in fp32: half precision rounds decays near one."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.D = nn.Parameter(torch.ones(heads))
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+
+
+def gated_rms_norm(y_BSC: Tensor, z_BSC: Tensor, weight_C: Tensor, *, groups: int, eps: float) -> Tensor:
+    """Return RMSNorm(y * silu(z)) in y's dtype; ``groups`` equal blocks of channels are normalized separately.
+
+    Source: Mamba-2's output norm (Dao and Gu 2024, section 7).
+    """
+    compute = torch.promote_types(y_BSC.dtype, torch.float32)
+    gated = y_BSC.to(compute) * F.silu(z_BSC.to(compute))
+    grouped = gated.unflatten(-1, (groups, -1))
+    normed = F.rms_norm(grouped, grouped.shape[-1:], None, eps).flatten(-2)
+    return (normed * weight_C.to(compute)).to(y_BSC.dtype)
+
+
+class GatedRMSNorm(RMSNorm):
+    """``RMSNorm(y * silu(z))`` of each group of channels separately."""
+
+    def __init__(self, channels: int, eps: float, groups: int) -> None:
+        super().__init__(channels, eps)
+        self.groups = groups
+
+    def forward(self, y_BSC: Tensor, z_BSC: Tensor) -> Tensor:
+        """Return ``[B, S, C]``."""
+        return gated_rms_norm(y_BSC, z_BSC, self.weight, groups=self.groups, eps=self.eps)
+
+
+class _ChunkMarks:
+    """Masks of the chunks from document starts, broadcastable to [B, c, G, R, ...]."""
+
+    def __init__(self, segments_BS: Tensor | None, rows: int, chunk: int, padding: int, device: torch.device) -> None:
+        causal_QQ = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
+        if segments_BS is None:
+            self.visible: Tensor = causal_QQ
+            self.reaches_end: Tensor | float = 1.0
+            self.continues: Tensor | float = 1.0
+            self.passes_through: Tensor | float = 1.0
+            return
+        if padding:
+            segments_BS = torch.cat([segments_BS, segments_BS[:, -1:].expand(-1, padding)], dim=1)
+        segments_BcQ = segments_BS.view(rows, -1, chunk)
+        last_Bc = segments_BcQ[..., -1]
+        # Segment 0 continues the tokens before this row or chunk, so the initial state belongs to it.
+        previous_Bc = torch.cat([torch.zeros_like(last_Bc[:, :1]), last_Bc[:, :-1]], dim=1)
+        same_BcQQ = segments_BcQ.unsqueeze(-1) == segments_BcQ.unsqueeze(-2)
+        self.visible = (same_BcQQ & causal_QQ)[:, :, None, None]
+        self.reaches_end = (segments_BcQ == last_Bc.unsqueeze(-1))[:, :, None, None]
+        self.continues = (segments_BcQ == previous_Bc.unsqueeze(-1))[:, :, None, None]
+        self.passes_through = (last_Bc == previous_Bc)[:, :, None, None]
+
+
+def _pass_states(added_BcGRPN: Tensor, kept_BcGR: Tensor, initial_BGRPN: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the state before every chunk and after the last: h_c = kept_c h_{c-1} + added_c."""
+    state = torch.zeros_like(added_BcGRPN[:, 0]) if initial_BGRPN is None else initial_BGRPN
+    before = []
+    for added_BGRPN, kept_BGR in zip(added_BcGRPN.unbind(1), kept_BcGR.unbind(1), strict=True):
+        before.append(state)
+        state = kept_BGR[..., None, None] * state + added_BGRPN
+    return torch.stack(before, dim=1), state
+
+
+def scan_segments(
+    x_BSHP: Tensor,
+    dt_BSH: Tensor,
+    A_H: Tensor,
+    B_BSGN: Tensor,
+    C_BSGN: Tensor,
+    D_H: Tensor,
+    chunk_size: int,
+    segments_BS: Tensor | None = None,
+    initial_state_BHPN: Tensor | None = None,
+    state_exchange: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scan in chunks: h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t and y_t = C_t h_t + D x_t, in fp32 or better.
+
+    Source: Dao and Gu 2024, "Transformers are SSMs", section 6. The cost is linear in the number of tokens.
+
+    Args:
+        x_BSHP: inputs.
+        dt_BSH: positive step sizes.
+        A_H: negative decay rates.
+        B_BSGN: input projections.
+        C_BSGN: output projections.
+        D_H: skip weights.
+        chunk_size: tokens per scan chunk.
+        segments_BS: number of document starts up to each token; segment 0 continues the initial state. None means that
+            no document starts in the rows.
+        initial_state_BHPN: state before the first token; None means zeros.
+        state_exchange: returns the initial state from the final state of a scan from zero and the total decay.
+
+    Returns:
+        ``(y_BSHP, final_state_BHPN)``; y in x's dtype.
+    """
+    rows, length, heads, width = x_BSHP.shape
+    groups, size = B_BSGN.shape[2:]
+    chunk = min(chunk_size, length)
+    padding = -length % chunk
+    chunks = (length + padding) // chunk
+    compute = torch.promote_types(x_BSHP.dtype, torch.float32)
+
+    def in_chunks(tensor: Tensor, *rest: int) -> Tensor:
+        # Padding steps have dt = 0: they neither decay the state nor add to it.
+        padded = (
+            F.pad(tensor.to(compute), (0, 0) * (tensor.dim() - 2) + (0, padding)) if padding else tensor.to(compute)
+        )
+        return padded.view(rows, chunks, chunk, *rest)
+
+    x_BcGRQP = in_chunks(x_BSHP, groups, heads // groups, width).permute(0, 1, 3, 4, 2, 5)
+    dt_BcGRQ = in_chunks(dt_BSH, groups, heads // groups).permute(0, 1, 3, 4, 2)
+    B_BcGQN = in_chunks(B_BSGN, groups, size).transpose(2, 3)
+    C_BcGQN = in_chunks(C_BSGN, groups, size).transpose(2, 3)
+    xdt_BcGRQP = x_BcGRQP * dt_BcGRQ.unsqueeze(-1)
+    log_decay_BcGRQ = (dt_BcGRQ * A_H.to(compute).view(groups, -1, 1)).cumsum(-1)
+
+    marks = _ChunkMarks(segments_BS, rows, chunk, padding, x_BSHP.device)
+    # Within chunks.
+    distance_BcGRQQ = log_decay_BcGRQ.unsqueeze(-1) - log_decay_BcGRQ.unsqueeze(-2)
+    decay_BcGRQQ = distance_BcGRQQ.masked_fill(~marks.visible, float("-inf")).exp()
+    scores_BcGQQ = C_BcGQN @ B_BcGQN.transpose(-1, -2)
+    y_BcGRQP = (scores_BcGQQ.unsqueeze(3) * decay_BcGRQQ) @ xdt_BcGRQP
+
+    # Each chunk's contribution to the state at its end, and its decay of the state at its start.
+    to_end_BcGRQ = (log_decay_BcGRQ[..., -1:] - log_decay_BcGRQ).exp() * marks.reaches_end
+    added_BcGRPN = (xdt_BcGRQP * to_end_BcGRQ.unsqueeze(-1)).transpose(-1, -2) @ B_BcGQN.unsqueeze(3)
+    kept_BcGR = log_decay_BcGRQ[..., -1].exp() * marks.passes_through
+
+    initial = initial_state_BHPN
+    if state_exchange is not None:
+        from_zero_BHPN = _pass_states(added_BcGRPN, kept_BcGR, None)[1].view(rows, heads, width, size)
+        initial = state_exchange(from_zero_BHPN, kept_BcGR.prod(dim=1).view(rows, heads))
+    if initial is not None:
+        initial = initial.to(compute).view(rows, groups, -1, width, size)
+    before_BcGRPN, final_BGRPN = _pass_states(added_BcGRPN, kept_BcGR, initial)
+
+    from_start_BcGRQ = log_decay_BcGRQ.exp() * marks.continues
+    y_BcGRQP = y_BcGRQP + (C_BcGQN.unsqueeze(3) @ before_BcGRPN.transpose(-1, -2)) * from_start_BcGRQ.unsqueeze(-1)
+    y_BSHP = y_BcGRQP.permute(0, 1, 4, 2, 3, 5).reshape(rows, chunks * chunk, heads, width)[:, :length]
+    y_BSHP = y_BSHP + D_H.to(compute).unsqueeze(-1) * x_BSHP.to(compute)
+    return y_BSHP.to(x_BSHP.dtype), final_BGRPN.reshape(rows, heads, width, size)
+
+
+class Mamba2Mixer(nn.Module):
+    """Projections, convolution, scan, gated norm, output projection; B and C have a separate projection."""
+
+    def __init__(self, config: FusionTreeConfig) -> None:
+        super().__init__()
+        sizes = config.mamba
+        self.head_dim, self.d_state, self.chunk_size = sizes["head_dim"], sizes["d_state"], sizes["chunk_size"]
+        inner, heads = config.d_inner, config.d_inner // self.head_dim
+        bc_channels = 2 * sizes["n_groups"] * self.d_state
+        self.splits = [inner, inner, heads]  # z, x, dt
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=False)
+        self.bc_proj = nn.Linear(config.hidden_size, bc_channels, bias=False)
+        self.conv_x = CausalConv(inner, sizes["d_conv"])
+        self.conv_bc = CausalConv(bc_channels, sizes["d_conv"])
+        self.ssm = SSMParameters(heads)
+        self.norm = GatedRMSNorm(inner, config.norm_eps, sizes["norm_groups"])
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(self, u_BSC: Tensor, layout: TokenLayout, cache: dict[str, Tensor] | None) -> Tensor:
+        """Mix along the tokens: ``[B, S, C]``."""
+        z_BSC, x_BSC, dt_BSH = self.in_proj(u_BSC).split(self.splits, dim=-1)
+        bc_BSC = self.bc_proj(u_BSC)
+        dt_BSH = F.softplus(dt_BSH.float() + self.ssm.dt_bias.float())
+        if layout.real_BS is not None:
+            # Zeros on pads: no input to the convolution, and steps of size zero leave the state as it is.
+            x_BSC, bc_BSC, dt_BSH = (t * layout.real_BS.unsqueeze(-1) for t in (x_BSC, bc_BSC, dt_BSH))
+        x_BSHP = self.conv_x(x_BSC, cache, "conv_x").unflatten(-1, (-1, self.head_dim))
+        bc_BSC = self.conv_bc(bc_BSC, cache, "conv_bc")
+        B_BSGN, C_BSGN = (t.unflatten(-1, (-1, self.d_state)) for t in bc_BSC.chunk(2, dim=-1))
+        A_H, D_H = -torch.exp(self.ssm.A_log.float()), self.ssm.D.float()
+        state_BHPN = None if cache is None else cache.get("state")
+        outputs = []
+        tokens = max(1, TOKENS_PER_SCAN // self.chunk_size) * self.chunk_size
+        for x, dt, B, C in zip(*(t.split(tokens, dim=1) for t in (x_BSHP, dt_BSH, B_BSGN, C_BSGN)), strict=True):
+            y, state_BHPN = scan_segments(x, dt, A_H, B, C, D_H, self.chunk_size, initial_state_BHPN=state_BHPN)
+            outputs.append(y)
+        if cache is not None and state_BHPN is not None:
+            cache["state"] = state_BHPN.detach()
+        return self.out_proj(self.norm(torch.cat(outputs, dim=1).flatten(2), z_BSC))
+
+
+def visible_keys(
+    queries: int, keys: int, window: int | None, positions_BS: Tensor | None, device: torch.device
+) -> Tensor:
+    """Return the mask of visible keys per query, [B or 1, S, T]."""
+    index_S = torch.arange(queries, device=device) + keys - queries
+    distance_ST = index_S.unsqueeze(1) - torch.arange(keys, device=device)
+    visible_BST = (distance_ST >= 0).unsqueeze(0)
+    if window is not None:
+        visible_BST = visible_BST & (distance_ST < window)
+    if positions_BS is not None:
+        visible_BST = visible_BST & (distance_ST <= positions_BS.unsqueeze(-1))
+    return visible_BST
+
+
+def sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Call torch's operation with a boolean mask [B, 1, S, T] of visible keys; None means causal attention."""
+    grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
+    out_BHSD = F.scaled_dot_product_attention(
+        q_BSHD.transpose(1, 2),
+        k_BTKD.transpose(1, 2),
+        v_BTKD.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=grouped,
+    )
+    return out_BHSD.transpose(1, 2)
+
+
+def attend(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, positions_BS: Tensor, window: int | None) -> Tensor:
+    """Attend from each new token to itself and the real tokens before it, within ``window`` tokens (None: all).
+
+    The queries are the last S of the T columns of keys. They are processed in blocks, each with the keys that it can
+    see, so that the cost of a window is linear in the number of tokens and no mask is square.
+    """
+    queries, keys = q_BSHD.shape[1], k_BTKD.shape[1]
+    outputs = []
+    for begin in range(0, queries, QUERIES_PER_BLOCK):
+        end = min(begin + QUERIES_PER_BLOCK, queries)
+        high = keys - queries + end
+        low = 0 if window is None else max(0, keys - queries + begin - window + 1)
+        visible_BST = visible_keys(end - begin, high - low, window, positions_BS[:, begin:end], q_BSHD.device)
+        seen = k_BTKD[:, low:high], v_BTKD[:, low:high]
+        outputs.append(sdpa(q_BSHD[:, begin:end], *seen, visible_BST.unsqueeze(1), None))
+    return torch.cat(outputs, dim=1)
+
+
+def apply_rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
+    """Rotate channels i and i + D/2 by the tables' angles, in fp32 or better; returns the dtype of ``x``."""
+    compute = torch.promote_types(x_BSHD.dtype, torch.float32)
+    first, second = x_BSHD.to(compute).chunk(2, dim=-1)
+    cos, sin = cos_BSD.unsqueeze(2).to(compute), sin_BSD.unsqueeze(2).to(compute)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x_BSHD.dtype)
+
+
+class LocalGlobalAttention(nn.Module):
+    """Grouped-query attention: local heads first, then global heads; no group mixes local and global heads."""
+
+    def __init__(self, config: FusionTreeConfig, layer: int) -> None:
+        super().__init__()
+        self.head_dim, self.window = config.head_dim, config.window_of_layer(layer)
+        local_heads = config.num_heads - config.global_heads
+        local_kv_heads = local_heads * config.num_kv_heads // config.num_heads
+        self.heads = [local_heads, config.global_heads]
+        self.kv_heads = [local_kv_heads, config.num_kv_heads - local_kv_heads]
+        width, hidden = self.head_dim, config.hidden_size
+        self.q_proj = nn.Linear(hidden, config.num_heads * width, bias=False)
+        self.k_proj = nn.Linear(hidden, config.num_kv_heads * width, bias=False)
+        self.v_proj = nn.Linear(hidden, config.num_kv_heads * width, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * width, hidden, bias=False)
+
+    def forward(
+        self,
+        u_BSC: Tensor,
+        cos_BSD: Tensor,
+        sin_BSD: Tensor,
+        layout: TokenLayout,
+        cache: dict[str, Tensor] | None,
+    ) -> Tensor:
+        """Mix along the tokens: ``[B, S, C]``."""
+        q_BSHD, k_BSKD, v_BSKD = (
+            linear(u_BSC).unflatten(-1, (-1, self.head_dim)) for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        queries = apply_rotary(q_BSHD, cos_BSD, sin_BSD).split(self.heads, dim=2)
+        keys = apply_rotary(k_BSKD, cos_BSD, sin_BSD).split(self.kv_heads, dim=2)
+        values = v_BSKD.split(self.kv_heads, dim=2)
+        outputs = []
+        for name, window, q, k, v in zip(("local", "global"), (self.window, None), queries, keys, values, strict=True):
+            if not q.shape[2]:
+                continue
+            if cache is not None:
+                if f"{name}_k" in cache:
+                    k, v = torch.cat([cache[f"{name}_k"], k], dim=1), torch.cat([cache[f"{name}_v"], v], dim=1)
+                needed = 0 if window is None else max(0, k.shape[1] - window + 1)
+                cache[f"{name}_k"], cache[f"{name}_v"] = k[:, needed:].detach(), v[:, needed:].detach()
+            outputs.append(attend(q, k, v, layout.positions_BS, window))
+        return self.o_proj(torch.cat(outputs, dim=2).flatten(2))
+
+
+class FusionGate(nn.Module):
+    """``W_up tanh(W_down z)``: logits of the Mamba branch's weight in the mix, for every token and channel.
+
+    ``W_up`` starts at zero, so every gate starts at 0.5.
+    """
+
+    def __init__(self, config: FusionTreeConfig) -> None:
+        super().__init__()
+        self.down = nn.Linear(config.hidden_size, config.gate_rank, bias=False)
+        self.up = nn.Linear(config.gate_rank, config.hidden_size, bias=False)
+
+    def forward(self, z_BSC: Tensor) -> Tensor:
+        """Return the logits ``[B, S, C]``."""
+        return self.up(torch.tanh(self.down(z_BSC)))
+
+
+def _swiglu(gate_BSC: Tensor, up_BSC: Tensor) -> Tensor:
+    return F.silu(gate_BSC) * up_BSC
+
+
+class MLP(nn.Module):
+    """``down(gelu(up(z)))``, or SwiGLU (Shazeer 2020): ``down(silu(gate(z)) * up(z))``."""
+
+    def __init__(self, config: FusionTreeConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.gate: nn.Linear | None = None
+        if config.mlp_activation == "swiglu":
+            self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+
+    def forward(self, z_BSC: Tensor) -> Tensor:
+        """Return ``[B, S, C]``."""
+        if self.gate is None:
+            return self.down(F.gelu(self.up(z_BSC)))
+        swiglu = _swiglu
+        return self.down(swiglu(self.gate(z_BSC), self.up(z_BSC)))
+
+
+class Alignment(nn.Module):
+    """Computes the input of gate and MLP from the branches' outputs: sum of a two-layer GELU MLP and a linear map."""
+
+    def __init__(self, branches: int, hidden_size: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(branches * hidden_size, hidden_size, bias=False)
+        self.down = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.skip = nn.Linear(branches * hidden_size, hidden_size, bias=False)
+
+    def forward(self, ma_BSC: Tensor) -> Tensor:
+        """Map the branches' concatenated outputs, ``[B, S, branches * hidden_size]``, to ``[B, S, hidden_size]``."""
+        inner_BSC, skip_BSC = self.up(ma_BSC), self.skip(ma_BSC)
+        return self.down(F.gelu(inner_BSC)) + skip_BSC
+
+
+def mix(logits_BSC: Tensor, branches_BSC: Tensor, kind: str) -> Tensor:
+    """Return g m + (1 - g) a with g = sigmoid(logits); a branch that ``kind`` (F, M or A) lacks counts as zeros."""
+    gate = torch.sigmoid(logits_BSC)
+    if kind == "F":
+        m_BSC, a_BSC = branches_BSC.chunk(2, dim=-1)
+        return torch.lerp(a_BSC, m_BSC, gate)
+    return branches_BSC * (gate if kind == "M" else 1 - gate)
+
+
+class FusionTreeBlock(GradientCheckpointingLayer):
+    """One layer. Its letter in ``layer_pattern`` selects the mixers: F both, M Mamba, A attention."""
+
+    def __init__(self, config: FusionTreeConfig, layer: int) -> None:
+        super().__init__()
+        self.letter = config.layer_pattern[layer]
+        hidden = config.hidden_size
+        self.norm = RMSNorm(hidden, config.norm_eps)
+        if self.letter in "FM":
+            self.mamba = Mamba2Mixer(config)
+        if self.letter in "FA":
+            self.attention = LocalGlobalAttention(config, layer)
+        self.align = Alignment(2 if self.letter == "F" else 1, hidden) if config.use_alignment else None
+        self.gate = FusionGate(config)
+        self.out_proj = nn.Linear(hidden, hidden, bias=False)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x_BSC: Tensor,
+        srte_BSC: Tensor | None,
+        cos_BSD: Tensor,
+        sin_BSD: Tensor,
+        layout: TokenLayout,
+        cache: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Return the residual stream after this layer; ``cache`` holds this layer's cached tensors."""
+        u_BSC = self.norm(x_BSC)
+        outputs = []
+        if self.letter in "FM":
+            outputs.append(self.mamba(u_BSC if srte_BSC is None else u_BSC + srte_BSC, layout, cache))
+        if self.letter in "FA":
+            outputs.append(self.attention(u_BSC, cos_BSD, sin_BSD, layout, cache))
+        ma_BSC = torch.cat(outputs, dim=-1)
+        if self.align is not None:
+            z_BSC = self.align(ma_BSC)
+        else:
+            z_BSC = sum(outputs) / 2  # a missing mixer counts as zeros
+        return x_BSC + self.out_proj(mix(self.gate(z_BSC), ma_BSC, self.letter)) + self.mlp(z_BSC)
+
+
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that mark several texts in a row
 
 
 class FusionTreeCache:
-    """What decoding keeps: convolution inputs and state of each Mamba mixer, keys and values of each attention.
+    """Convolution inputs and state of each Mamba mixer, keys and values of each attention.
 
     All rows of a batch end in the same column; shorter texts are padded on the left.
     """
@@ -37,17 +595,17 @@ class FusionTreeCache:
 
     def __init__(self, num_layers: int) -> None:
         self.columns = 0
-        """Tokens seen, pads included."""
+        """Tokens per row, pads included."""
         self.first_B: Tensor | None = None
         """Column of each row's first real token."""
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the tokens seen, pads included."""
+        """Return the number of tokens per row, pads included."""
         return self.columns
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i continue what row ``beam_idx[i]`` was (beam search)."""
+        """Replace row i by row ``beam_idx[i]`` (beam search)."""
         self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -63,389 +621,8 @@ class FusionTreeCache:
         self.layers = [{name: change(tensor) for name, tensor in layer.items()} for layer in self.layers]
 
 
-class Places:
-    """Where the new tokens of a forward stand."""
-
-    def __init__(self, rows: int, length: int, mask: Tensor | None, cache: FusionTreeCache | None, device: Any) -> None:
-        """Place ``length`` new columns after those of the cache.
-
-        Args:
-            rows: of the batch.
-            length: new columns.
-            mask: 1 on real tokens and 0 on pads, for all columns or for the new ones; None means no pads.
-            cache: what was seen before.
-            device: of the tokens.
-
-        Raises:
-            ValueError: pads between real tokens, a row of pads, or pads on the right of what a cache is to keep.
-        """
-        self.start = cache.columns if cache is not None else 0
-        self.columns_S = torch.arange(self.start, self.start + length, device=device)
-        if self.start:
-            assert cache is not None and cache.first_B is not None
-            if cache.first_B.shape[0] != rows:
-                raise ValueError(f"the cache holds {cache.first_B.shape[0]} rows and the input {rows}")
-            self.first_B = cache.first_B
-            self.real_BS: Tensor | None = None
-            if mask is not None and not bool(mask[:, -length:].bool().all()):
-                raise ValueError(
-                    "attention_mask marks new tokens as pads; pads are allowed before the first token only"
-                )
-        elif mask is None or bool(mask.bool().all()):
-            self.first_B = torch.zeros(rows, dtype=torch.int64, device=device)
-            self.real_BS = None
-        else:
-            self.real_BS = mask.to(device).bool()
-            self.first_B = self.real_BS.int().argmax(1)
-            end_B = self.first_B + self.real_BS.sum(1)
-            run_BS = (self.columns_S >= self.first_B[:, None]) & (self.columns_S < end_B[:, None])
-            if not torch.equal(run_BS, self.real_BS) or not bool(self.real_BS.any(1).all()):
-                raise ValueError("attention_mask must mark one run of real tokens in every row")
-            if cache is not None and not bool(self.real_BS[:, -1].all()):
-                raise ValueError(
-                    "rows are padded on the right, so a text cannot be continued; use padding_side='left', or "
-                    "use_cache=False for a single forward"
-                )
-        self.real_or_all = ... if self.real_BS is None else self.real_BS
-        self.positions_BS = (self.columns_S - self.first_B[:, None]).clamp(min=0)
-        if cache is not None:
-            cache.first_B = self.first_B
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm over the last axis, or over equal groups of it; statistics in fp32."""
-
-    def __init__(self, channels: int, eps: float, groups: int = 1) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.eps = eps
-        self.groups = groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normed values in the dtype of the weight."""
-        grouped = x.float().unflatten(-1, (self.groups, -1))
-        normed = F.rms_norm(grouped, grouped.shape[-1:], None, self.eps).flatten(-2)
-        return (normed * self.weight.float()).to(self.weight.dtype)
-
-
-class TimeEncoding(nn.Module):
-    """Shared relative time encoding: what tells every Mamba mixer where in its text a token is."""
-
-    def __init__(self, config: FusionTreeConfig) -> None:
-        super().__init__()
-        self.kind, self.channels = config.srte_encoding, config.hidden_size
-        if self.kind == "learnable":
-            self.weight = nn.Parameter(torch.zeros(config.max_position_embeddings, config.hidden_size))
-
-    def forward(self, positions_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return the encoding ``[B, S, C]``, or None if there is none."""
-        if self.kind == "none":
-            return None
-        if self.kind == "learnable":
-            longest = int(positions_BS.max()) + 1
-            if longest > self.weight.shape[0]:
-                raise ValueError(
-                    f"a text of {longest} tokens is longer than max_position_embeddings {self.weight.shape[0]}, where "
-                    f"the learnable time encoding ends"
-                )
-            return F.embedding(positions_BS, self.weight).to(dtype)
-        even = torch.arange(0, self.channels, 2, dtype=torch.float64, device=positions_BS.device)
-        angle = positions_BS.unsqueeze(-1).double() * torch.exp(even * (-math.log(10000.0) / self.channels))
-        return torch.stack([angle.sin().to(dtype), angle.cos().to(dtype)], dim=-1).flatten(2)
-
-
-class CausalConv(nn.Module):
-    """Depthwise causal convolution and SiLU."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, width))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x_BSC: Tensor, kept: dict[str, Tensor] | None, name: str) -> Tensor:
-        """Return ``[B, S, C]``; the inputs before and of the last tokens are read from and kept under ``name``."""
-        look_back = self.weight.shape[1] - 1
-        before_BKC = x_BSC.new_zeros(x_BSC.shape[0], look_back, x_BSC.shape[2])
-        if kept is not None:
-            before_BKC = kept.get(name, before_BKC)
-        inputs_BTC = torch.cat([before_BKC, x_BSC], dim=1)
-        if kept is not None:
-            kept[name] = inputs_BTC[:, -look_back:].detach().clone()
-        outputs_BCS = F.conv1d(
-            inputs_BTC.float().transpose(1, 2),
-            self.weight.float().unsqueeze(1),
-            self.bias.float(),
-            groups=x_BSC.shape[2],
-        )
-        return F.silu(outputs_BCS).transpose(1, 2).to(x_BSC.dtype)
-
-
-class SSMParameters(nn.Module):
-    """Decay, skip and step bias of the state space heads; kept in fp32, where a decay near one has a meaning."""
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.A_log = nn.Parameter(torch.zeros(heads))
-        self.D = nn.Parameter(torch.ones(heads))
-        self.dt_bias = nn.Parameter(torch.zeros(heads))
-
-
-def scan(
-    x_BSHP: Tensor,
-    dt_BSH: Tensor,
-    A_H: Tensor,
-    B_BSHN: Tensor,
-    C_BSHN: Tensor,
-    chunk: int,
-    state_BHPN: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Compute ``h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t`` and ``y_t = C_t h_t``, a chunk of tokens at a time, in fp32.
-
-    Source: Dao and Gu 2024, "Transformers are SSMs", section 6. Cost is linear in the length.
-
-    Returns:
-        ``y [B, S, H, P]`` and the state after the last token ``[B, H, P, N]``.
-    """
-    rows, _, heads, width = x_BSHP.shape
-    if state_BHPN is None:
-        state_BHPN = x_BSHP.new_zeros(rows, heads, width, B_BSHN.shape[-1])
-    outputs = []
-    for x, dt, B, C in zip(*(t.split(chunk, dim=1) for t in (x_BSHP, dt_BSH, B_BSHN, C_BSHN)), strict=True):
-        log_decay_BHQ = (dt * A_H).cumsum(1).transpose(1, 2)
-        # From token s to token q: the decays between them; nothing flows backward.
-        between_BHQQ = log_decay_BHQ.unsqueeze(-1) - log_decay_BHQ.unsqueeze(-2)
-        causal_QQ = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        between_BHQQ = between_BHQQ.masked_fill(~causal_QQ, float("-inf")).exp()
-        scores_BHQQ = torch.einsum("bqhn,bshn->bhqs", C, B) * between_BHQQ
-        xdt_BQHP = x * dt.unsqueeze(-1)
-        y_BQHP = torch.einsum("bhqs,bshp->bqhp", scores_BHQQ, xdt_BQHP)
-        y_BQHP = y_BQHP + torch.einsum("bqhn,bhpn,bhq->bqhp", C, state_BHPN, log_decay_BHQ.exp())
-        outputs.append(y_BQHP)
-        to_end_BHQ = (log_decay_BHQ[..., -1:] - log_decay_BHQ).exp()
-        added_BHPN = torch.einsum("bqhp,bqhn,bhq->bhpn", xdt_BQHP, B, to_end_BHQ)
-        state_BHPN = log_decay_BHQ[..., -1].exp()[..., None, None] * state_BHPN + added_BHPN
-    return torch.cat(outputs, dim=1), state_BHPN
-
-
-class Mamba2Mixer(nn.Module):
-    """Projections, convolution, scan, gated norm, output projection; B and C have a projection of their own."""
-
-    def __init__(self, config: FusionTreeConfig) -> None:
-        super().__init__()
-        sizes = config.mamba
-        self.head_dim, self.d_state, self.n_groups = sizes["head_dim"], sizes["d_state"], sizes["n_groups"]
-        self.chunk_size = sizes["chunk_size"]
-        self.d_inner = config.d_inner
-        self.heads = self.d_inner // self.head_dim
-        bc_channels = 2 * self.n_groups * self.d_state
-        self.in_proj = nn.Linear(config.hidden_size, 2 * self.d_inner + self.heads, bias=False)  # z, x, dt
-        self.bc_proj = nn.Linear(config.hidden_size, bc_channels, bias=False)  # B, C
-        self.conv_x = CausalConv(self.d_inner, sizes["d_conv"])
-        self.conv_bc = CausalConv(bc_channels, sizes["d_conv"])
-        self.ssm = SSMParameters(self.heads)
-        self.norm = RMSNorm(self.d_inner, config.norm_eps, sizes["norm_groups"])
-        self.out_proj = nn.Linear(self.d_inner, config.hidden_size, bias=False)
-
-    def forward(self, u_BSC: Tensor, places: Places, kept: dict[str, Tensor] | None) -> Tensor:
-        """Mix along the tokens: ``[B, S, C]``."""
-        z_BSC, x_BSC, dt_BSH = self.in_proj(u_BSC).split([self.d_inner, self.d_inner, self.heads], dim=-1)
-        bc_BSC = self.bc_proj(u_BSC)
-        dt_BSH = F.softplus(dt_BSH.float() + self.ssm.dt_bias.float())
-        if places.real_BS is not None:
-            # Pads look like the nothing before a text: no input to the convolution, no step of the state.
-            real_BS1 = places.real_BS.unsqueeze(-1)
-            x_BSC, bc_BSC, dt_BSH = x_BSC * real_BS1, bc_BSC * real_BS1, dt_BSH * real_BS1
-        x_BSHP = self.conv_x(x_BSC, kept, "conv_x").float().unflatten(-1, (self.heads, self.head_dim))
-        B_BSC, C_BSC = self.conv_bc(bc_BSC, kept, "conv_bc").float().chunk(2, dim=-1)
-        B_BSHN, C_BSHN = (
-            t.unflatten(-1, (self.n_groups, self.d_state)).repeat_interleave(self.heads // self.n_groups, dim=2)
-            for t in (B_BSC, C_BSC)
-        )
-        A_H = -torch.exp(self.ssm.A_log.float())
-        state_BHPN = None if kept is None else kept.get("state")
-        y_BSHP, state_BHPN = scan(x_BSHP, dt_BSH, A_H, B_BSHN, C_BSHN, self.chunk_size, state_BHPN)
-        if kept is not None:
-            kept["state"] = state_BHPN.detach()
-        y_BSHP = y_BSHP + self.ssm.D.float().unsqueeze(-1) * x_BSHP
-        return self.out_proj(self.norm(y_BSHP.flatten(2).to(z_BSC.dtype).float() * F.silu(z_BSC.float())))
-
-
-def rotate(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
-    """Rotate channel i with channel i + D/2 by the tables' angles (rotary position encoding), in fp32."""
-    first, second = x_BSHD.float().chunk(2, dim=-1)
-    cos, sin = cos_BSD.unsqueeze(2), sin_BSD.unsqueeze(2)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x_BSHD.dtype)
-
-
-def attend(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, places: Places, window: int | None) -> Tensor:
-    """Attend from each new token to itself and the real tokens before it, within ``window`` tokens (None: all).
-
-    The queries are the last S of the T columns that the keys cover. They are handled in blocks, each with the keys it
-    can see, so the cost of a window is linear in the length and no mask is square.
-    """
-    queries, keys = q_BSHD.shape[1], k_BTKD.shape[1]
-    first_key = places.start + queries - keys  # column of the oldest key
-    outputs = []
-    for begin in range(0, queries, QUERIES_PER_BLOCK):
-        end = min(begin + QUERIES_PER_BLOCK, queries)
-        high = keys - queries + end
-        low = 0 if window is None else max(0, keys - queries + begin - window + 1)
-        query_S1 = places.columns_S[begin:end, None]
-        key_T = torch.arange(first_key + low, first_key + high, device=q_BSHD.device)
-        seen_BST = (key_T <= query_S1) & (key_T >= places.first_B[:, None, None])
-        if window is not None:
-            seen_BST = seen_BST & (query_S1 - key_T < window)
-        seen_BST = seen_BST | (key_T == query_S1)  # a pad sees itself: a softmax over nothing is not a number
-        out_BHSD = F.scaled_dot_product_attention(
-            q_BSHD[:, begin:end].transpose(1, 2),
-            k_BTKD[:, low:high].transpose(1, 2),
-            v_BTKD[:, low:high].transpose(1, 2),
-            attn_mask=seen_BST.unsqueeze(1),
-            enable_gqa=q_BSHD.shape[2] != k_BTKD.shape[2],
-        )
-        outputs.append(out_BHSD.transpose(1, 2))
-    return torch.cat(outputs, dim=1)
-
-
-class LocalGlobalAttention(nn.Module):
-    """Grouped-query attention: local heads first, then global heads; a group of heads is of one kind."""
-
-    def __init__(self, config: FusionTreeConfig, layer: int) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.window = config.window_of_layer(layer)
-        self.local_heads = config.num_heads - config.global_heads
-        self.local_kv_heads = self.local_heads * config.num_kv_heads // config.num_heads
-        width, hidden = self.head_dim, config.hidden_size
-        self.q_proj = nn.Linear(hidden, config.num_heads * width, bias=False)
-        self.k_proj = nn.Linear(hidden, config.num_kv_heads * width, bias=False)
-        self.v_proj = nn.Linear(hidden, config.num_kv_heads * width, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * width, hidden, bias=False)
-
-    def forward(
-        self, u_BSC: Tensor, cos_BSD: Tensor, sin_BSD: Tensor, places: Places, kept: dict[str, Tensor] | None
-    ) -> Tensor:
-        """Mix along the tokens: ``[B, S, C]``."""
-        q_BSHD, k_BSKD, v_BSKD = (
-            project(u_BSC).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q_BSHD, k_BSKD = rotate(q_BSHD, cos_BSD, sin_BSD), rotate(k_BSKD, cos_BSD, sin_BSD)
-        heads, kv = [self.local_heads, q_BSHD.shape[2] - self.local_heads], self.local_kv_heads
-        outputs = []
-        for name, window, q, k, v in zip(
-            ("local", "global"),
-            (self.window, None),
-            q_BSHD.split(heads, dim=2),
-            (k_BSKD[:, :, :kv], k_BSKD[:, :, kv:]),
-            (v_BSKD[:, :, :kv], v_BSKD[:, :, kv:]),
-            strict=True,
-        ):
-            if not q.shape[2]:
-                continue
-            if kept is not None:
-                if f"{name}_k" in kept:
-                    k, v = torch.cat([kept[f"{name}_k"], k], dim=1), torch.cat([kept[f"{name}_v"], v], dim=1)
-                needed = slice(None) if window is None else slice(max(0, k.shape[1] - window + 1), None)
-                kept[f"{name}_k"], kept[f"{name}_v"] = (t[:, needed].detach() for t in (k, v))
-            outputs.append(attend(q, k, v, places, window))
-        return self.o_proj(torch.cat(outputs, dim=2).flatten(2))
-
-
-class Alignment(nn.Module):
-    """One input for gate and MLP from the mixers' outputs: a two-layer GELU MLP beside a linear map."""
-
-    def __init__(self, branches: int, hidden_size: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(branches * hidden_size, hidden_size, bias=False)
-        self.down = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.skip = nn.Linear(branches * hidden_size, hidden_size, bias=False)
-
-    def forward(self, ma_BSC: Tensor) -> Tensor:
-        """Return ``[B, S, C]``."""
-        return self.down(F.gelu(self.up(ma_BSC))) + self.skip(ma_BSC)
-
-
-class FusionGate(nn.Module):
-    """``sigmoid(W_up tanh(W_down z))``: the share of the Mamba mixer, for every token and channel."""
-
-    def __init__(self, config: FusionTreeConfig) -> None:
-        super().__init__()
-        self.down = nn.Linear(config.hidden_size, config.gate_rank, bias=False)
-        self.up = nn.Linear(config.gate_rank, config.hidden_size, bias=False)
-
-    def forward(self, z_BSC: Tensor) -> Tensor:
-        """Return the gates ``[B, S, C]``."""
-        return torch.sigmoid(self.up(torch.tanh(self.down(z_BSC))))
-
-
-class MLP(nn.Module):
-    """``down(gelu(up(z)))``, or SwiGLU: ``down(silu(gate(z)) * up(z))``."""
-
-    def __init__(self, config: FusionTreeConfig) -> None:
-        super().__init__()
-        width = int(config.mlp_ratio * config.hidden_size)
-        self.up = nn.Linear(config.hidden_size, width, bias=False)
-        self.down = nn.Linear(width, config.hidden_size, bias=False)
-        self.gate = nn.Linear(config.hidden_size, width, bias=False) if config.mlp_activation == "swiglu" else None
-
-    def forward(self, z_BSC: Tensor) -> Tensor:
-        """Return ``[B, S, C]``."""
-        if self.gate is None:
-            return self.down(F.gelu(self.up(z_BSC)))
-        return self.down(F.silu(self.gate(z_BSC)) * self.up(z_BSC))
-
-
-class FusionTreeBlock(GradientCheckpointingLayer):
-    """One layer. The letter of ``layer_pattern`` says which mixers it has: F both, M Mamba, A attention."""
-
-    def __init__(self, config: FusionTreeConfig, layer: int) -> None:
-        super().__init__()
-        letter = config.layer_pattern[layer]
-        self.has_mamba, self.has_attention = letter in "FM", letter in "FA"
-        hidden = config.hidden_size
-        self.norm = RMSNorm(hidden, config.norm_eps)
-        if self.has_mamba:
-            self.mamba = Mamba2Mixer(config)
-        if self.has_attention:
-            self.attention = LocalGlobalAttention(config, layer)
-        branches = self.has_mamba + self.has_attention
-        self.align = Alignment(branches, hidden) if config.use_alignment else None
-        self.gate = FusionGate(config)
-        self.out_proj = nn.Linear(hidden, hidden, bias=False)
-        self.mlp = MLP(config)
-
-    def forward(
-        self,
-        x_BSC: Tensor,
-        srte_BSC: Tensor | None,
-        cos_BSD: Tensor,
-        sin_BSD: Tensor,
-        places: Places,
-        kept: dict[str, Tensor] | None = None,
-    ) -> Tensor:
-        """Return the residual stream after this layer; ``kept`` is this layer's part of the cache."""
-        u_BSC = self.norm(x_BSC)
-        outputs = []
-        if self.has_mamba:
-            outputs.append(self.mamba(u_BSC if srte_BSC is None else u_BSC + srte_BSC, places, kept))
-        if self.has_attention:
-            outputs.append(self.attention(u_BSC, cos_BSD, sin_BSD, places, kept))
-        m_BSC, a_BSC = outputs[0], outputs[-1]
-        # A mixer that does not exist counts as zeros.
-        if self.align is not None:
-            z_BSC = self.align(torch.cat(outputs, dim=-1))
-        else:
-            z_BSC = sum(outputs) / 2
-        g_BSC = self.gate(z_BSC)
-        if self.has_mamba and self.has_attention:
-            mixed_BSC = torch.lerp(a_BSC, m_BSC, g_BSC)
-        else:
-            mixed_BSC = g_BSC * m_BSC if self.has_mamba else (1 - g_BSC) * a_BSC
-        return x_BSC + self.out_proj(mixed_BSC) + self.mlp(z_BSC)
-
-
 class FusionTreePreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of the model."""
+    """Initial values and the properties that transformers reads."""
 
     config_class = FusionTreeConfig
     base_model_prefix = "model"
@@ -453,6 +630,14 @@ class FusionTreePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["FusionTreeBlock"]
     _keep_in_fp32_modules_strict = ["ssm"]
     _is_stateful = True
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding."""
+        return self.base_model.embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding."""
+        self.base_model.embed = value
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -474,6 +659,16 @@ class FusionTreePreTrainedModel(PreTrainedModel):
             module.weight.normal_(0.0, std)
 
 
+def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [B, S, D/2] in fp32 of position x theta^(-2i/D).
+
+    The angles are computed in float64: at position 131,072 fp32 would be off by 1e-2 rad.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BS.device) / head_dim
+    angles_BSD = positions_BS.unsqueeze(-1).double() * theta**-exponent
+    return angles_BSD.cos().float(), angles_BSD.sin().float()
+
+
 class FusionTreeModel(FusionTreePreTrainedModel):
     """Embedding, blocks, norm."""
 
@@ -485,14 +680,6 @@ class FusionTreeModel(FusionTreePreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding."""
-        return self.embed
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding."""
-        self.embed = value
 
     def forward(
         self,
@@ -510,17 +697,17 @@ class FusionTreeModel(FusionTreePreTrainedModel):
 
         Args:
             input_ids: tokens ``[B, S]``.
-            attention_mask: 1 on real tokens, 0 on pads; one run of real tokens a row.
-            past_key_values: cache of an earlier call that the tokens continue; updated in place.
-            inputs_embeds: embedded tokens instead of ``input_ids``.
-            position_ids: not needed; if given, they must be those of one text a row.
+            attention_mask: 1 on real tokens, 0 on pads; the real tokens of a row are contiguous.
+            past_key_values: cache of an earlier call whose texts the tokens continue; updated in place.
+            inputs_embeds: embedded tokens ``[B, S, C]`` instead of ``input_ids``.
+            position_ids: not needed; if given, they must count the real tokens of each row from 0.
             use_cache: return a cache.
-            output_hidden_states: return the residual stream before every layer and at the end, too.
+            output_hidden_states: also return the residual stream before every layer and after the final norm.
             return_dict: False returns a tuple.
-            kwargs: not used.
+            kwargs: ignored, except for those that mark several texts in a row.
 
         Raises:
-            ValueError: packed rows, which this file cannot keep apart, or a mask that it cannot read.
+            ValueError: a row has several texts, or the mask does not fit the tokens and the cache.
         """
         packed = [name for name in PACKED if kwargs.get(name) is not None]
         if packed:
@@ -534,20 +721,14 @@ class FusionTreeModel(FusionTreePreTrainedModel):
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = FusionTreeCache(self.config.num_layers)
         elif cache is not None and not isinstance(cache, FusionTreeCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; pass what an earlier call returned")
-        places = Places(x_BSC.shape[0], x_BSC.shape[1], attention_mask, cache, x_BSC.device)
-        if position_ids is not None and not bool((position_ids == places.positions_BS)[places.real_or_all].all()):
-            raise ValueError("position_ids are not those of one text a row; give each text a row of its own")
-        exponent_D = torch.arange(0, self.config.head_dim, 2, dtype=torch.float64, device=x_BSC.device)
-        angles_BSD = places.positions_BS.unsqueeze(-1).double() * self.config.rope_theta ** (
-            -exponent_D / self.config.head_dim
-        )
-        cos_BSD, sin_BSD = angles_BSD.cos().float(), angles_BSD.sin().float()
-        srte_BSC = self.srte(places.positions_BS, x_BSC.dtype)
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; pass the cache that a call returned")
+        layout = self._lay_out(x_BSC, attention_mask, position_ids, cache)
+        cos_BSD, sin_BSD = rotary_tables(layout.positions_BS, self.config.head_dim, self.config.rope_theta)
+        srte_BSC = self.srte(layout.positions_BS, x_BSC.dtype)
         streams = []
         for layer, block in enumerate(self.layers):
             streams.append(x_BSC)
-            x_BSC = block(x_BSC, srte_BSC, cos_BSD, sin_BSD, places, None if cache is None else cache.layers[layer])
+            x_BSC = block(x_BSC, srte_BSC, cos_BSD, sin_BSD, layout, None if cache is None else cache.layers[layer])
         x_BSC = self.norm(x_BSC)
         if cache is not None:
             cache.columns += x_BSC.shape[1]
@@ -557,6 +738,25 @@ class FusionTreeModel(FusionTreePreTrainedModel):
             hidden_states=(*streams, x_BSC) if output_hidden_states else None,
         )
         return output if return_dict is not False else output.to_tuple()
+
+    @staticmethod
+    def _lay_out(
+        x_BSC: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: FusionTreeCache | None
+    ) -> TokenLayout:
+        start, first_B = (0, None) if cache is None else (cache.columns, cache.first_B)
+        layout = TokenLayout(*x_BSC.shape[:2], attention_mask, start, first_B, x_BSC.device)
+        if cache is not None:
+            if layout.real_BS is not None and not bool(layout.real_BS[:, -1].all()):
+                raise ValueError(
+                    "rows are padded on the right, so a text cannot be continued; use padding_side='left', or "
+                    "use_cache=False for a single forward"
+                )
+            cache.first_B = layout.first_B
+        if position_ids is not None:
+            equal_BS = position_ids == layout.positions_BS
+            if not bool((equal_BS if layout.real_BS is None else equal_BS[layout.real_BS]).all()):
+                raise ValueError("position_ids are not those of one text per row; give each text a row of its own")
+        return layout
 
 
 class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
@@ -571,25 +771,9 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding."""
-        return self.model.embed
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding."""
-        self.model.embed = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the head."""
-        self.lm_head = new_embeddings
-
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the first forward makes a FusionTreeCache
+        return False  # the first forward creates a FusionTreeCache
 
     def prepare_inputs_for_generation(
         self,
@@ -601,7 +785,7 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
         logits_to_keep: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Give the forward the tokens that its cache has not seen."""
+        """Return the arguments of the next forward: the tokens that the cache does not hold."""
         inputs: dict[str, Any] = {
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
@@ -609,7 +793,7 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
             "logits_to_keep": 1 if logits_to_keep is None else logits_to_keep,
         }
         if past_key_values is not None:
-            # With inputs_embeds, input_ids holds the new tokens alone.
+            # After inputs_embeds, input_ids holds only the new tokens.
             new = (attention_mask if attention_mask is not None else input_ids).shape[1] - past_key_values.columns
             return {"input_ids": input_ids[:, -max(1, new) :], **inputs}
         if inputs_embeds is not None:
@@ -630,10 +814,20 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """Return logits, and with ``labels`` (the input tokens; -100 where none counts) their mean loss.
+        """Return the logits ``[B, S, V]`` and, with ``labels``, the mean loss.
 
-        ``logits_to_keep`` is the number of last tokens that get logits; 0 means all. The other arguments are those of
-        :class:`FusionTreeModel`.
+        Args:
+            input_ids: see :class:`FusionTreeModel`, also for the arguments that are not listed here.
+            attention_mask: 1 on real tokens, 0 on pads.
+            past_key_values: cache of an earlier call.
+            inputs_embeds: embedded tokens.
+            position_ids: not needed.
+            labels: the input tokens, which are shifted here; -100 on tokens without loss.
+            use_cache: return a cache.
+            output_hidden_states: also return the residual streams.
+            return_dict: False returns a tuple.
+            logits_to_keep: number of last tokens to compute logits for (0: all), or their indices.
+            kwargs: of the loss function.
         """
         output = self.model(
             input_ids,

@@ -28,18 +28,19 @@ def attention_sdpa(
         return _blockwise(q_BSHD, k_BTKD, v_BTKD, window, documents, scale)
     whole = documents is None or (documents.whole_rows and queries == keys)
     if whole and queries == keys and (window is None or window >= keys):
-        return _sdpa(q_BSHD, k_BTKD, v_BTKD, None, scale)
+        return sdpa(q_BSHD, k_BTKD, v_BTKD, None, scale)
     positions_BS = None if documents is None else documents.positions_BS
     visible_BST = visible_keys(queries, keys, window, positions_BS, q_BSHD.device)
-    return _sdpa(q_BSHD, k_BTKD, v_BTKD, visible_BST.unsqueeze(1), scale)
+    return sdpa(q_BSHD, k_BTKD, v_BTKD, visible_BST.unsqueeze(1), scale)
 
 
 def causal_sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float | None) -> Tensor:
     """Compute causal attention over full rows with equal numbers of queries and keys."""
-    return _sdpa(q_BSHD, k_BTKD, v_BTKD, None, scale)
+    return sdpa(q_BSHD, k_BTKD, v_BTKD, None, scale)
 
 
-def _sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+def sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Call torch's operation with a boolean mask [B, 1, S, T] of visible keys; None means causal attention."""
     grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
     out_BHSD = F.scaled_dot_product_attention(
         q_BSHD.transpose(1, 2),
@@ -88,5 +89,5 @@ def _blockwise(
         reach_BS = torch.minimum(documents.positions_BS, index_S + offset)
     reach_nW = F.pad(reach_BS, (0, after)).reshape(rows * blocks, window)
     visible_nW2W = visible_W2W & (distance_W2W <= reach_nW.unsqueeze(-1))
-    out_nWHD = _sdpa(q_nWHD, key_blocks(k_BTKD), key_blocks(v_BTKD), visible_nW2W.unsqueeze(1), scale)
+    out_nWHD = sdpa(q_nWHD, key_blocks(k_BTKD), key_blocks(v_BTKD), visible_nW2W.unsqueeze(1), scale)
     return out_nWHD.reshape(rows, blocks * window, *q_BSHD.shape[2:])[:, :queries]

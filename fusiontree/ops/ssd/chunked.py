@@ -32,6 +32,43 @@ def ssd_chunked(
     state_exchange: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`fusiontree.ops.ssd.ssd_scan`."""
+    segments_BS = None if documents is None else documents.segments_BS
+    tensors = (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H)
+    return scan_segments(*tensors, chunk_size, segments_BS, initial_state_BHPN, state_exchange)
+
+
+def scan_segments(
+    x_BSHP: Tensor,
+    dt_BSH: Tensor,
+    A_H: Tensor,
+    B_BSGN: Tensor,
+    C_BSGN: Tensor,
+    D_H: Tensor,
+    chunk_size: int,
+    segments_BS: Tensor | None = None,
+    initial_state_BHPN: Tensor | None = None,
+    state_exchange: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scan in chunks: h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t and y_t = C_t h_t + D x_t, in fp32 or better.
+
+    Source: Dao and Gu 2024, "Transformers are SSMs", section 6. The cost is linear in the number of tokens.
+
+    Args:
+        x_BSHP: inputs.
+        dt_BSH: positive step sizes.
+        A_H: negative decay rates.
+        B_BSGN: input projections.
+        C_BSGN: output projections.
+        D_H: skip weights.
+        chunk_size: tokens per scan chunk.
+        segments_BS: number of document starts up to each token; segment 0 continues the initial state. None means that
+            no document starts in the rows.
+        initial_state_BHPN: state before the first token; None means zeros.
+        state_exchange: returns the initial state from the final state of a scan from zero and the total decay.
+
+    Returns:
+        ``(y_BSHP, final_state_BHPN)``; y in x's dtype.
+    """
     rows, length, heads, width = x_BSHP.shape
     groups, size = B_BSGN.shape[2:]
     chunk = min(chunk_size, length)
@@ -53,7 +90,7 @@ def ssd_chunked(
     xdt_BcGRQP = x_BcGRQP * dt_BcGRQ.unsqueeze(-1)
     log_decay_BcGRQ = (dt_BcGRQ * A_H.to(compute).view(groups, -1, 1)).cumsum(-1)
 
-    marks = _ChunkMarks(documents, rows, length, chunk, padding, x_BSHP.device)
+    marks = _ChunkMarks(segments_BS, rows, chunk, padding, x_BSHP.device)
     # Within chunks.
     distance_BcGRQQ = log_decay_BcGRQ.unsqueeze(-1) - log_decay_BcGRQ.unsqueeze(-2)
     decay_BcGRQQ = distance_BcGRQQ.masked_fill(~marks.visible, float("-inf")).exp()
@@ -83,17 +120,14 @@ def ssd_chunked(
 class _ChunkMarks:
     """Masks of the chunks from document starts, broadcastable to [B, c, G, R, ...]."""
 
-    def __init__(
-        self, documents: Documents | None, rows: int, length: int, chunk: int, padding: int, device: torch.device
-    ) -> None:
+    def __init__(self, segments_BS: Tensor | None, rows: int, chunk: int, padding: int, device: torch.device) -> None:
         causal_QQ = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
-        if documents is None:
+        if segments_BS is None:
             self.visible: Tensor = causal_QQ
             self.reaches_end: Tensor | float = 1.0
             self.continues: Tensor | float = 1.0
             self.passes_through: Tensor | float = 1.0
             return
-        segments_BS = documents.segments_BS
         if padding:
             segments_BS = torch.cat([segments_BS, segments_BS[:, -1:].expand(-1, padding)], dim=1)
         segments_BcQ = segments_BS.view(rows, -1, chunk)
