@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fusiontree.data.build import BuildOptions, build_dataset
-from fusiontree.data.corpus import Corpus, CorpusOptions, corpus_files
+from fusiontree.data.build.corpus import Corpus, CorpusOptions, corpus_files
+from fusiontree.data.build.dataset import build_dataset
+from fusiontree.data.build.options import BuildOptions
 from fusiontree.data.tokenizers import train_bpe
 
 

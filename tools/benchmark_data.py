@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fusiontree.data.build.writer import ShardWriter, shard_name
 from fusiontree.data.config import DataConfig
 from fusiontree.data.format import DatasetInfo, TokenizerInfo, read_dataset, write_dataset
 from fusiontree.data.loader import TrainingData
-from fusiontree.data.writer import ShardWriter, shard_name
 
 EOS = 50_000
 _SLICE_S = 0.5

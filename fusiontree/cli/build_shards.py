@@ -12,8 +12,9 @@ from pathlib import Path
 
 from fusiontree.cli.program import run_program
 from fusiontree.cli.show_dataset import print_summary
-from fusiontree.data.build import BuildOptions, build_dataset
-from fusiontree.data.corpus import CorpusOptions
+from fusiontree.data.build.corpus import CorpusOptions
+from fusiontree.data.build.dataset import build_dataset
+from fusiontree.data.build.options import BuildOptions
 from fusiontree.utils.errors import UserError
 
 

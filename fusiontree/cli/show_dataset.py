@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusiontree.cli.program import run_program
+from fusiontree.data.build.verify import document_of_dataset, verify_dataset
 from fusiontree.data.format import DatasetInfo, read_dataset
 from fusiontree.data.tokenizers import tokenizer_of
-from fusiontree.data.verify import document_of_dataset, verify_dataset
 from fusiontree.utils.errors import UserError
 
 

@@ -214,6 +214,12 @@ class Shard:
         return data
 
 
+def open_shard(folder: Path, info: ShardInfo) -> Shard:
+    """Open a shard of a local dataset folder; see :class:`Shard`."""
+    tar = folder / info.name
+    return Shard(tar, tar.with_suffix(".index"), info)
+
+
 def _near_groups(offsets: list[int], starts: list[int], ends: list[int], size: int) -> list[range]:
     """Split documents into groups that are close together in the file, so that one read fetches each group."""
     groups, begin = [], 0

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from fusiontree.data.batch import RowArrays, RowsOfStep
+from fusiontree.data.build.writer import ShardWriter, shard_name, token_dtype
 from fusiontree.data.config import DataConfig
 from fusiontree.data.format import DatasetInfo, ShardInfo, TokenizerInfo, write_dataset
 from fusiontree.data.index import index_bytes, write_index
 from fusiontree.data.order import RowPlace
 from fusiontree.data.rows import RowReader
 from fusiontree.data.sources import open_source
-from fusiontree.data.writer import ShardWriter, shard_name, token_dtype
 
 TOKENIZER = TokenizerInfo(kind="byte", name="byte", vocab_size=257, eos_id=256, sha256="0" * 64)
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import zstandard
 
+from fusiontree.data.build.statistics import bigram_entropy
+from fusiontree.data.build.verify import document_of_dataset
 from fusiontree.data.format import read_dataset
-from fusiontree.data.statistics import bigram_entropy
 from fusiontree.data.tokenizers import ByteTokenizer, load_tokenizer, save_tokenizer, tokenizer_of, train_bpe
-from fusiontree.data.verify import document_of_dataset
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.file_lock import FileLock
 from tools.build_shards import main
@@ -258,7 +258,7 @@ def _die(job: object) -> None:
 def test_a_killed_worker_is_named(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusiontree.data.build.write_shard", _die)
+    monkeypatch.setattr("fusiontree.data.build.pool.write_shard", _die)
     assert build("--input", texts, "--output", tmp_path / "d") == 2
     assert "a worker process was killed" in capsys.readouterr().err
 

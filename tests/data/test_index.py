@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fusiontree.data.build.verify import verify_dataset, verify_shard
 from fusiontree.data.format import ShardDamage, read_dataset
-from fusiontree.data.verify import open_shard, verify_dataset, verify_shard
+from fusiontree.data.index import open_shard
 from fusiontree.utils.errors import UserError
 from tests.data.datasets import documents, random_dataset, write
 

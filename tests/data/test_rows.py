@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fusiontree.data.batch import FILLER, IGNORED, RowsOfStep
 from fusiontree.data.format import ShardDamage, TokenizerInfo
+from fusiontree.data.index import open_shard
 from fusiontree.data.order import RowPlace
-from fusiontree.data.verify import open_shard
 from fusiontree.utils.errors import UserError
 from tests.data.datasets import TOKENIZER, read_row, row_reader, write
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fusiontree.data.corpus import Corpus, CorpusOptions, Document, corpus_files
-from fusiontree.data.progress import Progress
-from fusiontree.data.shuffle import ShuffledCorpus
+from fusiontree.data.build.corpus import Corpus, CorpusOptions, Document, corpus_files
+from fusiontree.data.build.progress import BuildProgress
+from fusiontree.data.build.shuffle import ShuffledCorpus
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.hashing import stable_hash
 
@@ -30,7 +30,7 @@ def corpus(tmp_path: Path) -> Corpus:
 
 
 def fill(shuffled: ShuffledCorpus) -> ShuffledCorpus:
-    shuffled.fill(Progress("", 1, lambda line: None))
+    shuffled.fill(BuildProgress("", 1, lambda line: None))
     return shuffled
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from fusiontree.data.corpus import Document
-from fusiontree.data.statistics import ShardStatistics
+from fusiontree.data.build.corpus import Document
+from fusiontree.data.build.statistics import ShardStatistics
+from fusiontree.data.build.writer import ShardWriter, shard_name, token_dtype
 from fusiontree.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
-from fusiontree.data.writer import ShardWriter, shard_name, token_dtype
 from fusiontree.utils.environment import limit_tokenizer_threads
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import atomic_write
@@ -43,8 +43,8 @@ class TokenizerChoice:
         return ByteTokenizer() if self.path is None else HuggingFaceTokenizer(self.path, name=self.name, eos=self.eos)
 
 
-class Chunk:
-    """Documents of one shard."""
+class ShardDocuments:
+    """The documents of one shard."""
 
     def __init__(self, split: str, number: int, first_document: int, tokenizer_sha256: str) -> None:
         """Start without documents."""
@@ -52,7 +52,7 @@ class Chunk:
         self.documents: list[Document] = []
         self.bytes = 0
         self.input_bytes = 0
-        """Bytes of the corpus that were read to fill the chunk."""
+        """Bytes of the corpus that were read to fill the shard."""
         self._state = hashlib.sha256(f"{first_document} {tokenizer_sha256}".encode())
 
     def add(self, document: Document) -> None:

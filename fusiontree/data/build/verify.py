@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fusiontree.data.format import DatasetInfo, ShardDamage, ShardInfo, read_dataset
-from fusiontree.data.index import Shard
+from fusiontree.data.index import Shard, open_shard
 from fusiontree.utils.hashing import sha256_file
-
-
-def open_shard(folder: Path, info: ShardInfo) -> Shard:
-    """Open a shard of a local dataset folder; see :class:`Shard`."""
-    tar = folder / info.name
-    return Shard(tar, tar.with_suffix(".index"), info)
 
 
 def verify_shard(folder: Path, info: ShardInfo) -> list[ShardDamage]:
@@ -86,15 +79,3 @@ def document_of_dataset(folder: Path, info: DatasetInfo, number: int) -> tuple[s
             return shard_info.name, tokens
         first += shard_info.documents
     raise IndexError(f"document {number} of {first}")
-
-
-def dataset_hash(folder: Path) -> str:
-    """Return a hash of all tokens of a dataset in order, independent of shard sizes."""
-    info = read_dataset(folder)
-    state = hashlib.sha256()
-    for shard_info in info.shards:
-        shard = open_shard(folder, shard_info)
-        for document in range(shard_info.documents):
-            state.update(shard.read_document(document).tobytes())
-        shard.close()
-    return state.hexdigest()

@@ -1,4 +1,4 @@
-"""Progress lines of long tasks."""
+"""BuildProgress lines of long tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import timedelta
 _EVERY_S = 2.0
 
 
-class Progress:
+class BuildProgress:
     """Reports every few seconds how much of the input is done, the rate, and the remaining time."""
 
     def __init__(self, what: str, total_bytes: int, report: Callable[[str], object]) -> None:

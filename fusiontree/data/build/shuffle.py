@@ -22,8 +22,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from fusiontree.data.corpus import Corpus, Document
-from fusiontree.data.progress import Progress
+from fusiontree.data.build.corpus import Corpus, Document
+from fusiontree.data.build.progress import BuildProgress
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import atomic_write, fsync_directory
 from fusiontree.utils.hashing import stable_hash
@@ -61,7 +61,7 @@ class ShuffledCorpus:
         self.bytes_read = 0
         """Bytes of the buckets that the latest iteration has read."""
 
-    def fill(self, progress: Progress) -> None:
+    def fill(self, progress: BuildProgress) -> None:
         """Write the documents to the buckets, unless already done; continue where a killed process stopped.
 
         Args:
@@ -78,7 +78,7 @@ class ShuffledCorpus:
             state = self._saved_state()
         self.bytes = sum(state["sizes"])
 
-    def _fill_on(self, state: dict[str, Any], progress: Progress) -> None:
+    def _fill_on(self, state: dict[str, Any], progress: BuildProgress) -> None:
         number, saved = state["documents"], sum(state["sizes"])
         written = saved
         self.corpus.restart(state["files"])

@@ -17,7 +17,7 @@ class ShardStatistics:
     def __init__(self, vocab_size: int, count_pairs: bool) -> None:
         self._size = vocab_size
         self._lengths: list[int] = []
-        self._text_bytes = 0
+        self._text_bytes = self._text_tokens = 0
         self._pairs = np.zeros(vocab_size**2, np.int64) if count_pairs else None
         self._codes: list[np.ndarray] = []
         self._waiting = 0
@@ -26,6 +26,7 @@ class ShardStatistics:
         """Count a document; ``text_bytes`` is 0 if the document was given as tokens."""
         self._lengths.append(len(tokens))
         self._text_bytes += text_bytes
+        self._text_tokens += len(tokens) if text_bytes else 0
         if self._pairs is not None:
             self._codes.append(tokens[:-1].astype(np.int64) * self._size + tokens[1:])
             self._waiting += len(tokens)
@@ -43,6 +44,7 @@ class ShardStatistics:
             "documents": len(lengths),
             "tokens": sum(lengths),
             "text_bytes": self._text_bytes,
+            "text_tokens": self._text_tokens,
             "longest_document": max(lengths),
             "length_histogram": np.bincount([n.bit_length() for n in lengths], minlength=1).tolist(),
         }
@@ -54,22 +56,23 @@ class ShardStatistics:
         return values
 
 
-def merge_statistics(parts: Sequence[dict[str, Any]], vocab_size: int) -> dict[str, Any]:
+def merge_statistics(shards: Sequence[dict[str, Any]], vocab_size: int) -> dict[str, Any]:
     """Merge the statistics of shards; for byte tokens, add the entropy of a byte given the previous byte."""
-    width = max(len(p["length_histogram"]) for p in parts)
+    width = max(len(s["length_histogram"]) for s in shards)
     histogram = np.zeros(width, np.int64)
-    for part in parts:
-        histogram[: len(part["length_histogram"])] += part["length_histogram"]
-    merged: dict[str, Any] = {key: sum(p[key] for p in parts) for key in ("documents", "tokens", "text_bytes")}
+    for shard in shards:
+        histogram[: len(shard["length_histogram"])] += shard["length_histogram"]
+    merged: dict[str, Any] = {key: sum(s[key] for s in shards) for key in ("documents", "tokens", "text_bytes")}
     if merged["text_bytes"]:  # 0 for a corpus of tokens
-        merged["bytes_per_token"] = merged["text_bytes"] / merged["tokens"]
-    merged["longest_document"] = max(p["longest_document"] for p in parts)
+        # Of the documents given as text; records of an older, interrupted build lack the number of their tokens.
+        merged["bytes_per_token"] = merged["text_bytes"] / sum(s.get("text_tokens", s["tokens"]) for s in shards)
+    merged["longest_document"] = max(s["longest_document"] for s in shards)
     # Entry i counts documents of 2^(i-1) to 2^i - 1 tokens.
     merged["length_histogram_log2"] = histogram.tolist()
-    if all("pairs" in p for p in parts):
+    if all("pairs" in s for s in shards):
         counts = np.zeros(vocab_size * vocab_size, np.int64)
-        for part in parts:
-            counts[part["pairs"][0]] += part["pairs"][1]
+        for shard in shards:
+            counts[shard["pairs"][0]] += shard["pairs"][1]
         merged["bigram_entropy_nats"] = bigram_entropy(counts.reshape(vocab_size, vocab_size))
     return merged
 

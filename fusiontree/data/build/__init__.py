@@ -1,0 +1,1 @@
+"""Builds datasets: documents from files, shuffled and split, tokenized into data shards by worker processes."""
