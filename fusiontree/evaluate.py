@@ -1,6 +1,6 @@
-"""What a checkpoint can do: ``python -m fusiontree.evaluate --checkpoint DIR --tasks perplexity needle …``.
+"""Evaluates a checkpoint: ``python -m fusiontree.evaluate --checkpoint DIR --tasks perplexity needle …``.
 
-Prints a table; the last line of standard output is one JSON object with the same numbers in full.
+Prints a table, or with ``--json`` one JSON object with the same numbers in full precision.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fusiontree.utils.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line of the evaluation entry; what is absent comes from the run's ``evaluation`` section."""
+    """Return the command line; options that are not given come from the run's ``evaluation`` section."""
     parser = argparse.ArgumentParser(
         prog="python -m fusiontree.evaluate",
         description="Measure a checkpoint. Settings that are not given come from the run's 'evaluation' section.",
@@ -53,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     setting("recall_pairs", "N", type=int)
     setting("batch_size", "N", type=int)
     setting("seed", "N", type=int)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON object to this file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object to this file")
     parser.add_argument("--check", action="store_true", help="check options, checkpoint and data, then exit")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument(
@@ -66,15 +67,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the entry; return the exit code: 0 done, 2 something the user gave is wrong."""
+    """Run the command; return the exit code: 0 done, 2 user error."""
     return run_program(build_parser, run, argv, errors=(UserError, ShardDamage))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate as asked; return the exit code of :func:`main`.
+    """Evaluate a checkpoint; return the exit code of :func:`main`.
 
     Raises:
-        UserError: something the user gave is wrong; found before the first task runs.
+        UserError: an option, the checkpoint or a dataset is wrong; found before the first task runs.
         CheckpointDamage: a file of the checkpoint differs from its recorded hash.
         ShardDamage: the dataset cannot be read.
     """
@@ -95,13 +96,10 @@ def run(args: argparse.Namespace) -> int:
     device, dtype = choose_device(args.device, args.dtype)
     model, resolved = load_model(folder, device, dtype)
     settings = evaluation_settings({**resolved.get("evaluation", {}), **given})
-    data = resolved.get("data", {})
-    if settings.data is None:
-        settings = settings.model_copy(update={"data": data.get("validation")})
     seq_len = settings.seq_len or resolved["training"]["seq_len"]
     print(f"{folder}: {device}, {dtype}", file=sys.stderr, flush=True)
     began = time.perf_counter()
-    results = Evaluation(model, load_tokenizer(folder), settings, seq_len, data).run(
+    results = Evaluation(model, load_tokenizer(folder), settings, seq_len, resolved.get("data", {})).run(
         lambda task: print(f"{task} …", file=sys.stderr, flush=True)
     )
     values = {
@@ -112,18 +110,17 @@ def run(args: argparse.Namespace) -> int:
         "settings": settings.model_dump(mode="json"),
         "results": finite(results),
     }
-    print(table(results))
-    print(json.dumps(values))
+    print(json.dumps(values) if args.json else table(results))
     if args.output:
         args.output.write_text(json.dumps(values, indent=1) + "\n")
     return 0
 
 
 def check_inputs(given: dict[str, Any]) -> None:
-    """Look for the data that the command line names.
+    """Check that the data named on the command line exist.
 
     Raises:
-        UserError: some is not there.
+        UserError: a file or folder does not exist.
     """
     for option, paths in (("--data", [given.get("data")]), ("--text", given.get("text") or [])):
         for path in paths:
@@ -135,7 +132,7 @@ def evaluation_settings(values: dict[str, Any]) -> EvaluationConfig:
     """Validate settings from the run and the command line.
 
     Raises:
-        UserError: naming every option that is wrong.
+        UserError: an option is invalid; the message names all of them.
     """
     try:
         return EvaluationConfig.model_validate(values)
@@ -148,7 +145,7 @@ def evaluation_settings(values: dict[str, Any]) -> EvaluationConfig:
 
 
 def finite(value: Any) -> Any:
-    """Replace numbers that JSON does not know by None."""
+    """Replace numbers that JSON cannot represent (infinite, NaN) by None."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):

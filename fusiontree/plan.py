@@ -1,8 +1,7 @@
-"""Does a configuration fit, how fast would it be, and which layout is best? ``python -m fusiontree.plan --config FILE
---gpus N``: arithmetic alone, on any machine.
+"""Estimates memory and speed of a configuration and of other layouts: ``python -m fusiontree.plan --config FILE --gpus
+N``. Runs nothing, needs no GPU.
 
-Prints the assumptions and a table of layouts, the configured one first; the last line of standard output is one JSON
-object.
+Prints the assumptions and a table of layouts, the configured layout first, or with ``--json`` one JSON object.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--node-gb-per-s", type=float, default=300, metavar="R", help="link of a GPU in its node")
     parser.add_argument("--network-gb-per-s", type=float, default=40, metavar="R", help="of a GPU, between nodes")
     parser.add_argument("--rows", type=int, default=8, metavar="N", help="other layouts to show (default 8)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser
 
@@ -88,25 +88,37 @@ def run(args: argparse.Namespace) -> int:
     others.sort(key=lambda one: (not one["fits"], -one["tokens_per_s"]))
     fitting = [one for one in others if one["fits"]]
     assumptions = [text.format(node=args.node_gb_per_s, network=args.network_gb_per_s) for text in _ASSUMPTIONS]
+    shown = others[: args.rows]
+    if args.json:
+        print(json.dumps({"gpus": args.gpus, "assumptions": assumptions, "configured": own, "others": shown}))
+        return 0 if own["fits"] else 1
     for text in assumptions:
         print(f"assumed: {text}")
+    print_table(own, shown)
+    if own["fits"]:
+        print(f"the configured layout fits {args.memory_gib:g} GiB")
+    else:
+        best = f"the fastest layout that fits is {layout_name(fitting[0])}" if fitting else "no layout fits these GPUs"
+        print(f"the configured layout does not fit {args.memory_gib:g} GiB (marked !); {best}")
+    return 0 if own["fits"] else 1
+
+
+def layout_name(one: dict[str, Any]) -> str:
+    """Return engine and sizes of an estimated layout."""
+    return f"{one['engine']} dp{one['dp']} cp{one['cp']} tp{one['tp']}"
+
+
+def print_table(own: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
+    """Print one line per layout; ``!`` marks layouts that need too much memory."""
     head = ("layout", "recompute", "passes", "states", "gathered", "activations", "total GiB", "step s", "tokens/s/GPU")
     print(("{:24}{:>11}{:>8}" + "{:>13}" * 6).format(*head))
-    for name, one in [("configured", own), *[("", one) for one in others[: args.rows]]]:
-        layout = f"{name or one['engine']} dp{one['dp']} cp{one['cp']} tp{one['tp']}"
+    for one in (own, *others):
+        layout = layout_name({**one, "engine": "configured"} if one is own else one)
         memory = [f"{one[key]:.1f}" for key in ("states_gib", "gathered_gib", "activations_gib", "total_gib")]
         memory[-1] += "" if one["fits"] else " !"
         speed = [f"{one['step_s']:.2f}", f"{one['tokens_per_s_per_gpu']:,.0f}"]
         cells = (layout, one["activation_checkpointing"], one["accumulation"], *memory, *speed)
         print(("{:24}{:>11}{:>8}" + "{:>13}" * 6).format(*cells))
-    if own["fits"]:
-        print(f"the configured layout fits {args.memory_gib:g} GiB")
-    else:
-        best = f"the fastest that does is {fitting[0]}" if fitting else "no layout of this model on these GPUs does"
-        print(f"the configured layout does not fit {args.memory_gib:g} GiB (marked !); {best}")
-    values = {"gpus": args.gpus, "assumptions": assumptions, "configured": own, "others": others[: args.rows]}
-    print(json.dumps(values))
-    return 0 if own["fits"] else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Is the network between the nodes fit for training? ``launchers/preflight.sh``, in a Slurm allocation.
+"""Checks the network between the nodes of a Slurm allocation: ``launchers/preflight.sh``.
 
-Times an all-reduce and an all-gather between every two nodes, in at most about two minutes, prints a table and names
-slow and dead links and nodes; the last line of standard output is one JSON object.
+Times an all-reduce and an all-gather between every two nodes, in at most about two minutes, prints a table (or with
+``--json`` one JSON object) and names slow and dead links and nodes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fusiontree.cli.program import run_program
 from fusiontree.utils.environment import fail_on_nccl_timeout, meeting_point, process_place
 from fusiontree.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fusiontree.planning.network_check import Measured
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="slow is below this share of a sound link (default 0.5)",
     )
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON object to this file")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object to this file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
 
 
@@ -107,20 +112,27 @@ def run(args: argparse.Namespace) -> int:
         "links": [asdict(m) for m in measured],
         "problems": problems,
     }
+    if args.json:
+        print(json.dumps(values), flush=True)
+    else:
+        print_table(measured, names)
+        if left_out:
+            print(f"{left_out} rounds of pairs were left out; --budget gives them time")
+        for problem in problems:
+            print(f"error: {problem}", flush=True)
+    if args.output:
+        args.output.write_text(json.dumps(values, indent=1) + "\n")
+    time.sleep(1)  # this process holds the store, from which the other ranks still read
+    return 1 if problems else 0
+
+
+def print_table(measured: Sequence[Measured], names: dict[int, str]) -> None:
+    """Print one line per link."""
     print(f"{'link':40} {'all-reduce GB/s':>16} {'all-gather GB/s':>16}")
     for m in measured:
         link = f"inside {names[m.pair[0]]}" if m.pair[0] == m.pair[1] else f"{names[m.pair[0]]} - {names[m.pair[1]]}"
         rates = f"{m.all_reduce_gb_per_s:16.3f} {m.all_gather_gb_per_s:16.3f}"
         print(f"{link:40} {f'dead: {m.error}' if m.error else rates}")
-    if left_out:
-        print(f"{left_out} rounds of pairs were left out; --budget gives them time")
-    for problem in problems:
-        print(f"error: {problem}")
-    print(json.dumps(values), flush=True)
-    if args.output:
-        args.output.write_text(json.dumps(values, indent=1) + "\n")
-    time.sleep(1)  # the store lives in this process; the others are about to read their last word
-    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""How well a model predicts labelled tokens. Shape legend: B rows, S tokens, V vocabulary, K last columns."""
+"""Loss and accuracy of a model on labelled tokens. Shape legend: B rows, S tokens, V vocabulary, K last columns."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from fusiontree.data.batch import MicroBatch
+from fusiontree.data.tokenizers import Tokenizer
 from fusiontree.evaluation.synthetic import IGNORED, AnswerRows
+from fusiontree.generation.text import REPLACEMENT
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.models.token_layout import documents_of_positions
 
@@ -20,16 +23,33 @@ class CorpusScore:
     """Loss over a text."""
 
     nats: float
+    """Cross entropy summed over the scored tokens."""
     tokens: int
+    """Number of scored tokens, ends of documents included."""
+    text_bytes: float = 0.0
+    """UTF-8 bytes of the scored tokens' text; ends of documents have none."""
 
     @property
     def nats_per_token(self) -> float:
-        """Mean cross entropy; NaN where nothing was scored."""
+        """Mean cross entropy; NaN if no token was scored."""
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
+    def bits_per_token(self) -> float:
+        """Mean cross entropy in bits."""
+        return self.nats_per_token / math.log(2)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Cross entropy of all scored tokens in bits, divided by the bytes of their text; NaN if there is no text.
+
+        Comparable between tokenizers. Source: Gao et al. 2020, "The Pile", section 3.1: BPB = (L_T / L_B) l / ln 2.
+        """
+        return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
+
+    @property
     def perplexity(self) -> float:
-        """Its exponential; infinite where that overflows."""
+        """Exponential of the mean cross entropy; infinite if that overflows."""
         try:
             return math.exp(self.nats_per_token)
         except OverflowError:
@@ -42,14 +62,14 @@ class AnswerScore:
 
     nats_per_token: float
     token_accuracy: float
-    """Share of the labelled tokens that were the most likely ones."""
+    """Fraction of the labelled tokens that were the most likely tokens."""
     row_accuracy: float
-    """Share of the rows whose labelled tokens were all the most likely ones: greedy decoding would write them."""
+    """Fraction of the rows in which every labelled token was the most likely token, as greedy decoding needs."""
 
 
 @torch.inference_mode()
 def score_answers(model: FusionTreeModel, answers: AnswerRows, batch_size: int) -> AnswerScore:
-    """Score labelled tokens with everything before them given.
+    """Score labelled tokens, each given all tokens before it.
 
     Logits are computed from the first labelled column on, so long rows cost no more memory than their answers.
     """
@@ -71,10 +91,18 @@ def score_answers(model: FusionTreeModel, answers: AnswerRows, batch_size: int) 
 
 
 @torch.inference_mode()
-def score_batches(model: FusionTreeModel, batches: Iterable[MicroBatch]) -> CorpusScore:
-    """Return the loss over packed rows, with document boundaries as in training."""
+def score_batches(
+    model: FusionTreeModel, batches: Iterable[MicroBatch], tokenizer: Tokenizer | None = None
+) -> CorpusScore:
+    """Return the loss over packed rows, with document boundaries as in training.
+
+    Args:
+        model: on its device.
+        batches: packed rows.
+        tokenizer: counts the bytes of the text; None leaves them 0.
+    """
     device = model.embed.weight.device
-    nats, tokens = 0.0, 0
+    nats, tokens, size = 0.0, 0, 0
     for batch in batches:
         labels_BS = batch.labels_BS.masked_fill(batch.row_weight_B[:, None] == 0, IGNORED)
         output = model(
@@ -84,17 +112,32 @@ def score_batches(model: FusionTreeModel, batches: Iterable[MicroBatch]) -> Corp
         )
         nats += float(output.loss_sum)
         tokens += int((labels_BS != IGNORED).sum())
-    return CorpusScore(nats, tokens)
+        if tokenizer is not None:
+            size += sum(text_bytes(tokenizer, labels_S[labels_S != IGNORED].tolist()) for labels_S in labels_BS)
+    return CorpusScore(nats, tokens, size)
+
+
+def text_bytes(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
+    """Return the UTF-8 bytes of the text that a row's tokens decode to, without ends of documents.
+
+    Counts no byte of a character that the row's edges cut, which decoders replace by U+FFFD: at most 6 bytes per row.
+    """
+    size = 0
+    for is_end, document in groupby(tokens, lambda token: token == tokenizer.eos_id):
+        if not is_end:
+            size += len(tokenizer.decode(list(document)).strip(REPLACEMENT).encode())
+    return size
 
 
 @torch.inference_mode()
 def score_text(
-    model: FusionTreeModel, tokens: Sequence[int], *, seq_len: int, stride: int, batch_size: int
+    model: FusionTreeModel, tokens: Sequence[int], *, seq_len: int, stride: int, batch_size: int, size: int = 0
 ) -> CorpusScore:
-    """Return the loss of one text, every token but the first scored once.
+    """Return the loss of one text of ``size`` bytes. Every token but the first is scored once.
 
-    Rows of ``seq_len`` overlap: each moves on by ``stride`` and scores only tokens that no row before it scored, so
-    all but those of the first row have at least ``seq_len - stride`` tokens before them.
+    Rows of ``seq_len`` tokens start ``stride`` tokens apart and score only tokens that no earlier row scored, so the
+    tokens of all rows but the first have at least ``seq_len - stride`` tokens before them. The first token's share of
+    the bytes is not counted.
     """
     device = model.embed.weight.device
     nats, scored = 0.0, 0
@@ -105,7 +148,7 @@ def score_text(
         output = model(torch.stack([ids_S for ids_S, _ in batch]).to(device), labels_BS=labels_BS.to(device))
         nats += float(output.loss_sum)
         scored += int((labels_BS != IGNORED).sum())
-    return CorpusScore(nats, scored)
+    return CorpusScore(nats, scored, size * scored / len(tokens))
 
 
 def text_rows(tokens: Sequence[int], seq_len: int, stride: int) -> Iterable[tuple[Tensor, Tensor]]:

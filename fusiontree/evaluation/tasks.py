@@ -23,12 +23,12 @@ from fusiontree.utils.errors import UserError
 Record = dict[str, Any]
 
 ALPHABET_ROWS = 64
-"""Rows of the dataset whose tokens make the alphabet ``data``."""
+"""Rows of the (first) dataset whose tokens form the alphabet ``data``."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model, its tokenizer, and what to measure."""
+    """A model, its tokenizer, and the tasks to run."""
 
     model: FusionTreeModel
     tokenizer: Tokenizer
@@ -36,13 +36,13 @@ class Evaluation:
     seq_len: int
     """Row length of perplexity and text, in tokens."""
     data_settings: dict[str, Any] = field(default_factory=dict)
-    """The run's ``data`` section: how its datasets are read, where they are remote."""
+    """The run's ``data`` section: its validation sets, and how remote datasets are read."""
 
     def run(self, report: Callable[[str], None]) -> dict[str, list[Record]]:
-        """Return the records of every task; ``report`` is told which task begins.
+        """Return the records of every task; calls ``report`` with the name of each task that begins.
 
         Raises:
-            UserError: a dataset, file or length that cannot be used; found before the first task runs.
+            UserError: a dataset or file cannot be read, or a length does not fit; found before the first task runs.
         """
         self._check()
         tasks: dict[str, Callable[[], Iterator[Record]]] = {
@@ -68,7 +68,8 @@ class Evaluation:
         info = self.tokenizer.info
         tokens = torch.arange(info.vocab_size)
         if self.config.alphabet == "data":
-            batches = self._dataset(ALPHABET_ROWS).micro_batches()
+            path = next(iter(self._datasets().values()))
+            batches = self._dataset(path, ALPHABET_ROWS).micro_batches()
             tokens = torch.cat([batch.input_ids_BS[batch.row_weight_B > 0].flatten() for batch in batches]).unique()
         return tokens[tokens != info.eos_id]
 
@@ -85,7 +86,8 @@ class Evaluation:
                 f"learnable srte_encoding has no entries there; evaluate at most {limit}"
             )
         if "perplexity" in config.tasks:
-            self._dataset(config.max_rows)
+            for path in self._datasets().values():
+                self._dataset(path, config.max_rows)
         if "text" in config.tasks:
             if not config.text:
                 raise UserError("the task text needs a file; give --text FILE")
@@ -108,10 +110,18 @@ class Evaluation:
     def _stride(self) -> int:
         return self.config.stride or max(1, self.seq_len // 2)
 
-    def _dataset(self, max_rows: int) -> ValidationData:
-        path = self.config.data
-        if path is None:
-            raise UserError("this needs a dataset, and the run has no data.validation; give --data DIR")
+    def _datasets(self) -> dict[str, str]:
+        """Return the path of each dataset by name; a single dataset has an empty name.
+
+        Raises:
+            UserError: neither an option nor the run names a dataset.
+        """
+        path = self.config.data or self.data_settings.get("validation")
+        if not path:
+            raise UserError("no dataset is given, and the run has no data.validation; give --data DIR")
+        return path if isinstance(path, dict) else {"": path}
+
+    def _dataset(self, path: str, max_rows: int) -> ValidationData:
         data = ValidationData(
             DataConfig.model_validate({**self.data_settings, "train": "(not read)", "validation": path}),
             seq_len=self.seq_len,
@@ -128,9 +138,11 @@ class Evaluation:
         return data
 
     def _perplexity(self) -> Iterator[Record]:
-        data = self._dataset(self.config.max_rows)
-        score = score_batches(self.model, data.micro_batches())
-        yield {"data": self.config.data, "seq_len": self.seq_len, "rows": data.rows, **_corpus(score)}
+        for name, path in self._datasets().items():
+            data = self._dataset(path, self.config.max_rows)
+            score = score_batches(self.model, data.micro_batches(), self.tokenizer)
+            labels = {"set": name} if name else {}
+            yield {**labels, "data": path, "seq_len": self.seq_len, "rows": data.rows, **_corpus(score)}
 
     def _read(self, file: str) -> tuple[list[int], int]:
         """Return a file's tokens and its size in bytes."""
@@ -144,20 +156,11 @@ class Evaluation:
         return tokens, len(text.encode())
 
     def _text(self) -> Iterator[Record]:
+        sizes = {"seq_len": self.seq_len, "stride": self._stride}
         for file in self.config.text:
             tokens, size = self._read(file)
-            score = score_text(
-                self.model, tokens, seq_len=self.seq_len, stride=self._stride, batch_size=self.config.batch_size
-            )
-            # The first token is not predicted; its share of the bytes is left out too.
-            scored_bytes = size * score.tokens / len(tokens)
-            yield {
-                "file": file,
-                "seq_len": self.seq_len,
-                "stride": self._stride,
-                **_corpus(score),
-                "bits_per_byte": score.nats / math.log(2) / scored_bytes,
-            }
+            score = score_text(self.model, tokens, **sizes, batch_size=self.config.batch_size, size=size)
+            yield {"file": file, **sizes, **_corpus(score)}
 
     def _needle(self) -> Iterator[Record]:
         config = self.config
@@ -203,7 +206,13 @@ class Evaluation:
 
 
 def _corpus(score: CorpusScore) -> Record:
-    return {"tokens": score.tokens, "nats_per_token": score.nats_per_token, "perplexity": score.perplexity}
+    return {
+        "tokens": score.tokens,
+        "nats_per_token": score.nats_per_token,
+        "perplexity": score.perplexity,
+        "bits_per_token": score.bits_per_token,
+        "bits_per_byte": score.bits_per_byte,
+    }
 
 
 def _answered(score: AnswerScore) -> Record:

@@ -60,12 +60,12 @@ def call(place, capsys):
     return run
 
 
-def test_all_tasks_give_a_table_and_one_json_object(call, place):
+def test_all_tasks_give_a_table_or_one_json_object(call, place):
     tasks = ["--tasks", "perplexity", "text", "needle", "copy", "recall", "--text", str(place / "text.txt")]
     sizes = ["--lengths", "20", "40", "--depths", "0", "1", "--recall-pairs", "3", "--output", str(place / "out.json")]
-    code, out, _ = call(*tasks, *sizes)
+    code, out, _ = call(*tasks, *sizes, "--json")
     assert code == 0
-    values = json.loads(out.splitlines()[-1])
+    values = json.loads(out)
     assert json.loads((place / "out.json").read_text()) == values
     results = values["results"]
     assert list(results) == ["perplexity", "text", "needle", "copy", "recall"]
@@ -77,13 +77,15 @@ def test_all_tasks_give_a_table_and_one_json_object(call, place):
     size = len((place / "text.txt").read_bytes())
     assert text["tokens"] == size - 1
     assert text["bits_per_byte"] == pytest.approx(text["nats_per_token"] / math.log(2))
-    table = out.splitlines()
+    assert text["bits_per_token"] == pytest.approx(text["nats_per_token"] / math.log(2))
+    table = call(*tasks, *sizes)[1].splitlines()
     assert table[0] == "perplexity"
-    assert "nats_per_token" in table[1]
+    assert "nats_per_token" in table[1] and "bits_per_byte" in table[1]
+    assert not any(line.startswith("{") for line in table)
 
 
 def test_perplexity_is_the_loss_over_the_rows_of_the_held_out_split(call, place, model):
-    results = json.loads(call("--batch-size", "3")[1].splitlines()[-1])["results"]["perplexity"][0]
+    results = json.loads(call("--batch-size", "3", "--json")[1])["results"]["perplexity"][0]
     data = ValidationData(
         DataConfig(train="x", validation=str(place / "held_out")),
         seq_len=SEQ_LEN,
@@ -91,7 +93,7 @@ def test_perplexity_is_the_loss_over_the_rows_of_the_held_out_split(call, place,
         max_rows=0,
         vocab_size=264,
     )
-    nats, tokens = 0.0, 0
+    nats, tokens, letters = 0.0, 0, 0
     for batch in data.micro_batches():
         start = 0
         bounds = [*(batch.positions_BS[0] == 0).nonzero().flatten().tolist()[1:], SEQ_LEN]
@@ -101,24 +103,41 @@ def test_perplexity_is_the_loss_over_the_rows_of_the_held_out_split(call, place,
             labels = batch.labels_BS[0, start:end]
             nats += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             tokens += int((labels >= 0).sum())
+            letters += int(((labels >= 0) & (labels < 256)).sum())
             start = end
     assert results["rows"] == data.rows > 5
     assert results["tokens"] == tokens
     assert results["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
     assert results["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
-    some = json.loads(call("--max-rows", "2")[1].splitlines()[-1])["results"]["perplexity"][0]
+    assert results["bits_per_token"] == pytest.approx(nats / math.log(2) / tokens, rel=1e-5)
+    assert letters < tokens  # ends of documents have no bytes
+    assert results["bits_per_byte"] == pytest.approx(nats / math.log(2) / letters, rel=1e-5)
+    some = json.loads(call("--max-rows", "2", "--json")[1])["results"]["perplexity"][0]
     assert some["rows"] == 2
 
 
+def test_a_run_may_have_several_validation_sets(place, model, capsys):
+    values = {"model": model.config.model_dump(mode="json", by_alias=True), "training": {"seq_len": SEQ_LEN}}
+    values["data"] = {"validation": {"web": str(place / "held_out"), "code": str(place / "held_out")}}
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    run = place / "several"
+    files = save_tokenizer(ByteTokenizer.info, place / "run", place / "run")
+    run.mkdir()
+    save_checkpoint(run / "checkpoints", 5, tensors, {"config": values}, files)
+    assert main(["--checkpoint", str(run), "--device", "cpu", "--json"]) == 0
+    web, code = json.loads(capsys.readouterr().out)["results"]["perplexity"]
+    assert (web.pop("set"), code.pop("set")) == ("web", "code") and web == code and web["tokens"] > 100
+
+
 def test_the_alphabet_may_be_what_the_dataset_holds(call):
-    out = call("--tasks", "copy", "--alphabet", "data")[1]
+    out = call("--tasks", "copy", "--alphabet", "data", "--json")[1]
     letters = set("".join(f"document {number} says abc." for number in range(12)).encode())
-    assert json.loads(out.splitlines()[-1])["results"]["copy"][0]["alphabet"] == len(letters)
+    assert json.loads(out)["results"]["copy"][0]["alphabet"] == len(letters)
 
 
 def test_the_same_seed_gives_the_same_numbers_and_batches_do_not_matter(call):
     def results(*options: str) -> list[float]:
-        values = json.loads(call("--tasks", "needle", "recall", "--recall-pairs", "2", *options)[1].splitlines()[-1])
+        values = json.loads(call("--json", "--tasks", "needle", "recall", "--recall-pairs", "2", *options)[1])
         return [record["nats_per_token"] for records in values["results"].values() for record in records]
 
     first = results()

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fusiontree.data.batch import MicroBatch
-from fusiontree.evaluation.scoring import CorpusScore, score_answers, score_batches, score_text, text_rows
+from fusiontree.data.tokenizers import ByteTokenizer
+from fusiontree.evaluation.scoring import CorpusScore, score_answers, score_batches, score_text, text_bytes, text_rows
 from fusiontree.evaluation.synthetic import IGNORED, AnswerRows, copy_rows, needle_rows, recall_rows
 from fusiontree.generation.decoding import generate
 from fusiontree.generation.sampling import SamplingConfig
@@ -149,3 +150,15 @@ def test_scores_of_nothing_and_of_broken_models_are_no_error():
     assert math.isnan(CorpusScore(0.0, 0).nats_per_token)
     assert math.isnan(CorpusScore(0.0, 0).perplexity)
     assert CorpusScore(1e6, 10).perplexity == math.inf
+
+
+def test_bytes_of_a_rows_text_leave_out_ends_and_cut_characters():
+    tokenizer = ByteTokenizer()
+    text = "für 世界"
+    tokens = tokenizer.encode(text)
+    assert text_bytes(tokenizer, [*tokens, 256, *tokens]) == 2 * len(text.encode())
+    assert text_bytes(tokenizer, tokens[2:-1]) == len("r 世".encode())  # half of ü before, two thirds of 界 after
+    assert text_bytes(tokenizer, [256, 256]) == 0 == text_bytes(tokenizer, [])
+    score = CorpusScore(nats=8 * math.log(2), tokens=4, text_bytes=16)
+    assert (score.bits_per_token, score.bits_per_byte) == (pytest.approx(2), pytest.approx(0.5))
+    assert math.isnan(CorpusScore(1.0, 4).bits_per_byte)

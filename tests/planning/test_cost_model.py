@@ -81,12 +81,13 @@ def test_what_layouts_do_to_memory_and_passes() -> None:
 
 def test_the_command_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     v1 = ["--config", str(CONFIGS / "pretrain_v1.yaml")]
-    assert main([*v1, "--gpus", "64"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main([*v1, "--gpus", "64", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
     assert told["configured"]["fits"] and told["configured"]["accumulation"] == 2
     rates = [one["tokens_per_s"] for one in told["others"] if one["fits"]]
     assert rates == sorted(rates, reverse=True)
     assert main([*v1, "--gpus", "1", "parallel.engine=fsdp2"]) == 1
-    assert "does not fit 80 GiB" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "does not fit 80 GiB" in said and "\n{" not in said
     assert main([*v1, "--gpus", "6", "parallel.tp=4"]) == 2
     assert "do not divide" in capsys.readouterr().err

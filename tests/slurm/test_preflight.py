@@ -63,7 +63,7 @@ def preflight(hosts: Hosts, folder: Path, absent: int | None = None, per_host: i
     logs, count = [], len(hosts.addresses)
     # A busy machine makes any link several times slower for a moment; the limited one is a hundred times slower.
     options = ["--pair-timeout", "10", "--join-timeout", "60", "--size-mb", "0.5", "--slow-below", "0.05"]
-    options += ["--output", str(folder / "net.json")]
+    options += ["--json", "--output", str(folder / "net.json")]
     for rank in range(count * per_host):
         host = rank // per_host
         if host == absent:
