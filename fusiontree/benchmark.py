@@ -150,13 +150,8 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             layout.dp_size,
         )
         engine = build_engine(model, parallel, training, layout)
-        settings = RunSettings.of(
-            run_dir=Path(config.run_dir),
-            model=model,
-            training=training,
-            supervision=config.supervision,
-            checkpoint=config.checkpoint,
-            logging=config.logging,
+        settings = RunSettings(
+            config=config,
             values={},
             flops_per_token=lambda lengths: training_flops_per_token(model, lengths),
             peak_flops=peak_flops(layout.device, training.precision),

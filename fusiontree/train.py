@@ -1,6 +1,8 @@
 """The one training entry: ``python -m fusiontree.train --config FILE [section.key=value …]``.
 
-torchrun, deepspeed, srun and plain python all reach it; which process this is comes from their environment variables.
+torchrun, deepspeed, srun and plain python all start it; which process this is comes from their environment variables.
+Functions import torch and what needs it only when they are called: ``--help``, ``--check`` and a wrong setting answer
+at once.
 """
 
 from __future__ import annotations
@@ -9,7 +11,10 @@ import argparse
 import logging
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fusiontree.cli.program import run_program
 from fusiontree.config.load import config_values, dump_config, load_config
@@ -19,6 +24,14 @@ from fusiontree.supervision.signals import STOP_SIGNALS, leave_when_warned
 from fusiontree.training.run_folder import check_run_folder
 from fusiontree.utils.environment import keep_flight_record, process_place
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.flight_record import flight_record
+
+if TYPE_CHECKING:
+    from fusiontree.data.loader import TrainingData, ValidationData
+    from fusiontree.engines.base import Engine
+    from fusiontree.parallel.layout import Layout
+    from fusiontree.supervision.run_lock import RunLock
+    from fusiontree.training.loop import Trainer
 
 log = logging.getLogger("fusiontree")
 
@@ -106,76 +119,27 @@ def check_data(config: Config) -> None:
 
 
 def train(config: Config) -> int:
-    """Build layout, engine and data as configured, and train; return the exit code of :func:`main`.
+    """Train as configured; return the exit code of :func:`main`.
 
     Raises:
-        UserError: the configuration asks for what is not there (a GPU, a dataset, a backend).
+        UserError: the configuration asks for what is not there (a GPU, a dataset, a backend), or another process
+            trains in the run folder.
     """
-    # Reading a configuration needs no torch; training does.
-    from fusiontree.checkpoint.saver import Saver
-    from fusiontree.data.loader import TrainingData, ValidationData
     from fusiontree.engines.build import build_engine
-    from fusiontree.models.flops import training_flops_per_token
     from fusiontree.parallel.layout import Layout
     from fusiontree.supervision.restart_policy import wait_or_refuse
-    from fusiontree.supervision.run_lock import RunLock
-    from fusiontree.training.loop import Outcome, Trainer
-    from fusiontree.training.run_folder import write_config
-    from fusiontree.training.settings import RunSettings
-    from fusiontree.utils.hardware import peak_flops
+    from fusiontree.training.loop import Outcome
 
-    model, training = config.model, config.training
-    run_dir = Path(config.run_dir)
-    wait_or_refuse(run_dir, config.supervision)
+    wait_or_refuse(Path(config.run_dir), config.supervision)
     keep_flight_record()
     parallel = config.parallel
-    with Layout(training.device, tp=parallel.tp, cp=parallel.cp, shard_size=parallel.shard_size) as layout:
-        train_data = TrainingData.for_training(config.data, training, model.vocab_size, layout.dp_rank, layout.dp_size)
-        validation_data = None
-        if config.data.validation and training.validation.interval:
-            validation_data = ValidationData(
-                config.data,
-                seq_len=training.seq_len,
-                micro_batch_size=training.micro_batch_size,
-                max_rows=training.validation.rows,
-                vocab_size=model.vocab_size,
-                dp_rank=layout.dp_rank,
-                dp_size=layout.dp_size,
-                training=train_data.sources,
-            )
-        tokenizer_files: list[Path] = []
-        lease = RunLock(run_dir, say=log.warning)
-        refusal = ""
-        if layout.is_main:
-            try:
-                lease.acquire()
-            except UserError as error:
-                refusal = str(error)
-        if refusal := layout.gather_text(refusal)[0]:
-            raise UserError(refusal)
-        if layout.is_main:
-            write_config(run_dir, dump_config(config))
-            tokenizer_files = train_data.save_tokenizer(run_dir)
-        layout.barrier()
-        engine = build_engine(config.model, config.parallel, training, layout)
-        settings = RunSettings.of(
-            run_dir=run_dir,
-            model=model,
-            training=training,
-            supervision=config.supervision,
-            checkpoint=config.checkpoint,
-            logging=config.logging,
-            values=config_values(config),
-            flops_per_token=lambda lengths: training_flops_per_token(model, lengths),
-            peak_flops=peak_flops(layout.device, training.precision),
-            extra_files=tokenizer_files,
-        )
-        saver = Saver(run_dir / "checkpoints", config.checkpoint, layout.checkpoint_group, lease.refusal)
-        try:
-            outcome = Trainer(settings, engine, train_data, validation_data, saver).run()
-        finally:
-            if layout.is_main:
-                lease.release()
+    with Layout(config.training.device, tp=parallel.tp, cp=parallel.cp, shard_size=parallel.shard_size) as layout:
+        train_data, validation_data = open_data(config, layout)
+        with lock_run_folder(config, layout) as lock:
+            tokenizer_files = write_run_folder(config, layout, train_data)
+            engine = build_engine(config.model, parallel, config.training, layout)
+            trainer = build_trainer(config, layout, engine, train_data, validation_data, tokenizer_files, lock)
+            outcome = trainer.run()
         if outcome is Outcome.INTERRUPTED:
             # The first rank to leave makes srun end the others with SIGTERM, and launchers repeat the signal that they
             # pass on; all ranks are to leave with their own code.
@@ -183,6 +147,105 @@ def train(config: Config) -> int:
                 signal.signal(number, signal.SIG_IGN)
             layout.barrier()
     return 75 if outcome is Outcome.INTERRUPTED else 0
+
+
+def open_data(config: Config, layout: Layout) -> tuple[TrainingData, ValidationData | None]:
+    """Open this rank's part of the training data, and of the validation data if the run validates.
+
+    Raises:
+        UserError: a dataset is missing or does not fit the model or the other datasets.
+    """
+    from fusiontree.data.loader import TrainingData, ValidationData
+
+    training, vocab_size = config.training, config.model.vocab_size
+    train_data = TrainingData.for_training(config.data, training, vocab_size, layout.dp_rank, layout.dp_size)
+    if not (config.data.validation and training.validation.interval):
+        return train_data, None
+    validation_data = ValidationData(
+        config.data,
+        seq_len=training.seq_len,
+        micro_batch_size=training.micro_batch_size,
+        max_rows=training.validation.rows,
+        vocab_size=vocab_size,
+        dp_rank=layout.dp_rank,
+        dp_size=layout.dp_size,
+        training=train_data.sources,
+    )
+    return train_data, validation_data
+
+
+@contextmanager
+def lock_run_folder(config: Config, layout: Layout) -> Iterator[RunLock]:
+    """Keep other starts out of the run folder.
+
+    Raises:
+        UserError: another process trains there; raised on every rank.
+    """
+    from fusiontree.supervision.run_lock import RunLock
+
+    lock = RunLock(Path(config.run_dir), say=log.warning)
+    refusal = ""
+    if layout.is_main:
+        try:
+            lock.acquire()
+        except UserError as error:
+            refusal = str(error)
+    if refusal := layout.gather_text(refusal)[0]:
+        raise UserError(refusal)
+    try:
+        yield lock
+    finally:
+        if layout.is_main:
+            lock.release()
+
+
+def write_run_folder(config: Config, layout: Layout, train_data: TrainingData) -> list[Path]:
+    """Write configuration and tokenizer into the run folder, on the main rank; return the tokenizer's files there."""
+    from fusiontree.training.run_folder import write_config
+
+    files: list[Path] = []
+    if layout.is_main:
+        write_config(Path(config.run_dir), dump_config(config))
+        files = train_data.save_tokenizer(Path(config.run_dir))
+    layout.barrier()
+    return files
+
+
+def build_trainer(
+    config: Config,
+    layout: Layout,
+    engine: Engine,
+    train_data: TrainingData,
+    validation_data: ValidationData | None,
+    tokenizer_files: list[Path],
+    lock: RunLock,
+) -> Trainer:
+    """Return the trainer of a run with its observers, in the order in which they see a step."""
+    from fusiontree.checkpoint.saver import Saver
+    from fusiontree.models.flops import training_flops_per_token
+    from fusiontree.supervision.watchdog import Watchdog
+    from fusiontree.tracking.records import Records
+    from fusiontree.training.loop import Trainer
+    from fusiontree.training.observers import HealthMonitor, PeerWatch, StepLog
+    from fusiontree.training.settings import RunSettings
+    from fusiontree.utils.hardware import peak_flops
+
+    settings = RunSettings(
+        config=config,
+        values=config_values(config),
+        flops_per_token=lambda lengths: training_flops_per_token(config.model, lengths),
+        peak_flops=peak_flops(layout.device, config.training.precision),
+        extra_files=tokenizer_files,
+    )
+    records = Records(settings.run_dir, enabled=layout.is_main)
+    watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)
+    observers = [
+        StepLog(engine, settings, records, watchdog),
+        HealthMonitor(engine, settings, records, watchdog),
+        PeerWatch(engine, watchdog),
+    ]
+    saver = Saver(settings.run_dir / "checkpoints", config.checkpoint, layout.checkpoint_group, lock.refusal)
+    return Trainer(settings, engine, train_data, validation_data, saver, records, watchdog, observers)
 
 
 if __name__ == "__main__":

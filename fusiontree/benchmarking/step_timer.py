@@ -1,11 +1,11 @@
-"""Times the steps of training: the trainer's own :class:`TrainStep`, without checkpoints, validation and records."""
+"""Times the steps of training: the trainer's own :class:`StepPipeline`, without checkpoints, validation and records."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 
 import torch
 
@@ -13,11 +13,11 @@ from fusiontree.data.batch import MicroBatch, StepBatch
 from fusiontree.data.loader import TrainingData
 from fusiontree.engines.base import Engine
 from fusiontree.supervision.watchdog import Watchdog
-from fusiontree.training.measurements import document_lengths
+from fusiontree.training.metrics import document_lengths, step_metrics
+from fusiontree.training.pipeline import StepPipeline
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.spikes import SpikeFilter
-from fusiontree.training.step import PendingStep, TrainStep
-from fusiontree.utils.device import Mark
+from fusiontree.training.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,12 @@ class StepTimer:
             one_document: take every row as one document.
         """
         watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size)  # not started: no step has a time limit
-        self._step = TrainStep(settings, engine, data, watchdog, SpikeFilter(settings.training.spikes))
-        self._device = engine.device
+        spikes = SpikeFilter(settings.training.spikes)
+        step = TrainStep(settings, engine, data, watchdog, spikes)
+        self._settings, self._engine = settings, engine
         self._batches = self._read(data, one_document)
-        self._number, self._tokens = 0, 0
+        self._pipeline = StepPipeline(step, engine, data, watchdog, spikes, partial(next, self._batches))
+        self._number = 0
 
     def next_micro_batch(self) -> MicroBatch:
         """Return the first micro-batch of the next step, which is not timed any more."""
@@ -56,27 +58,22 @@ class StepTimer:
 
     def run(self, steps: int) -> StepTimes:
         """Execute ``steps`` steps; as in training, a step's results are read while the device has the next one."""
-        if self._device.type == "cuda":
+        device = self._engine.device
+        if device.type == "cuda":
             torch.cuda.synchronize()
-        marks, lengths = [Mark(self._device)], list[int]()
-        pending: PendingStep | None = None
-        for _ in range(steps):
-            batch = next(self._batches)
-            lengths += document_lengths(_counted(batch))
-            self._number += 1
-            read_before = partial(self._finish, pending)
-            pending = self._step.run(self._number, batch, stop_wanted=False, limit=0.0, overlap_work=read_before)
-            marks.append(pending.ended)
-        assert pending is not None
-        self._finish(pending)
-        seconds = [end.seconds_since(start) for start, end in pairwise(marks)]
-        return StepTimes(seconds, pending.result.grad_norm, lengths)
-
-    def _finish(self, done: PendingStep | None) -> None:
-        """Read the results of a step as the trainer does to log them."""
-        if done is not None:
-            self._tokens += done.counts().tokens
-            self._step.values(done, self._tokens)
+        seconds, lengths, grad_norm = list[float](), list[int](), math.nan
+        for index in range(steps + 1):
+            if index < steps:
+                self._number += 1
+                finished = self._pipeline.submit(self._number)
+            else:
+                finished = self._pipeline.drain()
+            if finished is not None:
+                step_metrics(finished, self._settings, self._engine.world_size, device)  # as the trainer logs a step
+                seconds.append(finished.device_s)
+                lengths += document_lengths(_counted(finished.batch))
+                grad_norm = finished.grad_norm
+        return StepTimes(seconds, grad_norm, lengths)
 
     @staticmethod
     def _read(data: TrainingData, one_document: bool) -> Iterator[StepBatch]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -152,7 +152,7 @@ class TrainingData:
         """Return the row length of a step (the first is 1)."""
         return self.lengths.length(step)
 
-    def steps(self, state: dict[str, Any] | None = None) -> Iterator[tuple[StepBatch, dict[str, Any]]]:
+    def steps(self, state: dict[str, Any] | None = None) -> Generator[tuple[StepBatch, dict[str, Any]]]:
         """Yield the batch of every step from ``state`` on, without end, each with the state to save after the step.
 
         Only one iteration may be open at a time; closing it ends its threads.

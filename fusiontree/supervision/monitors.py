@@ -49,6 +49,11 @@ class RunMonitors:
                 "; ".join(slow) + "; take the node out, or set supervision.health_check=warn to train on it"
             )
 
+    def due(self, step: int) -> bool:
+        """Return whether ranks or copies of parameters are compared after ``step``."""
+        intervals = (self.config.straggler_interval, self.config.replica_check_interval)
+        return self.engine.world_size > 1 and any(self._due(step, interval) for interval in intervals)
+
     def after_step(self, step: int, own_s: float, step_s: float) -> None:
         """Note a step's times in seconds and do what is due.
 

@@ -25,6 +25,10 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def requested(self) -> bool:
+        """Return whether this process was asked to stop."""
+        return self.signal_name is not None
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -1,7 +1,7 @@
-"""The training loop, top to bottom.
+"""The training loop.
 
-The loop knows an engine by its protocol, batches by their fields, and files by their functions; it does not know how
-the model is laid out. What happens in a step is in step.py.
+The loop knows an engine by its protocol, batches by their fields and files by their functions, not how the model is
+sharded. A step is in step.py; how steps are queued and read is in pipeline.py.
 """
 
 from __future__ import annotations
@@ -9,35 +9,31 @@ from __future__ import annotations
 import base64
 import logging
 import math
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusiontree.checkpoint.folders import complete_checkpoints, remove_partial, set_aside
-from fusiontree.checkpoint.load import check_model, load_newest
 from fusiontree.checkpoint.saver import Saver
+from fusiontree.data.loader import TrainingData, ValidationData
 from fusiontree.engines.base import Engine
-from fusiontree.optim.config import check_same_optimizer
-from fusiontree.supervision.monitors import RunMonitors
 from fusiontree.supervision.restart_policy import count_starts
 from fusiontree.supervision.signals import StopRequest
 from fusiontree.supervision.watchdog import Watchdog, in_short
-from fusiontree.tracking.console import Progress, spoken
 from fusiontree.tracking.crash_report import collect_reports, explain
 from fusiontree.tracking.records import Records, read_records
-from fusiontree.training.nonfinite import check_skips, name_nonfinite
+from fusiontree.training.checkpoints import RunCheckpoints
+from fusiontree.training.nonfinite import check_skips
+from fusiontree.training.observers import Observer
+from fusiontree.training.pipeline import BatchStream, FinishedStep, StepPipeline
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.spikes import Rewinds, SpikeFilter
-from fusiontree.training.step import PendingStep, TrainStep, step_inputs
+from fusiontree.training.step import TrainStep
+from fusiontree.training.validation import validate
 from fusiontree.utils import gc_control
-from fusiontree.utils.device import Mark
 from fusiontree.utils.errors import UserError
-from fusiontree.utils.flight_record import flight_record
-from fusiontree.utils.peers import Peers, host_address
 
 log = logging.getLogger(__name__)
 
@@ -54,51 +50,52 @@ class Outcome(Enum):
 
 @dataclass
 class Position:
-    """Where the run stands; together with the engine's tensors, all that a resume needs."""
+    """The last step that was queued, and where the data continues after it."""
 
     step: int = 0
-    tokens: int = 0
-    """Tokens that were trained on: the labels of every step that was not skipped."""
     data: dict[str, Any] | None = None
     skipped_in_a_row: int = 0
+    """Steps with a non-finite gradient up to this step."""
 
 
 class Trainer:
-    """Trains from wherever the run folder stands to ``max_steps``."""
+    """Trains from the newest checkpoint of the run folder to ``max_steps``."""
 
     def __init__(
-        self, settings: RunSettings, engine: Engine, train_data: Any, validation_data: Any | None, saver: Saver
+        self,
+        settings: RunSettings,
+        engine: Engine,
+        train_data: TrainingData,
+        validation_data: ValidationData | None,
+        saver: Saver,
+        records: Records,
+        watchdog: Watchdog,
+        observers: Sequence[Observer],
     ) -> None:
-        """Wire up; nothing is read or written before :meth:`run`.
+        """Connect the parts of a run; nothing is read or written before :meth:`run`.
 
         Args:
-            settings: what the configuration says.
+            settings: the run's configuration.
             engine: executes steps.
-            train_data: yields ``(StepBatch, state)`` from a state.
-            validation_data: yields micro batches of the held-out split, the same at every validation; or None.
+            train_data: yields the training batches.
+            validation_data: yields the held-out batches; None does not validate.
             saver: writes the checkpoints.
+            records: takes metrics and events.
+            watchdog: ends the process if it hangs.
+            observers: see every finished step, in this order.
         """
-        self.settings = settings
-        self.engine = engine
-        self.train_data = train_data
-        self.validation_data = validation_data
-        self.records = Records(settings.run_dir, enabled=engine.is_main)
+        self.settings, self.engine, self.validation_data = settings, engine, validation_data
+        self.saver, self.records, self.watchdog, self.observers = saver, records, watchdog, observers
         self.position = Position()
-        self.saver = saver
-        self._saved_step: int | None = None
+        self.batches = BatchStream(train_data)
+        self.spikes = SpikeFilter(settings.training.spikes)
+        self.rewinds = Rewinds(settings.run_dir, settings.training.spikes.max_in_a_row)
+        self.checkpoints = RunCheckpoints(saver, engine, records, settings.values)
+        step = TrainStep(settings, engine, train_data, watchdog, self.spikes)
+        self.pipeline = StepPipeline(step, engine, train_data, watchdog, self.spikes, self.batches.next)
         self._validated: tuple[int, float] = (-1, math.nan)
         self._train_seconds = 0.0
-        self._saved_train_seconds = 0.0
-        self._pending: tuple[PendingStep, Mark] | None = None  # the last step, and when the device began it
-        self.watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)
-        self.checks = RunMonitors(engine, settings.supervision, self.records)
-        self.spikes = SpikeFilter(settings.training.spikes)
-        self.step = TrainStep(settings, engine, train_data, self.watchdog, self.spikes)
-        self.rewinds = Rewinds(settings.run_dir, settings.training.spikes.max_in_a_row)
-        self.progress = Progress(settings.training.max_steps)
-        self._last_step = min(
-            settings.training.max_steps, settings.training.exit_at_step or settings.training.max_steps
-        )
+        self._slow_s = settings.config.supervision.slow_timeout_s
 
     def run(self) -> Outcome:
         """Resume if there is a checkpoint, train, validate, save; return how it ended.
@@ -111,184 +108,173 @@ class Trainer:
             with self.watchdog, StopRequest() as stop:
                 return self._run(stop)
         except BaseException as error:
-            self.saver.wait(patience_s=60)  # what is half written may be all that is left of the last hours
-            self._note_saves(ending=True)
-            self.records.event("failed", step=self.position.step, reason=in_short(error))
-            self.records.close(patience_s=10)
+            self.checkpoints.wait_after_error(patience_s=60)
+            self._end("failed", in_short(error))
             raise
         finally:
             gc_control.unfreeze()
 
     def _run(self, stop: StopRequest) -> Outcome:
-        config, limits, watch = self.settings.training, self.settings.supervision, self.watchdog
-        with watch.section("resume", limits.slow_timeout_s):
+        with self.watchdog.section("resume", self._slow_s):
             self._resume()
             self.saver.prepare(self.engine.state_tensors())
-        if self.position.step >= config.max_steps:
-            why = f"already finished: {self.settings.run_dir} is at step {self.position.step}"
-            self.records.event(Outcome.FINISHED.value, step=self.position.step, reason=why)  # this start did not fail
-            self.records.close()
-            self._say(why)
-            return Outcome.FINISHED
-        run_dir, values = self.settings.run_dir, self.settings.values
-        with watch.section("health check", limits.slow_timeout_s):
-            self.records.open_trackers(self.settings.logging, run_dir, values, self.position.step)
-            self.checks.at_start(run_dir, values)
-            watch.silent_hosts = Peers(self.engine.gather_text(host_address())).silent
-        self.progress.mark(self.position.step)
-        interrupted, settled, limit = False, False, limits.slow_timeout_s
-        batches = self.train_data.steps(self.position.data)
-        while True:
-            step = watch.step = self.position.step + 1
-            began = time.perf_counter()
-            # A step lasts from the end of the one before, which the device may still be at work on.
-            start = self._pending[0].ended if self._pending else Mark(self.engine.device)
-            with watch.section("wait for data", limit):
-                batch, data_state = next(batches)
-            with watch.section("step", limit):
-                wanted = stop.signal_name is not None
-                done = self.step.run(step, batch, stop_wanted=wanted, limit=limit, overlap_work=self._read_step)
-            if done.spike and config.spikes.policy == "rewind" and self._rewind(step, data_state, done.spike):
-                batches.close()
-                batches, limit = self.train_data.steps(self.position.data), limits.slow_timeout_s
-                self.progress = Progress(config.max_steps)
-                continue
-            if not settled:  # the first step is over, in which kernels were compiled
-                gc_control.freeze()
-            self.position.step, self.position.data = step, data_state
-            interrupted = done.stop
-            stopping = interrupted or step >= self._last_step
-            saving = self._due(self.settings.checkpoint.save_interval) or stopping
-            validating = self._due(config.validation.interval) or (
-                config.validation.interval and step == config.max_steps
-            )
-            pausing = saving or validating or not settled  # otherwise the device goes on while the step is read
-            if pausing:
-                with watch.section("end of the step", limit):
-                    done.wait()
-            seconds = time.perf_counter() - began
-            self._train_seconds += seconds
-            self.progress.mark(step)
-            self._pending = (done, start)
-            if pausing:
-                self._read_step()
-            settled, limit = True, limits.hang_timeout_s
-            with watch.section("checks", limits.slow_timeout_s):
-                self.checks.after_step(step, done.reached_collective_at - began, seconds)
-            if validating:
-                with watch.section("validate", limits.slow_timeout_s):
-                    self._validate()
-            if saving:
-                with watch.section("save", limits.slow_timeout_s):
-                    self._save(wait=stopping)
-            self._note_saves()
-            if stopping:
-                break
-            if (moved := self.rewinds.data_after(step)) is not None:
-                self._read_step()  # the data knows where its rows came from until other data begins
-                self.position.data = moved
-                batches.close()
-                batches = self.train_data.steps(moved)
-        if self.position.step >= config.max_steps:
-            outcome, why = Outcome.FINISHED, "finished"
-        elif interrupted:
-            outcome, why = Outcome.INTERRUPTED, f"stopped by {stop.signal_name or 'a signal on another rank'}"
+        max_steps = self.settings.training.max_steps
+        if self.position.step >= max_steps:
+            outcome, reason = Outcome.FINISHED, "already finished"
         else:
-            outcome, why = Outcome.STOPPED, "stopped at training.exit_at_step"
-        if self._saved_step != self.position.step and outcome is not Outcome.INTERRUPTED:
-            raise UserError(
-                f"{why}, but the last checkpoint could not be written (the event save_failed says why); mend that and "
-                f"start the same command again: it resumes from the newest checkpoint there is"
-            )
-        self.records.event(outcome.value, step=self.position.step, reason=why)
-        self.records.close(patience_s=60 if outcome is Outcome.FINISHED else 10)
-        self._say(f"{why} at step {self.position.step}/{config.max_steps}; everything is in {self.settings.run_dir}")
+            with self.watchdog.section("health check", self._slow_s):
+                for observer in self.observers:
+                    observer.on_start(self.position.step)
+            outcome, reason = self._train(stop)
+            if self.checkpoints.saved_step != self.position.step and outcome is not Outcome.INTERRUPTED:
+                raise UserError(
+                    f"{reason}, but the last checkpoint could not be written (the event save_failed says why); mend "
+                    f"that and start the same command again: it resumes from the newest checkpoint there is"
+                )
+        self._end(outcome.value, reason)
+        self._say(f"{reason} at step {self.position.step}/{max_steps}; everything is in {self.settings.run_dir}")
         return outcome
 
-    def _read_step(self) -> None:
-        """Read what became of the last step, as soon as the device is done with it, and write it down.
+    def _train(self, stop: StopRequest) -> tuple[Outcome, str]:
+        """Execute steps until the last one or a stop signal; return how they ended and why."""
+        limit_s, is_first = self._slow_s, True  # kernels are compiled in the first step
+        self.batches.move(self.position.data)
+        while True:
+            step = self.watchdog.step = self.position.step + 1
+            self._finish(self.pipeline.submit(step, stop_wanted=stop.requested, limit_s=limit_s))
+            queued = self.pipeline.queued
+            if queued.spike and self.settings.training.spikes.policy == "rewind" and self._rewind(step, queued.spike):
+                limit_s = self._slow_s
+                continue
+            self.position.step, self.position.data = step, self.batches.position
+            is_last = queued.stop or step >= self.settings.last_step
+            is_saved = is_last or _due(step, self.settings.config.checkpoint.save_interval)
+            is_validated = self._validation_due(step)
+            if is_first or is_saved or is_validated or any(o.needs_pause(step) for o in self.observers):
+                with self.watchdog.section("end of the step", limit_s):
+                    finished = self.pipeline.drain()
+                self._finish(finished)
+            if is_first:
+                gc_control.freeze()
+            limit_s, is_first = self.settings.config.supervision.hang_timeout_s, False
+            if is_validated:
+                self._validate()
+            if is_saved:
+                self._save(wait=is_last)
+            self.checkpoints.report()
+            if is_last:
+                return self._outcome(queued.stop, stop)
+            self._repeat_rewinds(step)
 
-        All ranks do so at the same place.
+    def _outcome(self, interrupted: bool, stop: StopRequest) -> tuple[Outcome, str]:
+        if self.position.step >= self.settings.training.max_steps:
+            return Outcome.FINISHED, "finished"
+        if interrupted:
+            return Outcome.INTERRUPTED, f"stopped by {stop.signal_name or 'a signal on another rank'}"
+        return Outcome.STOPPED, "stopped at training.exit_at_step"
+
+    def _finish(self, step: FinishedStep | None) -> None:
+        """Count a finished step and show it to the observers.
 
         Raises:
-            UserError: too many steps in a row had to be left out.
+            UserError: too many steps in a row were skipped, or an observer found a fault.
         """
-        if self._pending is None:
+        if step is None:
             return
-        (done, start), self._pending = self._pending, None
-        step = done.number
-        if done.result.skipped is None:
-            self.position.tokens += done.counts().tokens
+        self._train_seconds += step.host_s
+        if step.skipped is None:
             self.position.skipped_in_a_row = 0
-            self.spikes.accept(done.token_sums().lm, done.batch.seq_len)
         else:
-            self._note_skip(done, done.result.skipped)
-        interval = self.settings.logging.log_interval
-        if (interval and step % interval == 0) or step == self._last_step:
-            with self.watchdog.section("log", self.settings.supervision.slow_timeout_s):
-                values = self.step.values(done, self.position.tokens)
-                values |= self.step.speed(done.batch, done.ended.seconds_since(start))
-                self.records.metrics(values)
-            self._say(self.progress.line(values))
+            self._count_skip(step, step.skipped)
+        for observer in self.observers:
+            observer.after_step(step)
 
-    def _note_skip(self, done: PendingStep, reason: str) -> None:
-        step = done.number
-        if not done.spike:  # all ranks skip together, so all are here
-            named = name_nonfinite(self.engine, self.train_data, done.batch, done.losses)
-            reason += f"; {named}" if named else ""
-        self.records.event("step_skipped", step=step, reason=reason)
-        self._say(f"step {step} skipped: {reason}")
-        if done.spike:
-            self.spikes.count_skip(step, reason)
+    def _count_skip(self, step: FinishedStep, reason: str) -> None:
+        self.records.event("step_skipped", step=step.number, reason=reason)
+        self._say(f"step {step.number} skipped: {reason}")
+        if step.is_spike:
+            self.spikes.count_skip(step.number, reason)
         else:
             self.position.skipped_in_a_row += 1
-            check_skips(step, self.position.skipped_in_a_row, reason, self.settings.training)
+            check_skips(step.number, self.position.skipped_in_a_row, reason, self.settings.training)
 
-    def _rewind(self, step: int, data_after: dict[str, Any], reason: str) -> bool:
-        """Go back to the newest checkpoint, and on with the data behind ``step``; False where there is none."""
-        with self.watchdog.section("rewind", self.settings.supervision.slow_timeout_s):
-            self.saver.wait()
-            self._note_saves()
-            found = self._load_newest()
+    def _rewind(self, step: int, reason: str) -> bool:
+        """Return to the newest checkpoint and continue with the data behind ``step``; False without a checkpoint."""
+        data_after = self.batches.position
+        assert data_after is not None
+        with self.watchdog.section("rewind", self._slow_s):
+            self.checkpoints.wait()
+            found = self.checkpoints.load_newest()
             if found is None:
                 return False
+            self.pipeline.forget()
             back = found[1]["step"]
             # Only the position in the data moves on: step and schedule are the checkpoint's.
             rewinds = self.rewinds.plan(step, back, data_after | {"step": back}, reason)
             if self.engine.is_main:
                 self.rewinds.write(rewinds)
             self.engine.barrier()
-            self._take_up(found[1])
-            self._train_seconds = self._saved_train_seconds
+            self._load_state_dict(found[1])
+            self._train_seconds = self.checkpoints.train_seconds
+        self.batches.move(self.position.data)
         self.records.event("rewind", step=step, to_step=back, reason=reason, data=self.position.data)
         self._say(f"step {step}: {reason}; back to step {back}, and on with the data behind it")
         return True
 
+    def _repeat_rewinds(self, step: int) -> None:
+        """Continue with other data where a rewind of an earlier start did so after ``step``."""
+        data = self.rewinds.data_after(step)
+        if data is not None:
+            self._finish(self.pipeline.drain())  # the data describes only rows from its present position
+            self.position.data = data
+            self.batches.move(data)
+
+    def _validation_due(self, step: int) -> bool:
+        training = self.settings.training
+        interval = training.validation.interval
+        return _due(step, interval) or (interval > 0 and step == training.max_steps)
+
     def _validate(self) -> None:
         if self.validation_data is None:
             return
-        sums = torch.zeros(2, dtype=torch.float64)
-        for micro in self.validation_data.micro_batches():
-            sums[0] += self.engine.evaluate(step_inputs(micro, self.settings, step=None)).double().cpu()
-            sums[1] += (micro.labels_BS >= 0).sum()
-        on_device = sums.to(self.engine.device)
-        loss_sum = float(self.engine.sum_over_tokens(on_device[:1].clone()))
-        tokens = float(self.engine.sum_over_rows(on_device[1:].clone()))
-        loss = loss_sum / max(tokens, 1.0)
         step = self.position.step
+        with self.watchdog.section("validate", self._slow_s):
+            loss, tokens = validate(self.engine, self.validation_data, self.settings)
         self._validated = (step, loss)
-        self.records.metrics({"step": step, "tokens": self.position.tokens, "validation_loss": loss})
-        self._say(f"step {step}/{self.settings.training.max_steps}  validation loss {loss:.4f} on {int(tokens)} tokens")
+        self.records.metrics({"step": step, "tokens": self.pipeline.tokens, "validation_loss": loss})
+        self._say(f"step {step}/{self.settings.training.max_steps}  validation loss {loss:.4f} on {tokens} tokens")
 
-    def _save(self, wait: bool) -> None:
-        """Save this step, in the background unless ``wait``."""
-        self.saver.wait()
-        self._note_saves()
-        if self._saved_step == self.position.step:
+    def _save(self, *, wait: bool) -> None:
+        with self.watchdog.section("save", self._slow_s):
+            files = self.settings.extra_files
+            self.checkpoints.save(self.position.step, self._state_dict(), files, self._train_seconds, wait=wait)
+
+    def _resume(self) -> None:
+        starts = 0
+        if self.engine.is_main:
+            starts = count_starts(read_records(self.records.events_path))
+            self.checkpoints.remove_partial()
+            if reports := collect_reports(self.settings.run_dir):
+                kind = "hang" if any(report["kind"] == "hang" for report in reports) else "crash"
+                self.records.event(kind, reason=explain(reports), ranks=reports)
+        self.engine.barrier()
+        found = self.checkpoints.load_newest()
+        origin: dict[str, Any] = {"world_size": self.engine.world_size, "restarts": starts}
+        if found is None:
+            self.records.truncate_metrics(0)
+            self.rewinds.load(0)
+            self.records.event("start", step=0, **origin)
             return
+        folder, state = found
+        self._load_state_dict(state)
+        self.records.event("resume", step=self.position.step, folder=folder.name, **origin)
+        self._say(f"resumed at step {self.position.step} from {folder}")
+
+    def _state_dict(self) -> dict[str, Any]:
+        """Return the small values of a checkpoint: all that a resume needs beside the engine's tensors."""
         values = {
             "config": self.settings.values,
-            "tokens": self.position.tokens,
+            "tokens": self.pipeline.tokens,
             "data": self.position.data,
             "skipped_in_a_row": self.position.skipped_in_a_row,
             "spikes": self.spikes.to_dict(),
@@ -298,122 +284,28 @@ class Trainer:
         }
         if self._validated[0] == self.position.step:
             values["validation_loss"] = self._validated[1]
-        tensors, files = self.engine.state_tensors(), self.settings.extra_files
-        self.saver.save(
-            self.position.step, tensors, values, files, wait=wait, note={"train_seconds": round(self._train_seconds, 3)}
-        )
-        self._saved_step = self.position.step
-        if wait:
-            self._note_saves()
+        return values
 
-    def _note_saves(self, ending: bool = False) -> None:
-        """Write down what became of saves since the last call."""
-        for result in self.saver.poll():
-            if result.error:
-                self._saved_step = None if self._saved_step == result.step else self._saved_step
-                self.records.event("save_failed", step=result.step, reason=result.error)
-                if self.engine.is_main:
-                    log.error("step %d was NOT saved: %s", result.step, result.error)
-                if result.fatal and not ending:
-                    raise UserError(result.error)
-                continue
-            self._saved_train_seconds = result.note["train_seconds"]
-            self.records.event(
-                "save",
-                step=result.step,
-                folder=result.folder.name,
-                seconds=round(result.stall_s, 3),
-                write_seconds=round(result.write_s, 3),
-                bytes=result.size,
-                removed=result.removed,
-                train_seconds=result.note["train_seconds"],
-            )
-            self._say(
-                f"saved {result.folder} ({result.size / 1e9:.2f} GB in {result.write_s:.1f} s; training waited "
-                f"{result.stall_s:.2f} s)"
-            )
-
-    def _resume(self) -> None:
-        starts = 0
-        if self.engine.is_main:
-            starts = count_starts(read_records(self.records.events_path))
-            for partial in remove_partial(self.saver.checkpoints):
-                self.records.event("partial_checkpoint_removed", folder=partial.name)
-            if reports := collect_reports(self.settings.run_dir):
-                kind = "hang" if any(report["kind"] == "hang" for report in reports) else "crash"
-                self.records.event(kind, reason=explain(reports), ranks=reports)
-        self.engine.barrier()
-        found = self._load_newest()
-        if found is None:
-            self.records.truncate_metrics(0)
-            self.rewinds.load(0)
-            self.records.event("start", step=0, world_size=self.engine.world_size, restarts=starts)
-            return
-        folder, state = found
-        self._take_up(state)
-        self.records.event(
-            "resume",
-            step=self.position.step,
-            folder=folder.name,
-            world_size=self.engine.world_size,
-            restarts=starts,
-        )
-        self._say(f"resumed at step {self.position.step} from {folder}")
-
-    def _load_newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Fill the engine's tensors from the newest good checkpoint; return its folder and small values.
-
-        Damaged newer checkpoints are renamed: they belong to no history from here on, and a later save of the same step
-        must not replace them.
-        """
-        found = load_newest(
-            self.saver.checkpoints,
-            self.engine.state_tensors(),
-            group=self.saver.group,
-            check=self._check_checkpoint,
-            on_damage=self._report_damage,
-            report=spoken(self._say, "reading and verifying the checkpoint"),
-        )
-        if found is not None and self.engine.is_main:
-            for folder in complete_checkpoints(self.saver.checkpoints):
-                if folder > found[0]:
-                    self._set_aside(folder)
-        self.engine.barrier()
-        return found
-
-    def _check_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
-        check_model(folder, state, self.settings.values["model"])
-        check_same_optimizer(folder, state.get("config", {}), self.settings.training.optimizer.name)
-
-    def _set_aside(self, folder: Path) -> None:
-        try:
-            aside = set_aside(folder)
-        except OSError as error:
-            log.warning("damaged checkpoint %s cannot be renamed: %s", folder, error)
-            return
-        self.records.event("checkpoint_set_aside", folder=folder.name, renamed=aside.name)
-        log.warning("damaged checkpoint %s is now %s; it can be deleted", folder, aside.name)
-
-    def _report_damage(self, message: str) -> None:
-        self.records.event("checkpoint_damaged", reason=message)
-        if self.engine.is_main:
-            log.warning(message)
-
-    def _take_up(self, state: dict[str, Any]) -> None:
-        """Make a checkpoint's small values the state of the run; metrics of later steps are moved aside."""
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back :meth:`_state_dict`; metrics of later steps are moved aside."""
         self.engine.load_state_values(state["engine"])
         rng = torch.frombuffer(bytearray(base64.b64decode(state["rng"]["torch_cpu"])), dtype=torch.uint8)
         torch.set_rng_state(rng)
-        self.position = Position(state["step"], state["tokens"], state["data"], state["skipped_in_a_row"])
+        self.position = Position(state["step"], state["data"], state["skipped_in_a_row"])
+        self.pipeline.tokens = state["tokens"]
         self.spikes.load(state.get("spikes"))
         self.rewinds.load(state.get("rewinds", 0))
         self.position.data = self.rewinds.data_after(self.position.step) or self.position.data
-        self._saved_step = self.position.step
         self.records.truncate_metrics(self.position.step)
 
-    def _due(self, interval: int) -> bool:
-        return interval > 0 and self.position.step % interval == 0
+    def _end(self, outcome: str, reason: str) -> None:
+        for observer in self.observers:
+            observer.on_end(self.position.step, outcome, reason)
 
     def _say(self, message: str) -> None:
         if self.engine.is_main:
             log.info(message)
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusiontree.data.batch import StepBatch
+from fusiontree.data.loader import TrainingData
 from fusiontree.engines.base import Engine
 from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.errors import UserError
 
 
-def name_nonfinite(engine: Engine, train_data: object, batch: StepBatch, losses: list[Tensor]) -> str:
+def name_nonfinite(engine: Engine, train_data: TrainingData, batch: StepBatch, losses: list[Tensor]) -> str:
     """Say which ranks had a loss or a gradient that is not finite, and on which rows; all ranks call this together.
 
     A gradient broken on one rank is broken on each after the reduction; only the rank itself can say that it was its
@@ -37,7 +38,7 @@ def name_nonfinite(engine: Engine, train_data: object, batch: StepBatch, losses:
             for row in micro.rows_B[micro.row_weight_B > 0]
         )
         if rows:
-            shown = ", ".join(train_data.describe_row(row) for row in rows[:4])  # type: ignore[attr-defined]
+            shown = ", ".join(train_data.describe_row(row) for row in rows[:4])
             more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
             parts.append(f"{what} not finite on rank {engine.rank}: {shown}{more}")
             break  # a broken loss has a broken gradient

@@ -1,74 +1,60 @@
-"""What the training loop needs to know of a run's configuration."""
+"""The configuration of a run and what training derives from it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fusiontree.checkpoint.config import CheckpointConfig
-from fusiontree.models.config import ModelConfig
-from fusiontree.supervision.config import SupervisionConfig
-from fusiontree.tracking.config import LoggingConfig
+from fusiontree.config.root import Config
 from fusiontree.training.config import TrainingConfig
 from fusiontree.training.losses import LossWeights
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The parts of the configuration the loop reads, and the whole of it as plain values for the checkpoint."""
+    """The configuration of a run, and what training needs to know of model and device."""
 
-    run_dir: Path
-    training: TrainingConfig
-    supervision: SupervisionConfig
-    checkpoint: CheckpointConfig
-    logging: LoggingConfig
+    config: Config
     values: dict[str, Any]
-    loss_weights: LossWeights
-    num_layers: int
-    drop_branch_prob: float
+    """The configuration as plain values, for checkpoints and experiment trackers."""
     flops_per_token: Callable[[list[int]], float]
-    """Model FLOPs of training on one token, forward and backward, averaged over documents of these lengths."""
+    """Model FLOPs of training per token, forward and backward, averaged over documents of the given lengths."""
     peak_flops: float | None
     """Peak dense FLOP/s of one device at the run's precision, or None where it is not known."""
-    extra_files: list[Path]
+    extra_files: Sequence[Path] = ()
     """Small files that every checkpoint carries: the tokenizer."""
 
-    @classmethod
-    def of(
-        cls,
-        *,
-        run_dir: Path,
-        model: ModelConfig,
-        training: TrainingConfig,
-        supervision: SupervisionConfig,
-        checkpoint: CheckpointConfig,
-        logging: LoggingConfig,
-        values: dict[str, Any],
-        flops_per_token: Callable[[list[int]], float],
-        peak_flops: float | None,
-        extra_files: Sequence[Path] = (),
-    ) -> RunSettings:
-        """Return the settings of a configuration, given by its sections; the arguments are the fields."""
-        weights = LossWeights(
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.config.run_dir)
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The section ``training``."""
+        return self.config.training
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this start ends."""
+        return min(self.training.max_steps, self.training.exit_at_step or self.training.max_steps)
+
+    def is_logged(self, step: int) -> bool:
+        """Return whether the metrics of ``step`` are written."""
+        interval = self.config.logging.log_interval
+        return (interval > 0 and step % interval == 0) or step == self.last_step
+
+    @cached_property
+    def loss_weights(self) -> LossWeights:
+        """Coefficients of the loss terms."""
+        model, training = self.config.model, self.config.training
+        return LossWeights(
             load_balance=model.load_balance_coeff,
             entropy=model.entropy_reg_coeff,
             z_loss=model.z_loss_coeff,
             gate_target=training.gate_target,
             gate_margin=training.gate_margin,
-        )
-        return cls(
-            run_dir=run_dir,
-            training=training,
-            supervision=supervision,
-            checkpoint=checkpoint,
-            logging=logging,
-            values=values,
-            loss_weights=weights,
-            num_layers=model.num_layers,
-            drop_branch_prob=model.drop_branch_prob,
-            flops_per_token=flops_per_token,
-            peak_flops=peak_flops,
-            extra_files=list(extra_files),
         )

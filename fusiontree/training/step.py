@@ -1,9 +1,9 @@
-"""One optimizer step: count, forward and backward of every micro batch, judge the loss, apply.
+"""One optimizer step: count, forward and backward of every micro-batch, judge the loss, apply.
 
-Everything is queued for the device, and what comes of it is read one step later: a host that waited for the end of each
-step would leave the device idle while it prepares the next one.
+All work is queued for the device. ``pipeline.py`` reads the results one step later: a host that waited for the end of
+each step would leave the device idle while it prepares the next step.
 
-Shape legend: L layers, B rows of a micro batch, S tokens of a row.
+Shape legend: L layers, B rows of a micro-batch, S tokens of a row.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusiontree.data.batch import MicroBatch, StepBatch
+from fusiontree.data.loader import TrainingData
 from fusiontree.engines.base import Engine, StepInputs, StepResult
 from fusiontree.supervision.watchdog import Watchdog
 from fusiontree.training.branch_dropout import branch_scale
 from fusiontree.training.losses import GlobalCounts, loss_terms
-from fusiontree.training.measurements import document_lengths, gate_statistics, peak_memory_gib
 from fusiontree.training.schedule import learning_rate
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.spikes import SpikeFilter
@@ -31,91 +30,109 @@ from fusiontree.utils.device import Mark, copy_to_host, send
 
 
 @dataclass(frozen=True)
-class PendingStep:
-    """A step that is queued on the device; reading its results waits for the device."""
+class StepGradient:
+    """The gradient of a step, whose forward and backward passes are queued on the device."""
 
     number: int
     batch: StepBatch
-    rate: float
-    """The learning rate."""
     reached_collective_at: float
-    """When this rank reached the first collective of the step, as ``time.perf_counter`` counts."""
+    """When this rank reached the step's first collective, in the seconds of ``time.perf_counter``."""
     losses: list[Tensor]
-    """This rank's losses before any reduction, one per micro-batch. After the reduction a broken loss of one rank is a
-    broken loss of all."""
+    """This rank's losses per micro-batch before any reduction, after which a NaN of one rank is a NaN of all."""
+    counts: Callable[[], StepCounts]
+    """Waits for the counts of the global batch."""
+    token_sums: Callable[[], TokenSums]
+    """Waits for the sums over the tokens of the global batch."""
+    row_terms: Tensor
+    """This rank's packed row sums."""
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step that is queued on the device; reading its results waits for the device."""
+
+    gradient: StepGradient
+    learning_rate: float
     spike: str | None
     """Why the gradient was not applied, if the reason is a loss spike; else None."""
     stop: bool
-    """All ranks agreed to stop after it."""
+    """A rank was asked to stop: all ranks stop after this step."""
     result: StepResult
-    """What the optimizer made of it."""
-    counts: Callable[[], StepCounts]
-    """Counts of the global batch."""
-    token_sums: Callable[[], TokenSums]
+    """Result of the optimizer step."""
     row_sums: Callable[[], RowSums]
+    """Waits for the sums over the rows of the global batch, which are the last work of the step."""
     ended: Mark
     """Its end on the device."""
 
     def wait(self) -> None:
-        """Let the device finish it."""
+        """Wait until the device has executed the step."""
         self.row_sums()
 
 
 class TrainStep:
-    """Executes the optimizer steps of a run."""
+    """Executes optimizer steps: :meth:`compute_gradient`, then :meth:`apply`. No operation waits for the device."""
 
     def __init__(
-        self, settings: RunSettings, engine: Engine, train_data: Any, watchdog: Watchdog, spikes: SpikeFilter
+        self, settings: RunSettings, engine: Engine, train_data: TrainingData, watchdog: Watchdog, spikes: SpikeFilter
     ) -> None:
         """Connect the parts of a step.
 
         Args:
             settings: the run's configuration.
             engine: executes.
-            train_data: is told of skipped rows.
-            watchdog: is told which section of the step is running.
+            train_data: is told the number of skipped rows.
+            watchdog: is told the section of the step.
             spikes: judges the loss.
         """
         self.settings, self.engine, self.train_data = settings, engine, train_data
         self.watchdog, self.spikes = watchdog, spikes
 
-    def run(
-        self, step: int, batch: StepBatch, *, stop_wanted: bool, limit: float, overlap_work: Callable[[], None]
-    ) -> PendingStep:
-        """Queue one optimizer step; all ranks call this together. A broken gradient or a loss spike is not applied.
+    def compute_gradient(self, number: int, batch: StepBatch, *, stop_wanted: bool, limit_s: float) -> StepGradient:
+        """Queue forward and backward pass of every micro-batch; all ranks call this together.
 
         Args:
-            step: number of the step; the first is 1.
+            number: number of the step; the first is 1.
             batch: this rank's part of the global batch.
             stop_wanted: whether this rank was asked to stop.
-            limit: seconds that any section of the step may take.
-            overlap_work: called after all backward passes are queued and before the optimizer step; the trainer reads
-                the previous step's results here.
+            limit_s: seconds that any section of the step may take; 0 sets no limit.
         """
         counted = count(batch, stop_wanted)
         reached_collective_at = time.perf_counter()
         counts, denominators = self._sum_counts(counted)
-        losses, token_sums, row_terms = self._forward_backward(step, batch, denominators, limit)
-        overlap_work()
-        rate = learning_rate(step, self.settings.training)
-        with self.watchdog.section("optimizer step", limit):
-            self.train_data.count_skipped(counts().skipped_rows)
-            spike, result = self._apply(batch, rate, token_sums)
-        summed = copy_to_host(self.engine.sum_over_rows(row_terms))
+        losses, token_sums, row_terms = self._forward_backward(number, batch, denominators, limit_s)
+        return StepGradient(number, batch, reached_collective_at, losses, counts, token_sums, row_terms)
+
+    def apply(self, gradient: StepGradient, *, limit_s: float) -> PendingStep:
+        """Queue the optimizer step; all ranks call this together. A loss spike or a non-finite gradient is not applied.
+
+        Args:
+            gradient: of :meth:`compute_gradient`.
+            limit_s: seconds that the optimizer step may take; 0 sets no limit.
+        """
+        rate = learning_rate(gradient.number, self.settings.training)
+        with self.watchdog.section("optimizer step", limit_s):
+            counts = gradient.counts()
+            self.train_data.count_skipped(counts.skipped_rows)
+            spike = self._spike(gradient)
+            if spike:
+                self.engine.discard()
+            result = StepResult(lambda: math.nan, unless_finite=spike) if spike else self.engine.step(rate)
+        summed = copy_to_host(self.engine.sum_over_rows(gradient.row_terms))
         return PendingStep(
-            number=step,
-            batch=batch,
-            rate=rate,
-            reached_collective_at=reached_collective_at,
-            losses=losses,
+            gradient=gradient,
+            learning_rate=rate,
             spike=spike,
-            stop=counts().stop_requests > 0,
+            stop=counts.stop_requests > 0,
             result=result,
-            counts=counts,
-            token_sums=token_sums,
             row_sums=lambda: RowSums.unpack(summed()),
             ended=Mark(self.engine.device),
         )
+
+    def _spike(self, gradient: StepGradient) -> str | None:
+        """Return why the loss is a spike, or None; a spike must not reach the parameters."""
+        if self.settings.training.spikes.policy == "off":
+            return None
+        return self.spikes.judge(gradient.token_sums().lm, gradient.batch.seq_len)
 
     def _sum_counts(self, counted: StepCounts) -> tuple[Callable[[], StepCounts], GlobalCounts]:
         """Sum the counts over the ranks before the first backward pass: all micro-batches share denominators."""
@@ -126,7 +143,7 @@ class TrainStep:
         return read_step_counts(summed, ranks_per_row), denominators
 
     def _forward_backward(
-        self, step: int, batch: StepBatch, counts: GlobalCounts, limit: float
+        self, number: int, batch: StepBatch, counts: GlobalCounts, limit_s: float
     ) -> tuple[list[Tensor], Callable[[], TokenSums], Tensor]:
         """Queue forward and backward pass of every micro-batch.
 
@@ -135,11 +152,11 @@ class TrainStep:
         """
         engine, last = self.engine, len(batch.micro_batches) - 1
         token_terms = torch.zeros(len(TokenSums._fields), device=engine.device)
-        row_terms = torch.zeros(2 + 3 * self.settings.num_layers, device=engine.device)
+        row_terms = torch.zeros(2 + 3 * self.settings.config.model.num_layers, device=engine.device)
         losses: list[Tensor] = []
         for index, micro in enumerate(batch.micro_batches):
-            with self.watchdog.section(f"forward of micro batch {index}", limit):
-                out = engine.forward(step_inputs(micro, self.settings, step))
+            with self.watchdog.section(f"forward of micro batch {index}", limit_s):
+                out = engine.forward(step_inputs(micro, self.settings, number))
             terms = loss_terms(
                 out.loss_sum,
                 out.z_sum,
@@ -152,9 +169,9 @@ class TrainStep:
             )
             token_terms += TokenSums.pack(terms.lm, terms.z)
             if index == last:  # before the backward pass, so that nobody waits for it to end
-                with self.watchdog.section("sum of the loss over the ranks", limit):
+                with self.watchdog.section("sum of the loss over the ranks", limit_s):
                     read = copy_to_host(engine.sum_over_tokens(token_terms))
-            with self.watchdog.section(f"backward of micro batch {index}", limit):
+            with self.watchdog.section(f"backward of micro batch {index}", limit_s):
                 engine.backward(terms.total, last=index == last)
             losses.append(terms.lm.detach())
             row_terms += RowSums.pack(
@@ -167,55 +184,6 @@ class TrainStep:
                 row_weight_B=out.row_weight_B,
             )
         return losses, lambda: TokenSums(*read()), row_terms
-
-    def _apply(
-        self, batch: StepBatch, rate: float, token_sums: Callable[[], TokenSums]
-    ) -> tuple[str | None, StepResult]:
-        """Apply the gradient unless the loss is a spike; a spike must not reach the weights."""
-        if self.settings.training.spikes.policy != "off":
-            spike = self.spikes.judge(token_sums().lm, batch.seq_len)
-            if spike:
-                self.engine.discard()
-                return spike, StepResult(lambda: math.nan, unless_finite=spike)
-        return None, self.engine.step(rate)
-
-    def values(self, done: PendingStep, tokens: int) -> dict[str, Any]:
-        """Return the metrics of a step; ``tokens`` were trained on so far, this step's included if it was applied."""
-        token_sums, row_sums, counts = done.token_sums(), done.row_sums(), done.counts()
-        weights = self.settings.loss_weights
-        loss = token_sums.lm + weights.z_loss * token_sums.z
-        return {
-            "step": done.number,
-            "tokens": tokens,
-            "loss": loss + weights.load_balance * row_sums.load_balance + weights.entropy * row_sums.entropy,
-            "lm_loss": token_sums.lm,
-            "load_balance_loss": row_sums.load_balance,
-            "entropy_loss": row_sums.entropy,
-            "z_loss": token_sums.z,
-            "grad_norm": done.result.grad_norm,
-            "lr": done.rate,
-            "seq_len": done.batch.seq_len,
-            "skipped_rows": counts.skipped_rows,
-            "tokens_hash": f"{counts.tokens_hash & 0xFFFF_FFFF:08x}",
-            "epochs": list(done.batch.epochs),
-            "gates": gate_statistics(row_sums, counts.rows),
-        }
-
-    def speed(self, batch: StepBatch, seconds: float) -> dict[str, Any]:
-        """Throughput of the step: all tokens of its rows count, as every one is computed."""
-        config = self.settings.training
-        tokens = config.global_batch_size * config.seq_len
-        per_s = tokens / seconds
-        per_gpu = per_s / self.engine.world_size
-        peak = self.settings.peak_flops
-        return {
-            "tokens_per_s": per_s,
-            "tokens_per_s_per_gpu": per_gpu,
-            "mfu": per_gpu * self.settings.flops_per_token(document_lengths(batch)) / peak if peak else None,
-            "step_time_s": seconds,
-            "data_wait_s": batch.wait_s,
-            "peak_memory_gib": peak_memory_gib(self.engine.device),
-        }
 
 
 def count(batch: StepBatch, stop_wanted: bool) -> StepCounts:
@@ -230,13 +198,13 @@ def count(batch: StepBatch, stop_wanted: bool) -> StepCounts:
 
 
 def step_inputs(micro: MicroBatch, settings: RunSettings, step: int | None) -> StepInputs:
-    """Return a micro batch as the engine takes it; branches are dropped in training steps, not where step is None."""
+    """Return a micro-batch as the engine takes it, with the branches to drop in step ``step``; None drops none."""
     scale = None
     if step is not None:
         scale = branch_scale(
             micro.rows_B.tolist(),
-            layers=settings.num_layers,
-            probability=settings.drop_branch_prob,
+            layers=settings.config.model.num_layers,
+            probability=settings.config.model.drop_branch_prob,
             seed=settings.training.seed,
             step=step,
         )

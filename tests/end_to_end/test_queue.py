@@ -11,7 +11,7 @@ import torch
 from fusiontree.config.load import load_config
 from fusiontree.engines import torch_engine
 from fusiontree.train import train
-from fusiontree.training import loop, step
+from fusiontree.training import pipeline, step
 from fusiontree.utils.device import Mark
 from tests.end_to_end.runs import metrics, write_config
 
@@ -80,7 +80,7 @@ def test_a_step_lasts_from_the_end_of_the_one_before(
     class End(Numbered):
         made = 0
 
-    monkeypatch.setattr(loop, "Mark", Begin)
+    monkeypatch.setattr(pipeline, "Mark", Begin)
     monkeypatch.setattr(step, "Mark", End)
     settings = ["training.max_steps=6", "training.validation.interval=0", "checkpoint.save_interval=4"]
     assert train(load_config(str(write_config(tmp_path, data)), settings)) == 0

@@ -10,7 +10,7 @@ import torch
 
 from fusiontree.config.load import load_config
 from fusiontree.train import train
-from fusiontree.training.step import TrainStep
+from fusiontree.training.pipeline import StepPipeline
 from tests.end_to_end.runs import build_data, metrics, write_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -20,16 +20,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_no_operation_of_a_step_waits_for_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    original = TrainStep.run
+    original = StepPipeline.submit
 
-    def run(self: TrainStep, step: int, *args: Any, **named: Any) -> Any:
+    def submit(self: StepPipeline, step: int, **named: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")  # kernels are compiled before
         try:
-            return original(self, step, *args, **named)
+            return original(self, step, **named)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(TrainStep, "run", run)
+    monkeypatch.setattr(StepPipeline, "submit", submit)
     config = write_config(tmp_path, build_data(tmp_path))
     sizes = "model.hidden_size=256 model.mamba.head_dim=64 model.mamba.d_state=64 model.mamba.chunk_size=64"
     lengths = "training.seq_len=256 model.max_position_embeddings=256 model.window_size=64 training.max_steps=6"

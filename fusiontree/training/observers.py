@@ -1,0 +1,116 @@
+"""Observers of a run: they see every finished step and change nothing that training does."""
+
+from __future__ import annotations
+
+import logging
+
+from fusiontree.engines.base import Engine
+from fusiontree.supervision.monitors import RunMonitors
+from fusiontree.supervision.watchdog import Watchdog
+from fusiontree.tracking.console import Progress
+from fusiontree.tracking.records import Records
+from fusiontree.training.metrics import step_metrics
+from fusiontree.training.pipeline import FinishedStep
+from fusiontree.training.settings import RunSettings
+from fusiontree.utils.peers import Peers, host_address
+
+log = logging.getLogger(__name__)
+
+
+class Observer:
+    """Base of all observers; every method may stay as it is. All ranks call each method together."""
+
+    def on_start(self, step: int) -> None:
+        """Prepare; the run continues after ``step``."""
+
+    def needs_pause(self, step: int) -> bool:
+        """Return True to see ``step`` before the next step is queued, because :meth:`after_step` reads parameters.
+
+        A pause costs the time in which the host prepares the next step.
+        """
+        return False
+
+    def after_step(self, step: FinishedStep) -> None:
+        """Look at a finished step. Unless a pause was asked for, the next step is queued on the device.
+
+        Raises:
+            UserError: the run must not go on.
+        """
+
+    def on_end(self, step: int, outcome: str, reason: str) -> None:
+        """Close what is open.
+
+        Args:
+            step: the last step.
+            outcome: finished, stopped, interrupted or failed.
+            reason: one sentence.
+        """
+
+
+class PeerWatch(Observer):
+    """Tells the watchdog which hosts of the job do not answer any more."""
+
+    def __init__(self, engine: Engine, watchdog: Watchdog) -> None:
+        """Connect to nothing yet."""
+        self._engine, self._watchdog = engine, watchdog
+
+    def on_start(self, step: int) -> None:
+        """Learn the hosts of all ranks."""
+        self._watchdog.silent_hosts = Peers(self._engine.gather_text(host_address())).silent
+
+
+class HealthMonitor(Observer):
+    """Checks nodes at the start, and ranks' speed and copies of parameters at intervals."""
+
+    def __init__(self, engine: Engine, settings: RunSettings, records: Records, watchdog: Watchdog) -> None:
+        """Measure nothing yet."""
+        self._settings, self._watchdog = settings, watchdog
+        self._monitors = RunMonitors(engine, settings.config.supervision, records)
+
+    def on_start(self, step: int) -> None:
+        """Examine every rank's node."""
+        self._monitors.at_start(self._settings.run_dir, self._settings.values)
+
+    def needs_pause(self, step: int) -> bool:
+        """Return True where ranks or copies of parameters are compared."""
+        return self._monitors.due(step)
+
+    def after_step(self, step: FinishedStep) -> None:
+        """Note the rank's times and compare ranks where it is due."""
+        with self._watchdog.section("checks", self._settings.config.supervision.slow_timeout_s):
+            self._monitors.after_step(step.number, step.own_s, step.host_s)
+
+
+class StepLog(Observer):
+    """Writes the metrics of logged steps to the run's records and to the console."""
+
+    def __init__(self, engine: Engine, settings: RunSettings, records: Records, watchdog: Watchdog) -> None:
+        """Write nothing yet."""
+        self._engine, self._settings, self._records, self._watchdog = engine, settings, records, watchdog
+        self._progress = Progress(settings.training.max_steps)
+        self._step = 0
+
+    def on_start(self, step: int) -> None:
+        """Open the experiment tracker."""
+        settings = self._settings
+        self._records.open_tracker(settings.config.logging.wandb, settings.run_dir, settings.values, step)
+        self._progress.mark(step)
+
+    def after_step(self, step: FinishedStep) -> None:
+        """Write the metrics of the step if it is logged."""
+        if step.number <= self._step:  # the run went back to a checkpoint
+            self._progress = Progress(self._settings.training.max_steps)
+        self._step = step.number
+        self._progress.mark(step.number)
+        if not self._settings.is_logged(step.number):
+            return
+        with self._watchdog.section("log", self._settings.config.supervision.slow_timeout_s):
+            values = step_metrics(step, self._settings, self._engine.world_size, self._engine.device)
+            self._records.metrics(values)
+        if self._engine.is_main:
+            log.info(self._progress.line(values))
+
+    def on_end(self, step: int, outcome: str, reason: str) -> None:
+        """Write how the run ended, and close the experiment tracker."""
+        self._records.event(outcome, step=step, reason=reason)
+        self._records.close(patience_s=60 if outcome == "finished" else 10)
