@@ -16,7 +16,7 @@ from fusiontree.checkpoint.manifest import CheckpointDamage, Report
 from fusiontree.checkpoint.metadata import read_metadata
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.mamba import SSMParameters
+from fusiontree.models.mixers.base import Fp32Parameters
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.utils.errors import UserError, nearest
 
@@ -181,7 +181,7 @@ def load_model(
     Args:
         path: a run folder (its newest checkpoint) or a checkpoint folder.
         device: of the model.
-        dtype: of the weights; the state space parameters stay fp32.
+        dtype: of the weights; mixers' :class:`Fp32Parameters` stay fp32.
 
     Returns:
         The model in evaluation mode, and the resolved configuration it was trained with.
@@ -198,7 +198,7 @@ def load_model(
         model = FusionTreeModel(ModelConfig.model_validate(config["model"]))
     model.requires_grad_(False)
     for module in model.modules():
-        if not isinstance(module, SSMParameters):
+        if not isinstance(module, Fp32Parameters):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)

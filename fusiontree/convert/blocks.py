@@ -6,19 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fusiontree.models import weight_layout
 from fusiontree.models.config import ModelConfig
 from fusiontree.parallel.tp_plan import split_of
-
-_PACKED = {
-    "in_proj": weight_layout.in_proj_rows,
-    "bc_proj": weight_layout.bc_proj_rows,
-    "conv_bc": weight_layout.bc_proj_rows,
-    "q_proj": weight_layout.q_proj_rows,
-    "k_proj": weight_layout.kv_proj_rows,
-    "v_proj": weight_layout.kv_proj_rows,
-    "o_proj": weight_layout.o_proj_columns,
-}
 
 
 class BlockPlace(NamedTuple):
@@ -47,16 +36,14 @@ class BlockPlace(NamedTuple):
 
 def blocks_of(name: str, shape: tuple[int, ...], config: ModelConfig, tp: int) -> list[BlockPlace]:
     """Return the blocks of a parameter (its name without ``model.``) in order."""
-    split = split_of(name)
+    split = split_of(name, config)
     if split is None:
         return [BlockPlace(None, 0, 0, shape, 1)]
-    parts = tp if split.owned(config, tp) else 1
-    packed = _PACKED.get(name.split(".")[-2])
-    names = [block.name for block in packed(config) if block.size] if packed else [None]
+    parts = tp if split.is_owned(tp) else 1
     found, start = [], 0
-    for block_name, block in zip(names, split.blocks(config), strict=True):
+    for block in split.blocks:
         block_shape = (*shape[: split.axis], block.size, *shape[split.axis + 1 :])
-        found.append(BlockPlace(block_name if len(names) > 1 else None, split.axis, start, block_shape, parts))
+        found.append(BlockPlace(block.name if len(split.blocks) > 1 else None, split.axis, start, block_shape, parts))
         start += block.size
     assert start == shape[split.axis], f"blocks of {name} make {start} of {shape}"
     return found

@@ -16,7 +16,7 @@ from torch import Tensor
 from fusiontree.convert import hf_model
 from fusiontree.convert.reader import TOKENIZER_FILES, CheckpointSource, Entry, Stream, checked
 from fusiontree.convert.safetensors_file import SafetensorsFile, write_safetensors
-from fusiontree.models.config import ModelConfig
+from fusiontree.models.config import LETTERS, ModelConfig
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import atomic_write
 
@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CODE = ("configuration_fusiontree.py", "modeling_fusiontree.py")
 _HEAD = ("model.head.weight", "lm_head.weight")
-_OF_THIS_MACHINE = ("kernels",)  # settings of the machine, not of the model
+_LEFT_OUT = ("kernels", "letters", "mixers")  # settings of the machine, and of mixers that the code does not have
 
 
 def their_name(name: str) -> str:
@@ -120,7 +120,16 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
         folder: temporary folder that becomes the target.
         stream: the tensors; moments are left out.
         max_shard_bytes: maximum size of a weight file; a larger tensor gets a separate file.
+
+    Raises:
+        UserError: the model has layers of other mixers than the exported code.
     """
+    others = sorted(set(stream.source.model_config.pattern) - set(LETTERS))
+    if others:
+        raise UserError(
+            f"the exported code has no mixers of the layers {', '.join(others)}, only of {', '.join(LETTERS)}; convert "
+            f"to safetensors"
+        )
     names = [name for name in stream.source.entries if name.startswith("model.")]
     shards = plan_shards({name: stream.entry(name) for name in names}, max_shard_bytes)
     weight_map: dict[str, str] = {}
@@ -146,7 +155,7 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
             },
             "model_type": "fusiontree",
             "dtype": dtype,
-            **{name: value for name, value in model.items() if name not in _OF_THIS_MACHINE},
+            **{name: value for name, value in model.items() if name not in _LEFT_OUT},
             **tokenizer,
         },
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.models.config import ModelConfig
+from fusiontree.models.mixers.base import Fp32Parameters
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.optim.config import stored_spec
 from fusiontree.utils.errors import UserError
@@ -28,8 +29,6 @@ OURS = "fusiontree.json"
 
 TOKENIZER_FILES = ("tokenizer_info.json", "tokenizer.json")
 """A training checkpoint's tokenizer files."""
-
-_FP32_ALWAYS = (".ssm.A_log", ".ssm.D", ".ssm.dt_bias")
 
 
 class Entry(NamedTuple):
@@ -84,7 +83,7 @@ class Stream:
 
         Args:
             source: of the tensors.
-            dtype: of the target's parameters; None keeps them. The state space's fp32 parameters stay fp32, and the
+            dtype: of the target's parameters; None keeps them. Mixers' :class:`Fp32Parameters` stay fp32, and the
                 optimizer's states keep their type.
             report: called with the bytes done and the total bytes.
         """
@@ -92,13 +91,14 @@ class Stream:
         self.hashes: dict[str, str] = {}
         """SHA-256 of every tensor that was read, as it was written."""
         self._dtype = dtype
+        self._stays_fp32 = {MODEL + name for name in fp32_parameters(source.model_config)} if dtype else set()
         self._report = report
         self._done = 0
 
     def entry(self, name: str) -> Entry:
         """Return shape and type of a tensor as it will be written."""
         entry = self.source.entries[name]
-        keep = self._dtype is None or not name.startswith(MODEL) or name.endswith(_FP32_ALWAYS)
+        keep = self._dtype is None or not name.startswith(MODEL) or name in self._stays_fp32
         return entry if keep or self._dtype is None else Entry(entry.shape, self._dtype)
 
     def read(self, name: str) -> Tensor:
@@ -137,6 +137,14 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = FusionTreeModel(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def fp32_parameters(config: ModelConfig) -> set[str]:
+    """Return the names of the parameters that stay fp32 in models of lower precision."""
+    with torch.device("meta"):
+        modules = list(FusionTreeModel(config).named_modules())
+    kept = [(prefix, module) for prefix, module in modules if isinstance(module, Fp32Parameters)]
+    return {name for prefix, module in kept for name, _ in module.named_parameters(prefix)}
 
 
 def checked(entries: dict[str, Entry], config: ModelConfig, place: str) -> dict[str, Entry]:

@@ -35,7 +35,7 @@ from fusiontree.convert.reader import MODEL, CheckpointSource, Entry, parameter_
 from fusiontree.convert.safetensors_file import SafetensorsFile
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.initialization import initialize_parameter
-from fusiontree.models.weight_layout import bc_proj_rows, in_proj_rows, kv_proj_rows, q_proj_rows
+from fusiontree.models.mixers import distinct_mixers
 from fusiontree.utils.errors import UserError, nearest
 from fusiontree.utils.settings import Section, setting
 
@@ -206,10 +206,15 @@ def plan(
 
 def block_sizes(config: ModelConfig) -> dict[str, int]:
     """Return the sizes of the blocks that packed projections are known to have."""
-    sizes = {block.name: block.size for block in [*in_proj_rows(config), *bc_proj_rows(config)]}
-    kv = sum(block.size for block in kv_proj_rows(config))
-    mlp = {"gate": config.mlp_size, "up": config.mlp_size}
-    return {**sizes, "q": sum(block.size for block in q_proj_rows(config)), "k": kv, "v": kv, **mlp}
+    sizes = {"gate": config.mlp_size, "up": config.mlp_size}
+    plans = [plan for mixer in distinct_mixers(config) for plan in mixer.tp_plan(config).items()]
+    blocks = {block for _, split in plans for block in split.blocks}
+    names = [block.name for block in blocks]
+    sizes |= {block.name: block.size for block in blocks if names.count(block.name) == 1}  # the same in every parameter
+    for name, split in plans:
+        if name in ("q_proj.weight", "k_proj.weight", "v_proj.weight"):
+            sizes[name[0]] = sum(block.size for block in split.blocks)
+    return sizes
 
 
 def _matches(pattern: str, names: dict[str, Entry]) -> Iterator[tuple[str, int | None]]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.initialization import no_weight_decay
 from fusiontree.parallel.global_tensor import ShardSpec
-from fusiontree.parallel.tp_plan import split_of
+from fusiontree.parallel.tp_plan import shard_spec, split_of
 
 File = tuple[int, int]
 """Data parallel and tensor parallel rank: one file of optimizer state."""
@@ -59,11 +59,11 @@ class ZeroLayout:
             groups: names in each flat tensor, in order; None makes DeepSpeed's of an optimizer whose first group
                 decays and whose second does not.
         """
-        self.stage, self.dp, self.tp = stage, dp, tp
+        self.stage, self.dp, self.tp, self.config = stage, dp, tp, config
         self.specs: dict[str, list[ShardSpec]] = {}
         for name, shape in shapes.items():
-            split = split_of(name) if tp > 1 else None
-            self.specs[name] = [split.spec(shape, config, r, tp) if split else ShardSpec(shape) for r in range(tp)]
+            split = split_of(name, config) if tp > 1 else None
+            self.specs[name] = [shard_spec(split, shape, r, tp) if split else ShardSpec(shape) for r in range(tp)]
         self.groups = groups if groups is not None else self._own_groups(list(shapes))
         self.sizes = [self._flat_size(group) for group in self.groups]
         """Elements of each flat tensor, the same in every file."""
@@ -124,7 +124,7 @@ class ZeroLayout:
         return -(-sum(self.numel(name) for name in names) // aligned) * 2
 
     def _own_groups(self, names: list[str]) -> list[list[str]]:
-        by_decay = [[n for n in names if no_weight_decay(n) is wanted] for wanted in (False, True)]
+        by_decay = [[n for n in names if no_weight_decay(n, self.config) is wanted] for wanted in (False, True)]
         groups = [group for group in by_decay if group]
         if self.stage < 3:
             return groups

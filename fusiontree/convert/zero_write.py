@@ -198,7 +198,7 @@ class _Common:
         training, layout = self._training, self._layout
         from fusiontree.models.initialization import no_weight_decay
 
-        plain = [no_weight_decay(names[0]) for names in layout.groups]
+        plain = [no_weight_decay(names[0], layout.config) for names in layout.groups]
         decayed, others = ([torch.zeros(1) for p in plain if p is wanted] for wanted in (False, True))
         weight_decay = training.get("weight_decay", 0.0)
         settings = validated_settings(training.get("optimizer", {}))

@@ -32,7 +32,7 @@ def build_engine(
     materialize = materializer(model_config, training.seed, layout.device, model.specs)
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
-        return not no_weight_decay(name, parameter)
+        return not no_weight_decay(name, model_config)
 
     stage = ZERO_STAGES.get(parallel.engine)
     if stage in (1, 2):

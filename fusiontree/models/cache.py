@@ -1,4 +1,4 @@
-"""The decoding cache of all layers; :mod:`fusiontree.models.layer_cache` has the cache of one layer.
+"""The decoding cache of all layers; :mod:`fusiontree.models.mixers.cache` has the cache of one mixer.
 
 Each row of a batch counts positions separately: prompts of different length are padded on the left.
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.layer_cache import AttentionCache, LayerCache, MambaCache
+from fusiontree.models.mixers import layer_mixers
+from fusiontree.models.mixers.cache import LayerCache, MixerCache
 
 
 class DecodeCache:
@@ -52,12 +53,9 @@ class DecodeCache:
         """Maximum of ``columns``; None as long as the cache is not fixed."""
         self.column_1: Tensor | None = None
         """``columns`` on the device, once the cache is fixed."""
-        self.layers = [
-            LayerCache(
-                MambaCache(config.mamba.d_conv - 1) if letter in "FM" else None,
-                AttentionCache(config.window_of_layer(layer), capacity, dtype) if letter in "FA" else None,
-            )
-            for layer, letter in enumerate(config.pattern)
+        self.layers: list[LayerCache] = [
+            {m.module_name: m.new_cache(config, layer, capacity, dtype) for m in layer_mixers(config, layer)}
+            for layer in range(config.num_layers)
         ]
 
     @property
@@ -117,21 +115,18 @@ class DecodeCache:
         if columns < self.columns:
             raise ValueError(f"the cache holds {self.columns} columns and cannot be fixed at {columns}")
         for layer in self.layers:
-            if layer.mamba:
-                layer.mamba.fix()
-            if layer.attention:
-                layer.attention.fix(columns)
+            for cache in layer.values():
+                cache.fix(columns)
         self.fixed_columns = columns
         self.column_1 = torch.full((1,), self.columns, dtype=torch.int64, device=self.positions_B.device)
 
     def rehearsal(self) -> DecodeCache:
         """Return a fixed cache for one trial step that changes nothing that later steps read.
 
-        The returned cache has separate states and counters and shares keys and values with this cache: the trial only
-        writes the slots of the next token, which the next real step overwrites before it reads them.
+        The returned cache has separate counters; see :meth:`MixerCache.rehearsal` for the caches of the layers.
         """
         assert self.fixed_columns is not None, "a trial step needs a fixed cache"
-        return self._copy(self.lengths, Tensor.clone, share_keys=True)
+        return self._copy(self.lengths, Tensor.clone, lambda cache: cache.rehearsal())
 
     def select(self, rows: Tensor | Sequence[int]) -> DecodeCache:
         """Return a cache with the given rows in the given order; rows may be repeated or omitted."""
@@ -140,18 +135,18 @@ class DecodeCache:
         def pick(tensor: Tensor) -> Tensor:
             return tensor.index_select(0, index)
 
-        return self._copy([self.lengths[row] for row in index.tolist()], pick, share_keys=False)
+        lengths = [self.lengths[row] for row in index.tolist()]
+        return self._copy(lengths, pick, lambda cache: cache.map(pick))
 
-    def _copy(self, lengths: list[int], change: Callable[[Tensor], Tensor], share_keys: bool) -> DecodeCache:
+    def _copy(
+        self,
+        lengths: list[int],
+        change: Callable[[Tensor], Tensor],
+        change_cache: Callable[[MixerCache], MixerCache],
+    ) -> DecodeCache:
         copy = DecodeCache.__new__(DecodeCache)
         copy.positions_B = change(self.positions_B)
         copy.lengths, copy.columns, copy.fixed_columns = lengths, self.columns, self.fixed_columns
         copy.column_1 = None if self.column_1 is None else self.column_1.clone()
-        copy.layers = [
-            LayerCache(
-                layer.mamba and layer.mamba.map(change),
-                layer.attention if share_keys else layer.attention and layer.attention.map(change),
-            )
-            for layer in self.layers
-        ]
+        copy.layers = [{name: change_cache(cache) for name, cache in layer.items()} for layer in self.layers]
         return copy

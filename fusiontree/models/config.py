@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Iterable
+from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
+from fusiontree.models.mixers import mixer_class
 from fusiontree.ops.config import KernelsConfig
+from fusiontree.utils.errors import nearest
 from fusiontree.utils.settings import Section, setting
+
+LETTERS: dict[str, tuple[str, ...]] = {"F": ("mamba2", "attention"), "M": ("mamba2",), "A": ("attention",)}
+"""The mixers of a layer, by its letter in ``layer_pattern``; ``letters`` adds others."""
+_BUILT_IN = LETTERS["F"]
 
 
 class MambaConfig(Section):
@@ -43,8 +50,14 @@ class ModelConfig(Section):
     hidden_size: int = setting(2048, "Width of the residual stream.", unit="channels", ge=1)
     num_layers: int = setting(16, "Blocks.", ge=1)
     layer_pattern: str | None = setting(
-        None, "One letter per layer: F fused, M Mamba only, A attention only. Absent means all F."
+        None, "One letter per layer: F fused, M Mamba only, A attention only, or of letters. Absent means all F."
     )
+    letters: dict[str, list[str]] | None = setting(
+        None,
+        "Further letters: each with the mixers of its layers, one or two. The gate weighs the first by g, the other by "
+        "1 - g.",
+    )
+    mixers: dict[str, Any] | None = setting(None, "Settings of mixers that plugins add, by name of the mixer.")
     num_heads: int = setting(16, "Query heads, local and global together.", ge=1)
     num_kv_heads: int | None = setting(None, "Key/value heads (grouped queries). Absent means num_heads.", ge=1)
     head_dim: int | None = setting(
@@ -93,6 +106,12 @@ class ModelConfig(Section):
         return self.layer_pattern or "F" * self.num_layers
 
     @property
+    def branches(self) -> list[tuple[str, ...]]:
+        """Names of each layer's mixers, in the order of its branches."""
+        letters = LETTERS | {letter: tuple(names) for letter, names in (self.letters or {}).items()}
+        return [letters[letter] for letter in self.pattern]
+
+    @property
     def attention_head_dim(self) -> int:
         """Channels of one attention head."""
         return self.head_dim or self.hidden_size // self.num_heads
@@ -139,12 +158,40 @@ class ModelConfig(Section):
         last = self.window_size_last or self.max_position_embeddings
         return round(self.window_size + (last - self.window_size) * layer / (self.num_layers - 1))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_mixers(cls, values: Any) -> Any:
+        """Validate the settings of mixers that plugins add by their own sections, and add those left out.
+
+        Raises:
+            ValueError: a mixer is unknown, has no settings, or its settings are wrong.
+        """
+        if not isinstance(values, dict):
+            return values
+        given, letters = values.get("mixers") or {}, values.get("letters") or {}
+        if not isinstance(given, dict) or not isinstance(letters, dict):
+            return values
+        named = [name for names in letters.values() if isinstance(names, list) for name in names]
+        sections = {}
+        for name in dict.fromkeys([*given, *named]):
+            section = None if name in _BUILT_IN else mixer_class(name).Section
+            if section is not None:
+                sections[name] = _validated(section, given.get(name) or {}, f"mixers.{name}")
+            elif name in given:
+                raise ValueError(f"mixers.{name}: mixer {name} has no settings here; remove them")
+        return {**values, "mixers": sections} if sections else values
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        _check_letters(self.letters or {})
         if self.layer_pattern is not None:
-            wrong = sorted(set(self.layer_pattern) - set("FMA"))
+            letters = list(LETTERS | (self.letters or {}))
+            wrong = sorted(set(self.layer_pattern) - set(letters))
             if wrong:
-                raise ValueError(f"layer_pattern '{self.layer_pattern}' has {wrong}; use the letters F, M and A")
+                raise ValueError(
+                    f"layer_pattern '{self.layer_pattern}' has {wrong}; use the letters {', '.join(letters[:-1])} and "
+                    f"{letters[-1]}, or define others under letters"
+                )
             if len(self.layer_pattern) != self.num_layers:
                 raise ValueError(
                     f"layer_pattern '{self.layer_pattern}' names {len(self.layer_pattern)} layers and num_layers is "
@@ -196,4 +243,39 @@ class ModelConfig(Section):
                 )
         if self.gate_rank > self.hidden_size:
             raise ValueError(f"gate_rank {self.gate_rank} is more than hidden_size {self.hidden_size}")
+        # The sizes of the built-in mixers are checked above, without torch.
+        for name in dict.fromkeys(name for names in self.branches for name in names if name not in _BUILT_IN):
+            for problem in mixer_class(name).size_problems(self):
+                raise ValueError(f"mixer {name}: {problem}")
         return self
+
+
+def _check_letters(letters: dict[str, list[str]]) -> None:
+    for letter, names in letters.items():
+        if len(letter) != 1 or letter.isspace() or letter in LETTERS:
+            raise ValueError(f"letters: '{letter}' must be one character other than {', '.join(LETTERS)}")
+        if not 1 <= len(names) <= 2 or len(set(names)) < len(names):
+            raise ValueError(
+                f"letters: '{letter}' names the mixers {names}; a layer has one mixer or two different mixers, because "
+                f"its gate weighs the first by g and the second by 1 - g"
+            )
+
+
+def _validated(section: type[Section], values: Any, place: str) -> Section:
+    if isinstance(values, section):
+        return values
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("; ".join(_problems(error, section.known_keys(), place))) from None
+
+
+def _problems(error: ValidationError, known: list[str], place: str) -> Iterable[str]:
+    for problem in error.errors():
+        dotted = ".".join(map(str, (place, *problem["loc"])))
+        if problem["type"] == "extra_forbidden":
+            key = str(problem["loc"][-1])
+            hint = nearest(key, known) or f"; known keys: {', '.join(known)}"
+            yield f"unknown key '{dotted}'{hint}"
+        else:
+            yield f"{dotted}: {problem['msg'].removeprefix('Value error, ')}"

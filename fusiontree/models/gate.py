@@ -1,4 +1,4 @@
-"""Alignment of the two branches, the gate that mixes them, and the gate's statistics.
+"""Alignment of the branches, the gate that mixes them, and the gate's statistics.
 
 Shape legend: B rows, S tokens, C channels.
 """
@@ -43,7 +43,9 @@ class Alignment(nn.Module):
 
 
 class FusionGate(nn.Module):
-    """``W_up tanh(W_down z)``: logits of the Mamba branch's weight in the mix, for every token and channel.
+    """``W_up tanh(W_down z)``: logits of the first branch's weight g in the mix, for every token and channel.
+
+    The second branch's weight is 1 - g. A single gate has no meaning for more branches.
 
     ``W_up`` starts at zero, so every gate starts at 0.5.
     """

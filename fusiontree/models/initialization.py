@@ -11,25 +11,27 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusiontree.models.config import ModelConfig
+from fusiontree.models.mixers import mixer_of
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.utils.hashing import stable_hash
 
 ROWS_PER_BLOCK = 1024
 
+_GATE_UP = re.compile(r"layers\.\d+\.gate\.up\.weight")
 _RESIDUAL_OUTPUT = re.compile(r"layers\.\d+\.(out_proj|mlp\.down)\.weight")
-_NO_DECAY = ("bias", "A_log", "D", "dt_bias")
 
 
-def no_weight_decay(name: str, parameter: nn.Parameter | None = None) -> bool:
-    """Return True for norms, biases and the state space's A_log, D and dt_bias.
+def no_weight_decay(name: str, config: ModelConfig) -> bool:
+    """Return True for norms, biases and the parameters that a mixer leaves out (:attr:`Mixer.no_decay`).
 
-    Decides by name, not by shape: engines may pass sharded parameters.
+    Decides by name, not by shape: engines shard parameters.
     """
     *_, module, leaf = ("", *name.split("."))
-    return leaf in _NO_DECAY or module == "norm"
+    owner = mixer_of(name, config)
+    return leaf == "bias" or module == "norm" or (owner is not None and owner[1] in owner[0].no_decay)
 
 
 def initialize_parameter(
@@ -43,9 +45,7 @@ def initialize_parameter(
 
     Matrices are normal with standard deviation ``initializer_range``, divided by sqrt(2 num_layers) where they write
     to the residual stream (``out_proj`` and ``mlp.down`` of a block). The gate's ``up`` is zero, so gates start at
-    0.5. ``A_log`` is the logarithm of a uniform draw from ``mamba.A_init_range``, ``dt_bias`` the inverse softplus of
-    a log-uniform draw from ``mamba.dt_init_range``, ``D`` and norms are one, biases zero, convolutions uniform
-    within 1/sqrt(width).
+    0.5. Norms are one, biases zero. Mixers can have other rules (:meth:`Mixer.initial_values`).
 
     Args:
         name: full name in the model, such as ``layers.3.mamba.in_proj.weight``.
@@ -80,23 +80,14 @@ def initialize_model(model: FusionTreeModel, seed: int) -> None:
 def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, generator: torch.Generator) -> Tensor:
     """Draw one block of rows."""
     *_, module, leaf = ("", *name.split("."))
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=generator)
-
-    if leaf == "D" or module == "norm":
+    owner = mixer_of(name, config)
+    values = owner[0].initial_values(owner[1], shape, config, generator) if owner else None
+    if values is not None:
+        return values
+    if module == "norm":
         return torch.ones(shape)
-    if leaf == "bias" or name.endswith(".gate.up.weight"):
+    if leaf == "bias" or _GATE_UP.fullmatch(name):
         return torch.zeros(shape)
-    if leaf == "A_log":
-        return uniform(*config.mamba.A_init_range).log().float()
-    if leaf == "dt_bias":
-        low, high = config.mamba.dt_init_range
-        dt = uniform(math.log(low), math.log(high)).exp()
-        return (dt + torch.log(-torch.expm1(-dt))).float()
-    if module in ("conv_x", "conv_bc"):
-        bound = config.mamba.d_conv**-0.5
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     std = config.initializer_range
     if _RESIDUAL_OUTPUT.fullmatch(name):
         std /= math.sqrt(2 * config.num_layers)

@@ -16,6 +16,7 @@ from fusiontree.models.cache import DecodeCache
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.gate import RowGateSums
 from fusiontree.models.head import LanguageModelHead
+from fusiontree.models.mixers.base import MixerInputs
 from fusiontree.models.norm import RMSNorm
 from fusiontree.models.srte import SharedTimeEncoding
 from fusiontree.models.token_layout import BlockInputs, lay_out_tokens
@@ -84,7 +85,7 @@ class FusionTreeModel(nn.Module):
                 output has the loss sums, without labels the logits.
             documents: boundaries of packed rows; None means each row is one document.
             padding_mask_BS: bool, True on real tokens, which must be contiguous in each row; excludes ``documents``.
-            branch_scale_LB2: factors of each layer's and row's (Mamba, attention) outputs; 0 drops a branch.
+            branch_scale_LB2: factors of each layer's and row's (first, second) branch outputs; 0 drops a branch.
             row_weight_B: weight of each row's gate sums, 0 for rows that only fill up a batch; None means 1.
             cache: of :meth:`new_cache`. An empty cache is filled (pads must be on the left); otherwise the tokens
                 continue the cached texts. The cache is updated in place and returned. For inference only: no gradient
@@ -100,14 +101,8 @@ class FusionTreeModel(nn.Module):
         self.check_length(layout.end)
         x_BSC = self.embed(input_ids_BS)
         cos_BSD, sin_BSD = rotary_tables(layout.positions_BS, self.config.attention_head_dim, self.config.rope_theta)
-        inputs = BlockInputs(
-            layout.documents,
-            cos_BSD,
-            sin_BSD,
-            self.srte(layout.positions_BS, x_BSC.dtype),
-            layout.padding_mask_BS,
-            layout.new,
-        )
+        mixer = MixerInputs(layout.documents, cos_BSD, sin_BSD, layout.padding_mask_BS, layout.new)
+        inputs = BlockInputs(mixer, self.srte(layout.positions_BS, x_BSC.dtype))
         sums: list[RowGateSums] = []
         for layer, block in enumerate(self.layers):
             scale_B2 = None if branch_scale_LB2 is None else branch_scale_LB2[layer]

@@ -1,4 +1,4 @@
-"""Shared relative time encoding (SRTE): encodes each token's position in its document for all Mamba branches.
+"""Shared relative time encoding (SRTE): encodes each token's position in its document, for recurrent mixers.
 
 Shape legend: B rows, S tokens, C channels.
 """

@@ -1,6 +1,6 @@
 """Token layout of a forward: documents, positions, padding, and cached tokens before the batch.
 
-Shape legend: B rows, S tokens, C channels, D half the channels of an attention head.
+Shape legend: B rows, S tokens, C channels.
 """
 
 from __future__ import annotations
@@ -11,25 +11,17 @@ import torch
 from torch import Tensor
 
 from fusiontree.models.cache import DecodeCache
-from fusiontree.models.layer_cache import NewTokens
+from fusiontree.models.mixers.base import MixerInputs
+from fusiontree.models.mixers.cache import NewTokens
 from fusiontree.ops.documents import Documents
 
 
 class BlockInputs(NamedTuple):
     """Inputs of every block besides the hidden states."""
 
-    documents: Documents | None
-    """Boundaries at which attention, convolution and state restart; None means each row is one document (with a filled
-    cache: the continuation of the cached text)."""
-    cos_BSD: Tensor
-    """Rotary tables in fp32; B is 1 if all rows have the same positions."""
-    sin_BSD: Tensor
+    mixer: MixerInputs
     srte_BSC: Tensor | None
-    """Shared time encoding in the hidden dtype, added to the input of every Mamba branch; B may be 1."""
-    padding_mask_BS: Tensor | None = None
-    """True on real tokens; None means there are no pads."""
-    new: NewTokens | None = None
-    """The tokens that this forward adds to the cache; None without a cache."""
+    """Shared time encoding in the hidden dtype; mixers with ``adds_time_encoding`` receive their input plus this."""
 
 
 class TokenLayout(NamedTuple):

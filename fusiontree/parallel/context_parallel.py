@@ -11,7 +11,7 @@ heads, D channels of a head, P channels and N state size of a state space head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -21,9 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusiontree.models.attention import AttentionCore
 from fusiontree.models.block import FusionBlock
-from fusiontree.models.mamba import SSDScan
+from fusiontree.models.mixers.attention import AttentionCore
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.attention import attention
 from fusiontree.ops.documents import Documents
@@ -85,50 +84,63 @@ def first_half(length: int) -> int:
     return length - length // 2
 
 
-class ContextParallelScan(SSDScan):
-    """A scan that starts from the state after the previous chunks."""
+class ContextParallelTools:
+    """The tools that mixers ask for (:class:`fusiontree.models.mixers.base.ContextTools`)."""
 
-    def __init__(self, scan: SSDScan, group: dist.ProcessGroup) -> None:
-        super().__init__(scan.chunk_size, scan.backend)
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """``group``: the ranks that hold the chunks of the same sequences, in order."""
         self.group = group
-        self.state_exchange = self.state_before
 
-    def state_before(self, reached_BHPN: Tensor, decay_BH: Tensor) -> Tensor:
-        """Return the state before this rank's chunk, H_r, by the recurrence ``H_{r+1} = P_r H_r + S_r``.
+    def state_exchange(self, reached: Tensor, decay: Tensor) -> Tensor:
+        """Return the state before this rank's chunk; see :func:`pass_states`."""
+        return pass_states(reached, decay, self.group)
 
-        Args:
-            reached_BHPN: state after this chunk if it starts from zero, S_r.
-            decay_BH: decay of the initial state over this chunk, P_r; 0 where a document starts in the chunk.
-        """
-        return pass_states(reached_BHPN, decay_BH, self.group)
+    def left_context(self, inputs: Sequence[Tensor], length: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return the inputs and, for each, the ``length`` tokens before this rank's chunk."""
+        return left_halos(inputs, length, group=self.group)
+
+    def windowed_attention(self, core: AttentionCore) -> AttentionCore:
+        """Return a core that receives the keys and values of the window before this rank's chunk."""
+        return LocalAttentionCP(core, self.group)
+
+    def full_attention(self, core: AttentionCore) -> AttentionCore:
+        """Return a core that gathers the keys and values of the full sequence."""
+        return GlobalAttentionCP(core, self.group)
 
 
-def pass_states(reached_BHPN: Tensor, decay_BH: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the state before this rank's chunk; see :meth:`ContextParallelScan.state_before`."""
-    return _PassStates.apply(reached_BHPN, decay_BH, group)
+def pass_states(reached: Tensor, decay: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the state before this rank's chunk, H_r, by the recurrence ``H_{r+1} = P_r H_r + S_r``.
+
+    Args:
+        reached: state after this chunk if it starts from zero, S_r: ``[B, H, …]``.
+        decay: decay of the initial state over this chunk, P_r, with leading axes of ``reached`` (per head ``[B, H]``,
+            per row of the state ``[B, H, N]``); 0 where a document starts in the chunk.
+        group: the ranks that hold the chunks of the same sequences, in order.
+    """
+    return _PassStates.apply(reached, decay, group)
 
 
 class _PassStates(torch.autograd.Function):
     """All-gathers states and decays in one message; each rank then accumulates the states of the previous chunks."""
 
     @staticmethod
-    def forward(ctx: Any, reached_BHPN: Tensor, decay_BH: Tensor, group: dist.ProcessGroup) -> Tensor:
-        packed = torch.cat([reached_BHPN.flatten(2), decay_BH.unsqueeze(-1)], dim=-1)
+    def forward(ctx: Any, reached: Tensor, decay: Tensor, group: dist.ProcessGroup) -> Tensor:
+        packed = torch.cat([reached.flatten(decay.ndim), decay.unsqueeze(-1)], dim=-1)
         before = all_gather(packed, group)[: dist.get_rank(group)]
         states: list[Tensor] = []  # after each previous chunk
         for piece in before.unbind(0):
             state, kept = piece[..., :-1], piece[..., -1:]
             states.append(torch.addcmul(state, kept, states[-1]) if states else state)
         ctx.save_for_backward(before, *states)
-        ctx.group, ctx.shape = group, reached_BHPN.shape
-        return states[-1].reshape(ctx.shape) if states else torch.zeros_like(reached_BHPN)
+        ctx.group, ctx.shape, ctx.lead = group, reached.shape, decay.ndim
+        return states[-1].reshape(ctx.shape) if states else torch.zeros_like(reached)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         before, *states = ctx.saved_tensors
-        dstate = grads[0].flatten(2)
+        dstate = grads[0].flatten(ctx.lead)
         # Every rank takes part in the reduce-scatter, also the first, which adds only zeros.
-        dpacked = dstate.new_zeros(dist.get_world_size(ctx.group), *dstate.shape[:2], dstate.shape[2] + 1)
+        dpacked = dstate.new_zeros(dist.get_world_size(ctx.group), *dstate.shape[:-1], dstate.shape[-1] + 1)
         for index in reversed(range(len(states))):
             dpacked[index, ..., :-1] = dstate
             if index:
@@ -225,19 +237,14 @@ class _KeysUpTo(torch.autograd.Function):
 
 
 def apply_context_parallel(model: FusionTreeModel, layout: Layout) -> None:
-    """Replace scans and attention cores by the modules above, and let convolutions receive their left context.
+    """Give every mixer the tools to compute a chunk of a sequence.
 
     Parameter names do not change. With cp = 1 the model does not change.
     """
     if layout.cp_size == 1:
         return
-    group = layout.cp_group
+    tools = ContextParallelTools(layout.cp_group)
     for block in model.layers:
         assert isinstance(block, FusionBlock)
-        if block.has_mamba:
-            mixer = block.mamba
-            mixer.scan = ContextParallelScan(mixer.scan, group)
-            mixer.inputs_before = partial(left_halos, group=group)
-        if block.has_attention:
-            block.attention.local_core = LocalAttentionCP(block.attention.local_core, group)
-            block.attention.global_core = GlobalAttentionCP(block.attention.global_core, group)
+        for mixer in block.mixers().values():
+            mixer.use_context_parallel(tools)

@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import nn
 
+from fusiontree.models.block import FusionBlock
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.initialization import initialize_parameter, no_weight_decay
-from fusiontree.models.mamba import SSMParameters
+from fusiontree.models.mixers.base import Fp32Parameters
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.parallel.context_parallel import apply_context_parallel
 from fusiontree.parallel.global_tensor import ShardSpec
@@ -37,8 +38,8 @@ class ShardGroup:
     prefixes: tuple[str, ...]
     """Names of the modules in the model; empty for the root."""
     keep_fp32: bool = False
-    """Keep these parameters in fp32 in mixed precision: A, D and dt of the scan (required for accuracy) and the final
-    norm (free)."""
+    """Keep these parameters in fp32 in mixed precision: :class:`Fp32Parameters` of mixers (required for accuracy) and
+    the final norm (free)."""
     tp_split: bool = False
     """True if tensor parallel ranks hold different shards: the group is sharded over dp x cp, not over all ranks."""
 
@@ -80,6 +81,7 @@ def shard_groups_leaves_first(model: DistributedModel) -> Iterator[list[ShardGro
     split = {name for name, spec in model.specs.items() if spec.is_split}
     for index, block in enumerate(model.module.layers):
         prefix = f"layers.{index}"
+        assert isinstance(block, FusionBlock)
         yield [*_inner_groups(block, prefix, split), ShardGroup((block,), (prefix,))]
     root = model.module
     cut = bool(split)  # the vocabulary
@@ -92,7 +94,7 @@ def shard_groups_leaves_first(model: DistributedModel) -> Iterator[list[ShardGro
     yield [*ends, ShardGroup((root,), ("",), keep_fp32=True)]
 
 
-def _inner_groups(block: nn.Module, prefix: str, split: set[str]) -> Iterator[ShardGroup]:
+def _inner_groups(block: FusionBlock, prefix: str, split: set[str]) -> Iterator[ShardGroup]:
     """Yield the groups inside a block that differ from it in precision or in tensor parallel splitting."""
 
     def is_split(name: str, module: nn.Module) -> bool:
@@ -100,16 +102,15 @@ def _inner_groups(block: nn.Module, prefix: str, split: set[str]) -> Iterator[Sh
 
     named = dict(block.named_modules())
     for name, module in named.items():
-        if isinstance(module, SSMParameters):
+        if isinstance(module, Fp32Parameters):
             yield ShardGroup((module,), (f"{prefix}.{name}",), keep_fp32=True, tp_split=is_split(name, module))
     if not split:
         return
     for name, module in named.items():
         if isinstance(module, SelectedLinear | SelectedConv):
             yield ShardGroup((module,), (f"{prefix}.{name}",))
-    for name in ("mamba", "attention"):
-        if name in named:
-            yield ShardGroup((named[name],), (f"{prefix}.{name}",), tp_split=True)
+    for name, mixer in block.mixers().items():
+        yield ShardGroup((mixer,), (f"{prefix}.{name}",), tp_split=True)
 
 
 def materializer(

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from fusiontree.models.block import FusionBlock
 from fusiontree.models.head import LanguageModelHead
-from fusiontree.models.mamba import CausalConv
+from fusiontree.models.mixers import mixer_of
+from fusiontree.models.mixers.mamba2 import CausalConv
+from fusiontree.models.mixers.split import Ranges
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.cross_entropy import linear_cross_entropy
 from fusiontree.parallel.collectives import gather_stack, gather_tokens, scatter_tokens
 from fusiontree.parallel.global_tensor import ShardSpec
 from fusiontree.parallel.layout import Layout
-from fusiontree.parallel.tp_plan import split_of
-
-Ranges = tuple[tuple[int, int], ...]
+from fusiontree.parallel.tp_plan import shard_spec, split_of
 
 
 class GatherTokens(nn.Module):
@@ -145,12 +145,13 @@ def apply_tensor_parallel(model: FusionTreeModel, layout: Layout) -> dict[str, S
     for module_name, module in list(model.named_modules()):
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             name = f"{module_name}.{leaf}"
-            split = split_of(name)
+            split = split_of(name, config)
             if split is None:
+                assert mixer_of(name, config) is None, f"the tp_plan of the mixer that owns {name} does not split it"
                 continue
-            spec = split.spec(tuple(parameter.shape), config, rank, ranks)
+            spec = shard_spec(split, tuple(parameter.shape), rank, ranks)
             if not spec.is_split:
-                _select_outputs(model, module_name, split.ranges(config, rank, ranks))
+                _select_outputs(model, module_name, split.ranges(rank, ranks))
                 continue
             if name in specs:  # a tied head is listed under the embedding's name
                 specs[name] = spec

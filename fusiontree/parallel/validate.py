@@ -1,4 +1,4 @@
-"""Checks that a layout can compute a model, before any process group is created; needs no torch."""
+"""Checks that a layout can compute a model, before any process group is created."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from fusiontree.models.config import ModelConfig
+from fusiontree.models.mixers import distinct_mixers
+from fusiontree.models.mixers.base import Mixer
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.utils.errors import UserError
 
@@ -34,6 +36,9 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, training: Any, wo
             f"{world_size} processes do not divide by parallel.tp {tp} x parallel.cp {cp} = {tp * cp}; start a "
             f"multiple of {tp * cp}, or set tp x cp to one of {_divisors(world_size)}"
         )
+    for mixer in distinct_mixers(model) if cp > 1 else []:
+        if mixer.use_context_parallel is Mixer.use_context_parallel:
+            raise UserError(f"mixer {mixer.name} does not support context parallelism; set parallel.cp to 1")
     reasons = list(tp_problems(model, tp))
     if reasons:
         fitting = valid_tp(model, limit=max(tp, 64))
@@ -56,25 +61,8 @@ def tp_problems(model: ModelConfig, tp: int) -> Iterator[str]:
         return
     if model.vocab_size % tp:
         yield f"vocab_size {model.vocab_size} does not divide by {tp} (pad it to {-(-model.vocab_size // tp) * tp})"
-    if set(model.pattern) & set("FM"):
-        if model.mamba_heads % tp:
-            yield f"{model.mamba_heads} state space heads (expand * hidden_size / mamba.head_dim) do not divide by {tp}"
-        if model.mamba.n_groups % tp and tp % model.mamba.n_groups:
-            yield f"mamba.n_groups {model.mamba.n_groups} is neither a multiple nor a divisor of {tp}"
-        if model.mamba.norm_groups % tp:
-            yield (
-                f"mamba.norm_groups {model.mamba.norm_groups} is not a multiple of {tp}, so a group of the gated norm "
-                f"would span several ranks"
-            )
-    if set(model.pattern) & set("FA"):
-        if model.local_heads % tp or model.global_heads % tp:
-            yield (
-                f"{model.local_heads} local + {model.global_heads} global heads: each kind must divide by {tp}, "
-                f"or ranks would differ in work (num_heads and global_heads set them)"
-            )
-        for kind, heads in (("local", model.local_kv_heads), ("global", model.global_kv_heads)):
-            if heads and heads % tp and tp % heads:
-                yield f"{heads} {kind} key/value heads are neither a multiple nor a divisor of {tp}"
+    for mixer in distinct_mixers(model):
+        yield from mixer.tp_problems(model, tp)
 
 
 def valid_tp(model: ModelConfig, limit: int = 64) -> list[int]:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.flops import matrix_parameters, visible_keys
+from fusiontree.models.flops import matrix_parameters
+from fusiontree.models.mixers import all_mixers, layer_mixers
+from fusiontree.models.mixers.base import Seconds
 from fusiontree.models.model import FusionTreeModel
-from fusiontree.models.weight_layout import bc_proj_rows, in_proj_rows
 from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.tp_plan import split_of
@@ -25,20 +26,12 @@ GIB = 2**30
 # Rates of one H100 SXM in bf16, from the profiled step of hybrid_1b_32k (16 layers, 2,048 wide, 32,768 tokens):
 MATRIX_FLOPS = 727e12
 """Matrix products of these shapes: 396 ms for 288 TFLOP."""
-GLOBAL_ATTENTION_FLOPS = 545e12
-"""97 ms for 52.8 TFLOP (4 heads of 128, causal, forward and backward; flash-attn-4)."""
-LOCAL_ATTENTION_FLOPS = 308e12
-"""31.5 ms for 9.7 TFLOP (12 heads, window 1,024; flash-attn-4)."""
-SCAN_S = 53e-3 / (16 * 32768 * 4096)
-"""Seconds a token, layer and inner channel, forward and backward."""
 ELEMENTWISE_S = (41 + 43 + 17 + 16 + 2) * 1e-3 / (16 * 32768 * 2048)
 """Norms, gates, convolutions, copies: seconds a token, layer and channel of the residual stream."""
 OPTIMIZER_S = 25e-3 / 1.57e9
 """Seconds a parameter of the rank's share."""
 IDLE = 0.03
 """Share of the step that the profiled kernels do not account for: gaps, and a clock that is lower in a long run."""
-SCAN_CHUNK = 128
-"""Tokens between two states that the scan keeps for its backward pass (heads of 64 channels, 16 bits)."""
 LOSS_TOKENS = 8192
 """Tokens whose logits, and their gradient, exist at one time."""
 PASSING_WIDTHS = 10
@@ -95,8 +88,8 @@ def count_parameters(model: ModelConfig, tp: int) -> tuple[int, int, int]:
     split = whole = 0
     blocks: dict[str, int] = {}
     for name, parameter in module.named_parameters():
-        cut = split_of(name) if tp > 1 else None
-        is_split = cut is not None and cut.owned(model, tp)
+        cut = split_of(name, model) if tp > 1 else None
+        is_split = cut is not None and cut.is_owned(tp)
         if is_split:
             split += parameter.numel()
         else:
@@ -107,30 +100,22 @@ def count_parameters(model: ModelConfig, tp: int) -> tuple[int, int, int]:
     return split, whole, max(blocks.values())
 
 
-def kept_elements(model: ModelConfig, letter: str, mode: str, tp: int) -> float:
-    """Return what one layer keeps of a token for its backward, on one rank of tp."""
+def kept_elements(model: ModelConfig, layer: int, mode: str, tp: int) -> float:
+    """Return the elements that a layer keeps per token for its backward pass, on one rank of tp."""
     hidden = model.hidden_size
     between = hidden / tp  # the residual stream between the mixers is cut over tp
     if mode == "offload":
         return 0.0
     if mode == "full":
         return between
-    products, rest = 0.0, 0.0  # results of matrix products; what lies between them
-    if letter in "FM":
-        inner, bc = model.d_inner / tp, sum(b.size for b in bc_proj_rows(model)) / min(tp, model.mamba.n_groups)
-        products += sum(b.size for b in in_proj_rows(model)) / tp + bc + between
-        products += inner * model.mamba.d_state / SCAN_CHUNK
-        rest += (inner + bc) + inner + inner  # results of convolution, scan and gated norm
-    if letter in "FA":
-        width = model.attention_head_dim
-        heads, kv = model.num_heads * width / tp, model.kv_heads * width / min(tp, model.kv_heads)
-        products += heads + 2 * kv + between + model.global_heads * width / tp
-        rest += heads + kv + model.local_heads * width / tp  # rotated queries and keys; local outputs
+    mixers = [mixer.activations(model, tp) for mixer in layer_mixers(model, layer)]
+    products = sum(mixer.expensive + between for mixer in mixers)
+    rest = sum(mixer.cheap for mixer in mixers)
     if model.use_alignment:
         products += 3 * between
         rest += between
     products += (model.gate_rank + hidden + model.mlp_size) / tp  # what is only added to the residual is not kept
-    rest += hidden + between + model.mlp_size / tp  # the gathered input of both branches, the mixture, the MLP's GELU
+    rest += hidden + between + model.mlp_size / tp  # the gathered input of the branches, the mixture, the MLP's GELU
     return between + products + (rest if mode == "none" else 0.0)
 
 
@@ -179,18 +164,17 @@ def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: 
         gathered = half * (on_rank + block)
     length, rows = training.seq_len, training.micro_batch_size
     tokens = rows * length / cp
-    layers = model.pattern
     mode = training.activation_checkpointing
-    recomputed = len(layers) if training.recompute_layers is None else training.recompute_layers
+    recomputed = model.num_layers if training.recompute_layers is None else training.recompute_layers
     others = "selective" if mode in ("full", "offload") else "none"
     per_layer = [
-        kept_elements(model, letter, mode if index < recomputed else others, tp) for index, letter in enumerate(layers)
+        kept_elements(model, layer, mode if layer < recomputed else others, tp) for layer in range(model.num_layers)
     ]
     last = sum(per_layer[recomputed:])
     if mode != "none" and recomputed:  # one block at a time is whole again, when the last ones are over
         working = max(
-            kept_elements(model, letter, "none", tp) - kept_elements(model, letter, mode, tp)
-            for letter in layers[:recomputed]
+            kept_elements(model, layer, "none", tp) - kept_elements(model, layer, mode, tp)
+            for layer in range(recomputed)
         )
         last = max(last, working)
     passing = PASSING_WIDTHS * model.hidden_size * tokens + 2 * model.vocab_size * min(tokens, LOSS_TOKENS)
@@ -223,23 +207,18 @@ def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: 
 
 def _pass_s(model: ModelConfig, training: Any, tokens: float, tp: int, mode: str, recomputed: int) -> float:
     """Return the seconds of one forward and backward of a rank's ``tokens``."""
-    length = training.seq_len
-    keys_global = visible_keys(length) / length
-    width = model.attention_head_dim
     matrices = 6.0 * matrix_parameters(model) / MATRIX_FLOPS
-    once = again_too = 0.0  # attention to whole rows is kept by full recomputation; the rest of a block is not
-    for index, letter in enumerate(model.pattern):
-        if letter in "FA":
-            keys_local = visible_keys(length, model.window_of_layer(index)) / length
-            once += 12 * width * model.global_heads * keys_global / GLOBAL_ATTENTION_FLOPS
-            again_too += 12 * width * model.local_heads * keys_local / LOCAL_ATTENTION_FLOPS
-        if letter in "FM":
-            again_too += SCAN_S * model.d_inner
+    kept = repeated = 0.0
+    for layer, mixer in all_mixers(model):
+        seconds = mixer.seconds(model, layer, training.seq_len)
+        if seconds is None:
+            seconds = Seconds(0.0, 3.0 * mixer.flops(model, layer, [training.seq_len]) / MATRIX_FLOPS)
+        kept, repeated = kept + seconds.kept, repeated + seconds.repeated
     elementwise = ELEMENTWISE_S * model.hidden_size * model.num_layers
     again = recomputed / model.num_layers if mode in ("full", "offload") else 0.0
     # A recomputed forward is a third of forward and backward; the profiled step already recomputes what is cheap.
-    seconds = (matrices + again_too) * (1 + again / 3) + once + elementwise
-    return tokens * seconds / tp / (1 - IDLE)
+    total = (matrices + repeated) * (1 + again / 3) + kept + elementwise
+    return tokens * total / tp / (1 - IDLE)
 
 
 def _communication_s(
@@ -277,19 +256,11 @@ def _communication_s(
         seconds += (1 if once else passes) * on_rank * 8 * moved(gpus) / link(gpus)
     hidden = model.hidden_size
     if tp > 1:
-        # A block gathers its input and scatters both outputs, forward; the duals backward.
-        branches = sum(2 if letter == "F" else 1 for letter in model.pattern)
+        # A block gathers its input and scatters the branches' outputs, forward; the duals backward.
+        branches = sum(len(names) for names in model.branches)
         per_token = 2 * (model.num_layers + branches) * hidden * half
         seconds += passes * tokens * per_token * moved(tp) / link(tp)
     if cp > 1:
-        width = model.attention_head_dim
-        global_kv = 2 * model.global_kv_heads * width / min(tp, max(model.global_kv_heads, 1))
-        local_kv = 2 * model.local_kv_heads * width / min(tp, max(model.local_kv_heads, 1))
-        row = tokens * cp
-        attention_layers = sum(letter in "FA" for letter in model.pattern)
-        mamba_layers = sum(letter in "FM" for letter in model.pattern)
-        window = min(model.window_size, tokens)
-        per_pass = attention_layers * (row * moved(cp) * global_kv + window * local_kv) * half
-        per_pass += mamba_layers * model.d_inner / tp * model.mamba.d_state * 4 * cp
+        per_pass = sum(mixer.exchanged_bytes(model, i, tokens, cp, tp, half) for i, mixer in all_mixers(model))
         seconds += passes * 2 * per_pass / link(tp * cp)
     return seconds

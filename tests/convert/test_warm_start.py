@@ -11,6 +11,7 @@ import yaml
 
 from fusiontree.checkpoint.load import load_model
 from fusiontree.models.initialization import initialize_parameter
+from fusiontree.models.mixers.base import MixerInputs
 from fusiontree.ops.rotary import rotary_tables
 from tests.convert.checkpoints import convert
 from tests.convert.test_tool import refused
@@ -71,7 +72,9 @@ def test_mamba2_mixers_compute_what_theirs_do(files: str, mamba2, tmp_path: Path
     u_BSC = torch.randn(2, 19, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for our_layer, their_layer in zip(ours.layers, theirs.backbone.layers, strict=True):
-            torch.testing.assert_close(our_layer.mamba(u_BSC, None), their_layer.mixer(u_BSC), atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                our_layer.mamba(u_BSC, MixerInputs()), their_layer.mixer(u_BSC), atol=2e-5, rtol=1e-4
+            )
             assert torch.equal(our_layer.norm.weight, their_layer.norm.weight)
     assert torch.equal(ours.embed.weight[:60], theirs.backbone.embeddings.weight)
     seed = values["training"]["seed"]
@@ -114,7 +117,7 @@ def test_llama_attention_computes_what_theirs_does(tmp_path: Path):
                 position_embeddings=theirs.model.rotary_emb(x_BSC, places_BS),
                 attention_mask=torch.full((11, 11), float("-inf")).triu(1)[None, None],
             )[0]
-            got = ours.layers[our_number].attention(x_BSC, cos_BSD, sin_BSD, None)
+            got = ours.layers[our_number].attention(x_BSC, MixerInputs(None, cos_BSD, sin_BSD))
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(ours.head.weight, theirs.lm_head.weight)
 

@@ -18,7 +18,7 @@ from fusiontree.checkpoint.saver import Saver
 from fusiontree.config.load import load_config
 from fusiontree.engines.base import Engine, StepInputs
 from fusiontree.engines.build import build_engine
-from fusiontree.models.mamba import SSMParameters
+from fusiontree.models.mixers.mamba2 import SSMParameters
 from fusiontree.parallel.layout import Layout
 
 LENGTH = 64

@@ -93,14 +93,14 @@ def test_recording_copies_no_keys() -> None:
         cache = model.new_cache(4, columns)
         model(torch.ones(4, 8, dtype=torch.int64, device="cuda"), cache=cache)
         cache.fix(columns)
-        kept = cache.layers[0].attention.everything.kept
+        kept = cache.layers[0]["attention"].everything.kept
         keys = 2 * kept.k_BTKD.numel() * kept.k_BTKD.element_size()  # and values, of one of two layers: 256 MiB
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step = GraphedStep(model, cache)
         step(torch.ones(4, 1, dtype=torch.int64, device="cuda"))
-        assert cache.layers[0].attention.everything.kept.k_BTKD.data_ptr() == kept.k_BTKD.data_ptr()
+        assert cache.layers[0]["attention"].everything.kept.k_BTKD.data_ptr() == kept.k_BTKD.data_ptr()
         # Scores, weights and cuBLAS's workspaces come on top of the cache; a second cache alone would be 2 * keys.
         assert torch.cuda.max_memory_allocated() - before < 2 * keys
         assert torch.cuda.memory_allocated() - before < keys

@@ -127,10 +127,10 @@ def tensors_of(cache: Any) -> list[torch.Tensor]:
     """Every tensor of a fixed cache."""
     found = [cache.positions_B, cache.column_1]
     for layer in cache.layers:
-        if layer.mamba:
-            found += layer.mamba.before()
-        if layer.attention:
-            for part in (layer.attention.local._kept, layer.attention.everything._buffer):
+        if "mamba" in layer:
+            found += layer["mamba"].before()
+        if "attention" in layer:
+            for part in (layer["attention"].local._kept, layer["attention"].everything._buffer):
                 found += list(part or ())
     return found
 

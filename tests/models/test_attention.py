@@ -10,8 +10,9 @@ import math
 import pytest
 import torch
 
-from fusiontree.models.attention import AttentionCore, LocalGlobalAttention
 from fusiontree.models.initialization import initialize_parameter
+from fusiontree.models.mixers.attention import AttentionCore, LocalGlobalAttention
+from fusiontree.models.mixers.base import MixerInputs
 from fusiontree.ops.rotary import rotary_tables
 from tests.helpers import tiny_config
 
@@ -26,7 +27,7 @@ def build(layer: int = 0, **overrides):
 
 def run(config, module, u_BSC):
     tables = rotary_tables(torch.arange(u_BSC.shape[1])[None], config.attention_head_dim, config.rope_theta)
-    return module(u_BSC, *tables, None)
+    return module(u_BSC, MixerInputs(None, *tables))
 
 
 def by_definition(config, module, u_BSC, window):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusiontree.models.attention import LocalGlobalAttention
-from fusiontree.models.mamba import Mamba2Mixer
+from fusiontree.models.mixers.attention import LocalGlobalAttention
+from fusiontree.models.mixers.base import MixerInputs
+from fusiontree.models.mixers.mamba2 import Mamba2Mixer
 from fusiontree.ops.rotary import rotary_tables
 from tests.helpers import tiny_config, tiny_model
 
@@ -31,7 +32,7 @@ CONFIG = {
 def mamba() -> Callable[[Tensor], Tensor]:
     mixer = tiny_model(num_layers=1, layer_pattern="M", **CONFIG).layers[0].mamba
     assert isinstance(mixer, Mamba2Mixer)
-    return lambda u_BSC: mixer(u_BSC, None)
+    return lambda u_BSC: mixer(u_BSC, MixerInputs())
 
 
 def local_heads() -> Callable[[Tensor], Tensor]:
@@ -41,7 +42,7 @@ def local_heads() -> Callable[[Tensor], Tensor]:
 
     def run(u_BSC: Tensor) -> Tensor:
         cos_BSD, sin_BSD = rotary_tables(torch.arange(u_BSC.shape[1])[None], head_dim, 10000.0)
-        return heads(u_BSC, cos_BSD, sin_BSD, None)
+        return heads(u_BSC, MixerInputs(None, cos_BSD, sin_BSD))
 
     return run
 

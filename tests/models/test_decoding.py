@@ -64,15 +64,15 @@ def test_the_prefill_fills_every_cache():
     cache = out.cache
     assert not cache.is_empty and cache.lengths == [9, 9]
     for letter, layer in zip("FMA", cache.layers, strict=True):
-        assert (layer.mamba is None) == (letter == "A")
-        assert (layer.attention is None) == (letter == "M")
-        if layer.mamba:
-            conv_x, conv_bc, state = layer.mamba.before()
+        assert ("mamba" not in layer) == (letter == "A")
+        assert ("attention" not in layer) == (letter == "M")
+        if "mamba" in layer:
+            conv_x, conv_bc, state = layer["mamba"].before()
             assert conv_x.shape == (2, 3, 64) and conv_bc.shape == (2, 3, 64)
             assert state.shape == (2, 8, 8, 16) and state.dtype == torch.float32 and bool(state.abs().sum() > 0)
-        if layer.attention:
-            assert sorted(layer.attention.local.kept.positions_BT[0].tolist()) == [4, 5, 6, 7, 8]
-            assert layer.attention.everything.kept.positions_BT[0].tolist() == list(range(9))
+        if "attention" in layer:
+            assert sorted(layer["attention"].local.kept.positions_BT[0].tolist()) == [4, 5, 6, 7, 8]
+            assert layer["attention"].everything.kept.positions_BT[0].tolist() == list(range(9))
 
 
 @torch.no_grad()
@@ -114,13 +114,13 @@ def test_the_local_cache_does_not_grow_and_the_global_one_grows_by_doubling():
     sizes = set()
     for _ in range(40):
         model(tokens(1, 1), cache=cache)
-        attention = cache.layers[0].attention
+        attention = cache.layers[0]["attention"]
         sizes.add(attention.everything._buffer.k_BTKD.shape[1])
         assert attention.local.kept.k_BTKD.shape[1] <= 4
     assert len(sizes) <= 7
     roomy = model.new_cache(1, 40)
     model(tokens(1, 1), cache=roomy)
-    assert roomy.layers[0].attention.everything._buffer.k_BTKD.shape[1] == 40
+    assert roomy.layers[0]["attention"].everything._buffer.k_BTKD.shape[1] == 40
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -131,8 +131,8 @@ def test_half_precision_caches_hold_half_precision_and_an_fp32_state(dtype):
     full = model(tokens(1, 12)).logits_BSV
     decoded = in_pieces(model, tokens(1, 12), [5] + [1] * 7, cache)
     assert decoded.dtype == dtype
-    assert cache.layers[0].attention.local.kept.k_BTKD.dtype == dtype
-    assert cache.layers[0].mamba.before()[2].dtype == torch.float32
+    assert cache.layers[0]["attention"].local.kept.k_BTKD.dtype == dtype
+    assert cache.layers[0]["mamba"].before()[2].dtype == torch.float32
     torch.testing.assert_close(decoded, full, atol=0.1, rtol=0.1)
 
 
@@ -174,9 +174,9 @@ def test_pads_leave_nothing_in_the_cache():
     cache = model.new_cache(2)
     mask_BS = torch.tensor([[True] * 6, [False] * 4 + [True] * 2])
     model(tokens(2, 6), padding_mask_BS=mask_BS, cache=cache)
-    conv_x, conv_bc, _ = cache.layers[0].mamba.before()
+    conv_x, conv_bc, _ = cache.layers[0]["mamba"].before()
     for inputs_BKC in (conv_x, conv_bc):
         assert not inputs_BKC[1, 0].any() and bool(inputs_BKC[1, 1:].any(1).all()) and bool(inputs_BKC[0].any(1).all())
-    attention = cache.layers[0].attention
+    attention = cache.layers[0]["attention"]
     assert attention.local.kept.positions_BT[1].tolist() == [0, 1, -1, -1, -1, -1]
     assert attention.everything.kept.positions_BT[1].tolist() == [-1, -1, -1, -1, 0, 1]

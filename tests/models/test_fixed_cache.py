@@ -173,7 +173,7 @@ def test_a_step_off_the_cpu_brings_nothing_from_it_and_copies_no_keys(kind):
         logits_BSV = model(ids_BS[:, :1], cache=cache).logits_BSV
     assert logits_BSV.dtype == torch.bfloat16
     assert not [name for name, tensor in seen.found if tensor.device.type != "meta"]
-    kept = [layer.attention.everything._buffer for layer in cache.layers if layer.attention]
+    kept = [layer["attention"].everything._buffer for layer in cache.layers if "attention" in layer]
     keys = min((buffer.k_BTKD.numel() for buffer in kept if buffer), default=math.inf)
     assert keys > columns
     assert not [name for name, tensor in seen.found if tensor.dtype == torch.float32 and tensor.numel() >= keys]

@@ -102,7 +102,7 @@ def test_a_model_has_the_values_of_its_parameters_names():
 
 def test_weight_decay_spares_norms_biases_and_the_state_space():
     model = FusionTreeModel(tiny_config(srte_encoding="learnable", mlp_activation="swiglu"))
-    spared = {name for name, parameter in model.named_parameters() if no_weight_decay(name, parameter)}
+    spared = {name for name, parameter in model.named_parameters() if no_weight_decay(name, model.config)}
     expected = {"norm.weight"}
     for layer in range(2):
         prefix = f"layers.{layer}."

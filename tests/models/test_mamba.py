@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fusiontree.models.initialization import initialize_parameter
-from fusiontree.models.mamba import Mamba2Mixer, SSMParameters
+from fusiontree.models.mixers.base import MixerInputs
+from fusiontree.models.mixers.mamba2 import Mamba2Mixer, SSMParameters
 from tests.helpers import tiny_config, tiny_model
 
 
@@ -66,7 +67,7 @@ def test_outputs_and_gradients_equal_transformers_mixer(n_groups):
     u_BSC = torch.randn(2, 21, config.hidden_size, generator=generator)
     probe_BSC = torch.randn(2, 21, config.hidden_size, generator=generator)
     inputs = [u_BSC.clone().requires_grad_() for _ in range(2)]
-    outputs = [ours(inputs[0], None), theirs(inputs[1])]
+    outputs = [ours(inputs[0], MixerInputs()), theirs(inputs[1])]
     outputs = [out[0] if isinstance(out, tuple) else out for out in outputs]
     assert outputs[0].std() > 0.1
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
@@ -121,7 +122,7 @@ def test_the_scan_is_a_module_that_a_plan_can_replace():
             return 2 * x_BSHP, initial_state_BHPN
 
     mixer.scan = Double()
-    mixer(u_BSC, None)
+    mixer(u_BSC, MixerInputs())
     assert seen["x"].shape == (1, 6, config.mamba_heads, config.mamba.head_dim)
     assert seen["dt"].dtype == torch.float32 and bool((seen["dt"] > 0).all())
     assert bool((seen["A"] < 0).all())
@@ -150,5 +151,5 @@ def test_a_share_of_the_heads_computes_its_share():
         for name in ("A_log", "D", "dt_bias"):
             setattr(half.ssm, name, nn.Parameter(getattr(whole.ssm, name)[part(heads)]))
         half.norm.weight = nn.Parameter(whole.norm.weight[part(inner)])
-        total = total + half(u_BSC, None)
-    torch.testing.assert_close(total, whole(u_BSC, None), atol=1e-5, rtol=1e-5)
+        total = total + half(u_BSC, MixerInputs())
+    torch.testing.assert_close(total, whole(u_BSC, MixerInputs()), atol=1e-5, rtol=1e-5)

@@ -55,7 +55,7 @@ def norms() -> None:
 
 
 def gates() -> None:
-    for kind, width in (("F", 2), ("M", 1), ("A", 1)):
+    for kind, width in (("both", 2), ("first", 1), ("second", 1)):
         for padded in (False, True):
             counted = torch.rand(2, 9, generator=_g) > 0.3 if padded else None
             inputs = (4 * draw(2, 9, 40), draw(2, 9, 40 * width), counted)

@@ -13,22 +13,22 @@ def definition(logits, branches, counted, kind):
     entropy = -(gate * gate.log() + (1 - gate) * (1 - gate).log())
     weight = counted[..., None].to(gate.dtype)
     sums = [(value * weight).sum((1, 2)) for value in (gate, entropy, gate.square())]
-    m, a = branches.chunk(2, dim=-1) if kind == "F" else (branches, branches)
-    mixed = {"F": gate * m + (1 - gate) * a, "M": gate * m, "A": (1 - gate) * a}[kind]
+    m, a = branches.chunk(2, dim=-1) if kind == "both" else (branches, branches)
+    mixed = {"both": gate * m + (1 - gate) * a, "first": gate * m, "second": (1 - gate) * a}[kind]
     return [mixed, *sums]
 
 
-@pytest.mark.parametrize("kind", ["F", "M", "A"])
+@pytest.mark.parametrize("kind", ["both", "first", "second"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_mix_sums_and_gradients_follow_the_definition(kind, masked):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    width = 6 if kind == "F" else 3
+    width = 6 if kind == "both" else 3
     branches = torch.randn(2, 5, width, dtype=torch.float64, generator=generator, requires_grad=True)
     counted = torch.rand(2, 5, generator=generator) > 0.4 if masked else torch.ones(2, 5, dtype=torch.bool)
 
     def flat(logits, branches):
-        mixed, sums = gate_mix(logits, branches, counted if masked else None, kind=kind)
+        mixed, sums = gate_mix(logits, branches, counted if masked else None, present=kind)
         return [mixed, *sums]
 
     for value, expected in zip(flat(logits, branches), definition(logits, branches, counted, kind), strict=True):

@@ -17,7 +17,7 @@ from fusiontree.engines.parameters.flat_buffer import FlatBuffer
 from fusiontree.engines.zero.engine import ZeroEngine
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel import context_parallel
-from fusiontree.parallel.context_parallel import ContextParallelScan
+from fusiontree.parallel.context_parallel import ContextParallelTools
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import ShardGroup
 from tests.parallel.table import Cell
@@ -121,8 +121,8 @@ CP2, CP4, TP2 = Cell("fsdp2", 1, 2, 1), Cell("fsdp2", 1, 4, 1), Cell("fsdp2", 1,
 MUTATIONS: dict[str, Mutation] = {
     "no gradient sum of sequence parallel weights": Mutation(TP2, Layout, "parameter_mesh", _no_sum_over_tp),
     "no document reset at a border": Mutation(CP4, Documents, "from_positions", _border_start_forgotten),
-    "state passes over documents": Mutation(CP4, ContextParallelScan, "state_before", _passes_documents),
-    "state not passed": Mutation(CP2, ContextParallelScan, "state_before", _state_not_passed),
+    "state passes over documents": Mutation(CP4, ContextParallelTools, "state_exchange", _passes_documents),
+    "state not passed": Mutation(CP2, ContextParallelTools, "state_exchange", _state_not_passed),
     "one halo token lost": Mutation(CP2, context_parallel, "left_halos", _halo_token_lost),
     "one key of the window lost": Mutation(CP2, context_parallel, "begin_left_halos", _window_key_lost),
     "gradient averaged": Mutation(CP2, FSDPModule, "set_gradient_divide_factor", _mean_gradient),

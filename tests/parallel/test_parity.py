@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -25,10 +26,16 @@ pytestmark = [pytest.mark.xdist_group("parity"), pytest.mark.timeout(3600)]
 class Table:
     """Runs cells, several of one size in one start of processes, and keeps their run folders."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, model: dict[str, Any] = MODEL, plugins: Sequence[str] = ()) -> None:
         self.folder = folder
         data = build_data(folder)
-        values = {**CONFIG, "model": MODEL, "training": TRAINING, "checkpoint": {"save_interval": 0}}
+        values = {
+            **CONFIG,
+            "plugins": list(plugins),
+            "model": model,
+            "training": TRAINING,
+            "checkpoint": {"save_interval": 0},
+        }
         values["data"] = {"train": str(data / "train"), "validation": str(data / "validation")}
         self.config = folder / "config.yaml"
         self.config.write_text(yaml.safe_dump(values))

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusiontree.config.root import Config
 from fusiontree.engines.base import StepInputs
 from fusiontree.engines.build import build_engine
-from fusiontree.models.mamba import SSMValues
+from fusiontree.models.mixers.mamba2 import SSMValues
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel import context_parallel
 from fusiontree.parallel.collectives import ALL_GATHER, REDUCE_SCATTER

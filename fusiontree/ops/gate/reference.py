@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Present = Literal["both", "first", "second"]
+"""The branches that exist: both, or only the first or the second of them."""
 
-def mix(logits_BSC: Tensor, branches_BSC: Tensor, kind: str) -> Tensor:
-    """Return g m + (1 - g) a with g = sigmoid(logits); a branch that ``kind`` (F, M or A) lacks counts as zeros."""
+
+def mix(logits_BSC: Tensor, branches_BSC: Tensor, present: Present) -> Tensor:
+    """Return g first + (1 - g) second with g = sigmoid(logits); a missing branch counts as zeros."""
     gate = torch.sigmoid(logits_BSC)
-    if kind == "F":
-        m_BSC, a_BSC = branches_BSC.chunk(2, dim=-1)
-        return torch.lerp(a_BSC, m_BSC, gate)
-    return branches_BSC * (gate if kind == "M" else 1 - gate)
+    if present == "both":
+        first_BSC, second_BSC = branches_BSC.chunk(2, dim=-1)
+        return torch.lerp(second_BSC, first_BSC, gate)
+    return branches_BSC * (gate if present == "first" else 1 - gate)
 
 
 def sums(logits_BSC: Tensor, counted_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,10 +36,10 @@ def sums(logits_BSC: Tensor, counted_BS: Tensor | None) -> tuple[Tensor, Tensor,
 
 
 def mix_and_sums(
-    logits_BSC: Tensor, branches_BSC: Tensor, counted_BS: Tensor | None, kind: str
+    logits_BSC: Tensor, branches_BSC: Tensor, counted_BS: Tensor | None, present: Present
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return :func:`mix` and :func:`sums`."""
-    return mix(logits_BSC, branches_BSC, kind), *sums(logits_BSC, counted_BS)
+    return mix(logits_BSC, branches_BSC, present), *sums(logits_BSC, counted_BS)
 
 
 def gradients(
@@ -45,7 +50,7 @@ def gradients(
     gate_grad_B: Tensor,
     entropy_grad_B: Tensor,
     square_grad_B: Tensor,
-    kind: str,
+    present: Present,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of logits and branches through both :func:`mix` and :func:`sums`."""
     gate_grad, entropy_grad, square_grad = (g[:, None, None] for g in (gate_grad_B, entropy_grad_B, square_grad_B))
@@ -55,12 +60,14 @@ def gradients(
     dgate = gate_grad + 2 * gate * square_grad - logits * entropy_grad
     if counted_BS is not None:
         dgate = dgate * counted_BS.unsqueeze(-1)
-    if kind == "F":
-        m_BSC, a_BSC = branches_BSC.chunk(2, dim=-1)
-        dgate = dgate + d_mixed * (m_BSC.to(gate.dtype) - a_BSC.to(gate.dtype))
-        branches_grad = torch.cat([(d_mixed * gate).to(branches_BSC.dtype), (d_mixed * (1 - gate)).to(m_BSC.dtype)], -1)
+    if present == "both":
+        first_BSC, second_BSC = branches_BSC.chunk(2, dim=-1)
+        dgate = dgate + d_mixed * (first_BSC.to(gate.dtype) - second_BSC.to(gate.dtype))
+        branches_grad = torch.cat(
+            [(d_mixed * gate).to(branches_BSC.dtype), (d_mixed * (1 - gate)).to(first_BSC.dtype)], -1
+        )
     else:
-        sign, share = (1.0, gate) if kind == "M" else (-1.0, 1 - gate)
+        sign, share = (1.0, gate) if present == "first" else (-1.0, 1 - gate)
         dgate = dgate + sign * d_mixed * branches_BSC.to(gate.dtype)
         branches_grad = (d_mixed * share).to(branches_BSC.dtype)
     return (gate * (1 - gate) * dgate).to(logits_BSC.dtype), branches_grad

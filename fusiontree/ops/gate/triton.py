@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fusiontree.ops.elementwise import compiled
 from fusiontree.ops.gate import reference
+from fusiontree.ops.gate.reference import Present
 
 _BLOCK = {"TOKENS": 4, "BC": 1024, "num_warps": 4}  # tokens and channels per program
+_KINDS = ("both", "first", "second")
 
 
 @triton.jit
@@ -89,24 +91,24 @@ def _mix_backward(
     tl.store(dlogits_ptr + own, (gate * (1.0 - gate) * dgate).to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
-def mix(logits_BSC: Tensor, branches_BSC: Tensor, kind: str) -> Tensor:
+def mix(logits_BSC: Tensor, branches_BSC: Tensor, present: Present) -> Tensor:
     """Compute :func:`fusiontree.ops.gate.reference.mix`; bitwise equal to the mix of :func:`mix_and_sums`."""
-    return mix_and_sums(logits_BSC, branches_BSC, None, kind)[0]
+    return mix_and_sums(logits_BSC, branches_BSC, None, present)[0]
 
 
 def mix_and_sums(
-    logits_BSC: Tensor, branches_BSC: Tensor, counted_BS: Tensor | None, kind: str
+    logits_BSC: Tensor, branches_BSC: Tensor, counted_BS: Tensor | None, present: Present
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute :func:`fusiontree.ops.gate.reference.mix_and_sums`; float64 uses the compiled formula."""
     if logits_BSC.dtype == torch.float64:
-        return compiled(reference.mix_and_sums)(logits_BSC, branches_BSC, counted_BS, kind)
+        return compiled(reference.mix_and_sums)(logits_BSC, branches_BSC, counted_BS, present)
     logits, branches = logits_BSC.contiguous(), branches_BSC.contiguous()
     mixed_BSC = torch.empty(logits.shape, dtype=branches.dtype, device=logits.device)
     grid = _grid(logits)
     sums = torch.empty(grid[1], grid[0], 3, dtype=torch.float32, device=logits.device)
     _mix_forward[grid](
         logits, branches, logits if counted_BS is None else counted_BS.contiguous(), mixed_BSC, sums,
-        *logits.shape[1:], branches.shape[2], kind="FMA".index(kind), padded=counted_BS is not None, **_BLOCK,
+        *logits.shape[1:], branches.shape[2], kind=_KINDS.index(present), padded=counted_BS is not None, **_BLOCK,
     )  # fmt: skip
     gate_B, entropy_B, square_B = sums.sum(1).unbind(1)
     return mixed_BSC, gate_B, entropy_B, square_B
@@ -120,19 +122,19 @@ def gradients(
     gate_grad_B: Tensor,
     entropy_grad_B: Tensor,
     square_grad_B: Tensor,
-    kind: str,
+    present: Present,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`fusiontree.ops.gate.reference.gradients`; float64 uses the compiled formula."""
     if logits_BSC.dtype == torch.float64:
         grads = (mixed_grad_BSC, gate_grad_B, entropy_grad_B, square_grad_B)
-        return compiled(reference.gradients)(logits_BSC, branches_BSC, counted_BS, *grads, kind)
+        return compiled(reference.gradients)(logits_BSC, branches_BSC, counted_BS, *grads, present)
     logits, branches = logits_BSC.contiguous(), branches_BSC.contiguous()
     dlogits, dbranches = torch.empty_like(logits), torch.empty_like(branches)
     _mix_backward[_grid(logits)](
         logits, branches, logits if counted_BS is None else counted_BS.contiguous(), mixed_grad_BSC.contiguous(),
         gate_grad_B.float().contiguous(), entropy_grad_B.float().contiguous(), square_grad_B.float().contiguous(),
         dlogits, dbranches, *logits.shape[1:], branches.shape[2],
-        kind="FMA".index(kind), padded=counted_BS is not None, **_BLOCK,
+        kind=_KINDS.index(present), padded=counted_BS is not None, **_BLOCK,
     )  # fmt: skip
     return dlogits, dbranches
 

@@ -1,46 +1,21 @@
-"""Decoding cache of one layer: convolution inputs, states, keys and values of previous tokens.
-
-:mod:`fusiontree.models.cache` combines the caches of all layers.
+"""Decoding cache of attention: keys and values of previous tokens.
 
 Local heads need only their window, so they keep a ring of ``window`` slots; global heads keep all tokens, in buffers
-that grow by doubling. Each row of a batch counts positions separately, and queries never see stored pads. After
-``fix``, no tensor is reallocated: new tokens are written in place.
+that grow by doubling. Each row of a batch counts positions separately, and queries never see stored pads.
 
-Shape legend: B rows, S new tokens, T stored tokens, W slots of a ring, K key/value heads (or K-1: the inputs that a
-convolution of width K needs before the first token), D channels of an attention head, C channels; H heads, P channels
-of a head and N state size of a state space head.
+Shape legend: B rows, S new tokens, T stored tokens, W slots of a ring, K key/value heads, D channels of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from fusiontree.models.mixers.cache import MixerCache, NewTokens
 from fusiontree.ops.attention import roomy
-
-
-class NewTokens(NamedTuple):
-    """The tokens that one forward adds to a cache."""
-
-    positions_BS: Tensor
-    """Position of each token in its row's text, -1 for pads; the real tokens of a row are its last columns."""
-    end: int
-    """One more than the greatest position; known on the host."""
-    continued: bool
-    """True if the cache already holds tokens."""
-    column_1: Tensor | None
-    """Index of the new token's column, on the device; None if the cache is not fixed."""
-    shared: dict[Any, Any]
-    """Results that depend only on the tokens' positions and are shared by several layers."""
-
-    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """Return the result of ``compute()``; only the first call with this key computes it."""
-        if key not in self.shared:
-            self.shared[key] = compute()
-        return self.shared[key]
 
 
 class KeyValues(NamedTuple):
@@ -217,63 +192,7 @@ def _enlarged(old: KeyValues, slots: int, used: int) -> KeyValues:
     return larger
 
 
-class MambaCache:
-    """The last K-1 inputs of each of the two convolutions, and the state after the last token."""
-
-    def __init__(self, look_back: int) -> None:
-        self._look_back = look_back
-        self._conv_x_BKC: Tensor | None = None
-        self._conv_bc_BKC: Tensor | None = None
-        self._state_BHPN: Tensor | None = None
-        self._fixed = False
-
-    def before(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return both convolutions' last inputs and the state; all None if the cache is empty."""
-        return self._conv_x_BKC, self._conv_bc_BKC, self._state_BHPN
-
-    def store(self, x_BSC: Tensor, bc_BSC: Tensor, state_BHPN: Tensor, padding_mask_BS: Tensor | None) -> None:
-        """Keep the last inputs of each convolution and the state after the last token.
-
-        Pads are stored as zeros, like the tokens before a text. May overwrite tensors that :meth:`before` returned.
-        """
-        last_x_BKC = self._last(self._conv_x_BKC, x_BSC, padding_mask_BS)
-        last_bc_BKC = self._last(self._conv_bc_BKC, bc_BSC, padding_mask_BS)
-        if not self._fixed:
-            self._conv_x_BKC, self._conv_bc_BKC, self._state_BHPN = last_x_BKC, last_bc_BKC, state_BHPN.detach()
-            return
-        for kept, newer in zip(self.before(), (last_x_BKC, last_bc_BKC, state_BHPN.detach()), strict=True):
-            assert kept is not None, "a fixed cache must have been filled before"
-            kept.copy_(newer)
-
-    def fix(self) -> None:
-        """Copy every tensor into separate memory that later steps overwrite."""
-        self._conv_x_BKC, self._conv_bc_BKC, self._state_BHPN = (
-            None if kept is None else kept.clone(memory_format=torch.contiguous_format) for kept in self.before()
-        )
-        self._fixed = True
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """Return a copy with every tensor changed."""
-        copy = type(self)(self._look_back)
-        copy._fixed = self._fixed
-        copy._conv_x_BKC = None if self._conv_x_BKC is None else change(self._conv_x_BKC)
-        copy._conv_bc_BKC = None if self._conv_bc_BKC is None else change(self._conv_bc_BKC)
-        copy._state_BHPN = None if self._state_BHPN is None else change(self._state_BHPN)
-        return copy
-
-    def _last(self, before_BKC: Tensor | None, new_BSC: Tensor, padding_mask_BS: Tensor | None) -> Tensor:
-        last_BSC = new_BSC.detach()[:, -self._look_back :]
-        if padding_mask_BS is not None:
-            last_BSC = last_BSC * padding_mask_BS[:, -self._look_back :, None]
-        missing = self._look_back - last_BSC.shape[1]
-        if not missing:
-            return last_BSC.clone()  # a view would keep the whole input alive
-        if before_BKC is None:
-            before_BKC = last_BSC.new_zeros(last_BSC.shape[0], missing, last_BSC.shape[2])
-        return torch.cat([before_BKC[:, -missing:], last_BSC], dim=1)
-
-
-class AttentionCache:
+class AttentionCache(MixerCache):
     """Keys and values of the local and of the global heads."""
 
     def __init__(self, window: int, capacity: int, dtype: torch.dtype) -> None:
@@ -291,9 +210,6 @@ class AttentionCache:
         copy.local, copy.everything = self.local.map(change), self.everything.map(change)
         return copy
 
-
-class LayerCache(NamedTuple):
-    """The caches of one block's branches; None for a missing branch."""
-
-    mamba: MambaCache | None
-    attention: AttentionCache | None
+    def rehearsal(self) -> Self:
+        """Return this cache: a trial step only writes the slots of the next token, which are overwritten unread."""
+        return self

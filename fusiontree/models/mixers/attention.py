@@ -5,19 +5,31 @@ Shape legend: B rows, S tokens, H query heads, K key/value heads, D channels of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
+from fusiontree.models.flops import visible_keys
 from fusiontree.models.fused_linear import project
-from fusiontree.models.layer_cache import AttentionCache, GrowingCache, NewTokens, RingCache
+from fusiontree.models.mixers import MIXERS
+from fusiontree.models.mixers.base import Activations, ContextTools, Mixer, MixerInputs, Seconds
+from fusiontree.models.mixers.cache import NewTokens
+from fusiontree.models.mixers.kv_cache import AttentionCache, GrowingCache, RingCache
+from fusiontree.models.mixers.split import Block, Split, column, row
 from fusiontree.ops.attention import attention, cached_attention, decode_attention, key_bias
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.recompute import recomputed
 from fusiontree.ops.rotary import rotate_and_cut
+
+# Rates of one H100 SXM in bf16, from the profiled step of hybrid_1b_32k (docs/speed.md; flash-attn-4):
+_GLOBAL_FLOPS = 545e12
+"""97 ms for 52.8 TFLOP (4 heads of 128, causal, forward and backward)."""
+_LOCAL_FLOPS = 308e12
+"""31.5 ms for 9.7 TFLOP (12 heads, window 1,024)."""
 
 
 class AttentionCore(nn.Module):
@@ -61,17 +73,20 @@ class AttentionCore(nn.Module):
         )
 
 
-class LocalGlobalAttention(nn.Module):
+class LocalGlobalAttention(Mixer):
     """Grouped-query attention: local heads first, then global heads; no group mixes local and global heads.
 
     The numbers of heads are derived from the projections' outputs, so the same code runs on a tensor parallel rank's
     share of the local and of the global heads.
     """
 
+    name: ClassVar[str] = "attention"
+    module_name: ClassVar[str] = "attention"
+    alone_is_second: ClassVar[bool] = True
     fused_projections = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
+        super().__init__(config, layer)
         self.head_dim = config.attention_head_dim
         self.backend = config.kernels.elementwise
         self.num_heads, self.local_heads = config.num_heads, config.local_heads
@@ -84,35 +99,17 @@ class LocalGlobalAttention(nn.Module):
         self.global_core = AttentionCore(None, config.kernels.attention)
         self.o_proj = nn.Linear(config.num_heads * width, hidden, bias=False)
 
-    def forward(
-        self,
-        u_BSC: Tensor,
-        cos_BSD: Tensor,
-        sin_BSD: Tensor,
-        documents: Documents | None,
-        cache: AttentionCache | None = None,
-        new: NewTokens | None = None,
-    ) -> Tensor:
-        """Mix along the tokens.
-
-        Args:
-            u_BSC: input ``[B, S, hidden_size]``.
-            cos_BSD: cosines of the tokens' rotary angles, ``[B or 1, S, D/2]``.
-            sin_BSD: their sines.
-            documents: boundaries at which attention restarts; None means each row is one document.
-            cache: this layer's keys and values; updated.
-            new: positions of the tokens; required with a cache.
-
-        Returns:
-            ``[B, S, hidden_size]``.
-        """
+    def forward(self, u_BSC: Tensor, inputs: MixerInputs, cache: AttentionCache | None = None) -> Tensor:
+        """Mix along the tokens; ``cache`` keeps keys and values, and ``inputs.new`` is required with it."""
+        assert inputs.cos_BSD is not None and inputs.sin_BSD is not None, "attention needs the rotary tables"
+        documents, new = inputs.documents, inputs.new
         q, k, v = (
             x_BSC.unflatten(-1, (-1, self.head_dim))
             for x_BSC in project(u_BSC, (self.q_proj, self.k_proj, self.v_proj), joint=self.fused_projections)
         )
         local, local_kv = self.local_part(q.shape[2], k.shape[2])
         # From here on, local and global heads are computed separately.
-        queries, keys = rotate_and_cut(q, k, cos_BSD, sin_BSD, (local, local_kv), backend=self.backend)
+        queries, keys = rotate_and_cut(q, k, inputs.cos_BSD, inputs.sin_BSD, (local, local_kv), backend=self.backend)
         values = v.split([local_kv, v.shape[2] - local_kv], dim=2)
         cores = (self.local_core, self.global_core)
         caches = (cache.local, cache.everything) if cache else (None, None)
@@ -146,6 +143,82 @@ class LocalGlobalAttention(nn.Module):
         assert local_kv + global_kv == kv_heads, f"{kv_heads} key/value heads beside {heads} of {self.num_heads} heads"
         return local, local_kv
 
+    def use_context_parallel(self, tools: ContextTools) -> None:
+        """Give local heads the window before the chunk and global heads the full sequence."""
+        self.local_core = tools.windowed_attention(self.local_core)
+        self.global_core = tools.full_attention(self.global_core)
+
+    @classmethod
+    def tp_plan(cls, config: ModelConfig) -> dict[str, Split]:
+        """Split local heads and global heads."""
+        width = config.attention_head_dim
+
+        def heads(local: int, everything: int) -> tuple[Block, Block]:
+            return Block("local", local * width, local), Block("global", everything * width, everything)
+
+        queries = heads(config.local_heads, config.global_heads)
+        kv = column(*heads(config.local_kv_heads, config.global_kv_heads))
+        return {
+            "q_proj.weight": column(*queries),
+            "k_proj.weight": kv,
+            "v_proj.weight": kv,
+            "o_proj.weight": row(*queries),
+        }
+
+    @classmethod
+    def tp_problems(cls, config: ModelConfig, tp: int) -> Iterator[str]:
+        """Yield the reasons why the heads of a kind cannot be split over ``tp`` ranks."""
+        if config.local_heads % tp or config.global_heads % tp:
+            yield (
+                f"{config.local_heads} local + {config.global_heads} global heads: each kind must divide by {tp}, "
+                f"or ranks would differ in work (num_heads and global_heads set them)"
+            )
+        for kind, heads in (("local", config.local_kv_heads), ("global", config.global_kv_heads)):
+            if heads and heads % tp and tp % heads:
+                yield f"{heads} {kind} key/value heads are neither a multiple nor a divisor of {tp}"
+
+    @classmethod
+    def exchanged_bytes(cls, config: ModelConfig, layer: int, tokens: float, cp: int, tp: int, itemsize: int) -> float:
+        """Return the bytes of the sequence's global keys and values and of the window's local keys and values."""
+        width = 2 * config.attention_head_dim
+        global_kv, local_kv = (
+            heads * width / min(tp, max(heads, 1)) for heads in (config.global_kv_heads, config.local_kv_heads)
+        )
+        window = min(config.window_of_layer(layer), tokens)
+        return (tokens * (cp - 1) * global_kv + window * local_kv) * itemsize
+
+    @classmethod
+    def flops(cls, config: ModelConfig, layer: int, lengths: Sequence[int]) -> float:
+        """Return ``4 head_dim`` per head and visible key."""
+        tokens, window = sum(lengths), config.window_of_layer(layer)
+        local = sum(visible_keys(length, window) for length in lengths) / tokens
+        everything = sum(visible_keys(length) for length in lengths) / tokens
+        return 4 * config.attention_head_dim * (config.local_heads * local + config.global_heads * everything)
+
+    @classmethod
+    def activations(cls, config: ModelConfig, tp: int) -> Activations:
+        """Count projections and global outputs; rotated queries and keys and local outputs are cheap."""
+        width = config.attention_head_dim
+        heads, kv = config.num_heads * width / tp, config.kv_heads * width / min(tp, config.kv_heads)
+        return Activations(
+            heads + 2 * kv + config.global_heads * width / tp, heads + kv + config.local_heads * width / tp
+        )
+
+    @classmethod
+    def seconds(cls, config: ModelConfig, layer: int, length: int) -> Seconds:
+        """Return the time of global heads, whose results recomputation keeps, and of local heads."""
+        per_key = 12 * config.attention_head_dim / length
+        local_keys = visible_keys(length, config.window_of_layer(layer))
+        return Seconds(
+            kept=per_key * config.global_heads * visible_keys(length) / _GLOBAL_FLOPS,
+            repeated=per_key * config.local_heads * local_keys / _LOCAL_FLOPS,
+        )
+
+    @classmethod
+    def new_cache(cls, config: ModelConfig, layer: int, capacity: int, dtype: torch.dtype) -> AttentionCache:
+        """Return a cache of the local heads' window and of all keys and values of the global heads."""
+        return AttentionCache(config.window_of_layer(layer), capacity, dtype)
+
 
 def _side_by_side(*outputs: Tensor) -> Tensor:
     return torch.cat(outputs, dim=2)
@@ -155,3 +228,6 @@ def _share(heads: int, shares: int) -> int:
     """Return how many of ``heads`` each of ``shares`` equal parts holds; several parts may hold the same head."""
     assert heads % shares == 0 or (heads and shares % heads == 0), f"{heads} heads in {shares} equal parts"
     return -(-heads // shares)
+
+
+MIXERS.register(LocalGlobalAttention.name, LocalGlobalAttention)

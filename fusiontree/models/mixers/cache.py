@@ -1,0 +1,87 @@
+"""Decoding caches of mixers: the interface, and the cache of mixers that keep a state.
+
+:mod:`fusiontree.models.cache` combines the caches of all layers. After ``fix``, no tensor is reallocated: new tokens
+are written in place.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+
+class NewTokens(NamedTuple):
+    """The tokens that one forward adds to a cache."""
+
+    positions_BS: Tensor
+    """Position of each token in its row's text, -1 for pads; the real tokens of a row are its last columns."""
+    end: int
+    """One more than the greatest position; known on the host."""
+    continued: bool
+    """True if the cache already holds tokens."""
+    column_1: Tensor | None
+    """Index of the new token's column, on the device; None if the cache is not fixed."""
+    shared: dict[Any, Any]
+    """Results that depend only on the tokens' positions and are shared by several layers."""
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Return the result of ``compute()``; only the first call with this key computes it."""
+        if key not in self.shared:
+            self.shared[key] = compute()
+        return self.shared[key]
+
+
+class MixerCache(ABC):
+    """What one mixer of one layer keeps of previous tokens."""
+
+    @abstractmethod
+    def fix(self, columns: int) -> None:
+        """Allocate room for texts of ``columns`` tokens and never reallocate a tensor afterwards."""
+
+    @abstractmethod
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a copy with every tensor changed."""
+
+    def rehearsal(self) -> Self:
+        """Return a cache for one trial step that changes nothing that later steps read."""
+        return self.map(lambda tensor: tensor.clone())
+
+
+class StateCache(MixerCache):
+    """Tensors of a size that does not depend on the number of tokens, such as a state; each has the rows as axis 0."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, ...] = ()
+        self._fixed = False
+
+    def before(self) -> tuple[Tensor, ...]:
+        """Return the tensors after the last token; empty if the cache is empty."""
+        return self._kept
+
+    def store(self, *tensors: Tensor) -> None:
+        """Keep the tensors after the last token. May overwrite tensors that :meth:`before` returned."""
+        if not self._fixed:
+            self._kept = tuple(tensor.detach() for tensor in tensors)
+            return
+        assert self._kept, "a fixed cache must have been filled before"
+        for kept, newer in zip(self._kept, tensors, strict=True):
+            kept.copy_(newer.detach())
+
+    def fix(self, columns: int) -> None:
+        """Copy every tensor into separate memory that later steps overwrite."""
+        self._kept = tuple(kept.clone(memory_format=torch.contiguous_format) for kept in self._kept)
+        self._fixed = True
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a copy with every tensor changed."""
+        copy = type(self)()
+        copy._fixed, copy._kept = self._fixed, tuple(change(kept) for kept in self._kept)
+        return copy
+
+
+LayerCache = dict[str, MixerCache]
+"""The caches of one block's mixers, by ``Mixer.module_name``."""
