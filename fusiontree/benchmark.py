@@ -173,7 +173,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             result |= _on_the_gpu(timer, engine, args.profile if layout.is_main else None)
         if args.ops:
             from fusiontree.benchmarking.operations import time_operations
-            from fusiontree.engines.torch_engine import PRECISION
+            from fusiontree.engines.common import PRECISION
 
             dtype = PRECISION[training.precision]
             result["operations"] = time_operations(model, training.seq_len, dtype, layout.device)

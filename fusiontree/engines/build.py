@@ -5,16 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from fusiontree.engines.base import Engine
+from fusiontree.engines.common import PRECISION
+from fusiontree.engines.config import ENGINES
 from fusiontree.engines.mixed_precision import compute_in
-from fusiontree.engines.torch_engine import PRECISION, TorchEngine
 from fusiontree.models.config import ModelConfig
 from fusiontree.parallel.activation_checkpointing import checkpoint_activations, fuse_projections
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import build_model, materializer, no_weight_decay, shard_groups_leaves_first
 from fusiontree.training.config import TrainingConfig
-
-ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 def build_engine(
@@ -26,7 +25,7 @@ def build_engine(
         model_config: the ``model`` section.
         parallel: the ``parallel`` section.
         training: the ``training`` section.
-        layout: this process's place.
+        layout: this process among all.
     """
     model = build_model(model_config, layout)
     materialize = materializer(model_config, training.seed, layout.device, model.specs)
@@ -34,31 +33,10 @@ def build_engine(
     def decays(name: str, parameter: nn.Parameter) -> bool:
         return not no_weight_decay(name, model_config)
 
-    stage = ZERO_STAGES.get(parallel.engine)
-    if stage in (1, 2):
+    spec = ENGINES.get(parallel.engine)
+    if spec.casts_parameters:
         compute_in(PRECISION[training.precision], shard_groups_leaves_first(model))
     checkpoint_activations(model.module, training.activation_checkpointing, training.recompute_layers)
-    if stage not in (1, 2):  # whose forwards read cast copies of the parameters
+    if not spec.casts_parameters:
         fuse_projections(model.module)
-    if stage:
-        from fusiontree.engines.zero.engine import ZeroEngine
-
-        return ZeroEngine(
-            model,
-            layout,
-            stage=stage,
-            materialize=materialize,
-            decays=decays,
-            compute_dtype=PRECISION[training.precision],
-            training=training,
-            parallel=parallel,
-        )
-    return TorchEngine(
-        model,
-        layout,
-        materialize=materialize,
-        decays=decays,
-        training=training,
-        shard=parallel.engine == "fsdp2",
-        reshard_after_forward=parallel.reshard_after_forward,
-    )
+    return spec.build(model, layout, materialize=materialize, decays=decays, parallel=parallel, training=training)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from pydantic import AfterValidator
+
+from fusiontree.engines.config import known_engine
 from fusiontree.utils.settings import Section, setting
-
-EngineName = Literal["fsdp2", "zero3", "zero2", "zero1", "ddp"]
 
 
 class ParallelConfig(Section):
@@ -14,11 +15,11 @@ class ParallelConfig(Section):
 
     renamed: ClassVar[dict[str, str]] = {"keep_below": "zero3_persistence_threshold"}
 
-    engine: EngineName = setting(
+    engine: Annotated[str, AfterValidator(known_engine)] = setting(
         "fsdp2",
         "fsdp2 shards parameters, gradients and optimizer state; ddp replicates parameters and shards gradients and "
         "optimizer state. DeepSpeed engines: zero3 shards like fsdp2; zero2 replicates parameters; zero1 replicates "
-        "parameters and gradients.",
+        "parameters and gradients. A plugin may register others.",
     )
     offload: Literal["none", "optimizer", "all"] = setting(
         "none",

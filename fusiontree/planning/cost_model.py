@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fusiontree.engines.config import ENGINES, Sizes, Transfer
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.flops import matrix_parameters
 from fusiontree.models.mixers import all_mixers, layer_mixers
@@ -135,33 +136,20 @@ def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: 
     split, whole, block = count_parameters(model, tp)
     on_rank = split / tp + whole
     """Parameters of one tensor parallel rank before any engine shards them."""
-    shard = parallel.shard_size or gpus
-    share = split / shard + whole / shard  # a split parameter has shard/tp owners of its tp-th part
-    engine = parallel.engine
-    whole_weights = engine in ("ddp", "zero1", "zero2")
     passes = max(1, -(-training.global_batch_size // (dp * training.micro_batch_size)))
-    # One process keeps gradients as the backward pass made them. Several add up those of several passes in fp32; of one
-    # pass each rank keeps its part.
-    stepped = 4 + OPTIMIZERS.get(training.optimizer.name).bytes_per_parameter
-    """Bytes of a parameter's fp32 value and of its states in the optimizer; an fp32 gradient has 4 more."""
-    one_pass = half * on_rank + (4 + stepped) * share
-    states = {
-        "ddp": (4 + stepped) * on_rank
-        if gpus == 1
-        else one_pass
-        if passes == 1
-        else (half + 4) * on_rank + stepped * share,
-        "zero1": half * on_rank + 4 * on_rank + stepped * share,
-        "zero2": half * on_rank + (4 + stepped) * share,
-    }.get(engine, (4 + stepped) * share)
-    # The block at work, the one fetched ahead, and the gradients of one, in half precision.
-    gathered = 0.0 if whole_weights or gpus == 1 else 3.0 * half * block
-    if (
-        engine == "ddp" and gpus > 1
-    ):  # a block's gradients wait for the last of them; those of two more are on their way
-        gathered = half * block + (3 * 4 * block if passes == 1 else 0)
-    elif gathered and not parallel.reshard_after_forward:  # all blocks, and the gradients of one
-        gathered = half * (on_rank + block)
+    shard_ranks = parallel.shard_size or gpus
+    sizes = Sizes(
+        on_rank=on_rank,
+        shard=(split + whole) / shard_ranks,  # a split parameter has shard_ranks / tp owners of its tp-th part
+        block=block,
+        element=half,
+        stepped=4 + OPTIMIZERS.get(training.optimizer.name).bytes_per_parameter,
+        passes=passes,
+        ranks=gpus,
+        shard_ranks=shard_ranks,
+    )
+    engine = ENGINES.get(parallel.engine)
+    memory = engine.memory(sizes, parallel)
     length, rows = training.seq_len, training.micro_batch_size
     tokens = rows * length / cp
     mode = training.activation_checkpointing
@@ -179,21 +167,21 @@ def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: 
         last = max(last, working)
     passing = PASSING_WIDTHS * model.hidden_size * tokens + 2 * model.vocab_size * min(tokens, LOSS_TOKENS)
     activations = half * (tokens * (sum(per_layer[:recomputed]) + last) + passing / tp)
-    total = states + gathered + activations
+    total = sum(memory) + activations
 
-    compute = passes * _pass_s(model, training, tokens, tp, mode, recomputed) + OPTIMIZER_S * share
-    communication = _communication_s(model, parallel, gpus, passes, on_rank, tokens, half, hardware)
+    compute = passes * _pass_s(model, training, tokens, tp, mode, recomputed) + OPTIMIZER_S * sizes.shard
+    communication = _communication_s(model, parallel, engine.traffic(sizes, parallel), passes, tokens, half, hardware)
     step = max(compute, communication) + 0.5 * min(compute, communication) if communication else compute
     per_step = training.global_batch_size * length
     return Estimate(
-        engine=engine,
+        engine=parallel.engine,
         dp=dp,
         cp=cp,
         tp=tp,
         activation_checkpointing=mode,
         accumulation=passes,
-        states_gib=states / GIB,
-        gathered_gib=gathered / GIB,
+        states_gib=memory.states / GIB,
+        gathered_gib=memory.gathered / GIB,
         activations_gib=activations / GIB,
         total_gib=total / GIB,
         fits=total / GIB <= 0.92 * hardware.memory_gib,
@@ -224,9 +212,8 @@ def _pass_s(model: ModelConfig, training: Any, tokens: float, tp: int, mode: str
 def _communication_s(
     model: ModelConfig,
     parallel: ParallelConfig,
-    gpus: int,
+    of_state: list[Transfer],
     passes: int,
-    on_rank: float,
     tokens: float,
     half: int,
     hardware: Hardware,
@@ -241,19 +228,7 @@ def _communication_s(
     def moved(ranks: int) -> float:
         return (ranks - 1) / ranks
 
-    shard = parallel.shard_size or gpus
-    seconds = 0.0
-    if parallel.engine in ("fsdp2", "zero3"):
-        # Gathered for forward and, unless kept, for backward; gradients scattered in fp32, in every pass.
-        gathers = 2 if parallel.reshard_after_forward else 1
-        seconds += passes * on_rank * (gathers * half + 4) * moved(shard) / link(shard)
-        if shard < gpus:
-            seconds += passes * on_rank / shard * 8 * moved(gpus // shard) / link(gpus)
-    elif parallel.engine == "ddp":  # gradients scattered in fp32 after the last pass, parameters gathered
-        seconds += on_rank * (4 + half) * moved(gpus) / link(gpus)
-    else:
-        once = parallel.engine == "zero1"  # after the last pass
-        seconds += (1 if once else passes) * on_rank * 8 * moved(gpus) / link(gpus)
+    seconds = sum(transfer.nbytes * moved(transfer.ranks) / link(transfer.span) for transfer in of_state)
     hidden = model.hidden_size
     if tp > 1:
         # A block gathers its input and scatters the branches' outputs, forward; the duals backward.

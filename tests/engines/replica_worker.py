@@ -72,7 +72,7 @@ def main() -> None:
                 action()
             return {kind: count for kind, count in calls.items() if count}
 
-        found["groups"] = len(engine._replicated.groups)
+        found["groups"] = len(engine.placements[1].buffers)
         found["parameters"] = sum(p.numel() for p in engine.module.parameters())
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in optimizer_tensors(engine)}
         found["state"] = sum(storages.values())

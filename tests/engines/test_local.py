@@ -112,7 +112,7 @@ def test_an_engine_that_is_given_up_gives_back_its_memory(own: bool, precision: 
         loss = trainer.forward(StepInputs(ids, ids, ids, torch.ones(1), None)).loss_sum
         trainer.backward(loss, last=True)
         assert trainer.step(1e-3).grad_norm > 0
-        held = [weakref.ref(p) for p in (*trainer.module.parameters(), *trainer.parameters.values())]
+        held = [weakref.ref(p) for p in (*trainer.module.parameters(), *trainer.optimizer.state)]
         assert len(held) > 40
         del trainer, loss
         gc.collect()

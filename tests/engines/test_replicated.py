@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fusiontree.engines.parameters import flat_buffer
-from fusiontree.engines.parameters.flat_buffer import ALIGNMENT
+from fusiontree.engines.parameters.flat_slice import ALIGNMENT
 from fusiontree.engines.parameters.replicated import ReplicatedParameters
 from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 from fusiontree.parallel.layout import Layout
+from fusiontree.parallel.shard_groups import DistributedModel, ShardGroup
 from tests.engines.test_local import train
 from tests.parallel.launch import run_ranks
 
@@ -52,43 +53,46 @@ def test_passes_add_up_in_fp32_and_a_given_up_step_leaves_nothing(monkeypatch: p
     gathers, reductions = counted(monkeypatch, ALL_GATHER), counted(monkeypatch, REDUCE_SCATTER)
     model = Two()
     with Layout("cpu") as layout:
-        replicated = ReplicatedParameters(model, lambda name, parameter: name == "b", OPTIMIZERS.get("adamw"))
-        replicated.collect(dict(model.named_parameters()), torch.bfloat16, layout.world_group, (model,))
-        replicated.build()
-        replicated.in_order([model])
-        (group,) = replicated.groups
-        assert [part.name for part in group.parts] == ["b", "a"]  # what decays comes first
+        distributed: Any = DistributedModel(model, {})  # type: ignore[arg-type]
+        replicated = ReplicatedParameters(distributed, lambda name, parameter: name == "b", OPTIMIZERS.get("adamw"))
+        block, mesh = ShardGroup((model,), ("two",)), layout.parameter_mesh(False)
+        replicated.take(block, dict(model.named_parameters()), torch.bfloat16, mesh, block)
+        replicated._build(list(replicated._collected))
+        replicated._in_order([model])
+        (group,) = replicated.buffers
+        assert [part.name for part in group.slices] == ["b", "a"]  # what decays comes first
         assert [leaf.numel() for leaf in group.leaves] == [ALIGNMENT, ALIGNMENT]
         size = 2 * ALIGNMENT
 
         def run(a: float, b: float | None, last: bool) -> None:
             replicated.begin()
-            replicated.last_pass = last
-            model(a, b).backward()
+            loss = model(a, b)
+            replicated.begin_backward(last)
+            loss.backward()
 
         def found() -> dict[str, list[float]]:
-            replicated.await_gradients()
+            replicated.wait_gradients()
             (gradient,) = replicated.gradients()
             assert gradient.dtype == torch.float32
             # The gaps are counted by the norm.
-            assert float(gradient.abs().sum()) == sum(float(p.of(gradient).abs().sum()) for p in group.parts)
-            return {part.name: part.of(gradient).tolist() for part in group.parts}
+            assert float(gradient.abs().sum()) == sum(float(p.of(gradient).abs().sum()) for p in group.slices)
+            return {part.name: part.of(gradient).tolist() for part in group.slices}
 
         run(256.0, None, last=False)  # the first pass has no gradient of b
-        replicated.end_pass()
+        replicated.end_backward()
         run(1.0, 3.0, last=False)
-        replicated.end_pass()
+        replicated.end_backward()
         assert not reductions
         run(1.0, 1.0, last=True)
         assert reductions == [size]  # with the last gradient, not with the pass's end
-        replicated.end_pass()
+        replicated.end_backward()
         assert (gathers, reductions) == ([size], [size])
         assert found() == {"a": [258.0] * 2, "b": [4.0] * 6}
         replicated.discard()
         assert not replicated.gradients()
 
         # The masters keep what the model's type does not know, and whoever changes them is heard in the next step.
-        assert [part.of(group.master).tolist() for part in group.parts if part.name == "a"] == [[1.0, 1 + 2**-12]]
+        assert [part.of(group.master).tolist() for part in group.slices if part.name == "a"] == [[1.0, 1 + 2**-12]]
         group.master.add_(0.5)
         run(5.0, None, last=True)  # given up before the pass is over
         assert model.a.tolist() == [1.5, 1.5] and model.b.tolist() == [[2.5] * 2] * 3
@@ -96,7 +100,7 @@ def test_passes_add_up_in_fp32_and_a_given_up_step_leaves_nothing(monkeypatch: p
         replicated.discard()
         assert not replicated.gradients()
         run(0.0, 7.0, last=True)
-        replicated.end_pass()
+        replicated.end_backward()
         assert found() == {"a": [0.0] * 2, "b": [7.0] * 6}
 
 

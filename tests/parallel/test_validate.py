@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from fusiontree.config.load import load_config
 from fusiontree.config.root import Config
+from fusiontree.engines.config import ENGINES, FullyShardedSpec
+from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.validate import check_layout, valid_tp
 from fusiontree.utils.errors import UserError
 from tests.parallel.table import MODEL, TRAINING
@@ -82,8 +87,42 @@ def test_valid_sizes_are_those_that_pass() -> None:
 def test_an_engine_without_its_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     given = config({}, {}, {})
     monkeypatch.setattr(
-        "fusiontree.parallel.validate.find_spec", lambda name: None if name == "deepspeed" else find_spec(name)
+        "fusiontree.engines.config.find_spec", lambda name: None if name == "deepspeed" else find_spec(name)
     )
     zero = given.parallel.model_copy(update={"engine": "zero3"})
     with pytest.raises(UserError, match=r"needs the package deepspeed.*fusiontree\[deepspeed\]"):
         check_layout(given.model, zero, given.training, 1)
+
+
+@pytest.mark.parametrize(("engine", "ranks", "fits"), [("ddp", 1, True), ("ddp", 2, False), ("zero3", 1, False)])
+def test_an_optimizer_of_whole_matrices_needs_an_engine_that_keeps_them(
+    engine: str, ranks: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPTIMIZERS._parts, "adamw", replace(OPTIMIZERS.get("adamw"), whole_matrices=True))
+    given = config({}, {"engine": engine}, {})
+    if fits:
+        check_layout(given.model, given.parallel, given.training, ranks)
+        return
+    with pytest.raises(UserError, match=rf"adamw needs whole matrices, and parallel.engine {engine} shards them"):
+        check_layout(given.model, given.parallel, given.training, ranks)
+
+
+def test_an_engine_from_a_plugin_states_its_own_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(FullyShardedSpec):
+        def problems(self, *given: Any) -> Iterator[str]:
+            yield from super().problems(*given)
+            yield "parallel.engine slow runs on one process; use fsdp2"
+
+    with pytest.raises(UserError, match=r"unknown engine 'slow'; known: fsdp2.*--plugin"):
+        parallel_config("slow")
+    monkeypatch.setitem(ENGINES._parts, "slow", Slow())
+    given = config({}, {"engine": "slow", "shard_size": 3}, {})
+    with pytest.raises(UserError, match="shard_size 3 must divide"):
+        check_layout(given.model, given.parallel, given.training, 4)
+    with pytest.raises(UserError, match="slow runs on one process"):
+        check_layout(given.model, given.parallel.model_copy(update={"shard_size": None}), given.training, 4)
+
+
+def parallel_config(engine: str) -> Config:
+    """Read a configuration as a user gives it."""
+    return load_config("configs/quickstart.yaml", [f"parallel.engine={engine}"])

@@ -1,32 +1,29 @@
-"""Parameters side by side in one flat buffer: whole on every rank, gradients and optimizer state cut over the ranks.
+"""A flat buffer: parameters side by side, replicated on every rank; gradients and optimizer state are sharded.
 
-What ZeRO stage 1 does, block by block: rank r of n owns the r-th n-th of the buffer. Gradients are added up in fp32 and
-reduce-scattered, so that each rank has the sum of its own part; it applies AdamW to that part of the master weights;
-before the next forward pass the parts, cast to what the model computes with, are all-gathered in place.
+As in ZeRO stage 1, but block by block: rank r of n owns the r-th n-th of the buffer. Gradients are added up in fp32 and
+reduce-scattered, so that each rank has the sum of its own shard; the optimizer changes that shard of the masters;
+before the next forward pass the shards, cast to the dtype of the model, are all-gathered in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fusiontree.engines.parameters.flat_slice import FlatSlice
+from fusiontree.engines.parameters.base import Decays
+from fusiontree.engines.parameters.flat_slice import FlatLayout, FlatSlice
 from fusiontree.optim.build import Leaf, new_states
 from fusiontree.optim.config import OptimizerSpec
 from fusiontree.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 
-ALIGNMENT = 64
-"""Elements: each parameter starts at a multiple, as vector loads and matrix products want it, and so does each part."""
-
 
 class FlatBuffer:
-    """Parameters that are used together, of one type, copied over one process group.
+    """Parameters that are used together, of one dtype, replicated over one process group.
 
-    Those with weight decay come first, so that a rank's part falls into at most two pieces for the optimizer. All ranks
-    call the methods that begin a collective in the same order.
+    All ranks call the methods that begin a collective in the same order.
     """
 
     @torch.no_grad()
@@ -36,74 +33,70 @@ class FlatBuffer:
         parameters: dict[str, nn.Parameter],
         dtype: torch.dtype,
         group: dist.ProcessGroup,
-        decays: Callable[[str, nn.Parameter], bool],
+        decays: Decays,
         optimizer: OptimizerSpec,
     ) -> None:
-        """Lay the parameters out.
+        """Copy the parameters into a buffer.
 
         Args:
-            index: of this group among all, which its parts bear.
-            parameters: fp32 values by name; the same on all ranks. A tied parameter goes by its first name.
-            dtype: what the model computes with.
+            index: of this buffer among all, which its slices bear.
+            parameters: fp32 values by name; the same on all ranks. A tied parameter has its first name in the buffer.
+            dtype: of the values that the model computes with.
             group: the ranks with copies of the parameters.
             decays: tells from name and parameter whether weight decay applies.
             optimizer: its states.
         """
-        names: dict[nn.Parameter, str] = {}
+        first_names: dict[nn.Parameter, str] = {}
         for name, parameter in parameters.items():
-            names.setdefault(parameter, name)
-        ordered = sorted(names, key=lambda parameter: not decays(names[parameter], parameter))
-        starts, end, border = [], 0, 0
-        for parameter in ordered:
-            starts.append(end)
-            end = _round_up(end + parameter.numel())
-            if decays(names[parameter], parameter):
-                border = end
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        size = _round_up(-(-end // ranks))
-        begin = rank * size
-        device = ordered[0].device
+            first_names.setdefault(parameter, name)
+        values = {name: parameter for parameter, name in first_names.items()}
+        rank = dist.get_rank(group)
+        layout = FlatLayout(
+            {name: parameter.numel() for name, parameter in values.items()},
+            lambda name: decays(name, values[name]),
+            dist.get_world_size(group),
+        )
+        device = next(iter(first_names)).device
         self._group = group
-        self._whole = torch.zeros(ranks * size, dtype=dtype, device=device)
-        self._mine = self._whole.narrow(0, begin, size)
-        self.master = torch.zeros(size, device=device)
-        """fp32 values of this rank's part."""
+        self._whole = torch.zeros(layout.size, dtype=dtype, device=device)
+        self._mine = self._whole.narrow(0, rank * layout.shard, layout.shard)
+        self.master = torch.zeros(layout.shard, device=device)
+        """fp32 values of this rank's shard."""
         self.states = new_states(optimizer, self.master)
-        """The optimizer's, of this rank's part."""
-        self.parts: list[FlatSlice] = []
-        """What this rank owns of each parameter."""
-        self.views: dict[str, nn.Parameter] = {}
-        """What the model computes with, by name; in the buffer's order."""
-        self._sizes: list[int] = []  # of each parameter and of the gap behind it
-        for parameter, start, after in zip(ordered, starts, [*starts[1:], ranks * size], strict=True):
-            count, values = parameter.numel(), parameter.reshape(-1)
-            low, high = max(begin, start), min(begin + size, start + count)
-            part = FlatSlice(names[parameter], index, low - begin, low - start, high - low)
-            if high <= low:
-                part = FlatSlice(names[parameter], index, 0, 0, 0)
-            part.of(self.master).copy_(values.narrow(0, part.start, part.length))
-            self.parts.append(part)
-            view = self._whole.narrow(0, start, count)
-            view.copy_(values)
-            self.views[names[parameter]] = nn.Parameter(view.view_as(parameter))
-            self._sizes += [count, after - start - count]
+        """The optimizer's, of this rank's shard."""
+        self.slices = layout.slices(rank, index)
+        """This rank's slice of each parameter, in the buffer's order."""
+        self.views = self._fill(values, layout)
+        """Parameters that the model computes with, by name; in the buffer's order."""
+        self._shapes = [values[name].shape for name in layout.names]
         for name, parameter in parameters.items():
-            self.views.setdefault(name, self.views[names[parameter]])
-        self._shapes = [parameter.shape for parameter in ordered]
+            self.views.setdefault(name, self.views[first_names[parameter]])
+        self._sizes = layout.sizes
         self._gaps = [place for place, gap in enumerate(self._sizes) if place % 2 and gap]
-        self._border = min(max(border - begin, 0), size)
+        self._border = layout.border(rank)
         self.leaves = self.cut(self.master)
-        """What the optimizer works on: of this rank's part, what decays and what does not; either may be empty."""
+        """The optimizer's tensors: of this rank's shard, the parts with and without weight decay; may be empty."""
         self.gradient: Tensor | None = None
-        """Of this rank's part, summed over the ranks, once :meth:`land` was called."""
+        """Of this rank's shard, summed over the ranks, once :meth:`land` was called."""
         self._arrived: dict[int, Tensor] = {}
         self._sums: Tensor | None = None
         self._places: list[Tensor] = []  # of the parameters in the sums
         self._reduction: dist.Work | None = None
         self._gathering: dist.Work | None = None
 
+    def _fill(self, values: dict[str, nn.Parameter], layout: FlatLayout) -> dict[str, nn.Parameter]:
+        """Copy values to the master weights and to the buffer; return the buffer's views of each parameter."""
+        views: dict[str, nn.Parameter] = {}
+        for part in self.slices:
+            flat = values[part.name].reshape(-1)
+            part.of(self.master).copy_(flat.narrow(0, part.start, part.length))
+            view = self._whole.narrow(0, layout.starts[part.name], flat.numel())
+            view.copy_(flat)
+            views[part.name] = nn.Parameter(view.view_as(values[part.name]))
+        return views
+
     def cut(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Return of values of this rank's part those that decay and the others; they share memory with ``flat``."""
+        """Return the values of this rank's shard with weight decay and the others; they share memory with ``flat``."""
         return flat[: self._border], flat[self._border :]
 
     def optimized(self) -> list[Leaf]:
@@ -115,31 +108,31 @@ class FlatBuffer:
         ]
 
     def state(self) -> Iterator[tuple[str, FlatSlice, Tensor]]:
-        """Yield for each parameter ``model`` and ``optimizer.STATE``, what this rank owns of it, and its values."""
+        """Yield for each parameter ``model`` and ``optimizer.STATE``, this rank's slice, and the slice's values."""
         flats = {"model": self.master} | {f"optimizer.{kind}": values for kind, values in self.states.items()}
-        for part in self.parts:
+        for part in self.slices:
             yield from ((kind, part, part.of(flat)) for kind, flat in flats.items())
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Begin to bring every rank's part of the master weights to what the model computes with."""
+        """Begin to gather all ranks' shards of the master weights into the buffer."""
         self._mine.copy_(self.master)
         self._gathering = getattr(dist, ALL_GATHER)(self._whole, self._mine, group=self._group, async_op=True)
 
     def await_gather(self) -> None:
-        """Let later work of the device's stream come after the gather; the host goes on."""
+        """Let later work of the device's stream come after the gather; the host does not wait."""
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
 
     def arrive(self, place: int, gradient: Tensor) -> bool:
-        """Take the gradient that a pass gave the parameter at ``place``; return whether it was the last to come."""
+        """Take the gradient of the parameter at index ``place``; return True if it completes the buffer's gradients."""
         self._arrived[place] = gradient
         return len(self._arrived) == len(self._shapes)
 
     @torch.no_grad()
     def add_up(self) -> None:
-        """Add what arrived to the step's sums; what did not arrive is zero."""
+        """Add the gradients that arrived to the step's sums; those that did not arrive are zero."""
         first = self._sums is None
         if self._sums is None:
             self._sums = torch.empty(self._whole.shape, device=self._whole.device)
@@ -160,26 +153,22 @@ class FlatBuffer:
         return self._reduction is not None
 
     def reduce(self) -> None:
-        """Begin to sum the gradients over the ranks, each rank's own part for it."""
+        """Begin to sum the gradients over the ranks; each rank gets its shard of the sum."""
         assert self._sums is not None
         self.gradient = torch.empty_like(self.master)
         reduce_scatter = getattr(dist, REDUCE_SCATTER)
         self._reduction = reduce_scatter(self.gradient, self._sums, group=self._group, async_op=True)
 
     def land(self) -> None:
-        """Let later work of the device's stream come after the reduction, and give up what was sent."""
+        """Let later work of the device's stream come after the reduction, and free the sums that were sent."""
         if self._reduction is not None and self._sums is not None:
             self._reduction.wait()
             self._sums, self._places = None, []
 
     def discard(self) -> None:
-        """Forget the gradients; the step is over."""
+        """Drop the gradients; the step is over."""
         self.land()
         self._arrived.clear()
         self._sums, self._places, self._reduction, self.gradient = None, [], None, None
         for leaf in self.leaves:
             leaf.grad = None
-
-
-def _round_up(elements: int) -> int:
-    return -(-elements // ALIGNMENT) * ALIGNMENT

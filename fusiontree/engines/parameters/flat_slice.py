@@ -1,21 +1,24 @@
-"""Which elements of which parameter lie where in ZeRO's flat partitions."""
+"""Positions of parameters in flat buffers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
+
+ALIGNMENT = 64
+"""Elements: each parameter and each shard starts at a multiple, as vector loads and matrix products need it."""
 
 
 class FlatSlice(NamedTuple):
-    """Consecutive elements of a parameter (of the tensor parallel rank's part of it) in a flat partition."""
+    """Consecutive elements of a parameter (of its tensor parallel shard) in one rank's shard of a flat buffer."""
 
     name: str
     group: int
-    """Index of the flat partition."""
+    """Index of the flat buffer."""
     offset: int
-    """In the flat partition."""
+    """In the rank's shard of the buffer."""
     start: int
     """In the parameter, row-major."""
     length: int
@@ -26,32 +29,55 @@ class FlatSlice(NamedTuple):
         return flat.narrow(0, self.offset, self.length)
 
 
-def stage3_slices(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[FlatSlice]:
-    """Yield this rank's parts under ZeRO-3, which cuts each parameter by itself and pads the last rank's part."""
-    for group, parameters in enumerate(optimizer.fp16_groups):
-        offset = 0
-        for parameter in parameters:
-            size = parameter.partition_numel()
-            start = size * parameter.ds_zero_partition_rank
-            length = min(max(parameter.ds_numel - start, 0), size)
-            yield FlatSlice(names[parameter], group, offset, start if length else 0, length)
-            offset += size
+def slice_between(begin: int, end: int, name: str, group: int, first: int, count: int) -> FlatSlice:
+    """Return the slice of a parameter of ``count`` elements from ``first`` on that lies in the shard [begin, end)."""
+    low, high = max(begin, first), min(end, first + count)
+    return (
+        FlatSlice(name, group, low - begin, low - first, high - low) if low < high else FlatSlice(name, group, 0, 0, 0)
+    )
 
 
-def stage12_slices(optimizer: Any, names: dict[nn.Parameter, str], rank: int) -> Iterator[FlatSlice]:
-    """Yield this rank's parts under ZeRO-1 and 2, which cut the concatenation of a group's parameters.
+class FlatLayout:
+    """Order and offsets of parameters in a buffer of which each of ``ranks`` ranks owns an equal shard.
 
-    Args:
-        optimizer: DeepSpeed's.
-        names: of the parameters.
-        rank: place among the ranks that the group is cut over.
+    Parameters with weight decay come first, so that a shard has at most two parts for the optimizer.
     """
-    for group, parameters in enumerate(optimizer.round_robin_bit16_groups):
-        size = optimizer.partition_size[group]
-        begin, end = rank * size, (rank + 1) * size
-        for parameter, first in zip(parameters, optimizer.round_robin_bit16_offsets[group], strict=True):
-            low, high = max(begin, first), min(end, first + parameter.numel())
-            if low < high:
-                yield FlatSlice(names[parameter], group, low - begin, low - first, high - low)
-            else:
-                yield FlatSlice(names[parameter], group, 0, 0, 0)
+
+    def __init__(self, counts: dict[str, int], decays: Callable[[str], bool], ranks: int) -> None:
+        """Lay out parameters.
+
+        Args:
+            counts: elements of each parameter by name.
+            decays: tells whether weight decay applies to the parameter of a name.
+            ranks: number of equal shards.
+        """
+        self.names = sorted(counts, key=lambda name: not decays(name))
+        self.starts: dict[str, int] = {}
+        end = border = 0
+        for name in self.names:
+            self.starts[name] = end
+            end = _round_up(end + counts[name])
+            border = end if decays(name) else border
+        self.counts = counts
+        self.shard = _round_up(-(-end // ranks))
+        """Elements of each rank's shard."""
+        self.size = ranks * self.shard
+        """Elements of the buffer."""
+        self._border = border
+        after = [*list(self.starts.values())[1:], self.size]
+        gaps = [stop - self.starts[name] - counts[name] for name, stop in zip(self.names, after, strict=True)]
+        self.sizes = [size for name, gap in zip(self.names, gaps, strict=True) for size in (counts[name], gap)]
+        """Elements of each parameter and of the gap behind it, in turn."""
+
+    def border(self, rank: int) -> int:
+        """Return the number of elements of a rank's shard to which weight decay applies; they come first."""
+        return min(max(self._border - rank * self.shard, 0), self.shard)
+
+    def slices(self, rank: int, group: int) -> list[FlatSlice]:
+        """Return a rank's slice of each parameter, in the buffer's order; ``group`` is the buffer's index."""
+        begin, end = rank * self.shard, (rank + 1) * self.shard
+        return [slice_between(begin, end, name, group, self.starts[name], self.counts[name]) for name in self.names]
+
+
+def _round_up(elements: int) -> int:
+    return -(-elements // ALIGNMENT) * ALIGNMENT

@@ -3,73 +3,109 @@
 All of a job with one process, and the heads' parameters where tensor parallelism takes every rank. ``fully_shard`` over
 one rank would copy every parameter three times on its way from fp32 to the 16-bit type, twice a step, and every
 gradient twice on its way back. Here the model holds 16-bit copies beside the fp32 parameters that the optimizer works
-on. Gradients of one micro batch stay as the backward pass made them, and those of several are added up in fp32.
+on. Gradients of one micro-batch stay as the backward pass made them, and those of several are added up in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fusiontree.engines.parameters.base import Decays, NamedPiece, Placement, as_global, put_in_place
+from fusiontree.optim.build import Leaf, new_states
+from fusiontree.optim.config import OptimizerSpec
+from fusiontree.parallel.shard_groups import DistributedModel, ShardGroup
 
 
-class LocalParameters:
+class LocalParameters(Placement):
     """fp32 parameters and, in mixed precision, the copies of them that the model computes with."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Start with none of ``model``'s."""
-        self._model = model
-        self.masters: dict[nn.Parameter, nn.Parameter] = {}
-        """The optimizer's parameter for each that the model computes with; the same one where that is fp32."""
-        self.gradients: dict[nn.Parameter, Tensor] = {}
-        """What the backward passes of this step gave, by the optimizer's parameter."""
+    def __init__(self, model: DistributedModel, decays: Decays, optimizer: OptimizerSpec) -> None:
+        super().__init__(model, decays, optimizer)
+        self._masters: dict[str, nn.Parameter] = {}  # a tied one has its first name
+        self._copies: list[tuple[Tensor, Tensor]] = []  # in the dtype of the model, and its master
+        self._states: dict[str, dict[str, Tensor]] = {}
+        self._gradients: dict[nn.Parameter, Tensor] = {}  # of this step, by master
         self._in_step = False
 
-    def add(self, parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> None:
-        """Take parameters by name, and let the model compute with them in ``dtype``."""
+    def take(
+        self,
+        group: ShardGroup,
+        parameters: dict[str, nn.Parameter],
+        dtype: torch.dtype,
+        mesh: DeviceMesh,
+        block: ShardGroup,
+    ) -> None:
+        """Keep the parameters, and let the model compute with them in ``dtype``."""
         copies: dict[nn.Parameter, nn.Parameter] = {}
-        for parameter in dict.fromkeys(parameters.values()):  # a tied one stays one
+        for name, parameter in parameters.items():
+            if parameter in copies:
+                continue
             copy = parameter if parameter.dtype == dtype else nn.Parameter(parameter.detach().to(dtype))
             copies[parameter] = copy
-            self.masters[copy] = parameter
-            copy.register_post_accumulate_grad_hook(_take(None if copy is parameter else parameter, self.gradients))
-        put_in_place(self._model, {name: copies[parameter] for name, parameter in parameters.items()})
+            if copy is not parameter:
+                self._copies.append((copy.detach(), parameter.detach()))
+            self._masters[name] = parameter
+            self._states[name] = new_states(self.optimizer, parameter)
+            copy.register_post_accumulate_grad_hook(_take(None if copy is parameter else parameter, self._gradients))
+        put_in_place(self.model, {name: copies[parameter] for name, parameter in parameters.items()})
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Yield the fp32 parameters."""
+        for name, master in self._masters.items():
+            yield Leaf(master, self.decays(name, master), self._states[name])
 
     def begin(self, training: bool) -> None:
-        """Copy the parameters, whoever changed them, to what the model computes with; once a step of training."""
+        """Copy the parameters to those that the model computes with; once per training step."""
         if self._in_step:
             return
-        pairs = [(copy.detach(), master.detach()) for copy, master in self.masters.items() if copy is not master]
-        if pairs:
-            copies, masters = zip(*pairs, strict=True)
+        if self._copies:
+            copies, masters = zip(*self._copies, strict=True)
             torch._foreach_copy_(list(copies), list(masters))
         self._in_step = training
 
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients as the backward passes made or summed them."""
+        return list(self._gradients.values())
+
     def hand_over(self) -> None:
         """Give the gradients to the optimizer's parameters, in fp32."""
-        while self.gradients:
-            master, gradient = self.gradients.popitem()
+        while self._gradients:
+            master, gradient = self._gradients.popitem()
             master.grad = gradient.float()
 
     def discard(self) -> None:
         """Clear the gradients; the step is over."""
-        self.gradients.clear()
+        self._gradients.clear()
+        for master in self._masters.values():
+            master.grad = None
         self._in_step = False
 
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters and their states."""
+        for name, master in self._masters.items():
+            yield f"model.{name}", self._located(name, master.detach())
+            for state, values in self._states[name].items():
+                yield f"optimizer.{state}.{name}", self._located(name, values)
 
-def put_in_place(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-    """Let ``model`` compute with ``parameters`` in the place of those that bear their names."""
-    for name, parameter in parameters.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, parameter)
+    def _located(self, name: str, values: Tensor) -> Tensor:
+        spec = self.specs[name]
+        return as_global(spec, values, 0) if spec.is_split else values
+
+    def parameter_pieces(self) -> Iterator[NamedPiece]:
+        """Yield the fp32 parameters."""
+        for name, master in self._masters.items():
+            yield from ((name, offset, values) for offset, values in self.specs[name].pieces(master.detach().view(-1)))
 
 
 def _take(master: nn.Parameter | None, gradients: dict[nn.Parameter, Tensor]) -> Callable[[nn.Parameter], None]:
-    """Return what to do with a finished gradient: keep the first, add others in fp32.
+    """Return the hook of a finished gradient: it keeps the first and adds others in fp32.
 
-    The hook must hold neither its own parameter (``master`` is None where that is the optimizer's too) nor what holds
-    it: Python does not see that circle, and would never free it.
+    The hook must hold neither its own parameter (``master`` is None where that is the optimizer's too) nor an object
+    that holds the parameter: Python does not see that cycle and would never free it.
     """
 
     def take(parameter: nn.Parameter) -> None:

@@ -11,11 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fusiontree.engines.base import StepInputs, StepOutputs, StepResult
-from fusiontree.engines.layout_mixin import LayoutMixin
-from fusiontree.engines.loss_scale import LossScale
-from fusiontree.engines.nonfinite_watch import GradientWatch
-from fusiontree.engines.parameters.flat_slice import FlatSlice, stage3_slices, stage12_slices
-from fusiontree.engines.step import run_model
+from fusiontree.engines.common import PRECISION, CommonEngine
+from fusiontree.engines.parameters.flat_slice import FlatSlice
 from fusiontree.engines.zero.deepspeed_setup import (
     ParallelGroups,
     check_report,
@@ -23,10 +20,10 @@ from fusiontree.engines.zero.deepspeed_setup import (
     reduces_itself,
     start_deepspeed,
 )
+from fusiontree.engines.zero.flat_slices import stage3_slices, stage12_slices
 from fusiontree.engines.zero.gather import gather_ahead, gather_in
 from fusiontree.engines.zero.reduce import GradientReduction
 from fusiontree.optim.build import build_optimizer, fill_states, new_states, parameter_groups
-from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.global_tensor import GlobalTensor
 from fusiontree.parallel.layout import Layout
@@ -34,7 +31,7 @@ from fusiontree.parallel.shard_groups import DistributedModel, ShardGroup, shard
 from fusiontree.training.config import TrainingConfig
 
 
-class ZeroEngine(LayoutMixin):
+class ZeroEngine(CommonEngine):
     """Trains a model under DeepSpeed ZeRO.
 
     DeepSpeed reduces, clips and steps; which precision the forward sees is ours (see :mod:`zero_setup`). Under stage 3
@@ -50,7 +47,6 @@ class ZeroEngine(LayoutMixin):
         stage: int,
         materialize: Callable[[ShardGroup], None],
         decays: Callable[[str, nn.Parameter], bool],
-        compute_dtype: torch.dtype,
         training: TrainingConfig,
         parallel: ParallelConfig,
     ) -> None:
@@ -62,22 +58,18 @@ class ZeroEngine(LayoutMixin):
             stage: 1 | 2 | 3.
             materialize: gives a group memory and initial values.
             decays: tells from name and parameter whether weight decay applies.
-            compute_dtype: what the forward sees, except groups that stay in fp32.
-            training: optimizer and clipping.
+            training: precision of the forward pass, optimizer and clipping.
             parallel: what waits in CPU memory, and which parameters stage 3 keeps gathered.
         """
-        super().__init__(layout)
-        self.module: Any = model.module
-        self.specs = specs = model.specs
+        super().__init__(model, layout, training)
         self.stage, self._offload = stage, parallel.offload
-        self._spec = OPTIMIZERS.get(training.optimizer.name)
         self._deepspeed = start_deepspeed(layout)
         config = deepspeed_config(
             stage,
             max_grad_norm=training.max_grad_norm,
             offload=self._offload,
             zero3_persistence_threshold=parallel.zero3_persistence_threshold,
-            largest=max(math.prod(spec.local_shape) for spec in specs.values()),
+            largest=max(math.prod(spec.local_shape) for spec in self.specs.values()),
             block=max(sum(p.numel() for p in block.parameters()) for block in self.module.layers),
             pin_memory=layout.device.type == "cuda",
         )
@@ -85,7 +77,7 @@ class ZeroEngine(LayoutMixin):
         for groups in shard_groups_leaves_first(model):
             materialize(groups[-1])
             for group in groups:
-                dtype = torch.float32 if group.keep_fp32 else compute_dtype
+                dtype = torch.float32 if group.keep_fp32 else PRECISION[training.precision]
                 for name, _ in group.named_parameters():
                     dtypes.setdefault(name, dtype)
             if stage == 3:
@@ -117,9 +109,8 @@ class ZeroEngine(LayoutMixin):
             self._flats = self._zero.single_partition_of_fp32_groups
             self._parts = list(stage12_slices(self._zero, names, layout.dp_cp_rank))
         for flat in self._flats:
-            fill_states(self._zero.optimizer, flat, new_states(self._spec, flat))
-        self.loss_scale = LossScale() if compute_dtype == torch.float16 else None
-        self._watch = GradientWatch(self.module.embed)
+            fill_states(self._zero.optimizer, flat, new_states(self.optimizer_spec, flat))
+        self._watch_gradients()
 
     def _partition(self, group: ShardGroup, config: dict[str, Any]) -> None:
         for name, parameter in group.named_parameters():
@@ -176,21 +167,22 @@ class ZeroEngine(LayoutMixin):
 
     def forward(self, inputs: StepInputs) -> StepOutputs:
         """Run the model on one micro batch."""
-        return run_model(self._engine, inputs, self.layout)
+        return self._call(self._engine, inputs)
 
     @torch.no_grad()
     def evaluate(self, inputs: StepInputs) -> Tensor:
         """Return the summed cross entropy of this rank's tokens."""
         self._engine.eval()
-        loss_sum = run_model(self._engine, inputs, self.layout).loss_sum
+        loss_sum = self._call(self._engine, inputs).loss_sum
         self._engine.train()
         return loss_sum
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss``; gradients are reduced in fp32 over the ranks."""
         self._engine.set_gradient_accumulation_boundary(last)
-        if self.loss_scale:
-            self._zero.override_loss_scale(self.loss_scale.scale)
+        scale = self._adapted_scale()
+        if scale is not None:
+            self._zero.override_loss_scale(scale)
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepResult:
@@ -201,14 +193,10 @@ class ZeroEngine(LayoutMixin):
         skipped_before = self._engine.skipped_steps
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
-        why = f"overflow at loss scale {self.loss_scale.scale}" if self.loss_scale else "non-finite gradient norm"
         left_out = self._engine.skipped_steps != skipped_before  # DeepSpeed leaves out non-finite steps by itself
         assert left_out or math.isfinite(norm), "DeepSpeed applied a gradient that is not finite"
-        result = StepResult(lambda: math.nan if left_out else norm, unless_finite=why)
-        if self.loss_scale:
-            self.loss_scale.update(overflow=result.skipped is not None)
         self._watch.end_step()
-        return result
+        return self._result(lambda: math.nan if left_out else norm)
 
     def discard(self) -> None:
         """Clear the gradient."""
@@ -228,10 +216,6 @@ class ZeroEngine(LayoutMixin):
         """True when master weights and moments wait in CPU memory."""
         return bool(self._engine.zero_use_cpu_optimizer())
 
-    def finite_passes(self) -> list[bool]:
-        """Return for each micro batch of the last step whether this rank's own gradient was finite."""
-        return self._watch.finite()
-
     def parameter_pieces(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
         """Yield name, offset and values of this rank's part of each parameter."""
         for part in self._parts:
@@ -250,26 +234,18 @@ class ZeroEngine(LayoutMixin):
             shape = self.specs[part.name].global_shape
             for kind, flat in (
                 ("model", master.detach()),
-                *((f"optimizer.{name}", state[name]) for name in self._spec.states),
+                *((f"optimizer.{name}", state[name]) for name in self.optimizer_spec.states),
             ):
                 tensors[f"{kind}.{part.name}"] = GlobalTensor(shape, self._pieces(part, flat), flat.dtype, flat.device)
         return tensors
 
-    def state_values(self) -> dict[str, Any]:
-        """Optimizer step count and loss scale."""
-        values: dict[str, Any] = {"optimizer_step": int(self._zero.optimizer.state[self._flats[0]]["step"])}
-        if self.loss_scale:
-            values["loss_scale"] = {"scale": self.loss_scale.scale, "good_steps": self.loss_scale.good_steps}
-        return values
+    def _step_counts(self) -> list[Tensor]:
+        return [self._zero.optimizer.state[flat]["step"] for flat in self._flats]
 
     @torch.no_grad()
     def load_state_values(self, values: dict[str, Any]) -> None:
         """Take back :meth:`state_values`, and bring the loaded master weights to the forward's copies of them."""
-        for flat in self._flats:
-            self._zero.optimizer.state[flat]["step"].fill_(values["optimizer_step"])
-        if self.loss_scale and "loss_scale" in values:
-            self.loss_scale.scale = values["loss_scale"]["scale"]
-            self.loss_scale.good_steps = values["loss_scale"]["good_steps"]
+        super().load_state_values(values)
         if self.stage < 3:
             self._zero.update_lp_params()
             return
