@@ -27,7 +27,8 @@ from fusiontree.utils.errors import UserError
 from fusiontree.utils.flight_record import flight_record
 
 if TYPE_CHECKING:
-    from fusiontree.data.loader import TrainingData, ValidationData
+    from fusiontree.data.loader import TrainingData
+    from fusiontree.data.validation import ValidationData
     from fusiontree.engines.base import Engine
     from fusiontree.parallel.layout import Layout
     from fusiontree.supervision.run_lock import RunLock
@@ -114,8 +115,11 @@ def check_data(config: Config) -> None:
         UserError: one is missing, empty, or made with another tokenizer than the model's vocabulary allows.
     """
     from fusiontree.data.loader import TrainingData
+    from fusiontree.data.validation import ValidationData
 
-    TrainingData.for_training(config.data, config.training, config.model.vocab_size)
+    data, training, vocab_size = config.data, config.training, config.model.vocab_size
+    sources = TrainingData.for_training(data, training, vocab_size).sources
+    ValidationData.for_training(data, training, vocab_size, 0, 1, sources)
 
 
 def train(config: Config) -> int:
@@ -149,29 +153,19 @@ def train(config: Config) -> int:
     return 75 if outcome is Outcome.INTERRUPTED else 0
 
 
-def open_data(config: Config, layout: Layout) -> tuple[TrainingData, ValidationData | None]:
+def open_data(config: Config, layout: Layout) -> tuple[TrainingData, dict[str, ValidationData]]:
     """Open this rank's part of the training data, and of the validation data if the run validates.
 
     Raises:
         UserError: a dataset is missing or does not fit the model or the other datasets.
     """
-    from fusiontree.data.loader import TrainingData, ValidationData
+    from fusiontree.data.loader import TrainingData
+    from fusiontree.data.validation import ValidationData
 
     training, vocab_size = config.training, config.model.vocab_size
-    train_data = TrainingData.for_training(config.data, training, vocab_size, layout.dp_rank, layout.dp_size)
-    if not (config.data.validation and training.validation.interval):
-        return train_data, None
-    validation_data = ValidationData(
-        config.data,
-        seq_len=training.seq_len,
-        micro_batch_size=training.micro_batch_size,
-        max_rows=training.validation.rows,
-        vocab_size=vocab_size,
-        dp_rank=layout.dp_rank,
-        dp_size=layout.dp_size,
-        training=train_data.sources,
-    )
-    return train_data, validation_data
+    ranks = (layout.dp_rank, layout.dp_size)
+    train_data = TrainingData.for_training(config.data, training, vocab_size, *ranks)
+    return train_data, ValidationData.for_training(config.data, training, vocab_size, *ranks, train_data.sources)
 
 
 @contextmanager
@@ -216,7 +210,7 @@ def build_trainer(
     layout: Layout,
     engine: Engine,
     train_data: TrainingData,
-    validation_data: ValidationData | None,
+    validation_data: dict[str, ValidationData],
     tokenizer_files: list[Path],
     lock: RunLock,
 ) -> Trainer:

@@ -71,7 +71,7 @@ def our_rows(path: str, seq_len: int, workers: int, vocab_size: int, cache: Path
         vocab_size=vocab_size,
     )
     for source in data.sources:
-        for number in range(len(source.info.shards)):
+        for number in range(len(source.shard_tokens)):
             source.fetch(number)  # warm: what is remote is in the cache before the clock starts
     for batch, _ in data.steps():
         yield sum(micro.input_ids_BS.numel() for micro in batch.micro_batches)

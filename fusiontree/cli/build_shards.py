@@ -1,4 +1,4 @@
-"""Text to token shards.
+"""Builds token shards from text.
 
 fusiontree data build --input FOLDER_OR_FILE … --output DIR --tokenizer byte|bpe:32000|tokenizer.json
 """
@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Turn text files, folders, JSONL (.gz, .zst) and Megatron corpora (.bin beside .idx; --tokenizer "
         "names the one that made them) into token shards that training and any WebDataset "
-        "reader can read. Repeating an interrupted command goes on where it was.",
+        "reader can read. An interrupted command continues when it is repeated.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -47,35 +47,35 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="F",
-        help="share of documents for DIR/validation, chosen by the hash of their text; the rest goes to DIR/train",
+        help="fraction of documents for DIR/validation, selected by the hash of their text; the rest goes to DIR/train",
     )
     add(
         "--shuffle",
         action="store_true",
-        help="put the documents in an order decided by --seed; DIR holds their text once more meanwhile",
+        help="shuffle the documents by --seed; during the build, DIR needs space for their text once more",
     )
     add("--remove-duplicates", action="store_true", help="keep only the first of documents with the same text")
-    add("--seed", type=int, default=0, help="decides the split and the shuffle (default 0)")
-    add("--shard-mb", type=float, default=64, metavar="MB", help="text in a shard (default 64)")
-    add("--processes", type=int, default=0, metavar="N", help="worker processes (default: one a core)")
+    add("--seed", type=int, default=0, help="seed of split and shuffle (default 0)")
+    add("--shard-mb", type=float, default=64, metavar="MB", help="megabytes of text per shard (default 64)")
+    add("--processes", type=int, default=0, metavar="N", help="worker processes (default: one per core)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build a dataset; return the exit code: 0 done, 2 the user gave something wrong or the disk failed."""
+    """Build a dataset; return the exit code: 0 done, 2 an input or option is wrong or the disk failed."""
     return run_program(build_parser, build, argv)
 
 
 def build(args: argparse.Namespace) -> int:
-    """Build as asked and print what came out; return the exit code of :func:`main`.
+    """Build the dataset and print its summary; return the exit code of :func:`main`.
 
     Raises:
-        UserError: something the user gave is wrong.
+        UserError: an input or option is wrong, or the disk failed.
     """
     if not args.input or not args.output:
         raise UserError("give --input and --output; see --help")
     if not 0 < args.shard_mb < 1e6:
-        raise UserError(f"--shard-mb {args.shard_mb} is no size of a shard; give megabytes of text, 64 say")
+        raise UserError(f"--shard-mb {args.shard_mb} is no size of a shard; give megabytes of text, for example 64")
     corpus = CorpusOptions(inputs=args.input, include=args.include, exclude=args.exclude, text_key=args.text_key)
     options = BuildOptions(
         corpus=corpus,
@@ -93,9 +93,9 @@ def build(args: argparse.Namespace) -> int:
         for split, info in build_dataset(options, report=lambda line: print(line, flush=True)).items():
             print_summary(args.output / split, info)
     except OSError as error:
-        # The disk is full, a file cannot be read: what is finished stays.
-        raise UserError(f"{error}; mend that and repeat the command to go on") from error
+        # The disk is full, or a file cannot be read; finished shards stay.
+        raise UserError(f"{error}; correct this and repeat the command to continue") from error
     except KeyboardInterrupt:
-        print("stopped; repeat the command to go on", file=sys.stderr)
+        print("stopped; repeat the command to continue", file=sys.stderr)
         return 130
     return 0

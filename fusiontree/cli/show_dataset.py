@@ -1,4 +1,4 @@
-"""What a dataset holds, and whether it is whole: ``fusiontree data inspect DIR`` and ``fusiontree data verify DIR``."""
+"""Shows and verifies datasets: ``fusiontree data inspect DIR`` and ``fusiontree data verify DIR``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fusiontree.utils.errors import UserError
 def inspect_parser() -> argparse.ArgumentParser:
     """Return the command line of ``data inspect``."""
     parser = argparse.ArgumentParser(
-        description="Show what a dataset holds, and a document as text.", allow_abbrev=False
+        description="Show the contents of a dataset, and a document as text.", allow_abbrev=False
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the dataset")
     parser.add_argument("--document", type=int, default=0, metavar="N", help="the document to show (default 0)")
@@ -31,28 +31,28 @@ def verify_parser() -> argparse.ArgumentParser:
 
 
 def inspect_main(argv: Sequence[str] | None = None) -> int:
-    """Show a dataset; return the exit code: 0 done, 2 the user gave something wrong."""
+    """Show a dataset; return the exit code: 0 done, 2 an option is wrong or there is no dataset."""
     return run_program(inspect_parser, lambda args: inspect(args.folder, args.document), argv)
 
 
 def verify_main(argv: Sequence[str] | None = None) -> int:
-    """Check a dataset; return the exit code: 0 whole, 1 damaged, 2 the user gave something wrong."""
+    """Check a dataset; return the exit code: 0 undamaged, 1 damaged, 2 there is no dataset."""
     return run_program(verify_parser, lambda args: verify(args.folder), argv)
 
 
 def print_summary(folder: Path, info: DatasetInfo) -> None:
-    """Print what a dataset holds."""
+    """Print a dataset's size, tokenizer and document lengths."""
     s = info.statistics
     print(
         f"\n{folder}: {info.documents:,} documents, {info.tokens:,} tokens in {len(info.shards)} shards ({info.dtype})"
     )
     print(f"  tokenizer {info.tokenizer.name}, vocabulary {info.tokenizer.vocab_size:,}, eos {info.tokenizer.eos_id}")
     if s["text_bytes"]:
-        print(f"  {s['text_bytes'] / 1e6:,.1f} MB of text, {s['text_bytes'] / info.tokens:.2f} bytes a token")
+        print(f"  {s['text_bytes'] / 1e6:,.1f} MB of text, {s['bytes_per_token']:.2f} bytes per token")
     if s.get("duplicates_removed"):
         print(f"  {s['duplicates_removed']:,} duplicates were removed")
     if "bigram_entropy_nats" in s:
-        print(f"  a byte given the byte before it: {s['bigram_entropy_nats']:.3f} nats")
+        print(f"  entropy of a byte given the previous byte: {s['bigram_entropy_nats']:.3f} nats")
     print("  document lengths in tokens:")
     histogram = s["length_histogram_log2"]
     widest = max(histogram)
@@ -70,7 +70,7 @@ def verify(folder: Path) -> int:
         print(f"{info.name}: {'ok' if not problems else f'{len(problems)} problems'}", flush=True)
         for problem in problems:
             print(f"  {problem}")
-    print("every shard is whole" if not damaged else f"{damaged} shards are damaged")
+    print("every shard is undamaged" if not damaged else f"{damaged} shards are damaged")
     return 1 if damaged else 0
 
 

@@ -1,6 +1,6 @@
 """Batches that the loader gives to training.
 
-Shape legend: B rows of a micro-batch, S tokens of a row, R rows of ``seq_len`` in a step.
+Shape legend: B rows of a micro-batch, S tokens of a row, R rows of ``seq_len`` in a step, P subrows of a row.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class RowsOfStep:
     def __init__(self, rows: int, seq_len: int, length: int) -> None:
         """Allocate ``rows`` rows of ``seq_len``, to be split into rows of ``length``; all rows are fillers at first."""
         assert seq_len % length == 0
-        self.length, self.pieces = length, seq_len // length
+        self.length, self.subrows = length, seq_len // length
         # One array per field; micro-batches are views, not copies.
         self._tensors_RS = [torch.empty(rows, seq_len, dtype=torch.int64) for _ in range(3)]
         self._arrays_RS = [tensor.numpy() for tensor in self._tensors_RS]
@@ -87,16 +87,16 @@ class RowsOfStep:
         row = self.place(index)
         row.input_ids_S[:] = 0
         row.labels_S[:] = IGNORED
-        row.positions_S.reshape(self.pieces, self.length)[:] = np.arange(self.length)
+        row.positions_S.reshape(self.subrows, self.length)[:] = np.arange(self.length)
 
     def micro_batches(self, size: int) -> list[MicroBatch]:
         """Return micro-batches of ``size`` rows of ``seq_len``, which are ``size * seq_len / length`` rows each."""
-        numbers_RP = np.asarray(self._numbers, np.int64)[:, None] + np.arange(self.pieces)
+        numbers_RP = np.asarray(self._numbers, np.int64)[:, None] + np.arange(self.subrows)
         numbers_RP[np.asarray(self._numbers) == FILLER] = FILLER
         columns = [
             *(tensor.view(-1, self.length) for tensor in self._tensors_RS),
             torch.from_numpy(numbers_RP.reshape(-1)),
-            torch.from_numpy(np.repeat(np.asarray(self._weights, np.float32), self.pieces)),
-            torch.from_numpy(np.repeat(np.asarray(self._sources, np.int16), self.pieces)),
+            torch.from_numpy(np.repeat(np.asarray(self._weights, np.float32), self.subrows)),
+            torch.from_numpy(np.repeat(np.asarray(self._sources, np.int16), self.subrows)),
         ]
-        return [MicroBatch(*parts) for parts in zip(*(c.split(size * self.pieces) for c in columns), strict=True)]
+        return [MicroBatch(*fields) for fields in zip(*(c.split(size * self.subrows) for c in columns), strict=True)]

@@ -2,32 +2,65 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Discriminator, Tag, model_validator
 
 from fusiontree.utils.settings import Section, setting
 
 
-class SourceConfig(Section):
+class DatasetConfig(Section):
+    """A dataset of any type."""
+
+    path: str = setting(..., "Folder or URL of the dataset; other types than shards say what it is.")
+    type: str = setting("shards", "Type of token source: shards, megatron, or a type that a plugin registers.")
+    options: dict[str, Any] = setting({}, "Options of this type.")
+
+
+class SourceConfig(DatasetConfig):
     """One of several datasets that are mixed."""
 
-    path: str = setting(..., "Folder or URL of the dataset.")
     weight: float = setting(
         ..., "Fraction of the rows, relative to the sum of all sources' weights.", gt=0, allow_inf_nan=False
     )
 
 
-class DataConfig(Section):
-    """Token shards made by ``fusiontree data build``.
+def _form(value: Any) -> str:
+    """Return the tag of the form in which ``data.validation`` is given; only its errors are then reported."""
+    if isinstance(value, DatasetConfig) or (isinstance(value, dict) and "path" in value):
+        return "<dataset>"
+    return "<named>" if isinstance(value, dict) else "<path>"
 
-    A dataset is a folder, a URL that fsspec knows (s3:// http:// https:// gs:// hf:// …), or
+
+Dataset = Annotated[
+    Annotated[str, Tag("<path>")] | Annotated[DatasetConfig, Tag("<dataset>")],
+    Discriminator(lambda value: _form(value).replace("<named>", "<dataset>")),
+]
+ValidationSets = Annotated[
+    Annotated[str, Tag("<path>")]
+    | Annotated[DatasetConfig, Tag("<dataset>")]
+    | Annotated[dict[str, Dataset], Tag("<named>")],
+    Discriminator(_form),
+]
+
+
+class DataConfig(Section):
+    """Token shards made by ``fusiontree data build``, or other token sources.
+
+    The path of a dataset is a folder, a URL that fsspec knows (s3:// http:// https:// gs:// hf:// …), or
     ``pipe:COMMAND`` with ``{name}`` where the command takes a file's name.
     """
 
-    train: str | list[SourceConfig] = setting(..., "Dataset folder or URL, or a list of {path, weight} to mix.")
-    validation: str | None = setting(None, "Held-out dataset for validation; must not be a training dataset.")
+    train: str | list[SourceConfig] = setting(
+        ..., "Dataset folder or URL, or a list of {path, weight, type, options} to mix."
+    )
+    validation: ValidationSets | None = setting(
+        None,
+        "Held-out dataset for validation, or a mapping from names to datasets; a dataset is a folder, a URL or {path, "
+        "type, options}. Must not be a training dataset.",
+    )
     num_workers: int = setting(1, "Threads that read ahead; 0: each step waits for its rows to be read.", ge=0)
     prefetch_steps: int = setting(4, "Number of steps to read ahead.", unit="steps", ge=1)
     shuffle: bool = setting(True, "Shuffle the rows by training.seed; false keeps the shards' order.")
@@ -61,6 +94,13 @@ class DataConfig(Section):
         return [SourceConfig(path=self.train, weight=1.0)] if isinstance(self.train, str) else self.train
 
     @property
+    def validation_sets(self) -> dict[str, DatasetConfig]:
+        """The validation datasets by name, in order; the name of an unnamed dataset is empty."""
+        given = self.validation
+        named: dict[str, str | DatasetConfig] = given if isinstance(given, dict) else {"": given} if given else {}
+        return {name: DatasetConfig(path=d) if isinstance(d, str) else d for name, d in named.items()}
+
+    @property
     def cache_folder(self) -> Path:
         """``cache_dir`` with ``~`` expanded."""
         return Path(self.cache_dir).expanduser()
@@ -69,15 +109,18 @@ class DataConfig(Section):
     def _check(self) -> Self:
         if not self.sources:
             raise ValueError("train is an empty list; name a dataset folder")
-        paths = [source.path.rstrip("/") for source in self.sources]
-        for path in paths:
-            if not path:
+        trained = [(d.path.rstrip("/"), d.type, d.options) for d in self.sources]
+        for source in trained:
+            if not source[0]:
                 raise ValueError("train names no dataset; give its folder")
-            if paths.count(path) > 1:
-                raise ValueError(f"train lists '{path}' twice; list it once with the sum of the weights")
-        if self.validation is not None and self.validation.rstrip("/") in paths:
-            raise ValueError(f"validation '{self.validation}' is trained on; hold out another dataset")
-        for path in [*paths, self.validation or ""]:
+            if trained.count(source) > 1:
+                raise ValueError(f"train lists '{source[0]}' twice; list it once with the sum of the weights")
+        for name, dataset in self.validation_sets.items():
+            if not re.fullmatch(r"[\w.-]*", name) or (isinstance(self.validation, dict) and not name):
+                raise ValueError(f"validation set '{name}': use letters, digits and the characters _ . - in its name")
+            if (dataset.path.rstrip("/"), dataset.type, dataset.options) in trained:
+                raise ValueError(f"validation '{dataset.path}' is trained on; hold out another dataset")
+        for path in [d.path for d in (*self.sources, *self.validation_sets.values())]:
             if not path.startswith("pipe:"):
                 continue
             if not self.allow_pipe:

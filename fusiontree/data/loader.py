@@ -1,7 +1,8 @@
 """Training batches.
 
 The rows of a step depend only on seed, step and batch size; ranks and workers only divide the reading. Every step takes
-``global_batch_size`` rows of ``seq_len`` from the order; a curriculum stage of shorter rows splits each of them.
+``global_batch_size`` rows of ``seq_len`` from the order; a curriculum stage of shorter rows splits each of them into
+subrows.
 """
 
 from __future__ import annotations
@@ -15,15 +16,13 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from fusiontree.data.assemble import WantedRow, one_tokenizer, read_rows
 from fusiontree.data.batch import RowsOfStep, StepBatch
 from fusiontree.data.config import DataConfig
 from fusiontree.data.mixture import Mixture
-from fusiontree.data.order import RowOrder
-from fusiontree.data.prefetch import ShardPrefetcher
-from fusiontree.data.rows import RowReader
-from fusiontree.data.schedule import LengthSchedule
-from fusiontree.data.sources import RemoteSource, Source, open_source
+from fusiontree.data.order import LengthSchedule, RowOrder
+from fusiontree.data.rows import RowReader, WantedRow, read_rows
+from fusiontree.data.sources.base import TokenSource, common_tokenizer, open_source
+from fusiontree.data.sources.prefetch import ShardPrefetcher
 from fusiontree.data.state import DataState, Order, SourceIdentity
 from fusiontree.data.validation import ValidationData
 from fusiontree.data.workers import OrderedWorkers
@@ -35,8 +34,6 @@ __all__ = ["TrainingData", "ValidationData"]
 
 log = logging.getLogger(__name__)
 
-_OPEN_SHARDS = 192
-"""Shards kept open over all datasets; each takes up to three file descriptors, of usually 1,024 per process."""
 _FETCH_THREADS = 2
 _AHEAD_BYTES = 1 << 30
 """Maximum bytes of steps read ahead; overrides ``prefetch_steps``."""
@@ -80,22 +77,21 @@ class TrainingData:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.lengths = LengthSchedule(seq_len, curriculum)
-        self.sources: list[Source] = [open_source(s.path, config) for s in config.sources]
-        self.tokenizer = one_tokenizer(self.sources)
-        kept = max(4, min(2 * config.shuffle_shards, _OPEN_SHARDS // len(self.sources)))
-        self.readers = [RowReader(source, seq_len, vocab_size, open_shards=kept) for source in self.sources]
+        self.sources: list[TokenSource] = [open_source(dataset, config) for dataset in config.sources]
+        self.tokenizer = common_tokenizer(self.sources)
+        self.readers = [RowReader(source, seq_len, vocab_size) for source in self.sources]
         self.mixture = Mixture([source.weight for source in config.sources], seed)
         self.orders = [
             RowOrder(
                 reader.rows_of_shards,
                 seed=stable_hash("source", seed, index),
-                block=config.shuffle_shards,
+                group_size=config.shuffle_shards,
                 shuffle=config.shuffle,
             )
             for index, reader in enumerate(self.readers)
         ]
         identities = (
-            SourceIdentity(source.place, given.weight, source.info.fingerprint, reader.rows)
+            SourceIdentity(source.place, given.weight, source.fingerprint, reader.rows)
             for given, source, reader in zip(config.sources, self.sources, self.readers, strict=True)
         )
         self.order = Order(seed, seq_len, config.shuffle, config.shuffle_shards, tuple(identities))
@@ -128,9 +124,9 @@ class TrainingData:
         """Check that the cache can hold all shards that are read at the same time."""
         together = self.config.shuffle_shards if self.config.shuffle else 1
         need = sum(
-            sum(sorted(map(source.bytes, range(len(source.info.shards))))[-together:])
+            sum(sorted(map(source.cache_bytes, range(len(source.shard_tokens))))[-together:])
             for source in self.sources
-            if isinstance(source, RemoteSource)
+            if source.cached
         )
         if need > self.config.cache_size_gib * 2**30:
             raise UserError(
@@ -138,6 +134,11 @@ class TrainingData:
                 f"total, and data.cache_size_gib is {self.config.cache_size_gib}; raise it, lower "
                 f"data.shuffle_shards or build smaller shards"
             )
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all datasets."""
+        return sum(sum(source.shard_tokens) for source in self.sources)
 
     @property
     def fingerprint(self) -> str:
@@ -166,7 +167,7 @@ class TrainingData:
         self._recent.append(self._position)
         self._asked_row = self._position.row
         skipped_here = self._position.skipped_rows
-        threads = _FETCH_THREADS if self.config.prefetch_shards and any(s.remote for s in self.sources) else 0
+        threads = _FETCH_THREADS if self.config.prefetch_shards and any(s.cached for s in self.sources) else 0
         with ShardPrefetcher(self._shards_ahead, threads) as prefetcher:
             workers = OrderedWorkers(
                 self._read_step,
@@ -204,13 +205,12 @@ class TrainingData:
             known = f"{self._recent[0].number} to {self._recent[-1].number - 1}" if self._recent else "none"
             raise ValueError(f"row {number} is not one of the last two steps', {known}")
         before, after = steps[0]
-        pieces = (after.number - before.number) // (after.row - before.row)
-        row, piece = divmod(number - before.number, pieces)
+        subrows = (after.number - before.number) // (after.row - before.row)
+        row, subrow = divmod(number - before.number, subrows)
         source = self.mixture.source(before.row + row)
         _, place = self.orders[source].place(self.mixture.rows_before(before.row + row)[source])
-        shard = self.sources[source].info.shards[place.shard].name
-        first = place.row * self.seq_len + piece * (self.seq_len // pieces)
-        return f"row {number} ({self.sources[source].place}/{shard}, from token {first})"
+        first = place.row * self.seq_len + subrow * (self.seq_len // subrows)
+        return f"row {number} ({self.sources[source].shard_name(place.shard)}, from token {first})"
 
     def count_skipped(self, rows: int) -> None:
         """Add the last step's number of skipped rows, over all ranks, to its state.
@@ -239,26 +239,26 @@ class TrainingData:
             position = self._after(position)
 
     def _after(self, position: DataState) -> DataState:
-        pieces = self.seq_len // self.stage_length(position.step + 1)
+        subrows = self.seq_len // self.stage_length(position.step + 1)
         rows = self.global_batch_size
-        return DataState(position.step + 1, position.row + rows, position.number + rows * pieces)
+        return DataState(position.step + 1, position.row + rows, position.number + rows * subrows)
 
     def _read_step(self, before: DataState) -> tuple[StepBatch, DataState]:
         """Read this rank's part of the step after ``before``; depends on no other state of the loader."""
         share = -(-self.global_batch_size // self.dp_size)
         # Ranks with fewer rows compute fillers: all ranks must take part in every micro-batch.
-        passes = -(-share // self.micro_batch_size)
+        slots = -(-share // self.micro_batch_size) * self.micro_batch_size
         length = self.stage_length(before.step + 1)
-        rows = RowsOfStep(passes * self.micro_batch_size, self.seq_len, length)
-        wanted = self._wanted(before, rows.pieces)
+        rows = RowsOfStep(slots, self.seq_len, length)
+        wanted = self._wanted(before, rows.subrows)
         damages, tokens_hash = read_rows(rows, wanted, self.readers, self.config.on_damage)
-        for index in range(len(wanted), passes * self.micro_batch_size):
+        for index in range(len(wanted), slots):
             rows.blank(index)
         micro_batches = rows.micro_batches(self.micro_batch_size)
         batch = StepBatch(micro_batches, length, len(damages), 0.0, tokens_hash=tokens_hash, damage=tuple(damages))
         return batch, self._after(before)
 
-    def _wanted(self, before: DataState, pieces: int) -> list[WantedRow]:
+    def _wanted(self, before: DataState, subrows: int) -> list[WantedRow]:
         """Return this rank's rows of the global batch after ``before``."""
         share = -(-self.global_batch_size // self.dp_size)
         mine = range(self.dp_rank * share, min((self.dp_rank + 1) * share, self.global_batch_size))
@@ -268,26 +268,26 @@ class TrainingData:
             source = self.mixture.source(before.row + offset)
             place = self.orders[source].place(counts[source])[1]
             counts[source] += 1
-            wanted.append(WantedRow(index, before.number + offset * pieces, source, place))
+            wanted.append(WantedRow(index, before.number + offset * subrows, source, place))
         return wanted
 
-    def _shards_ahead(self) -> list[tuple[Source, int]]:
+    def _shards_ahead(self) -> list[tuple[TokenSource, int]]:
         """List the shards in use, followed by the next shards in order, as far as the cache can hold them."""
         counts = self.mixture.rows_before(self._asked_row)
-        now: list[tuple[RemoteSource, int]] = []
-        later: list[tuple[RemoteSource, int]] = []
+        now: list[tuple[TokenSource, int]] = []
+        later: list[tuple[TokenSource, int]] = []
         for source, order, count in zip(self.sources, self.orders, counts, strict=True):
-            if isinstance(source, RemoteSource):
+            if source.cached:
                 groups = order.shards_from(count)
                 now += [(source, shard) for shard in next(groups)]
                 following = (shard for group in groups for shard in group)
                 later += [(source, shard) for shard in islice(following, self.config.prefetch_shards)]
-        # Reserve twice the size of the shards in use: rows read ahead may belong to the next block while other ranks
-        # and workers still read the current block.
-        left = self.config.cache_size_gib * 2**30 - 2 * sum(source.bytes(shard) for source, shard in now)
-        fitting: dict[tuple[Source, int], None] = dict.fromkeys(now)
+        # Reserve twice the size of the shards in use: rows read ahead may belong to the next shuffle group while other
+        # ranks and workers still read the current group.
+        left = self.config.cache_size_gib * 2**30 - 2 * sum(source.cache_bytes(shard) for source, shard in now)
+        fitting = dict.fromkeys(now)
         for source, shard in later:
-            left -= source.bytes(shard)
+            left -= source.cache_bytes(shard)
             if left < 0:
                 break
             fitting[source, shard] = None

@@ -60,19 +60,19 @@ class RowPlace:
 
 
 @dataclass(frozen=True)
-class _Block:
+class _ShuffleGroup:
     """Shards whose rows are shuffled together."""
 
     shards: np.ndarray
     ends: np.ndarray
-    """Cumulative number of rows at the end of each shard of the block."""
+    """Cumulative number of rows at the end of each shard of the group."""
     permutation: Permutation | None
 
 
 class _Epoch:
-    """Order of the shards in one epoch, and the ends of its blocks; stores nothing per row."""
+    """Order of the shards in one epoch, and the ends of its shuffle groups; stores nothing per row."""
 
-    def __init__(self, rows: np.ndarray, seed: int, epoch: int, block: int, shuffle: bool) -> None:
+    def __init__(self, rows: np.ndarray, seed: int, epoch: int, group_size: int, shuffle: bool) -> None:
         count = len(rows)
         self.seed, self.epoch, self.shuffle = seed, epoch, shuffle
         self.shards = np.arange(count)
@@ -80,75 +80,75 @@ class _Epoch:
             keys = [stable_hash("shards", seed, epoch, shard) for shard in range(count)]
             self.shards = np.argsort(np.asarray(keys, dtype=np.uint64), kind="stable")
         self.sums = np.cumsum(rows[self.shards])
-        # Blocks of nearly equal size: a last block of a single shard would not be mixed with other shards.
-        blocks = -(-count // block)
-        self.firsts = [index * count // blocks for index in range(blocks + 1)]
-        self.block_ends = self.sums[np.asarray(self.firsts[1:]) - 1].tolist()
-        self._blocks: dict[int, _Block] = {}
+        # Groups of nearly equal size: a last group of a single shard would not be mixed with other shards.
+        groups = -(-count // group_size)
+        self.firsts = [index * count // groups for index in range(groups + 1)]
+        self.group_ends = self.sums[np.asarray(self.firsts[1:]) - 1].tolist()
+        self._groups: dict[int, _ShuffleGroup] = {}
 
-    def first_row(self, block: int) -> int:
-        return self.block_ends[block - 1] if block else 0
+    def first_row(self, group: int) -> int:
+        return self.group_ends[group - 1] if group else 0
 
-    def block(self, number: int) -> _Block:
-        found = self._blocks.get(number)
+    def group(self, number: int) -> _ShuffleGroup:
+        found = self._groups.get(number)
         if found is None:
             first, last = self.firsts[number], self.firsts[number + 1]
-            begin, size = self.first_row(number), self.block_ends[number] - self.first_row(number)
+            begin, size = self.first_row(number), self.group_ends[number] - self.first_row(number)
             key = stable_hash("rows", self.seed, self.epoch, number)
             permutation = Permutation(size, key) if self.shuffle and size else None
-            found = _Block(self.shards[first:last], self.sums[first:last] - begin, permutation)
-            if len(self._blocks) > 8:
-                self._blocks.clear()
-            self._blocks[number] = found
+            found = _ShuffleGroup(self.shards[first:last], self.sums[first:last] - begin, permutation)
+            if len(self._groups) > 8:
+                self._groups.clear()
+            self._groups[number] = found
         return found
 
 
 class RowOrder:
     """Visits every row of every shard once per epoch, in a different order each epoch.
 
-    Shards are shuffled and divided into blocks; the rows of a block are shuffled together. So reads stay within a few
+    Shards are shuffled and divided into groups; the rows of a group are shuffled together. So reads stay within a few
     shards for a long time, and neighbouring rows of a batch come from different documents. Thread-safe: the only state
     is a cache of values that can be recomputed.
     """
 
-    def __init__(self, rows_of_shards: Sequence[int], *, seed: int, block: int, shuffle: bool) -> None:
+    def __init__(self, rows_of_shards: Sequence[int], *, seed: int, group_size: int, shuffle: bool) -> None:
         """Prepare the order.
 
         Args:
             rows_of_shards: number of rows of each shard; at least one must be positive.
             seed: determines the order.
-            block: maximum number of shards per block.
+            group_size: maximum number of shards whose rows are shuffled together.
             shuffle: False visits shards and rows in stored order.
         """
         self.rows = np.asarray(rows_of_shards, dtype=np.int64)
         self.total = int(self.rows.sum())
         assert self.total > 0
-        self._seed, self._block, self._shuffle = seed, block, shuffle
+        self._seed, self._group_size, self._shuffle = seed, group_size, shuffle
         self._epochs: dict[int, _Epoch] = {}
 
     def place(self, index: int) -> tuple[int, RowPlace]:
         """Return the epoch and the place of the row with index ``index`` in the order over all epochs."""
         number, index = divmod(index, self.total)
         epoch = self._epoch(number)
-        which = bisect_right(epoch.block_ends, index)
-        block = epoch.block(which)
+        which = bisect_right(epoch.group_ends, index)
+        group = epoch.group(which)
         inside = index - epoch.first_row(which)
-        if block.permutation is not None:
-            inside = block.permutation[inside]
-        slot = int(np.searchsorted(block.ends, inside, side="right"))
-        return number, RowPlace(int(block.shards[slot]), inside - (int(block.ends[slot - 1]) if slot else 0))
+        if group.permutation is not None:
+            inside = group.permutation[inside]
+        slot = int(np.searchsorted(group.ends, inside, side="right"))
+        return number, RowPlace(int(group.shards[slot]), inside - (int(group.ends[slot - 1]) if slot else 0))
 
     def shards_from(self, index: int) -> Iterator[list[int]]:
         """Yield groups of shards in the order in which rows from ``index`` on need them, without end.
 
-        The shards of a group are needed at the same time: a block if rows are shuffled, else a single shard.
+        The shards of a group are needed at the same time: a shuffle group if rows are shuffled, else a single shard.
         """
         number, index = divmod(index, self.total)
         while True:
             epoch = self._epoch(number)
             if self._shuffle:
-                for which in range(bisect_right(epoch.block_ends, index), len(epoch.block_ends)):
-                    yield [int(shard) for shard in epoch.block(which).shards if self.rows[shard]]
+                for which in range(bisect_right(epoch.group_ends, index), len(epoch.group_ends)):
+                    yield [int(shard) for shard in epoch.group(which).shards if self.rows[shard]]
             else:
                 first = int(np.searchsorted(epoch.sums, index, side="right"))
                 for shard in range(first, len(self.rows)):
@@ -159,7 +159,42 @@ class RowOrder:
     def _epoch(self, number: int) -> _Epoch:
         epoch = self._epochs.get(number)
         if epoch is None:
-            epoch = _Epoch(self.rows, self._seed, number, self._block, self._shuffle)
+            epoch = _Epoch(self.rows, self._seed, number, self._group_size, self._shuffle)
             kept = {n: e for n, e in list(self._epochs.items()) if abs(n - number) == 1}
             self._epochs = kept | {number: epoch}
         return epoch
+
+
+class LengthSchedule:
+    """The length curriculum: row length by step; after the last stage it is ``seq_len``.
+
+    A stage of shorter rows splits each row of ``seq_len`` into subrows. So it changes neither the number of tokens per
+    step nor the order of the text, and every epoch visits every row once even if a stage ends within the epoch.
+    """
+
+    def __init__(self, seq_len: int, stages: Sequence[Sequence[int]] | None) -> None:
+        """Prepare.
+
+        Args:
+            seq_len: final length of a row.
+            stages: ``[row length, steps]`` each.
+
+        Raises:
+            ValueError: a stage's length does not divide ``seq_len``, or a stage has less than one step.
+        """
+        self.seq_len = seq_len
+        self.stages = [(int(length), int(steps)) for length, steps in stages or []]
+        for length, steps in self.stages:
+            if length < 2 or steps < 1 or seq_len % length:
+                raise ValueError(
+                    f"curriculum stage [{length}, {steps}] needs a length of at least 2 that divides seq_len "
+                    f"{seq_len}, and at least one step"
+                )
+
+    def length(self, step: int) -> int:
+        """Return the row length of a step; the first step is 1."""
+        for length, steps in self.stages:
+            if step <= steps:
+                return length
+            step -= steps
+        return self.seq_len

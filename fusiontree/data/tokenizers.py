@@ -160,6 +160,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
     backend.save(str(output))
 
 
+def open_tokenizer(name: str, eos: str | None = None) -> Tokenizer:
+    """Return the tokenizer ``byte``, or the tokenizer in the ``tokenizer.json`` at path ``name``.
+
+    Raises:
+        UserError: the file is missing or not a tokenizer, or no end-of-document token is found.
+    """
+    return ByteTokenizer() if name == "byte" else HuggingFaceTokenizer(Path(name), eos=eos)
+
+
 def tokenizer_of(info: TokenizerInfo, folder: Path) -> Tokenizer:
     """Return the tokenizer that ``info`` describes; its file, if any, is in ``folder``.
 
@@ -180,7 +189,7 @@ def save_tokenizer(info: TokenizerInfo, source: Path, folder: Path) -> list[Path
 
     Args:
         info: the tokenizer.
-        source: folder that contains its file, if any.
+        source: the tokenizer's file, or the folder that contains it; not used if it has none.
         folder: to write to.
     """
     written = [folder / TOKENIZER_INFO]
@@ -188,7 +197,7 @@ def save_tokenizer(info: TokenizerInfo, source: Path, folder: Path) -> list[Path
         json.dump(asdict(info), file, indent=1)
     if info.file:
         written.append(folder / info.file)
-        shutil.copyfile(source / info.file, written[1])
+        shutil.copyfile(source / info.file if source.is_dir() else source, written[1])
     return written
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 
-from fusiontree.data.assemble import WantedRow, one_tokenizer, read_rows
 from fusiontree.data.batch import MicroBatch, RowsOfStep
 from fusiontree.data.config import DataConfig
 from fusiontree.data.order import RowOrder
-from fusiontree.data.rows import RowReader
-from fusiontree.data.sources import Source, open_source
+from fusiontree.data.rows import RowReader, WantedRow, read_rows
+from fusiontree.data.sources.base import TokenSource, common_tokenizer, open_source
 from fusiontree.data.workers import OrderedWorkers
+from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 class ValidationData:
-    """Rows of the held-out split, spread evenly over it; the same rows in every validation."""
+    """Rows of a held-out dataset, spread evenly over it; the same rows in every validation."""
 
     def __init__(
         self,
@@ -30,9 +31,10 @@ class ValidationData:
         vocab_size: int,
         dp_rank: int = 0,
         dp_size: int = 1,
-        training: Sequence[Source] = (),
+        training: Sequence[TokenSource] = (),
+        name: str | None = None,
     ) -> None:
-        """Open the split.
+        """Open the dataset.
 
         Args:
             config: the ``data`` section, with ``validation`` set.
@@ -42,16 +44,17 @@ class ValidationData:
             vocab_size: of the model.
             dp_rank: part of the rows to read.
             dp_size: number of parts.
-            training: the training datasets, none of which may equal the split.
+            training: the training datasets, none of which may equal this one.
+            name: one of ``config.validation_sets``; None means the first.
 
         Raises:
-            UserError: the split is missing or empty, has another tokenizer, or is one of the training datasets.
+            UserError: the dataset is missing or empty, has another tokenizer, or is one of the training datasets.
         """
-        assert config.validation is not None
-        self.source = open_source(config.validation, config)
-        one_tokenizer([*training[:1], self.source])
+        datasets = config.validation_sets
+        self.source = open_source(datasets[next(iter(datasets)) if name is None else name], config)
+        common_tokenizer([*training[:1], self.source])
         for other in training:
-            if other.info.fingerprint == self.source.info.fingerprint:
+            if other.fingerprint == self.source.fingerprint:
                 raise UserError(
                     f"data.validation '{self.source.place}' holds the same documents as data.train '{other.place}'; "
                     f"hold out another dataset"
@@ -61,7 +64,60 @@ class ValidationData:
         self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
         self.rows = min(max_rows or self.reader.rows, self.reader.rows)
         self.skipped_rows = 0
-        self._order = RowOrder(self.reader.rows_of_shards, seed=0, block=1, shuffle=False)
+        self._order = RowOrder(self.reader.rows_of_shards, seed=0, group_size=1, shuffle=False)
+
+    @classmethod
+    def for_training(
+        cls,
+        config: DataConfig,
+        training: TrainingConfig,
+        vocab_size: int,
+        dp_rank: int,
+        dp_size: int,
+        sources: Sequence[TokenSource],
+    ) -> dict[str, ValidationData]:
+        """Open the validation sets of a run by name, none if it does not validate; see the constructor.
+
+        Args:
+            config: the ``data`` section.
+            training: the ``training`` section.
+            vocab_size: of the model.
+            dp_rank: part of the rows to read.
+            dp_size: number of parts.
+            sources: the training datasets.
+        """
+        return {
+            name: cls(
+                config,
+                seq_len=training.seq_len,
+                micro_batch_size=training.micro_batch_size,
+                max_rows=training.validation.rows,
+                vocab_size=vocab_size,
+                dp_rank=dp_rank,
+                dp_size=dp_size,
+                training=sources,
+                name=name,
+            )
+            for name in (config.validation_sets if training.validation.interval else ())
+        }
+
+    def metrics(self, name: str, loss: float) -> dict[str, float]:
+        """Return the metrics of this dataset.
+
+        Args:
+            name: of the dataset, empty if it has none.
+            loss: mean loss per token, in nats.
+
+        Returns:
+            ``validation_loss``, and ``validation_bits_per_byte`` if the dataset records the bytes of its text, each
+            followed by ``/NAME`` if the dataset has a name. Bits per byte are the bits to encode the whole dataset,
+            ends of documents included, at the mean loss, divided by the bytes of its text.
+        """
+        suffix = f"/{name}" if name else ""
+        values = {f"validation_loss{suffix}": loss}
+        if self.source.bytes_per_token:
+            values[f"validation_bits_per_byte{suffix}"] = loss / math.log(2) / self.source.bytes_per_token
+        return values
 
     def micro_batches(self) -> Iterator[MicroBatch]:
         """Yield this rank's rows; all ranks yield the same number of micro-batches.
@@ -69,10 +125,13 @@ class ValidationData:
         Raises:
             UserError: a row cannot be read (``on_damage: stop``), or too many were skipped.
         """
-        passes = -(-self.rows // (self.micro_batch_size * self.dp_size))
+        count = -(-self.rows // (self.micro_batch_size * self.dp_size))
         self.skipped_rows = 0
         workers = OrderedWorkers(
-            self._read_pass, iter(range(passes)), workers=self.config.num_workers, ahead=self.config.prefetch_steps
+            self._read_micro_batch,
+            iter(range(count)),
+            workers=self.config.num_workers,
+            ahead=self.config.prefetch_steps,
         )
         try:
             for micro_batch, damages in workers:
@@ -88,7 +147,7 @@ class ValidationData:
         finally:
             workers.close()
 
-    def _read_pass(self, index: int) -> tuple[MicroBatch, list[str]]:
+    def _read_micro_batch(self, index: int) -> tuple[MicroBatch, list[str]]:
         size = self.micro_batch_size
         rows = RowsOfStep(size, self.reader.seq_len, self.reader.seq_len)
         first = (index * self.dp_size + self.dp_rank) * size

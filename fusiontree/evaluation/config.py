@@ -18,7 +18,9 @@ class EvaluationConfig(Section):
         "(repeat random tokens), recall (answer for many pairs).",
         min_length=1,
     )
-    data: str | None = setting(None, "Dataset folder for perplexity. Absent means the run's data.validation.")
+    data: str | None = setting(
+        None, "Dataset folder for perplexity. Absent means every dataset of the run's data.validation."
+    )
     text: list[str] = setting([], "UTF-8 files for the task text.")
     seq_len: int | None = setting(
         None, "Row length of perplexity and text. Absent means training.seq_len.", unit="tokens", ge=2

@@ -68,8 +68,7 @@ class Evaluation:
         info = self.tokenizer.info
         tokens = torch.arange(info.vocab_size)
         if self.config.alphabet == "data":
-            path = next(iter(self._datasets().values()))
-            batches = self._dataset(path, ALPHABET_ROWS).micro_batches()
+            batches = next(iter(self._datasets(ALPHABET_ROWS).values())).micro_batches()
             tokens = torch.cat([batch.input_ids_BS[batch.row_weight_B > 0].flatten() for batch in batches]).unique()
         return tokens[tokens != info.eos_id]
 
@@ -86,8 +85,7 @@ class Evaluation:
                 f"learnable srte_encoding has no entries there; evaluate at most {limit}"
             )
         if "perplexity" in config.tasks:
-            for path in self._datasets().values():
-                self._dataset(path, config.max_rows)
+            self._datasets(config.max_rows)
         if "text" in config.tasks:
             if not config.text:
                 raise UserError("the task text needs a file; give --text FILE")
@@ -110,38 +108,35 @@ class Evaluation:
     def _stride(self) -> int:
         return self.config.stride or max(1, self.seq_len // 2)
 
-    def _datasets(self) -> dict[str, str]:
-        """Return the path of each dataset by name; a single dataset has an empty name.
-
-        Raises:
-            UserError: neither an option nor the run names a dataset.
-        """
-        path = self.config.data or self.data_settings.get("validation")
-        if not path:
+    def _datasets(self, max_rows: int) -> dict[str, ValidationData]:
+        """Open the datasets to evaluate, by name: ``config.data``, else every validation set of the run."""
+        given = self.config.data or self.data_settings.get("validation")
+        if given is None:
             raise UserError("no dataset is given, and the run has no data.validation; give --data DIR")
-        return path if isinstance(path, dict) else {"": path}
-
-    def _dataset(self, path: str, max_rows: int) -> ValidationData:
-        data = ValidationData(
-            DataConfig.model_validate({**self.data_settings, "train": "(not read)", "validation": path}),
-            seq_len=self.seq_len,
-            micro_batch_size=self.config.batch_size,
-            max_rows=max_rows,
-            vocab_size=self.model.config.vocab_size,
-        )
-        made_with = data.source.info.tokenizer
-        if made_with.sha256 != self.tokenizer.info.sha256:
-            raise UserError(
-                f"dataset '{path}' was made with tokenizer '{made_with.name}' and the model was trained with "
-                f"'{self.tokenizer.info.name}'; perplexity would mean nothing"
+        config = DataConfig.model_validate({**self.data_settings, "train": "(not read)", "validation": given})
+        found = {}
+        for name, dataset in config.validation_sets.items():
+            data = found[name] = ValidationData(
+                config,
+                seq_len=self.seq_len,
+                micro_batch_size=self.config.batch_size,
+                max_rows=max_rows,
+                vocab_size=self.model.config.vocab_size,
+                name=name,
             )
-        return data
+            made_with = data.source.tokenizer
+            if made_with.sha256 != self.tokenizer.info.sha256:
+                raise UserError(
+                    f"dataset '{dataset.path}' was made with tokenizer '{made_with.name}' and the model was trained "
+                    f"with '{self.tokenizer.info.name}'; perplexity would mean nothing"
+                )
+        return found
 
     def _perplexity(self) -> Iterator[Record]:
-        for name, path in self._datasets().items():
-            data = self._dataset(path, self.config.max_rows)
+        for name, data in self._datasets(self.config.max_rows).items():
             score = score_batches(self.model, data.micro_batches(), self.tokenizer)
             labels = {"set": name} if name else {}
+            path = data.source.place
             yield {**labels, "data": path, "seq_len": self.seq_len, "rows": data.rows, **_corpus(score)}
 
     def _read(self, file: str) -> tuple[list[int], int]:

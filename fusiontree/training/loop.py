@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from fusiontree.checkpoint.saver import Saver
-from fusiontree.data.loader import TrainingData, ValidationData
+from fusiontree.data.loader import TrainingData
+from fusiontree.data.validation import ValidationData
 from fusiontree.engines.base import Engine
 from fusiontree.supervision.restart_policy import count_starts
 from fusiontree.supervision.signals import StopRequest
@@ -66,7 +67,7 @@ class Trainer:
         settings: RunSettings,
         engine: Engine,
         train_data: TrainingData,
-        validation_data: ValidationData | None,
+        validation_data: dict[str, ValidationData],
         saver: Saver,
         records: Records,
         watchdog: Watchdog,
@@ -78,7 +79,7 @@ class Trainer:
             settings: the run's configuration.
             engine: executes steps.
             train_data: yields the training batches.
-            validation_data: yields the held-out batches; None does not validate.
+            validation_data: the held-out datasets by name; the loss on the first is the run's validation loss.
             saver: writes the checkpoints.
             records: takes metrics and events.
             watchdog: ends the process if it hangs.
@@ -235,14 +236,18 @@ class Trainer:
         return _due(step, interval) or (interval > 0 and step == training.max_steps)
 
     def _validate(self) -> None:
-        if self.validation_data is None:
+        if not self.validation_data:
             return
-        step = self.position.step
+        step, values = self.position.step, dict[str, float]()
         with self.watchdog.section("validate", self._slow_s):
-            loss, tokens = validate(self.engine, self.validation_data, self.settings)
-        self._validated = (step, loss)
-        self.records.metrics({"step": step, "tokens": self.pipeline.tokens, "validation_loss": loss})
-        self._say(f"step {step}/{self.settings.training.max_steps}  validation loss {loss:.4f} on {tokens} tokens")
+            for name, data in self.validation_data.items():
+                loss, tokens = validate(self.engine, data, self.settings)
+                if not values:
+                    self._validated, values = (step, loss), data.metrics("", loss)
+                values |= data.metrics(name, loss)
+                shown = f"step {step}/{self.settings.training.max_steps}  validation loss {loss:.4f} on {tokens} tokens"
+                self._say(f"{shown} of {name}" if name else shown)
+        self.records.metrics({"step": step, "tokens": self.pipeline.tokens, **values})
 
     def _save(self, *, wait: bool) -> None:
         with self.watchdog.section("save", self._slow_s):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusiontree.data.loader import ValidationData
+from fusiontree.data.validation import ValidationData
 from fusiontree.engines.base import Engine
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.step import step_inputs

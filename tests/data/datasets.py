@@ -9,12 +9,12 @@ import numpy as np
 
 from fusiontree.data.batch import RowArrays, RowsOfStep
 from fusiontree.data.build.writer import ShardWriter, shard_name, token_dtype
-from fusiontree.data.config import DataConfig
 from fusiontree.data.format import DatasetInfo, ShardInfo, TokenizerInfo, write_dataset
-from fusiontree.data.index import index_bytes, write_index
 from fusiontree.data.order import RowPlace
 from fusiontree.data.rows import RowReader
-from fusiontree.data.sources import open_source
+from fusiontree.data.sources.index import index_bytes, write_index
+from fusiontree.data.sources.remote import Retries
+from fusiontree.data.sources.shards import LocalShards
 
 TOKENIZER = TokenizerInfo(kind="byte", name="byte", vocab_size=257, eos_id=256, sha256="0" * 64)
 
@@ -68,14 +68,13 @@ def sparse_dataset(folder: Path, shards: int, documents: int, length: int) -> Pa
     return folder
 
 
-def row_reader(folder: Path, seq_len: int, vocab_size: int = 264, **kind: int) -> RowReader:
+def row_reader(folder: Path, seq_len: int, vocab_size: int = 264, open_shards: int = 64) -> RowReader:
     """A reader of a local dataset."""
-    config = DataConfig(train=str(folder), fetch_wait_s=0.0)
-    return RowReader(open_source(str(folder), config), seq_len, vocab_size, **kind)
+    return RowReader(LocalShards(folder, Retries(6, 0.0), open_shards), seq_len, vocab_size)
 
 
 def read_row(reader: RowReader, row: int, pieces: int = 1) -> RowArrays:
     """A row of the first shard."""
     out = RowsOfStep(1, reader.seq_len, reader.seq_len).place(0)
-    reader.read(RowPlace(0, row), out, piece=reader.seq_len // pieces)
+    reader.read(RowPlace(0, row), out, subrow=reader.seq_len // pieces)
     return out

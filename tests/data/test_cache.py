@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from fusiontree.data.cache import ShardCache
-from fusiontree.data.config import DataConfig
-from fusiontree.data.sources import open_source
+from fusiontree.data.config import DataConfig, DatasetConfig
+from fusiontree.data.sources.cache import ShardCache
+from fusiontree.data.sources.cached_shards import open_shards
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.file_lock import FileLock
 from tests.data.batches import global_batches, open_data
@@ -93,7 +93,7 @@ def test_no_room_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     cache = ShardCache(tmp_path, 250)
     with pytest.raises(UserError, match=r"does not fit in data.cache_size_gib"):
         cache.ensure(KEY.format(0), 300, filler(300))
-    monkeypatch.setattr("fusiontree.data.cache._PATIENCE_S", 0.2)
+    monkeypatch.setattr("fusiontree.data.sources.cache._PATIENCE_S", 0.2)
     cache.ensure(KEY.format(0), 200, filler(200))
     reading = cache.lock(KEY.format(0))
     reading.acquire(shared=True)
@@ -113,7 +113,7 @@ def test_a_full_disk_makes_room_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def usage(folder: Path) -> Any:
         return type("usage", (), {"free": 350 - held(tmp_path)})
 
-    monkeypatch.setattr("fusiontree.data.cache.shutil.disk_usage", usage)
+    monkeypatch.setattr("fusiontree.data.sources.cache.shutil.disk_usage", usage)
     cache.ensure(KEY.format(3), 200, filler(200))
     assert keys(cache) == {2, 3}
 
@@ -123,13 +123,13 @@ def test_an_evicted_shard_gives_its_space_back_at_once_and_is_fetched_again(tmp_
     folder = random_dataset(tmp_path / "d", shards=2)
     with HttpFolder(folder) as server:
         config = DataConfig(train=server.url, cache_dir=str(tmp_path / "cache"))
-        source = open_source(server.url, config)
+        source = open_shards(DatasetConfig(path=server.url), config)
         opened = source.open(0)
         shard = opened.pin()
         tokens = shard.read(0, 20).tokens
         descriptor = shard._descriptor
         opened.unpin()
-        cache = ShardCache(tmp_path / "cache", source.bytes(0))  # type: ignore[attr-defined]
+        cache = ShardCache(tmp_path / "cache", source.cache_bytes(0))
         cache.ensure(KEY.format(1), 10, filler(10))
         assert os.fstat(descriptor).st_size == 0
         assert opened.pin().read(0, 20).tokens.tolist() == tokens.tolist()
@@ -172,7 +172,7 @@ def test_one_fetches_and_the_others_wait_or_turn_to_something_else(tmp_path: Pat
 
 def test_transfers_under_way_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = ShardCache(tmp_path, 150)
-    monkeypatch.setattr("fusiontree.data.cache._PATIENCE_S", 0.1)
+    monkeypatch.setattr("fusiontree.data.sources.cache._PATIENCE_S", 0.1)
     slow = threading.Thread(target=cache.ensure, args=(KEY.format(0), 100, filler(100, 0.5)))
     slow.start()
     time.sleep(0.1)
@@ -192,8 +192,8 @@ def test_a_cache_too_small_for_its_readers_is_refused(tmp_path: Path) -> None:
     folder = random_dataset(tmp_path / "d", shards=5)
     values = {"cache_dir": str(tmp_path / "cache"), "shuffle_shards": 3}
     with HttpFolder(folder) as server:
-        source = open_source(server.url, DataConfig(train=server.url, **values))
-        sizes = sorted(source.bytes(n) for n in range(5))  # type: ignore[attr-defined]
+        source = open_shards(DatasetConfig(path=server.url), DataConfig(train=server.url, **values))
+        sizes = sorted(source.cache_bytes(n) for n in range(5))
         need = sum(sizes[-3:])
         open_data(DataConfig(train=server.url, cache_size_gib=need / 2**30, **values))
         with pytest.raises(UserError, match=r"up to 3 shards.*raise it, lower data.shuffle_shards"):
@@ -207,7 +207,7 @@ def test_the_bound_holds_all_the_time(tmp_path: Path, workers: int) -> None:
     reference, _ = global_batches(DataConfig(train=str(folder), num_workers=0, shuffle_shards=3), 200)
     with HttpFolder(folder) as server:
         probe = DataConfig(train=server.url, cache_dir=str(cache), shuffle_shards=3, num_workers=workers)
-        sizes = sorted(open_source(server.url, probe).bytes(n) for n in range(12))  # type: ignore[attr-defined]
+        sizes = sorted(open_shards(DatasetConfig(path=server.url), probe).cache_bytes(n) for n in range(12))
         limit = sum(sizes[-8:])
         most, done = [0], threading.Event()
 
@@ -267,8 +267,10 @@ def test_processes_share_one_cache(tmp_path: Path, roomy: bool) -> None:
     folder = random_dataset(tmp_path / "d", shards=9, count=40)
     reference = [b.tokens_hash for b in global_batches(DataConfig(train=str(folder), shuffle_shards=3), 80)[0]]
     with HttpFolder(folder) as server:
-        probe = open_source(server.url, DataConfig(train=server.url, cache_dir=str(tmp_path / "cache")))
-        sizes = sorted(probe.bytes(n) for n in range(9))  # type: ignore[attr-defined]
+        probe = open_shards(
+            DatasetConfig(path=server.url), DataConfig(train=server.url, cache_dir=str(tmp_path / "cache"))
+        )
+        sizes = sorted(probe.cache_bytes(n) for n in range(9))
         limit = (sum(sizes) + 1 if roomy else sum(sizes[-4:])) / 2**30
         context = multiprocessing.get_context("fork")
         results = context.Queue()

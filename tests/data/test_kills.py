@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from fusiontree.data.config import DataConfig
-from fusiontree.data.sources import open_source
+from fusiontree.data.config import DataConfig, DatasetConfig
+from fusiontree.data.sources.cached_shards import open_shards
 from tests.data.batches import open_data, row_digests
 from tests.data.datasets import random_dataset
 from tests.data.http_folder import HttpFolder
@@ -46,7 +46,7 @@ def run_rank(config: DataConfig, rank: int, size: int, state: Any, output: Path)
 
 def run_writer(config: DataConfig) -> None:
     """Fetch shards into the cache without end, as fast as it goes."""
-    source = open_source(str(config.train), config)
+    source = open_shards(DatasetConfig(path=str(config.train)), config)
     for number in cycle(range(len(source.info.shards))):
         source.fetch(number)
 
@@ -72,8 +72,8 @@ class Campaign:
             self.wanted[after["step"]] = {str(number): digest for number, digest in row_digests(batch).items()}
         values = {"train": url, "cache_dir": str(self.cache), "shuffle_shards": 2, "num_workers": 2}
         values |= {"fetch_wait_s": 0.05, "allow_pipe": True, "prefetch_shards": 2}
-        source = open_source(url, DataConfig.model_validate(values))
-        sizes = sorted(source.bytes(n) for n in range(len(source.info.shards)))  # type: ignore[attr-defined]
+        source = open_shards(DatasetConfig(path=url), DataConfig.model_validate(values))
+        sizes = sorted(source.cache_bytes(n) for n in range(len(source.info.shards)))
         self.limit = sum(sizes[-5:])
         self.config = DataConfig.model_validate({**values, "cache_size_gib": self.limit / 2**30})
         self.state: Any = None
@@ -197,7 +197,7 @@ def test_no_process_outlives_a_killed_trainer(tmp_path: Path) -> None:
     """Neither worker threads nor a command that hangs."""
     mark = f"7{os.getpid():07d}.5"  # recognisable among all sleeping processes
     code = (
-        "import sys; from pathlib import Path; from fusiontree.data.remote import CommandFolder\n"
+        "import sys; from pathlib import Path; from fusiontree.data.sources.remote import CommandFolder\n"
         "CommandFolder(sys.argv[1]).download('x', Path(sys.argv[2]))"
     )
     command = f"pipe:sleep {mark} | cat; echo {{name}}"

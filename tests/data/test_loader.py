@@ -14,7 +14,7 @@ from fusiontree.data.batch import StepBatch
 from fusiontree.data.config import DataConfig
 from fusiontree.data.format import TokenizerInfo, read_dataset
 from fusiontree.data.loader import TrainingData, ValidationData
-from fusiontree.data.schedule import LengthSchedule
+from fusiontree.data.order import LengthSchedule
 from fusiontree.utils.errors import UserError
 from tests.data.batches import SEQ, global_batches, open_data
 from tests.data.datasets import random_dataset, write
@@ -161,7 +161,7 @@ def test_validation_is_told_apart_from_training(folders: list[Path], tmp_path: P
 
 def test_a_row_says_where_it_comes_from(folders: list[Path]) -> None:
     """In every stage, in the newest step and in the one before; compared with the shards read without the loader."""
-    from fusiontree.data.index import open_shard
+    from fusiontree.data.sources.index import open_shard
 
     data = open_data(DataConfig(train=str(folders[0]), num_workers=1), curriculum=[[4, 2]])
     info = read_dataset(folders[0])

@@ -25,13 +25,13 @@ def test_keys_give_different_orders() -> None:
 
 @given(
     rows=st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(sum),
-    block=st.integers(1, 5),
+    group_size=st.integers(1, 5),
     shuffle=st.booleans(),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_row_once_an_epoch(rows: list[int], block: int, shuffle: bool, seed: int) -> None:
-    order = RowOrder(rows, seed=seed, block=block, shuffle=shuffle)
+def test_every_row_once_an_epoch(rows: list[int], group_size: int, shuffle: bool, seed: int) -> None:
+    order = RowOrder(rows, seed=seed, group_size=group_size, shuffle=shuffle)
     total = sum(rows)
     everything = {(shard, row) for shard, count in enumerate(rows) for row in range(count)}
     for epoch in range(2):
@@ -39,38 +39,40 @@ def test_every_row_once_an_epoch(rows: list[int], block: int, shuffle: bool, see
         assert {e for e, _ in visited} == {epoch}
         assert {(p.shard, p.row) for _, p in visited} == everything
     # Any place is found without visiting those before it.
-    assert RowOrder(rows, seed=seed, block=block, shuffle=shuffle).place(total + total // 2) == order.place(
+    assert RowOrder(rows, seed=seed, group_size=group_size, shuffle=shuffle).place(total + total // 2) == order.place(
         total + total // 2
     )
 
 
 def test_epochs_and_seeds_differ_and_no_shuffle_keeps_the_order() -> None:
     def first(seed: int, begin: int) -> list[tuple[int, int]]:
-        order = RowOrder([20] * 5, seed=seed, block=2, shuffle=True)
+        order = RowOrder([20] * 5, seed=seed, group_size=2, shuffle=True)
         return [(p.shard, p.row) for _, p in map(order.place, range(begin, begin + 20))]
 
     assert first(0, 0) != first(0, 100)
     assert first(0, 0) != first(1, 0)
-    plain = RowOrder([3, 2], seed=0, block=1, shuffle=False)
+    plain = RowOrder([3, 2], seed=0, group_size=1, shuffle=False)
     assert [(p.shard, p.row) for _, p in map(plain.place, range(5))] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
 
 
-def test_blocks_are_of_even_size() -> None:
-    """A last block of one shard would leave its rows unmixed."""
-    order = RowOrder([10] * 9, seed=0, block=4, shuffle=True)
+def test_groups_are_of_even_size() -> None:
+    """A last group of one shard would leave its rows unmixed."""
+    order = RowOrder([10] * 9, seed=0, group_size=4, shuffle=True)
     groups = order.shards_from(0)
     assert [len(next(groups)) for _ in range(3)] == [3, 3, 3]
 
 
 @given(
     rows=st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(sum),
-    block=st.integers(1, 4),
+    group_size=st.integers(1, 4),
     shuffle=st.booleans(),
     start=st.integers(0, 150),
 )
 @settings(max_examples=60, deadline=None)
-def test_shards_are_named_in_the_order_rows_need_them(rows: list[int], block: int, shuffle: bool, start: int) -> None:
-    order = RowOrder(rows, seed=1, block=block, shuffle=shuffle)
+def test_shards_are_named_in_the_order_rows_need_them(
+    rows: list[int], group_size: int, shuffle: bool, start: int
+) -> None:
+    order = RowOrder(rows, seed=1, group_size=group_size, shuffle=shuffle)
     groups = order.shards_from(start)
     due = [set(next(groups)) for _ in range(6)]
     group = 0
@@ -80,17 +82,17 @@ def test_shards_are_named_in_the_order_rows_need_them(rows: list[int], block: in
             group += 1
             if group == len(due):
                 return
-        assert len(due[group]) <= (block if shuffle else 1)
+        assert len(due[group]) <= (group_size if shuffle else 1)
 
 
 def test_threads_may_share_an_order() -> None:
     """Workers read on both sides of the end of an epoch."""
     from concurrent.futures import ThreadPoolExecutor
 
-    order = RowOrder([7, 3, 9, 4], seed=2, block=2, shuffle=True)
+    order = RowOrder([7, 3, 9, 4], seed=2, group_size=2, shuffle=True)
     indices = [index * 37 % 230 for index in range(2000)]
     alone = [order.place(index) for index in indices]
-    shared = RowOrder([7, 3, 9, 4], seed=2, block=2, shuffle=True)
+    shared = RowOrder([7, 3, 9, 4], seed=2, group_size=2, shuffle=True)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(shared.place, indices)) == alone
 
@@ -99,7 +101,7 @@ def test_the_order_never_changes() -> None:
     """A checkpoint names rows by the order's version: if this fails, raise ORDER_VERSION."""
     from fusiontree.data.state import ORDER_VERSION
 
-    order = RowOrder([5, 8, 3, 6], seed=11, block=2, shuffle=True)
+    order = RowOrder([5, 8, 3, 6], seed=11, group_size=2, shuffle=True)
     places = [(p.shard, p.row) for _, p in map(order.place, [0, 1, 2, 21, 22, 23, 10**9])]
     mixture = Mixture([5, 2, 1], seed=11)
     sources = [mixture.source(row) for row in range(12)]
@@ -110,8 +112,8 @@ def test_the_order_never_changes() -> None:
     )
 
 
-def test_reads_stay_within_a_block() -> None:
-    order = RowOrder([10] * 12, seed=3, block=3, shuffle=True)
+def test_reads_stay_within_a_group() -> None:
+    order = RowOrder([10] * 12, seed=3, group_size=3, shuffle=True)
     shards = [order.place(i)[1].shard for i in range(120)]
     assert all(len(set(shards[begin : begin + 30])) == 3 for begin in range(0, 120, 30))
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from fusiontree.data.config import DataConfig
 from fusiontree.data.loader import ValidationData
-from fusiontree.data.remote import CommandFolder, Retries, is_remote, local_folder
+from fusiontree.data.sources.remote import CommandFolder, Retries, is_remote, local_folder
 from fusiontree.utils.errors import UserError
 from tests.data.batches import SEQ, GlobalBatch, global_batches, open_data
 from tests.data.datasets import random_dataset
@@ -211,7 +211,7 @@ def test_names_do_not_reach_the_shell(tmp_path: Path) -> None:
 
 
 def test_a_silent_command_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusiontree.data.remote._STALL_S", 0.2)
+    monkeypatch.setattr("fusiontree.data.sources.remote._STALL_S", 0.2)
     with pytest.raises(OSError, match="sent no data for"):
         CommandFolder("pipe:sleep 60; echo {name}").download("x", tmp_path / "out")
 
@@ -292,8 +292,8 @@ def test_waits_grow_and_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         slept.append(seconds)
         clock[0] += seconds
 
-    monkeypatch.setattr("fusiontree.data.remote.time.sleep", sleep)
-    monkeypatch.setattr("fusiontree.data.remote.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("fusiontree.data.sources.remote.time.sleep", sleep)
+    monkeypatch.setattr("fusiontree.data.sources.remote.time.monotonic", lambda: clock[0])
     totals = []
     for attempt in range(1, 12):
         slept.clear()

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fusiontree.data.batch import FILLER, IGNORED, RowsOfStep
 from fusiontree.data.format import ShardDamage, TokenizerInfo
-from fusiontree.data.index import open_shard
 from fusiontree.data.order import RowPlace
+from fusiontree.data.sources.index import open_shard
 from fusiontree.utils.errors import UserError
 from tests.data.datasets import TOKENIZER, read_row, row_reader, write
 
@@ -41,14 +41,14 @@ def test_a_row_is_its_text(lengths: list[int], pieces: int, seed: int) -> None:
                 assert got.positions_S[i] == token - max(start_of[token], piece_start)
                 last = start_of[token + 1] == token + 1
                 assert got.labels_S[i] == (IGNORED if last else text[token + 1])
-        reader.close()
+        reader.source.close()
 
 
 def test_rows_of_long_documents_are_checked_whole_when_first_touched(tmp_path: Path) -> None:
     """A flip far outside the row shows too: one hash covers the document."""
     doc = np.append(np.random.default_rng(0).integers(0, 256, 3_000_000), 256)
     folder = write(tmp_path / "d", [[doc]])
-    shard = open_shard(folder, row_reader(folder, 64).info.shards[0])
+    shard = open_shard(folder, row_reader(folder, 64).source.info.shards[0])
     data = bytearray(shard.tar.read_bytes())
     data[int(shard._offsets[0]) + 5_999_990] ^= 1
     shard.tar.write_bytes(data)
@@ -67,7 +67,7 @@ def test_the_hash_of_a_row_knows_its_tokens_and_its_documents(tmp_path: Path) ->
     for name, docs in variants.items():
         reader = row_reader(write(tmp_path / name, [docs]), 60)
         hashes[name] = reader.read(RowPlace(0, 0), RowsOfStep(1, 60, 60).place(0))
-    again = row_reader(tmp_path / "same", 60).read(RowPlace(0, 0), RowsOfStep(1, 60, 20).place(0), piece=20)
+    again = row_reader(tmp_path / "same", 60).read(RowPlace(0, 0), RowsOfStep(1, 60, 20).place(0), subrow=20)
     assert len(set(hashes.values())) == 3
     assert again == hashes["same"]
 
@@ -116,5 +116,5 @@ def test_few_shards_stay_open(tmp_path: Path) -> None:
     reader = row_reader(folder, 16, open_shards=3)
     for shard in [*range(9), *range(9)]:
         reader.read(RowPlace(shard, 1), RowsOfStep(1, 16, 16).place(0))
-    assert len(reader._kept) == 3
-    assert all(kept.opened is not None for kept in reader._kept.values())
+    assert len(reader.source._kept) == 3
+    assert all(kept.opened is not None for kept in reader.source._kept.values())

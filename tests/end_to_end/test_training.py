@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 
 from fusiontree.data.config import DataConfig
 from fusiontree.data.loader import TrainingData
+from fusiontree.data.tokenizers import ByteTokenizer
 from fusiontree.supervision.restart_policy import failures_in_a_row
 from fusiontree.tracking.records import read_records
+from tests.data.datasets import documents, write
 from tests.end_to_end.runs import ROOT, environment, events, metrics, train, write_config
 
 pytestmark = pytest.mark.xdist_group("training")
@@ -50,6 +53,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one_exactly(reference: Path, data
     assert events(tmp_path / "run").count("resume") == 2
     for key in ("loss", "grad_norm", "tokens", "lr", "validation_loss"):
         assert metrics(tmp_path / "run", key) == metrics(reference, key), key
+
+
+def test_every_validation_set_is_measured(reference: Path, data: Path, tmp_path: Path) -> None:
+    """The first set's loss is the run's; with one set, nothing has another name than before."""
+    other = write(tmp_path / "noise", [documents(40, seed=9)], ByteTokenizer.info)
+    sets = f"{{held_out: {data / 'validation'}, noise: {other}}}"
+    done = train(write_config(tmp_path, data), f"data.validation={sets}", processes=2)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    for key in ("validation_loss", "validation_bits_per_byte"):
+        assert metrics(run, key) == pytest.approx(metrics(reference, key), rel=1e-5)
+        assert metrics(run, f"{key}/held_out") == metrics(run, key)
+    assert len(metrics(run, "validation_loss/noise")) == 2
+    assert metrics(run, "validation_loss/noise")[-1] > metrics(run, "validation_loss")[-1]
+    assert not metrics(run, "validation_bits_per_byte/noise")  # the dataset does not record bytes of text
+    statistics = json.loads((data / "validation" / "dataset.json").read_text())["statistics"]
+    bits = metrics(run, "validation_loss")[-1] / math.log(2) * statistics["tokens"] / statistics["text_bytes"]
+    assert metrics(run, "validation_bits_per_byte")[-1] == pytest.approx(bits)
+    assert "tokens of noise" in done.stdout
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "ddp"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from fusiontree.data.megatron import is_megatron, read_megatron
+from fusiontree.data.sources.megatron import is_megatron, read_megatron
 from fusiontree.utils.errors import UserError, nearest
 
 _JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst")

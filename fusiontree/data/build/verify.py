@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fusiontree.data.format import DatasetInfo, ShardDamage, ShardInfo, read_dataset
-from fusiontree.data.index import Shard, open_shard
+from fusiontree.data.sources.index import Shard, open_shard
 from fusiontree.utils.hashing import sha256_file
 
 

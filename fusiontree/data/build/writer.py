@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fusiontree.data.format import ShardInfo
-from fusiontree.data.index import index_bytes, write_index
+from fusiontree.data.sources.index import index_bytes, write_index
 from fusiontree.utils.files import fsync_directory
 
 _BLOCK = 512

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from fusiontree.data.format import ShardDamage
-from fusiontree.data.sources import Source
+from fusiontree.data.sources.base import TokenSource
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.threads import StoppableThread, Stopped
 
@@ -17,18 +17,18 @@ log = logging.getLogger(__name__)
 
 _RECHECK_S = 5.0
 _PAUSE_S = 0.2
-"""Minimum time between two calls of ``plan``: a call takes the GIL from the trainer, and a block lasts long."""
+"""Minimum time between two lists: a call takes the GIL from the trainer, and the list changes seldom."""
 
 
 class ShardPrefetcher:
-    """Threads that fetch the shards listed by ``plan``, in order, and call ``plan`` again when the reader has moved.
+    """Threads that fetch the shards of ``list_shards`` in order, and list them again when the reader has moved.
 
     Failures here only cost time: the reader fetches the shard again and reports the error.
     """
 
-    def __init__(self, plan: Callable[[], Iterable[tuple[Source, int]]], threads: int) -> None:
-        """Start ``threads`` threads; ``plan`` lists the shards that should be in the cache now."""
-        self._plan = plan
+    def __init__(self, list_shards: Callable[[], Iterable[tuple[TokenSource, int]]], threads: int) -> None:
+        """Start ``threads`` threads; ``list_shards`` returns the shards that should be in the cache now."""
+        self._list_shards = list_shards
         self._condition = threading.Condition()
         self._moves = 0
         self._closed = False
@@ -38,7 +38,7 @@ class ShardPrefetcher:
             thread.start()
 
     def moved(self) -> None:
-        """Notify the threads that the reader has moved, so the plan may have changed."""
+        """Notify the threads that the reader has moved, so the list may have changed."""
         with self._condition:
             self._moves += 1
             self._condition.notify_all()
@@ -46,7 +46,7 @@ class ShardPrefetcher:
     def _work(self) -> None:
         while not self._closed:
             seen = self._moves
-            for source, number in self._plan():
+            for source, number in self._list_shards():
                 if self._closed:
                     return
                 if (source.place, number) in self._failed:

@@ -11,12 +11,12 @@ import hashlib
 import mmap
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fusiontree.data.format import ShardDamage, ShardInfo
+from fusiontree.data.sources.base import TokenSpan
 from fusiontree.utils.files import atomic_write
 from fusiontree.utils.hashing import sha256_file
 
@@ -50,26 +50,6 @@ def write_index(path: Path, content: bytes) -> str:
     with atomic_write(path, "wb") as file:
         file.write(content)
     return hashlib.sha256(content).hexdigest()
-
-
-@dataclass(frozen=True)
-class TokenSpan:
-    """Consecutive tokens of a shard and the starts of their documents."""
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    """Indices in ``tokens`` at which documents start, ascending; contains 0 only if a document starts there."""
-    first_position: int
-    """Position of the first token in its document."""
-
-    @property
-    def positions(self) -> np.ndarray:
-        """Position of each token inside its document, int64."""
-        count = len(self.tokens)
-        inside = self.starts[self.starts > 0]
-        bounds = np.concatenate([[-self.first_position], inside])
-        lengths = np.diff(np.concatenate([[0], inside, [count]]))
-        return np.arange(count) - np.repeat(bounds, lengths)
 
 
 class Shard:
@@ -177,7 +157,7 @@ class Shard:
                 else:
                     tokens[low - begin : high - begin] = np.frombuffer(piece, self.dtype)
         inside = np.asarray(starts[0 if starts[0] == begin else 1 :], np.int64) - begin
-        return TokenSpan(tokens, inside, begin - starts[0])
+        return TokenSpan(tokens, inside)
 
     def read_document(self, document: int) -> np.ndarray:
         """Read one complete document; see :meth:`read`."""

@@ -1,203 +1,94 @@
-"""Access to the shards of a dataset: in a local folder, or in a remote folder through the local cache."""
+"""Remote token shards: full shards are fetched into the local cache and read there."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import tempfile
 import threading
 from pathlib import Path
-from typing import Protocol
 
-from fusiontree.data.cache import ShardCache
-from fusiontree.data.config import DataConfig
-from fusiontree.data.format import DATASET, DatasetInfo, ShardDamage, parse_dataset, read_dataset
-from fusiontree.data.index import Shard, index_size
-from fusiontree.data.remote import (
-    FileMissing,
-    RemoteFolder,
-    Retries,
-    is_remote,
-    local_folder,
-    open_remote,
-)
+from fusiontree.data.config import DataConfig, DatasetConfig
+from fusiontree.data.format import DATASET, DatasetInfo, ShardDamage, parse_dataset
+from fusiontree.data.sources.base import TOKEN_SOURCES
+from fusiontree.data.sources.cache import ShardCache
+from fusiontree.data.sources.index import Shard, index_size
+from fusiontree.data.sources.remote import FileMissing, RemoteFolder, Retries, is_remote, local_folder, open_remote
+from fusiontree.data.sources.shards import LocalShards, OpenShard, ShardSource, open_shard_limit
 from fusiontree.data.tokenizers import save_tokenizer
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.hashing import sha256_file
 
 log = logging.getLogger(__name__)
 
-# Possibly transient errors of a disk or network file system. Others mean that the file is missing or not accessible.
-_PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOLCK}
 
-
-class OpenShard(Protocol):
-    """A shard that a process keeps open."""
-
-    def pin(self) -> Shard:
-        """Return the shard and keep it on disk until :meth:`unpin`; several threads may pin it at once."""
-        ...
-
-    def unpin(self) -> None:
-        """Release the shard; call once per :meth:`pin`."""
-        ...
-
-    def close(self) -> None:
-        """Close its files."""
-        ...
-
-
-class Source(Protocol):
-    """A dataset and access to its shards. Methods may be called from any thread."""
-
-    place: str
-    info: DatasetInfo
-    remote: bool
-
-    def open(self, number: int) -> OpenShard:
-        """Open a shard; fetch it first if necessary.
-
-        Raises:
-            ShardDamage: the shard is missing or does not match dataset.json.
-            UserError: the dataset cannot be reached.
-        """
-        ...
-
-    def fetch(self, number: int) -> None:
-        """Prefetch a shard into the cache; does nothing if another process is already fetching it."""
-        ...
-
-    def mend(self, number: int, damage: ShardDamage, attempt: int) -> bool:
-        """Try to repair a shard after a failed read; return True if the caller should open and read it again."""
-        ...
-
-    def save_tokenizer(self, folder: Path) -> list[Path]:
-        """Write the tokenizer's files into ``folder`` and return them."""
-        ...
-
-
-def open_source(path: str, config: DataConfig) -> Source:
-    """Open the dataset at ``path``: read its dataset.json.
+def open_shards(dataset: DatasetConfig, config: DataConfig) -> ShardSource:
+    """Open a dataset of token shards in a folder, at a URL or behind a command: read its dataset.json.
 
     Raises:
         UserError: there is no dataset, or it cannot be reached.
     """
+    if dataset.options:
+        raise UserError(f"dataset '{dataset.path}' of type shards has no options; remove {sorted(dataset.options)}")
     retries = Retries(config.fetch_attempts, config.fetch_wait_s)
-    if not is_remote(path):
-        return LocalSource(local_folder(path), retries)
-    remote = open_remote(path, config.storage_options, config.allow_pipe)
+    if not is_remote(dataset.path):
+        return LocalShards(local_folder(dataset.path), retries, open_shard_limit(config))
+    remote = open_remote(dataset.path, config.storage_options, config.allow_pipe)
     cache = ShardCache(config.cache_folder, int(config.cache_size_gib * 2**30))
-    return RemoteSource(remote, cache, retries)
+    return CachedShards(remote, cache, retries, open_shard_limit(config))
 
 
-class LocalSource:
-    """A dataset in a folder; its shards are read where they are."""
-
-    remote = False
-
-    def __init__(self, folder: Path, retries: Retries) -> None:
-        """Read dataset.json; see :func:`read_dataset`."""
-        self.folder, self.place, self._retries = folder, str(folder), retries
-        self.info = read_dataset(folder)
-        self._checked: dict[int, tuple[int, ...]] = {}
-
-    def open(self, number: int) -> OpenShard:
-        """See :class:`Source`."""
-        info = self.info.shards[number]
-        tar = self.folder / info.name
-        index = tar.with_suffix(".index")
-        identity = _identity(index)
-        shard = Shard(tar, index, info, checked=identity is not None and self._checked.get(number) == identity)
-        if identity is not None:
-            self._checked[number] = identity
-        return _OpenLocal(shard)
-
-    def fetch(self, number: int) -> None:
-        """See :class:`Source`: nothing to do."""
-
-    def mend(self, number: int, damage: ShardDamage, attempt: int) -> bool:
-        """See :class:`Source`: retry after transient disk errors, but not after wrong content."""
-        cause = damage.__cause__
-        if not isinstance(cause, OSError) or cause.errno not in _PASSING or attempt >= self._retries.attempts:
-            return False
-        log.warning("attempt %d of %d failed: %s", attempt, self._retries.attempts, damage)
-        self._retries.wait(attempt)
-        return True
-
-    def save_tokenizer(self, folder: Path) -> list[Path]:
-        """See :class:`Source`."""
-        return save_tokenizer(self.info.tokenizer, self.folder, folder)
+TOKEN_SOURCES.register("shards", open_shards)
 
 
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """Return values that change when the file changes; while they are equal, its hash need not be recomputed."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-class _OpenLocal:
-    def __init__(self, shard: Shard) -> None:
-        self._shard = shard
-
-    def pin(self) -> Shard:
-        return self._shard
-
-    def unpin(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self._shard.close()
-
-
-class RemoteSource:
+class CachedShards(ShardSource):
     """A remote dataset; full shards are fetched into the cache and read there."""
 
-    remote = True
+    cached = True
 
-    def __init__(self, remote: RemoteFolder, cache: ShardCache, retries: Retries) -> None:
-        """Read dataset.json; see :func:`open_source`."""
-        self.place, self._remote, self.cache, self._retries = remote.url, remote, cache, retries
+    def __init__(self, remote: RemoteFolder, cache: ShardCache, retries: Retries, open_shards: int) -> None:
+        """Read dataset.json; see :func:`open_shards`."""
+        self._remote, self.cache, self._retries = remote, cache, retries
         self._fetched_again: set[int] = set()
         self._lost: dict[int, ShardDamage] = {}
         self.inodes: dict[int, int] = {}
         """Inode of each shard's tar when it was last opened in the cache."""
+        super().__init__(remote.url, self._download_info(), open_shards)
+
+    def _download_info(self) -> DatasetInfo:
         with tempfile.TemporaryDirectory(prefix="fusiontree-") as folder:
             path = Path(folder) / DATASET
             try:
                 self._download(DATASET, path)
             except FileMissing as error:
-                raise UserError(f"'{self.place}' has no {DATASET}, so it is not a complete dataset") from error
-            self.info = parse_dataset(path.read_text(encoding="utf-8"), f"{self.place} ({DATASET})")
+                raise UserError(f"'{self._remote.url}' has no {DATASET}, so it is not a complete dataset") from error
+            return parse_dataset(path.read_text(encoding="utf-8"), f"{self._remote.url} ({DATASET})")
 
     def _download(self, name: str, target: Path) -> None:
-        self._retries.run(lambda: self._remote.download(name, target), f"fetching {name} of {self.place}")
+        self._retries.run(lambda: self._remote.download(name, target), f"fetching {name} of {self._remote.url}")
 
-    def bytes(self, number: int) -> int:
-        """Return the size of a shard in the cache, in bytes."""
-        info = self.info.shards[number]
+    def cache_bytes(self, shard: int) -> int:
+        """See :class:`TokenSource`."""
+        info = self.info.shards[shard]
         return info.bytes + index_size(info.documents)
 
     def open(self, number: int) -> OpenShard:
-        """See :class:`Source`."""
+        """See :class:`ShardSource`."""
         return _OpenCached(self, number)
 
-    def fetch(self, number: int, *, wait: bool = False) -> None:
-        """See :class:`Source`."""
-        if number in self._lost:
-            raise self._lost[number]
-        key = self.info.shards[number].index_sha256
+    def fetch(self, shard: int, *, wait: bool = False) -> None:
+        """See :class:`ShardSource`."""
+        if shard in self._lost:
+            raise self._lost[shard]
+        key = self.info.shards[shard].index_sha256
         try:
-            self.cache.ensure(key, self.bytes(number), lambda part: self._fetch_into(part, number), wait=wait)
+            self.cache.ensure(key, self.cache_bytes(shard), lambda partial: self._fetch_into(partial, shard), wait=wait)
         except ShardDamage as damage:
-            self._lost[number] = damage  # remember it, so that the shard is not fetched again for each of its rows
+            self._lost[shard] = damage  # remember it, so that the shard is not fetched again for each of its rows
             raise
 
-    def _fetch_into(self, part: Path, number: int) -> None:
+    def _fetch_into(self, partial: Path, number: int) -> None:
         info = self.info.shards[number]
-        tar, index = part / "tar", part / "index"
+        tar, index = partial / "tar", partial / "index"
         index_name = Path(info.name).with_suffix(".index").name
         for attempt in range(1, self._retries.attempts + 1):
             try:
@@ -220,7 +111,7 @@ class RemoteSource:
             log.warning("%s; fetching it again", damaged)
 
     def mend(self, number: int, damage: ShardDamage, attempt: int) -> bool:
-        """See :class:`Source`: the cached copy may be damaged, so it is fetched again, once."""
+        """See :class:`ShardSource`: the cached copy may be damaged, so it is fetched again, once."""
         if number in self._fetched_again or number in self._lost:
             return False
         self._fetched_again.add(number)
@@ -229,7 +120,7 @@ class RemoteSource:
         return True
 
     def save_tokenizer(self, folder: Path) -> list[Path]:
-        """See :class:`Source`."""
+        """See :class:`ShardSource`."""
         info = self.info.tokenizer
         with tempfile.TemporaryDirectory(prefix="fusiontree-") as near:
             if info.file:
@@ -255,7 +146,7 @@ def _first_damage(shard: Shard) -> ShardDamage | None:
 class _OpenCached:
     """A cached shard. While it is not pinned, it may be removed from the cache; the next read fetches it again."""
 
-    def __init__(self, source: RemoteSource, number: int) -> None:
+    def __init__(self, source: CachedShards, number: int) -> None:
         self._source, self._number = source, number
         self._key = source.info.shards[number].index_sha256
         self._lock = source.cache.lock(self._key)
