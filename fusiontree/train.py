@@ -25,6 +25,7 @@ from fusiontree.training.run_folder import check_run_folder
 from fusiontree.utils.environment import keep_flight_record, process_place
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.flight_record import flight_record
+from fusiontree.utils.layer_metrics import LAYER_METRICS
 
 if TYPE_CHECKING:
     from fusiontree.data.loader import TrainingData
@@ -96,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
         print(dump_config(config), end="")
         return 0
     check_layout(config.model, config.parallel, config.training, args.world_size or place.world_size)
+    for name in config.logging.layer_metrics:
+        LAYER_METRICS.get(name)
     check_run_folder(Path(config.run_dir), config_values(config))
     if args.print_run_dir:
         print(config.run_dir)

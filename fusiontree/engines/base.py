@@ -51,16 +51,17 @@ class StepInputs(NamedTuple):
     positions_BS: Tensor
     row_weight_B: Tensor
     branch_scale_LB2: Tensor | None
+    layer_metrics: tuple[str, ...] = ()
+    """Names of layer metrics whose sums to return."""
 
 
 class StepOutputs(NamedTuple):
-    """What the loss is made of. Token sums cover this rank's tokens; gate sums cover whole rows."""
+    """Results of the model on a micro-batch. Token sums cover this rank's tokens; layer sums cover full sequences."""
 
     loss_sum: Tensor
     z_sum: Tensor
-    gate_sum_LB: Tensor
-    square_sum_LB: Tensor
-    entropy_sum_LB: Tensor
+    sums_LB: dict[str, Tensor]
+    """Sums over each row's tokens and channels, by name: ``gate``, ``entropy``, ``square`` and layer metrics."""
     count_B: Tensor
     row_weight_B: Tensor
 

@@ -69,13 +69,11 @@ class CommonEngine:
     def _call(self, module: Any, inputs: StepInputs) -> StepOutputs:
         """Send this rank's chunk of ``inputs`` to its device and call the model on it."""
         output = module(**shard_inputs(*inputs, layout=self.layout))
-        gate_sum_LB, entropy_sum_LB, square_sum_LB, count_B = sum_over_row(output.gates, self.layout)
+        sums_LB, count_B = sum_over_row(output.layer_sums, self.layout)
         return StepOutputs(
             loss_sum=output.loss_sum,
             z_sum=output.z_sum,
-            gate_sum_LB=gate_sum_LB,
-            square_sum_LB=square_sum_LB,
-            entropy_sum_LB=entropy_sum_LB,
+            sums_LB=sums_LB,
             count_B=count_B,
             row_weight_B=inputs.row_weight_B.to(self.device, non_blocking=True),
         )

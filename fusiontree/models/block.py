@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.gate import Alignment, FusionGate, RowGateSums
+from fusiontree.models.gate import Alignment, FusionGate
 from fusiontree.models.mixers import layer_mixers
 from fusiontree.models.mixers.base import Mixer
 from fusiontree.models.mixers.cache import LayerCache
@@ -19,6 +19,7 @@ from fusiontree.models.token_layout import BlockInputs
 from fusiontree.ops.gate import Present, gate_mix
 from fusiontree.ops.recompute import recomputed
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.layer_metrics import layer_metric_sums
 
 
 class FusionBlock(nn.Module):
@@ -67,18 +68,23 @@ class FusionBlock(nn.Module):
         inputs: BlockInputs,
         branch_scale_B2: Tensor | None = None,
         cache: LayerCache | None = None,
-    ) -> tuple[Tensor, RowGateSums]:
-        """Return the residual stream after this layer and the sums of its gates.
+        layer_metrics: tuple[str, ...] = (),
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the residual stream after this layer and sums over each row's tokens and channels, ``[B]`` in fp32.
+
+        The sums are those of the gates (``gate``), of their binary entropies in nats (``entropy``) and of their
+        squares (``square``), and those of the layer metrics (``metric.field``).
 
         Args:
             x_BSC: residual stream ``[B, S, C]``.
             inputs: documents, positions and padding of the tokens.
             branch_scale_B2: factors of each row's (first, second) branch outputs; 0 drops a branch.
             cache: the branches' caches for decoding; updated.
+            layer_metrics: names of layer metrics to compute.
         """
         u_BSC, x_BSC = self.norm(x_BSC)
-        outputs_BSC = self.branches(self.gather_tokens(u_BSC), inputs, cache)
-        return self.mix(x_BSC, self.scatter_tokens(outputs_BSC), branch_scale_B2, inputs.mixer.padding_mask_BS)
+        outputs_BSC = self.scatter_tokens(self.branches(self.gather_tokens(u_BSC), inputs, cache))
+        return self.mix(x_BSC, outputs_BSC, branch_scale_B2, inputs.mixer.padding_mask_BS, layer_metrics)
 
     def branches(self, u_BSC: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> Tensor:
         """Return the branches' concatenated outputs: ``[B, S, 2C]`` for two branches, ``[B, S, C]`` for one."""
@@ -96,9 +102,15 @@ class FusionBlock(nn.Module):
         outputs_BSC: Tensor,
         branch_scale_B2: Tensor | None = None,
         padding_mask_BS: Tensor | None = None,
-    ) -> tuple[Tensor, RowGateSums]:
+        layer_metrics: tuple[str, ...] = (),
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Scale, align and gate the branches' outputs and add them to the residual stream, token by token."""
         branches = len(self._branches)
+        metric_sums: dict[str, Tensor] = {}
+        if layer_metrics:
+            outputs = dict(zip(self.mixers(), outputs_BSC.detach().chunk(branches, dim=-1), strict=True))
+            with torch.no_grad():
+                metric_sums = layer_metric_sums(layer_metrics, outputs, padding_mask_BS)
         if branch_scale_B2 is not None:
             first = 1 if self.present == "second" else 0
             scale_BSn = branch_scale_B2[:, None, first : first + branches].to(outputs_BSC.dtype)
@@ -109,9 +121,11 @@ class FusionBlock(nn.Module):
             z_BSC = torch.add(*outputs_BSC.chunk(2, dim=-1)) / 2
         else:
             z_BSC = outputs_BSC / 2
-        logits_BSC = self.gate(z_BSC)
-        mixed_BSC, sums = gate_mix(logits_BSC, outputs_BSC, padding_mask_BS, present=self.present, backend=self.backend)
-        return x_BSC + self.out_proj(mixed_BSC) + self.mlp(z_BSC), RowGateSums(*sums)
+        mixed_BSC, (gate_B, entropy_B, square_B) = gate_mix(
+            self.gate(z_BSC), outputs_BSC, padding_mask_BS, present=self.present, backend=self.backend
+        )
+        sums = {"gate": gate_B, "entropy": entropy_B, "square": square_B} | metric_sums
+        return x_BSC + self.out_proj(mixed_BSC) + self.mlp(z_BSC), sums
 
 
 _PARTS = ("align", "gate", "out_proj", "mlp", "scatter_tokens", "present")

@@ -1,11 +1,9 @@
-"""Alignment of the branches, the gate that mixes them, and the gate's statistics.
+"""Alignment of the branches and the gate that mixes them.
 
 Shape legend: B rows, S tokens, C channels.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +12,6 @@ from torch import Tensor, nn
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.fused_linear import project
 from fusiontree.ops.recompute import recomputed
-
-
-class RowGateSums(NamedTuple):
-    """Sums over a row's tokens and channels in one layer, in fp32."""
-
-    gate_sum_B: Tensor
-    entropy_sum_B: Tensor
-    """Binary entropies of the gates, in nats."""
-    square_sum_B: Tensor
 
 
 class Alignment(nn.Module):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fusiontree.models.block import FusionBlock
 from fusiontree.models.cache import DecodeCache
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.gate import RowGateSums
 from fusiontree.models.head import LanguageModelHead
 from fusiontree.models.mixers.base import MixerInputs
 from fusiontree.models.norm import RMSNorm
@@ -25,15 +24,13 @@ from fusiontree.ops.rotary import rotary_tables
 from fusiontree.utils.errors import UserError
 
 
-class GateSums(NamedTuple):
-    """Sums of the gates over each row's real tokens and channels, times the row's weight; fp32."""
+class LayerSums(NamedTuple):
+    """Sums over each row's real tokens and channels in every layer, times the row's weight; fp32."""
 
-    gate_sum_LB: Tensor
-    entropy_sum_LB: Tensor
-    """Binary entropies, in nats."""
-    square_sum_LB: Tensor
+    sums_LB: dict[str, Tensor]
+    """By name: see :meth:`fusiontree.models.block.FusionBlock.forward`; 0 in layers without the name."""
     count_B: Tensor
-    """Number of gates per row and layer (tokens x channels), times the row's weight."""
+    """Number of summed elements per row and layer (tokens x channels), times the row's weight."""
 
 
 class ModelOutput(NamedTuple):
@@ -44,7 +41,7 @@ class ModelOutput(NamedTuple):
     z_sum: Tensor | None
     """Squared log-partition summed over the tokens with a label; fp32 scalar."""
     logits_BSV: Tensor | None
-    gates: GateSums
+    layer_sums: LayerSums
     cache: DecodeCache | None
 
 
@@ -76,6 +73,7 @@ class FusionTreeModel(nn.Module):
         row_weight_B: Tensor | None = None,
         cache: DecodeCache | None = None,
         logits_to_keep: int | None = None,
+        layer_metrics: tuple[str, ...] = (),
     ) -> ModelOutput:
         """Run the model on rows of one document each, packed rows, padded rows, or the next tokens of cached texts.
 
@@ -86,11 +84,12 @@ class FusionTreeModel(nn.Module):
             documents: boundaries of packed rows; None means each row is one document.
             padding_mask_BS: bool, True on real tokens, which must be contiguous in each row; excludes ``documents``.
             branch_scale_LB2: factors of each layer's and row's (first, second) branch outputs; 0 drops a branch.
-            row_weight_B: weight of each row's gate sums, 0 for rows that only fill up a batch; None means 1.
+            row_weight_B: weight of each row's layer sums, 0 for rows that only fill up a batch; None means 1.
             cache: of :meth:`new_cache`. An empty cache is filled (pads must be on the left); otherwise the tokens
                 continue the cached texts. The cache is updated in place and returned. For inference only: no gradient
                 flows through it.
             logits_to_keep: compute logits only for the last ``logits_to_keep`` tokens; None means all.
+            layer_metrics: names of layer metrics whose sums to return.
 
         Raises:
             TypeError: the padding mask is not boolean.
@@ -103,23 +102,24 @@ class FusionTreeModel(nn.Module):
         cos_BSD, sin_BSD = rotary_tables(layout.positions_BS, self.config.attention_head_dim, self.config.rope_theta)
         mixer = MixerInputs(layout.documents, cos_BSD, sin_BSD, layout.padding_mask_BS, layout.new)
         inputs = BlockInputs(mixer, self.srte(layout.positions_BS, x_BSC.dtype))
-        sums: list[RowGateSums] = []
+        sums: list[dict[str, Tensor]] = []
         for layer, block in enumerate(self.layers):
             scale_B2 = None if branch_scale_LB2 is None else branch_scale_LB2[layer]
-            x_BSC, layer_sums = block(x_BSC, inputs, scale_B2, None if cache is None else cache.layers[layer])
-            sums.append(layer_sums)
-        gates = _stack(sums, x_BSC, layout.padding_mask_BS, row_weight_B)
+            layer_cache = None if cache is None else cache.layers[layer]
+            x_BSC, sums_of_layer = block(x_BSC, inputs, scale_B2, layer_cache, layer_metrics)
+            sums.append(sums_of_layer)
+        layer_sums = _stack(sums, x_BSC, layout.padding_mask_BS, row_weight_B)
         if cache is not None:
             cache.advance(layout.counts, input_ids_BS.shape[1])
         hidden_BSC = self.norm(x_BSC)
         if labels_BS is None:
             if logits_to_keep is not None:
                 hidden_BSC = hidden_BSC[:, -logits_to_keep:]
-            return ModelOutput(None, None, self.head(hidden_BSC), gates, cache)
+            return ModelOutput(None, None, self.head(hidden_BSC), layer_sums, cache)
         if layout.padding_mask_BS is not None:
             labels_BS = labels_BS.masked_fill(~layout.padding_mask_BS, -100)
         loss_sum, z_sum = self.head(hidden_BSC, labels_BS)
-        return ModelOutput(loss_sum, z_sum, None, gates, cache)
+        return ModelOutput(loss_sum, z_sum, None, layer_sums, cache)
 
     def check_length(self, length: int) -> None:
         """Check that the model has a position encoding for texts of ``length`` tokens.
@@ -165,14 +165,17 @@ class FusionTreeModel(nn.Module):
 
 
 def _stack(
-    sums: list[RowGateSums], x_BSC: Tensor, padding_mask_BS: Tensor | None, row_weight_B: Tensor | None
-) -> GateSums:
-    """Stack the gate sums of all layers and add the number of gates."""
+    sums: list[dict[str, Tensor]], x_BSC: Tensor, padding_mask_BS: Tensor | None, row_weight_B: Tensor | None
+) -> LayerSums:
+    """Stack the sums of all layers and add the number of summed elements."""
     rows, length, channels = x_BSC.shape
-    gate_sum_LB, entropy_sum_LB, square_sum_LB = (torch.stack(kind) for kind in zip(*sums, strict=True))
+    none_B = sums[0]["gate"].new_zeros(rows)
+    names = dict.fromkeys(name for layer in sums for name in layer)
+    sums_LB = {name: torch.stack([layer.get(name, none_B) for layer in sums]) for name in names}
     if padding_mask_BS is None:
-        count_B = gate_sum_LB.new_full((rows,), length * channels)
+        count_B = none_B + length * channels
     else:
-        count_B = (padding_mask_BS.sum(1) * channels).to(gate_sum_LB.dtype)
-    gates = GateSums(gate_sum_LB, entropy_sum_LB, square_sum_LB, count_B)
-    return gates if row_weight_B is None else GateSums(*(total * row_weight_B for total in gates))
+        count_B = (padding_mask_BS.sum(1) * channels).to(none_B.dtype)
+    if row_weight_B is None:
+        return LayerSums(sums_LB, count_B)
+    return LayerSums({name: total * row_weight_B for name, total in sums_LB.items()}, count_B * row_weight_B)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusiontree.models.model import GateSums
+from fusiontree.models.model import LayerSums
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel.collectives import sum_identity
 from fusiontree.parallel.context_parallel import PieceDocuments
@@ -24,6 +24,7 @@ def shard_inputs(
     positions_BS: Tensor,
     row_weight_B: Tensor,
     branch_scale_LB2: Tensor | None,
+    layer_metrics: tuple[str, ...] = (),
     *,
     layout: Layout,
 ) -> dict[str, Any]:
@@ -45,18 +46,19 @@ def shard_inputs(
         "labels_BS": send(labels_BS[:, piece], device, non_blocking=True),
         "documents": documents.to(device, non_blocking=True),
         "branch_scale_LB2": None if branch_scale_LB2 is None else send(branch_scale_LB2, device, non_blocking=True),
+        "layer_metrics": layer_metrics,
     }
 
 
-def sum_over_row(gates: GateSums, layout: Layout) -> GateSums:
-    """Sum a micro-batch's gate statistics over the ranks that hold tokens of the same sequences (cp x tp).
+def sum_over_row(sums: LayerSums, layout: Layout) -> LayerSums:
+    """Add up a micro-batch's layer sums over the ranks that hold tokens of the same sequences (cp x tp).
 
     Each of these ranks computes the same loss from the sums; the backward gives each rank the gradient of its local
     gates.
     """
     if layout.cp_size * layout.tp_size == 1:
-        return gates
-    layers = gates.gate_sum_LB.shape[0]
-    packed = torch.cat([gates.gate_sum_LB, gates.entropy_sum_LB, gates.square_sum_LB, gates.count_B.unsqueeze(0)])
-    gate, entropy, square, count = sum_identity(packed, layout.row_group).split([layers, layers, layers, 1])
-    return GateSums(gate, entropy, square, count[0])
+        return sums
+    packed = torch.cat([*sums.sums_LB.values(), sums.count_B.unsqueeze(0)])
+    layers = len(packed) // len(sums.sums_LB)
+    *summed_LB, count_1B = sum_identity(packed, layout.row_group).split([layers] * len(sums.sums_LB) + [1])
+    return LayerSums(dict(zip(sums.sums_LB, summed_LB, strict=True)), count_1B[0])

@@ -34,6 +34,9 @@ class LoggingConfig(Section):
         10, "Steps between lines of metrics.jsonl and the console; 0 never.", unit="steps", ge=0
     )
     trackers: list[str] = setting(list, "Experiment trackers to send metrics to: wandb, tensorboard, or a plugin's.")
+    layer_metrics: list[str] = setting(
+        list, "Registered metrics of each layer's branches to compute on logged steps; see docs/extend/metric.md."
+    )
     wandb: WandbConfig = setting(WandbConfig, "Weights & Biases.")
     tensorboard: TensorboardConfig = setting(TensorboardConfig, "TensorBoard.")
     options: dict[str, dict[str, Any]] = setting(dict, "Settings of a plugin's trackers, by name of the tracker.")

@@ -11,7 +11,7 @@ import torch
 from fusiontree.data.batch import StepBatch
 from fusiontree.training.pipeline import FinishedStep
 from fusiontree.training.settings import RunSettings
-from fusiontree.training.step_sums import RowSums
+from fusiontree.utils.layer_metrics import layer_metric_values
 
 
 def step_metrics(step: FinishedStep, settings: RunSettings, world_size: int, device: torch.device) -> dict[str, Any]:
@@ -29,6 +29,8 @@ def step_metrics(step: FinishedStep, settings: RunSettings, world_size: int, dev
     # All tokens of the global batch count, as the device computes all of them.
     tokens_per_s = training.global_batch_size * training.seq_len / step.device_s
     flops_per_s = tokens_per_s / world_size * settings.flops_per_token(document_lengths(step.batch))
+    per_row = 1.0 / max(counts.rows, 1)
+    means_L = {name: [total * per_row for total in total_L] for name, total_L in row_sums.layers.items()}
     return {
         "step": step.number,
         "tokens": step.tokens,
@@ -43,7 +45,8 @@ def step_metrics(step: FinishedStep, settings: RunSettings, world_size: int, dev
         "skipped_rows": counts.skipped_rows,
         "tokens_hash": f"{counts.tokens_hash & 0xFFFF_FFFF:08x}",
         "epochs": list(step.batch.epochs),
-        "gates": gate_statistics(row_sums, counts.rows),
+        "gates": gate_statistics(means_L),
+        **{name: layer_metric_values(name, means_L) for name in settings.layer_metrics(step.number)},
         "tokens_per_s": tokens_per_s,
         "tokens_per_s_per_gpu": tokens_per_s / world_size,
         "mfu": flops_per_s / settings.peak_flops if settings.peak_flops else None,
@@ -60,21 +63,13 @@ def document_lengths(batch: StepBatch) -> list[int]:
     return torch.cat([starts, torch.tensor([total])]).diff().tolist()
 
 
-def gate_statistics(sums: RowSums, rows: int) -> dict[str, list[float]]:
-    """Return each layer's mean gate, its standard deviation, and the gates' mean entropy in nats.
-
-    Args:
-        sums: sums over the global batch.
-        rows: number of rows they are sums over.
-    """
-    per_row = 1.0 / max(rows, 1)
-    mean_L = [gate * per_row for gate in sums.gate_L]
-    square_L = [square * per_row for square in sums.square_L]
-    variance_L = [square - mean * mean for square, mean in zip(square_L, mean_L, strict=True)]
+def gate_statistics(means_L: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return each layer's mean gate, its standard deviation, and the gates' mean entropy in nats."""
+    variance_L = [square - mean * mean for square, mean in zip(means_L["square"], means_L["gate"], strict=True)]
     return {
-        "mean": mean_L,
+        "mean": means_L["gate"],
         "std": [math.sqrt(max(variance, 0.0)) for variance in variance_L],
-        "entropy": [entropy * per_row for entropy in sums.entropy_L],
+        "entropy": means_L["entropy"],
     }
 
 

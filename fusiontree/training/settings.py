@@ -47,6 +47,10 @@ class RunSettings:
         interval = self.config.logging.log_interval
         return (interval > 0 and step % interval == 0) or step == self.last_step
 
+    def layer_metrics(self, step: int) -> tuple[str, ...]:
+        """Return the layer metrics to compute in ``step``."""
+        return tuple(self.config.logging.layer_metrics) if self.is_logged(step) else ()
+
     @cached_property
     def loss_weights(self) -> LossWeights:
         """Coefficients of the loss terms."""

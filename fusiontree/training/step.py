@@ -45,6 +45,8 @@ class StepGradient:
     """Waits for the sums over the tokens of the global batch."""
     row_terms: Tensor
     """This rank's packed row sums."""
+    sum_names: tuple[str, ...]
+    """Names of the layer sums in ``row_terms``."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ class TrainStep:
         counted = count(batch, stop_wanted)
         reached_collective_at = time.perf_counter()
         counts, denominators = self._sum_counts(counted)
-        losses, token_sums, row_terms = self._forward_backward(number, batch, denominators, limit_s)
-        return StepGradient(number, batch, reached_collective_at, losses, counts, token_sums, row_terms)
+        losses, token_sums, row_terms, names = self._forward_backward(number, batch, denominators, limit_s)
+        return StepGradient(number, batch, reached_collective_at, losses, counts, token_sums, row_terms, names)
 
     def apply(self, gradient: StepGradient, *, limit_s: float) -> PendingStep:
         """Queue the optimizer step; all ranks call this together. A loss spike or a non-finite gradient is not applied.
@@ -124,7 +126,7 @@ class TrainStep:
             spike=spike,
             stop=counts.stop_requests > 0,
             result=result,
-            row_sums=lambda: RowSums.unpack(summed()),
+            row_sums=lambda: RowSums.unpack(summed(), gradient.sum_names),
             ended=Mark(self.engine.device),
         )
 
@@ -144,15 +146,16 @@ class TrainStep:
 
     def _forward_backward(
         self, number: int, batch: StepBatch, counts: GlobalCounts, limit_s: float
-    ) -> tuple[list[Tensor], Callable[[], TokenSums], Tensor]:
+    ) -> tuple[list[Tensor], Callable[[], TokenSums], Tensor, tuple[str, ...]]:
         """Queue forward and backward pass of every micro-batch.
 
         Returns:
-            The losses per micro-batch, the function that reads the token sums, and this rank's packed row sums.
+            The losses per micro-batch, the function that reads the token sums, this rank's packed row sums and the
+            names of the layer sums in them.
         """
         engine, last = self.engine, len(batch.micro_batches) - 1
         token_terms = torch.zeros(len(TokenSums._fields), device=engine.device)
-        row_terms = torch.zeros(2 + 3 * self.settings.config.model.num_layers, device=engine.device)
+        row_terms: list[Tensor] = []
         losses: list[Tensor] = []
         for index, micro in enumerate(batch.micro_batches):
             with self.watchdog.section(f"forward of micro batch {index}", limit_s):
@@ -160,8 +163,8 @@ class TrainStep:
             terms = loss_terms(
                 out.loss_sum,
                 out.z_sum,
-                out.gate_sum_LB,
-                out.entropy_sum_LB,
+                out.sums_LB["gate"],
+                out.sums_LB["entropy"],
                 out.count_B,
                 out.row_weight_B,
                 self.settings.loss_weights,
@@ -174,16 +177,10 @@ class TrainStep:
             with self.watchdog.section(f"backward of micro batch {index}", limit_s):
                 engine.backward(terms.total, last=index == last)
             losses.append(terms.lm.detach())
-            row_terms += RowSums.pack(
-                terms.load_balance,
-                terms.entropy,
-                gate_LB=out.gate_sum_LB,
-                square_LB=out.square_sum_LB,
-                entropy_LB=out.entropy_sum_LB,
-                count_B=out.count_B,
-                row_weight_B=out.row_weight_B,
-            )
-        return losses, lambda: TokenSums(*read()), row_terms
+            packed = RowSums.pack(terms.load_balance, terms.entropy, out.sums_LB, out.count_B, out.row_weight_B)
+            row_terms.append(packed)
+            names = tuple(out.sums_LB)
+        return losses, lambda: TokenSums(*read()), sum(row_terms[1:], row_terms[0]), names
 
 
 def count(batch: StepBatch, stop_wanted: bool) -> StepCounts:
@@ -198,9 +195,17 @@ def count(batch: StepBatch, stop_wanted: bool) -> StepCounts:
 
 
 def step_inputs(micro: MicroBatch, settings: RunSettings, step: int | None) -> StepInputs:
-    """Return a micro-batch as the engine takes it, with the branches to drop in step ``step``; None drops none."""
-    scale = None
+    """Return a micro-batch as the engine takes it.
+
+    Args:
+        micro: the micro-batch.
+        settings: the run's configuration.
+        step: the training step, which decides on branches to drop and layer metrics to compute; None does neither.
+    """
+    scale: Tensor | None = None
+    layer_metrics: tuple[str, ...] = ()
     if step is not None:
+        layer_metrics = settings.layer_metrics(step)
         scale = branch_scale(
             micro.rows_B.tolist(),
             layers=settings.config.model.num_layers,
@@ -208,4 +213,4 @@ def step_inputs(micro: MicroBatch, settings: RunSettings, step: int | None) -> S
             seed=settings.training.seed,
             step=step,
         )
-    return StepInputs(micro.input_ids_BS, micro.labels_BS, micro.positions_BS, micro.row_weight_B, scale)
+    return StepInputs(micro.input_ids_BS, micro.labels_BS, micro.positions_BS, micro.row_weight_B, scale, layer_metrics)

@@ -5,7 +5,7 @@ Shape legend: L layers, B rows of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,45 +75,39 @@ class RowSums(NamedTuple):
     """Load balance loss, already divided by the number of rows."""
     entropy: float
     """Entropy loss, already divided by the number of rows."""
-    gate_L: list[float]
-    """Each row's mean gate, summed over the rows."""
-    square_L: list[float]
-    """Each row's mean squared gate, summed over the rows."""
-    entropy_L: list[float]
-    """Each row's mean gate entropy in nats, summed over the rows."""
+    layers: dict[str, list[float]]
+    """Each row's mean per token and channel, summed over the rows: a list over layers for each name of the model's
+    layer sums."""
 
     @staticmethod
     def pack(
-        load_balance: Tensor,
-        entropy: Tensor,
-        *,
-        gate_LB: Tensor,
-        square_LB: Tensor,
-        entropy_LB: Tensor,
-        count_B: Tensor,
-        row_weight_B: Tensor,
+        load_balance: Tensor, entropy: Tensor, sums_LB: dict[str, Tensor], count_B: Tensor, row_weight_B: Tensor
     ) -> Tensor:
-        """Return one micro-batch's addends as a detached fp32 vector of 2 + 3 L elements.
+        """Return one micro-batch's addends as a detached fp32 vector of 2 + L elements per name.
 
         Args:
             load_balance: loss term.
             entropy: loss term.
-            gate_LB: gates summed over a row's tokens and channels.
-            square_LB: squared gates, summed in the same way.
-            entropy_LB: entropies of gates, summed in the same way.
-            count_B: gates per row and layer.
+            sums_LB: sums over a row's tokens and channels, by name.
+            count_B: number of summed elements per row and layer.
             row_weight_B: 0 for rows that do not count.
         """
-        per_gate_B = row_weight_B / count_B.clamp(min=1)
-        sums_3L = (torch.stack([gate_LB, square_LB, entropy_LB]).detach() * per_gate_B).sum(-1)
-        return torch.cat([torch.stack([load_balance.detach(), entropy.detach()]), sums_3L.flatten()])
+        per_element_B = row_weight_B / count_B.clamp(min=1)
+        sums_NL = (torch.stack(list(sums_LB.values())).detach() * per_element_B).sum(-1)
+        return torch.cat([torch.stack([load_balance.detach(), entropy.detach()]), sums_NL.flatten()])
 
     @classmethod
-    def unpack(cls, summed: list[float]) -> RowSums:
-        """Return the record of a packed vector that was summed over micro-batches and ranks."""
-        load_balance, entropy, *gates = summed
-        layers = len(gates) // 3
-        return cls(load_balance, entropy, gates[:layers], gates[layers : 2 * layers], gates[2 * layers :])
+    def unpack(cls, summed: list[float], names: Sequence[str]) -> RowSums:
+        """Return the record of a packed vector that was summed over micro-batches and ranks.
+
+        Args:
+            summed: the vector.
+            names: names of the model's layer sums, in the order in which they were packed.
+        """
+        load_balance, entropy, *sums = summed
+        layers = len(sums) // len(names)
+        by_name = {name: sums[index * layers : (index + 1) * layers] for index, name in enumerate(names)}
+        return cls(load_balance, entropy, by_name)
 
 
 def read_step_counts(summed: Tensor, ranks_per_row: int) -> Callable[[], StepCounts]:

@@ -48,14 +48,14 @@ def test_losses_and_gradients_of_a_packed_row_are_the_sums_of_its_documents():
         return found
 
     out = model(input_ids_BS, labels_BS=labels_BS, documents=packed(ROWS))
-    (out.loss_sum + out.gates.entropy_sum_LB.sum()).backward()
+    (out.loss_sum + out.layer_sums.sums_LB["entropy"].sum()).backward()
     together, loss_sum = gradients(), 0.0
     for row, lengths in enumerate(ROWS):
         start = 0
         for length in lengths:
             part = slice(start, start + length)
             alone = model(input_ids_BS[row : row + 1, part], labels_BS=labels_BS[row : row + 1, part])
-            (alone.loss_sum + alone.gates.entropy_sum_LB.sum()).backward()
+            (alone.loss_sum + alone.layer_sums.sums_LB["entropy"].sum()).backward()
             loss_sum += float(alone.loss_sum.detach())
             start += length
     assert float(out.loss_sum.detach()) == pytest.approx(loss_sum, rel=1e-6)

@@ -21,11 +21,12 @@ def definition(logits_BSC, counted_BS):
 def test_every_gate_starts_at_one_half():
     model = FusionTreeModel(tiny_config(layer_pattern="FMA"))
     initialize_model(model, seed=0)
-    gates = model(torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])).gates
+    gates = model(torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])).layer_sums
     assert gates.count_B.tolist() == [160, 160]
-    assert torch.equal(gates.gate_sum_LB, torch.full((3, 2), 80.0))
-    assert torch.equal(gates.square_sum_LB, torch.full((3, 2), 40.0))
-    torch.testing.assert_close(gates.entropy_sum_LB, torch.full((3, 2), 160 * 0.6931472))
+    gates = gates.sums_LB
+    assert torch.equal(gates["gate"], torch.full((3, 2), 80.0))
+    assert torch.equal(gates["square"], torch.full((3, 2), 40.0))
+    torch.testing.assert_close(gates["entropy"], torch.full((3, 2), 160 * 0.6931472))
 
 
 @torch.no_grad()
@@ -37,15 +38,17 @@ def test_sums_of_a_model_are_over_tokens_and_channels_without_pads():
     ids = torch.randint(0, 64, (3, 6), generator=torch.Generator().manual_seed(1))
     mask_BS = torch.tensor([[True] * 6, [False] * 2 + [True] * 4, [True] + [False] * 5])
     weight_B = torch.tensor([1.0, 1.0, 0.0])
-    gates = model(ids, padding_mask_BS=mask_BS).gates
+    gates, count_B = model(ids, padding_mask_BS=mask_BS).layer_sums
     for layer in range(2):
         expected = definition(logits[layer], mask_BS)
-        for value, wanted in zip((gates.gate_sum_LB, gates.entropy_sum_LB, gates.square_sum_LB), expected, strict=True):
+        for value, wanted in zip((gates["gate"], gates["entropy"], gates["square"]), expected, strict=True):
             torch.testing.assert_close(value[layer], wanted, atol=1e-3, rtol=1e-5)
-    assert gates.count_B.tolist() == [6 * 32, 4 * 32, 32]
-    weighted = model(ids, padding_mask_BS=mask_BS, row_weight_B=weight_B).gates
-    for value, whole in zip(weighted, gates, strict=True):
-        assert torch.equal(value, whole * weight_B)
+    assert count_B.tolist() == [6 * 32, 4 * 32, 32]
+    weighted, weighted_count_B = model(ids, padding_mask_BS=mask_BS, row_weight_B=weight_B).layer_sums
+    assert weighted.keys() == gates.keys()
+    for name, value in weighted.items():
+        assert torch.equal(value, gates[name] * weight_B)
+    assert torch.equal(weighted_count_B, count_B * weight_B)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def test_losses_and_gradients_of_packed_rows(kind):
     for device in ("cpu", "cuda"):
         model = tiny_model(**VARIANTS[kind]).to(device)
         out = model(ids.to(device), labels_BS=labels_BS.to(device), documents=documents.to(device))
-        (out.loss_sum + out.gates.entropy_sum_LB.sum()).backward()
+        (out.loss_sum + out.layer_sums.sums_LB["entropy"].sum()).backward()
         found.append((out.loss_sum.detach().cpu(), {name: p.grad.cpu() for name, p in model.named_parameters()}))
     (loss, grads), (other_loss, other_grads) = found
     torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=0)

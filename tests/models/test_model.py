@@ -38,7 +38,7 @@ def test_loss_sums_are_those_of_the_logits():
 def test_gradients_flow_into_every_parameter(kind):
     model = tiny_model(**VARIANTS[kind])
     out = model(tokens(), labels_BS=tokens(seed=1))
-    (out.loss_sum + out.gates.entropy_sum_LB.sum()).backward()
+    (out.loss_sum + out.layer_sums.sums_LB["entropy"].sum()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -47,7 +47,7 @@ def test_gradients_flow_into_every_parameter(kind):
 
 def test_gate_sums_alone_train_the_gate():
     model = tiny_model()
-    model(tokens()).gates.gate_sum_LB.sum().backward()
+    model(tokens()).layer_sums.sums_LB["gate"].sum().backward()
     assert bool(model.layers[0].gate.up.weight.grad.abs().sum() > 0)
     assert bool(model.layers[0].mamba.in_proj.weight.grad.abs().sum() > 0)
 
@@ -155,7 +155,7 @@ def test_checkpointed_blocks_give_the_same_gradients():
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         packed = Documents.from_positions(torch.arange(13).expand(2, 13) % 7)
         out = model(tokens(), labels_BS=tokens(seed=1), documents=packed)
-        (out.loss_sum + out.gates.gate_sum_LB.sum()).backward()
+        (out.loss_sum + out.layer_sums.sums_LB["gate"].sum()).backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
     plain = gradients(wrap=False)

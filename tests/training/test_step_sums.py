@@ -35,12 +35,12 @@ def test_row_sums_keep_their_names_on_the_way() -> None:
     packed = RowSums.pack(
         torch.tensor(0.25),
         torch.tensor(0.5),
-        gate_LB=sums_LB["gate"],
-        square_LB=sums_LB["square"],
-        entropy_LB=sums_LB["entropy"],
+        sums_LB,
         count_B=torch.tensor([2.0, 4.0, 1.0]),
         row_weight_B=torch.tensor([1.0, 1.0, 0.0]),
     )
     rows = 0.5 + 0.25
-    expected = RowSums(0.25, 0.5, [2.0 * rows, 7.0 * rows], [3.0 * rows] * 2, [5.0 * rows] * 2)
-    assert RowSums.unpack(packed.tolist()) == expected
+    expected = RowSums(
+        0.25, 0.5, {"gate": [2.0 * rows, 7.0 * rows], "square": [3.0 * rows] * 2, "entropy": [5.0 * rows] * 2}
+    )
+    assert RowSums.unpack(packed.tolist(), list(sums_LB)) == expected
