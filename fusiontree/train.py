@@ -21,6 +21,7 @@ from fusiontree.config.load import config_values, dump_config, load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
 from fusiontree.supervision.signals import STOP_SIGNALS, leave_when_warned
+from fusiontree.tracking.console import NOTICE, Console
 from fusiontree.training.run_folder import check_run_folder
 from fusiontree.utils.environment import keep_flight_record, process_place
 from fusiontree.utils.errors import UserError
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="for a check: the processes that the run will have (default: there are)",
     )
     parser.add_argument("--print-run-dir", action="store_true", help="check all but the data, print run_dir and exit")
+    parser.add_argument("--quiet", action="store_true", help="print warnings, validations and the end of the run only")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser
@@ -89,9 +91,9 @@ def run(args: argparse.Namespace) -> int:
         UserError: something the user gave is wrong.
     """
     place = process_place()
-    logging.basicConfig(
-        level=logging.INFO if place.is_main else logging.WARNING, format="%(message)s", stream=sys.stdout
-    )
+    level = NOTICE if args.quiet else logging.INFO
+    logging.basicConfig(level=level if place.is_main else logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("fusiontree.ops.dispatch").setLevel(logging.WARNING)  # the console shows the backends in a line
     config = load_config(args.config, args.overrides)
     if args.print_config:
         print(dump_config(config), end="")
@@ -219,7 +221,9 @@ def build_trainer(
 ) -> Trainer:
     """Return the trainer of a run with its observers, in the order in which they see a step."""
     from fusiontree.checkpoint.saver import Saver
+    from fusiontree.cli.start_summary import start_summary
     from fusiontree.models.flops import training_flops_per_token
+    from fusiontree.ops.dispatch import chosen_backends
     from fusiontree.supervision.watchdog import Watchdog
     from fusiontree.tracking.records import Records
     from fusiontree.training.loop import Trainer
@@ -236,13 +240,17 @@ def build_trainer(
     )
     records = Records(settings.run_dir, enabled=layout.is_main)
     watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)
+    console = Console(config.training.max_steps, enabled=layout.is_main, backends=chosen_backends)
+    if layout.is_main:
+        for line in start_summary(config, train_data, layout):
+            console.say(line)
     observers = [
-        StepLog(engine, settings, records, watchdog),
+        StepLog(engine, settings, records, watchdog, console),
         HealthMonitor(engine, settings, records, watchdog),
         PeerWatch(engine, watchdog),
     ]
     saver = Saver(settings.run_dir / "checkpoints", config.checkpoint, layout.checkpoint_group, lock.refusal)
-    return Trainer(settings, engine, train_data, validation_data, saver, records, watchdog, observers)
+    return Trainer(settings, engine, train_data, validation_data, saver, records, watchdog, console, observers)
 
 
 if __name__ == "__main__":

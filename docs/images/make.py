@@ -1,11 +1,12 @@
 """Draws the pictures of README.md and docs/speed.md: ``python docs/images/make.py`` writes them beside this file.
 
-Every number is copied from a table of docs/speed.md.
+Speeds are copied from tables of docs/speed.md. killed_run.py writes the losses of killed_run.png.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 HERE = Path(__file__).parent
 INK, GREY = "#1f2933", "#7b8794"
@@ -182,6 +183,71 @@ def step_time() -> None:
     save(fig, "step_time.png")
 
 
+# One colour per rank of the picture of layouts, in pairs of the tensor parallel ranks.
+RANK_COLORS = ["#2f6db3", "#8fb8e3", "#b8682a", "#e8b98c", "#2f7d6d", "#8ecabb", "#7b5ea7", "#c3b1de"]
+
+
+def layouts() -> None:
+    """Draw which rank computes which part of a batch in four layouts."""
+    panels = [
+        ("dp 2", "each rank has its own sequences", 2, 1, 1),
+        ("cp 2", "each rank has a chunk of every sequence", 1, 2, 1),
+        ("tp 2", "each rank has half of the heads and channels", 1, 1, 2),
+        ("dp 2 × cp 2 × tp 2", "8 ranks", 2, 2, 2),
+    ]
+    fig, axes = plt.subplots(2, 2, figsize=(8.6, 5.6))
+    for ax, (title, subtitle, dp, cp, tp) in zip(axes.flat, panels, strict=True):
+        draw_layout(ax, dp, cp, tp)
+        ax.set_title(title, loc="left", fontweight="bold", fontsize=13, pad=22)
+        ax.text(0, 1.05, subtitle, transform=ax.transAxes, fontsize=10.5, color=OTHER)
+    fig.tight_layout(h_pad=1.6, w_pad=2.2)
+    save(fig, "layouts.png")
+
+
+def draw_layout(ax: Axes, dp: int, cp: int, tp: int, sequences: int = 2) -> None:
+    """Draw ``sequences`` as boxes, tokens from left to right and channels from top to bottom, coloured by rank."""
+    for sequence, chunk, part in itertools.product(range(sequences), range(cp), range(tp)):
+        rank = (sequence * dp // sequences * cp + chunk) * tp + part
+        height = 0.8 / tp
+        x, y = chunk / cp, sequences - sequence - 0.1 - (part + 1) * height
+        color = RANK_COLORS[rank * (2 if tp == 1 else 1) % len(RANK_COLORS)]
+        ax.add_patch(Rectangle((x, y), 1 / cp, height, fc=color, ec="white", lw=2))
+        dark = color in RANK_COLORS[::2]
+        ax.text(
+            *(x + 0.5 / cp, y + height / 2, f"rank {rank}"),
+            **{"ha": "center", "va": "center", "fontsize": 11, "color": "white" if dark else INK},
+        )
+    ax.set(xlim=(0, 1), ylim=(0, sequences), xticks=[], yticks=[])
+    ax.set_yticks([n + 0.5 for n in range(sequences)], [f"sequence {sequences - n}" for n in range(sequences)])
+    ax.tick_params(length=0)
+    ax.set_xlabel("tokens  →", loc="left", fontsize=10.5)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
+
+
+def killed_run() -> None:
+    """Draw the loss of a run that was killed many times over that of an undisturbed run."""
+    values = json.loads((HERE / "data" / "killed_run.json").read_text(encoding="utf-8"))
+    fig, ax = plt.subplots(figsize=(8, 3.6))
+    ax.plot(
+        *zip(*values["undisturbed"], strict=True), color="#9cc3ea", lw=6, label="undisturbed", solid_capstyle="round"
+    )
+    ax.plot(*zip(*values["killed"], strict=True), color=INK, lw=1.1, label=f"killed {len(values['kills'])} times")
+    loss = dict(values["killed"])
+    ax.plot(
+        values["kills"], [loss[step] for step in values["kills"]], "X", color=MIX, ms=8, mec="white", label="SIGKILL"
+    )
+    ax.set(xlabel="optimizer step", ylabel="loss (nats per byte)", xlim=(0, len(loss) + 4))
+    ax.legend(frameon=False, loc="upper right")
+    difference = values["largest_relative_difference"] * 1e6
+    ax.text(
+        *(0.985, 0.5, f"resumed on 1 and 2 ranks in turn\nlargest relative difference {difference:.0f} × 10⁻⁶"),
+        **{"transform": ax.transAxes, "ha": "right", "fontsize": 10.5, "color": OTHER, "linespacing": 1.5},
+    )
+    fig.tight_layout()
+    save(fig, "killed_run.png")
+
+
 def save(fig: plt.Figure, name: str) -> None:
     """Write a figure beside this file."""
     fig.savefig(HERE / name, bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
@@ -193,3 +259,5 @@ if __name__ == "__main__":
         block()
         row_length()
         step_time()
+        layouts()
+        killed_run()

@@ -1,4 +1,4 @@
-"""The whole journey on any machine: token shards, training, a stop, a resume, generated text, a picture.
+"""All steps of a small run on any machine: token shards, training, a stop, a resume, generated text, a plot.
 
 ``fusiontree quickstart`` and, after installing, ``make quickstart`` run it in the current folder. Run it again and it
 continues where it was; delete runs/quickstart to start over.
@@ -62,19 +62,21 @@ def processes() -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description="Token shards of Python's own sources, training, a stop, a resume, generated text and a picture: "
         "minutes on two CPU cores. Writes runs/quickstart in the current folder; a second start continues there."
     )
+    parser.add_argument("--quiet", action="store_true", help="of training, print warnings, validations and ends only")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run every step; return the exit code."""
-    return run_program(build_parser, lambda args: journey(), argv)
+    return run_program(build_parser, lambda args: run_steps(args.quiet), argv)
 
 
-def journey() -> int:
-    """Run every step; return 0, or 1 where the model did not learn."""
+def run_steps(quiet: bool) -> int:
+    """Build data, train, stop, resume, generate, plot; return 0, or 1 if the model did not learn."""
     began = time.monotonic()
     gpus, ranks = count_gpus(), processes()
     machine = f"{gpus} GPU(s)" if gpus else f"no GPU, {ranks} processes on {os.cpu_count()} CPU cores"
@@ -87,16 +89,17 @@ def journey() -> int:
             *("fusiontree.cli", "data", "build", "--input", sources, "--include", "*.py", "--exclude", "site-packages"),
             *("--tokenizer", "byte", "--validation-fraction", "0.02", "--shuffle", "--shard-mb", "4"),
             *("--output", str(RUN / "data")),
+            capture=quiet,
         )
     else:
         print(f"{RUN / 'data'} is there already")
     bigram = json.loads((RUN / "data/train/dataset.json").read_text())["statistics"]["bigram_entropy_nats"]
 
     launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    train = [*launch, "-m", "fusiontree.train", "--config", CONFIG]
-    say(f"2/5  training: {ranks} ranks under FSDP2; stops itself on the way ({STOP}), as a preemption would")
+    train = [*launch, "-m", "fusiontree.train", *(["--quiet"] if quiet else []), "--config", CONFIG]
+    say(f"2/5  training with FSDP2 on {ranks} ranks; {STOP} stops it early, as a preemption would")
     run(*train, STOP)
-    say("3/5  the same command again: it resumes from the checkpoint and goes on to the end")
+    say("3/5  the same command again resumes from the checkpoint and trains to the end")
     run(*train)
 
     say("4/5  text from the checkpoint")
@@ -107,26 +110,26 @@ def journey() -> int:
     print(sample)
     (RUN / "sample.txt").write_text(sample)
 
-    say("5/5  picture and summary")
+    say("5/5  plot and summary")
     run("fusiontree.cli", "plot", str(RUN), "--reference", "bigram entropy", f"{bigram:.4f}")
     return summarize(bigram, time.monotonic() - began)
 
 
 def summarize(bigram: float, seconds: float) -> int:
-    """Print what came out and where it lies; fail if the model learnt less than pairs of bytes tell."""
+    """Print results and files; return 1 if the validation loss is not below ``bigram``, the entropy of byte pairs."""
     records = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     validation = [r["validation_loss"] for r in records if "validation_loss" in r][-1]
     last = [r for r in records if "loss" in r][-1]
     print(f"""
-validation loss   {validation:.3f} nats a byte ({validation / 0.6931:.2f} bits); byte pairs alone give {bigram:.3f}
-trained on        {last["tokens"] / 1e6:.1f}M bytes at {last["tokens_per_s"]:,.0f} a second; {seconds:.0f} s in all
+validation loss   {validation:.3f} nats per byte ({validation / 0.6931:.2f} bits); byte pairs alone give {bigram:.3f}
+trained on        {last["tokens"] / 1e6:.1f}M bytes at {last["tokens_per_s"]:,.0f} per second; {seconds:.0f} s in all
 
 {RUN}/config.yaml       the resolved configuration
 {RUN}/metrics.jsonl     loss, gradient norm, gates, speed of every logged step
 {RUN}/events.jsonl      starts, resumes, saves
 {RUN}/checkpoints/      what a resume or a conversion reads
 {RUN}/sample.txt        the text above
-{RUN}/loss.png          loss and gates
+{RUN}/loss.png          losses, gates, learning rate, throughput
 {RUN}/data/             token shards, readable by any WebDataset reader
 
 Try next:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,6 +18,19 @@ import torch
 from fusiontree.utils.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
+
+_chosen: dict[str, str] = {}
+"""Operation -> its backend, of all operations that were used in this process."""
+
+
+def chosen_backends() -> str:
+    """Return the backends in use, the most frequent one summed up: ``triton for 9 operations, attention: flash4``."""
+    counts = Counter(_chosen.values())
+    if not counts:
+        return "none yet"
+    (common, count), *_ = counts.most_common(1)
+    others = [f"{name}: {backend}" for name, backend in sorted(_chosen.items()) if backend != common]
+    return ", ".join([f"{common} for {count} operation{'s' if count > 1 else ''}", *others])
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class Operation:
             for backend in self.backends.values():
                 if backend.unavailable(device) is None:
                     log.info("%s on %s: %s", self.shown, device_type, backend.name)
+                    _chosen[self.shown] = backend.name
                     return backend.load()
             raise UserError(f"no backend of {self.name} runs on {device_type}: {self.reasons(device)}")
         if wanted not in self.backends:
@@ -72,6 +87,7 @@ class Operation:
         if why is not None:
             usable = [b.name for b in self.backends.values() if b.unavailable(device) is None]
             raise UserError(f"kernels.{self.name}={wanted} cannot run on {device_type}: {why}; here run {usable}")
+        _chosen[self.shown] = wanted
         return self.backends[wanted].load()
 
     def reasons(self, device: torch.device) -> str:

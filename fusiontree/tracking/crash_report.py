@@ -1,8 +1,8 @@
-"""What processes of a run leave behind when they hang or crash, and what the next start makes of it.
+"""Crash reports: each rank's account of its hang or crash, and the conclusion that the next start draws from them.
 
-Each rank writes RUN/hangs/rank-N.json by itself: when it is needed, nobody can be asked any more. Ranks go through the
-same sections in the same order, so the number of sections entered tells who was behind; and who left no report at
-all was stopped, killed or cut off.
+Each rank writes RUN/hangs/rank-N.json by itself, because ranks that hang cannot communicate. All ranks enter the same
+sections in the same order, so the rank that entered the fewest is behind. A rank without a report was stopped, killed
+or cut off from the file system.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from fusiontree.utils.files import atomic_write
 
 FOLDER = "hangs"
 
-_OF_A_PEER = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "nccl", "gloo", "tcpstore")
-"""In the error of a rank that only lost another one."""
+NO_REPORT = "killed or crashed without a report"
+
+_PEER_LOST = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "nccl", "gloo", "tcpstore")
+"""Words in the error of a rank whose peer failed."""
 
 
 def write_report(run_dir: Path, rank: int, values: dict[str, Any]) -> None:
@@ -32,7 +34,7 @@ def write_report(run_dir: Path, rank: int, values: dict[str, Any]) -> None:
 
 
 def read_reports(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the reports that lie in the run folder, in order of rank."""
+    """Return the reports in the run folder, ordered by rank."""
     found = []
     for file in (run_dir / FOLDER).glob("rank-*.json"):
         try:
@@ -44,7 +46,7 @@ def read_reports(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def collect_reports(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the reports and remove them; stacks stay until the next ones replace them."""
+    """Return the reports and delete their files; files with stacks stay until the next reports replace them."""
     found = read_reports(run_dir)
     for report in found:
         (run_dir / FOLDER / f"rank-{report['rank']}.json").unlink(missing_ok=True)
@@ -52,9 +54,9 @@ def collect_reports(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def explain(reports: list[dict[str, Any]]) -> str:
-    """Say in a sentence what most likely ended the run, naming the ranks to look at first."""
+    """Return a sentence that names the most likely cause of the end of the run and the ranks to inspect first."""
     if not reports:
-        return "killed or crashed without a word"
+        return NO_REPORT
     own = [r for r in reports if r.get("kind") == "crash" and not _lost_a_peer(r["error"])]
     if own:
         first = min(own, key=lambda report: report["unix_time"])
@@ -91,7 +93,7 @@ def explain(reports: list[dict[str, Any]]) -> str:
 
 
 def _lost_a_peer(error: str) -> bool:
-    return any(sign in error.lower() for sign in _OF_A_PEER)
+    return any(sign in error.lower() for sign in _PEER_LOST)
 
 
 def _name(report: dict[str, Any]) -> str:

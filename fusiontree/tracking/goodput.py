@@ -1,4 +1,4 @@
-"""How much of a run's wall time became steps that were kept, and what took the rest: from events.jsonl alone."""
+"""Goodput of a run, the share of its wall time spent on steps that were kept, from events.jsonl alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fusiontree.tracking.crash_report import explain, read_reports
+from fusiontree.tracking.crash_report import NO_REPORT, explain, read_reports
 from fusiontree.tracking.records import read_records
 from fusiontree.utils.errors import UserError
 
 
 @dataclass
 class Session:
-    """One start of the training program, until its last sign of life. Times are seconds since the run's first event."""
+    """One start of the training program, until its last event. Times are seconds since the run's first event."""
 
     began: float
     first_step: int
@@ -24,12 +24,12 @@ class Session:
     saves: list[tuple[int, float]] = field(default_factory=list)
     """Step and training seconds of this session so far, at every save."""
     end: str | None = None
-    """finished, stopped, interrupted with its reason, or None: it ended without a word."""
+    """Reason recorded by the session itself: finished, stopped or interrupted. None: it recorded no end."""
     cause: str | None = None
-    """What ended it, where it did not say so in time."""
+    """Cause of its end that the next start, or a crash report, recorded."""
 
     def kept(self, until_step: int) -> float:
-        """Training seconds of this session that the run kept, when the next one resumed after ``until_step``."""
+        """Return the training seconds of this session up to ``until_step``, after which the next session resumed."""
         return max((seconds for step, seconds in self.saves if step <= until_step), default=0.0)
 
 
@@ -38,15 +38,17 @@ class Interruption:
     """The gap between two sessions, or a return to a checkpoint within one."""
 
     step: int
-    """Where it went on."""
+    """Step after which training resumed."""
     cause: str
     lost_s: float
     """From the last kept save, or the start of the session that made none, to the resume."""
+    at_s: float
+    """Time of the resume, in seconds since the run's first event."""
 
 
 @dataclass(frozen=True)
 class Goodput:
-    """The account of a run."""
+    """Use of a run's wall time."""
 
     wall_s: float
     kept_s: float
@@ -61,34 +63,34 @@ class Goodput:
         return self.kept_s / self.wall_s if self.wall_s else 0.0
 
     def shares(self) -> list[tuple[str, float, str]]:
-        """Return what the wall time went into: name, seconds and a colour; the seconds add up to ``wall_s``."""
+        """Return the uses of the wall time: name, seconds and a colour; the seconds add up to ``wall_s``."""
         lost = min(sum(i.lost_s for i in self.interruptions), max(0.0, self.wall_s - self.kept_s - self.saving_s))
         rest = max(0.0, self.wall_s - self.kept_s - self.saving_s - lost)
         return [
-            ("kept steps", self.kept_s, "tab:green"),
-            ("saving", self.saving_s, "tab:blue"),
-            ("lost to interruptions", lost, "tab:red"),
-            ("starting, validating, other", rest, "tab:grey"),
+            ("kept steps", self.kept_s, "#009E73"),
+            ("saving", self.saving_s, "#56B4E9"),
+            ("lost to interruptions", lost, "#D55E00"),
+            ("starting, validating, other", rest, "#9aa5b1"),
         ]
 
 
 FAULTS = (
-    *("step_skipped", "rewind", "checkpoint_damaged", "partial_checkpoint_removed", "save_failed", "failed"),
+    *("step_skipped", "rewind", "checkpoint_damaged", "partial_checkpoint_removed", "failed"),
     *("hang", "crash", "slow_rank", "slow_node", "unfit_node", "replica_mismatch"),
-    *("wandb_failed", "wandb_offline", "tensorboard_failed", "clock_jump"),
+    *("_failed", "_offline", "clock_jump"),
 )
-"""Events that the report counts and shows."""
+"""Endings of the names of events that the report counts and shows; trackers add NAME_failed and NAME_offline."""
 
 
 def account(run_dir: Path) -> Goodput:
-    """Read a run's events and add up.
+    """Read a run's events and sum up its wall time.
 
     Raises:
         UserError: the folder holds no events.
     """
     events = read_records(run_dir / "events.jsonl")
     if not events:
-        raise UserError(f"'{run_dir}' holds no events.jsonl, so it is no run's folder, or the run never started")
+        raise UserError(f"'{run_dir}' holds no events.jsonl, so it is no run folder, or the run never started")
     sessions: list[Session] = []
     interruptions: list[Interruption] = []
     saved_at: dict[int, float] = {}
@@ -100,12 +102,12 @@ def account(run_dir: Path) -> Goodput:
             step = event["step"]
             if sessions:
                 lost = now - max(saved_at.get(step, 0.0), sessions[-1].began)
-                interruptions.append(Interruption(step, _why_ended(sessions[-1]), lost))
+                interruptions.append(Interruption(step, _why_ended(sessions[-1]), lost, now))
             sessions.append(Session(now, step, event["world_size"]))
         if not sessions:
             continue
         session = sessions[-1]
-        if kind in ("hang", "crash"):  # written by the next start, about the one before
+        if kind in ("hang", "crash"):  # written by the next start about the previous one
             session.cause = event["reason"]
             continue
         session.last_sign = now
@@ -115,7 +117,7 @@ def account(run_dir: Path) -> Goodput:
             saving += event["seconds"]
         elif kind == "rewind":
             back = event["to_step"]
-            interruptions.append(Interruption(back, event["reason"], now - saved_at.get(back, session.began)))
+            interruptions.append(Interruption(back, event["reason"], now - saved_at.get(back, session.began), now))
         elif kind == "failed":
             session.cause = event["reason"]
         elif kind in ("finished", "stopped", "interrupted"):
@@ -125,22 +127,22 @@ def account(run_dir: Path) -> Goodput:
         kept += session.kept(until_step)
         until_step = min(until_step, session.first_step)
     if sessions and sessions[-1].end is None and (reports := read_reports(run_dir)):
-        sessions[-1].cause = explain(reports)  # nobody started the run again to put this into its events
+        sessions[-1].cause = explain(reports)  # no later start has recorded it as an event
     return Goodput(
         wall_s=times[-1],
         kept_s=kept,
         saving_s=saving,
         sessions=sessions,
         interruptions=interruptions,
-        faults=[event for event in events if event["event"] in FAULTS],
+        faults=[event for event in events if event["event"].endswith(FAULTS)],
     )
 
 
 def timeline(events: list[dict[str, Any]]) -> list[float]:
-    """Return when each event happened, in seconds since the first, however the machine's clock jumped meanwhile.
+    """Return the time of each event in seconds since the first, independent of jumps of the machine's clock.
 
-    Within a process its own time counts. Between two processes there is only the clock; of what it says with and
-    without a jump that was seen, the shorter time that is not negative is taken.
+    Within a process, its monotonic time counts. Between two processes only the clock is known: the times with and
+    without the jumps that the first process saw are computed, and the shorter one that is not negative is taken.
     """
     times = [0.0]
     began_unix, began_s = events[0]["unix_time"], events[0].get("session_s", 0.0)
@@ -158,4 +160,4 @@ def timeline(events: list[dict[str, Any]]) -> list[float]:
 
 
 def _why_ended(session: Session) -> str:
-    return session.end or session.cause or "killed or crashed without a word"
+    return session.end or session.cause or NO_REPORT

@@ -16,11 +16,11 @@ from fusiontree.utils.files import atomic_write
 log = logging.getLogger(__name__)
 
 _CLOCK_JUMP_S = 10.0
-"""A clock that is corrected over the network moves by less."""
+"""Corrections of the clock over the network are smaller."""
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSONL file; a last line cut off by a crash is left out."""
+    """Return the objects of a JSONL file; a last line that a crash cut off is omitted."""
     if not path.is_file():
         return []
     records = []
@@ -44,7 +44,7 @@ class Records:
         self.events_path = run_dir / "events.jsonl"
         self.enabled = enabled
         self._unwritten: dict[Path, list[str]] = {}
-        self._whole: set[Path] = set()  # files known to end with a whole line
+        self._whole: set[Path] = set()  # files that end with a complete line
         self._trackers: list[TrackerProcess] = []
         self._session = secrets.token_hex(4)
         self._began = time.monotonic()
@@ -69,7 +69,7 @@ class Records:
                 self.event(f"{name}_offline", reason=tracker.note)
 
     def truncate_metrics(self, step: int) -> None:
-        """Move lines after ``step`` to metrics.discarded.jsonl: those steps are about to be done again."""
+        """Move lines after ``step`` to metrics.discarded.jsonl, as training repeats these steps."""
         if not self.enabled:
             return
         records = read_records(self.metrics_path)
@@ -90,9 +90,9 @@ class Records:
                 self.event(f"{tracker.name}_failed", reason=problem)
 
     def event(self, event: str, **details: Any) -> None:
-        """Append something that happened: a start, a resume, a save, a skipped step, a fault.
+        """Append an event: a start, a resume, a save, a skipped step, a fault.
 
-        ``session_s`` counts from the start of this process, which ``session`` names, and cannot jump as the clock can.
+        ``session`` names this process; ``session_s`` is the monotonic time since its start, without clock jumps.
         """
         if not self.enabled:
             return
@@ -122,7 +122,7 @@ class Records:
             self._append(path, None)
 
     def _append(self, path: Path, values: dict[str, Any] | None) -> None:
-        """Append a line; what cannot be written now is kept, in order, for the next time."""
+        """Append a line; lines that cannot be written now are kept in order for the next call."""
         lines = self._unwritten.setdefault(path, [])
         if values is not None:
             lines.append(json.dumps(values) + "\n")
@@ -147,7 +147,7 @@ class Records:
 
 
 def _end_of_lines(path: Path) -> int:
-    """Return where the last whole line of a file ends: a crash may have left half a line behind it."""
+    """Return the offset of the end of the last complete line: a crash may have left a partial line after it."""
     with path.open("rb") as file:
         position = file.seek(0, 2)
         while position:

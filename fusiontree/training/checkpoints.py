@@ -12,7 +12,7 @@ from fusiontree.checkpoint.load import check_model, load_newest
 from fusiontree.checkpoint.saver import Saver, SaveResult
 from fusiontree.engines.base import Engine
 from fusiontree.optim.config import check_same_optimizer
-from fusiontree.tracking.console import spoken
+from fusiontree.tracking.console import report_bytes
 from fusiontree.tracking.records import Records
 from fusiontree.utils.errors import UserError
 
@@ -121,7 +121,7 @@ class RunCheckpoints:
             group=self.saver.group,
             check=self._check,
             on_damage=self._report_damage,
-            report=spoken(self._say, "reading and verifying the checkpoint"),
+            report=report_bytes(self._say, "reading and verifying the checkpoint"),
         )
         if found is not None:
             self.saved_step = found[1]["step"]

@@ -7,7 +7,6 @@ sharded. A step is in step.py; how steps are queued and read is in pipeline.py.
 from __future__ import annotations
 
 import base64
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from fusiontree.engines.base import Engine
 from fusiontree.supervision.restart_policy import count_starts
 from fusiontree.supervision.signals import StopRequest
 from fusiontree.supervision.watchdog import Watchdog, in_short
+from fusiontree.tracking.console import NOTICE, Console
 from fusiontree.tracking.crash_report import collect_reports, explain
 from fusiontree.tracking.records import Records, read_records
 from fusiontree.training.checkpoints import RunCheckpoints
@@ -35,8 +35,6 @@ from fusiontree.training.step import TrainStep
 from fusiontree.training.validation import validate
 from fusiontree.utils import gc_control
 from fusiontree.utils.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 class Outcome(Enum):
@@ -71,6 +69,7 @@ class Trainer:
         saver: Saver,
         records: Records,
         watchdog: Watchdog,
+        console: Console,
         observers: Sequence[Observer],
     ) -> None:
         """Connect the parts of a run; nothing is read or written before :meth:`run`.
@@ -83,10 +82,12 @@ class Trainer:
             saver: writes the checkpoints.
             records: takes metrics and events.
             watchdog: ends the process if it hangs.
+            console: shows messages and validations.
             observers: see every finished step, in this order.
         """
         self.settings, self.engine, self.validation_data = settings, engine, validation_data
-        self.saver, self.records, self.watchdog, self.observers = saver, records, watchdog, observers
+        self.saver, self.records, self.watchdog = saver, records, watchdog
+        self.console, self.observers = console, observers
         self.position = Position()
         self.batches = BatchStream(train_data)
         self.spikes = SpikeFilter(settings.training.spikes)
@@ -133,7 +134,8 @@ class Trainer:
                     f"that and start the same command again: it resumes from the newest checkpoint there is"
                 )
         self._end(outcome.value, reason)
-        self._say(f"{reason} at step {self.position.step}/{max_steps}; everything is in {self.settings.run_dir}")
+        where = f"at step {self.position.step}/{max_steps}; everything is in {self.settings.run_dir}"
+        self.console.say(f"{reason} {where}", NOTICE)
         return outcome
 
     def _train(self, stop: StopRequest) -> tuple[Outcome, str]:
@@ -192,7 +194,7 @@ class Trainer:
 
     def _count_skip(self, step: FinishedStep, reason: str) -> None:
         self.records.event("step_skipped", step=step.number, reason=reason)
-        self._say(f"step {step.number} skipped: {reason}")
+        self.console.say(f"step {step.number} skipped: {reason}")
         if step.is_spike:
             self.spikes.count_skip(step.number, reason)
         else:
@@ -219,7 +221,7 @@ class Trainer:
             self._train_seconds = self.checkpoints.train_seconds
         self.batches.move(self.position.data)
         self.records.event("rewind", step=step, to_step=back, reason=reason, data=self.position.data)
-        self._say(f"step {step}: {reason}; back to step {back}, and on with the data behind it")
+        self.console.say(f"step {step}: {reason}; back to step {back}, and on with the data behind it")
         return True
 
     def _repeat_rewinds(self, step: int) -> None:
@@ -245,8 +247,7 @@ class Trainer:
                 if not values:
                     self._validated, values = (step, loss), data.metrics("", loss)
                 values |= data.metrics(name, loss)
-                shown = f"step {step}/{self.settings.training.max_steps}  validation loss {loss:.4f} on {tokens} tokens"
-                self._say(f"{shown} of {name}" if name else shown)
+                self.console.validated(step, loss, tokens, name)
         self.records.metrics({"step": step, "tokens": self.pipeline.tokens, **values})
 
     def _save(self, *, wait: bool) -> None:
@@ -273,7 +274,7 @@ class Trainer:
         folder, state = found
         self._load_state_dict(state)
         self.records.event("resume", step=self.position.step, folder=folder.name, **origin)
-        self._say(f"resumed at step {self.position.step} from {folder}")
+        self.console.say(f"resumed at step {self.position.step} from {folder}")
 
     def _state_dict(self) -> dict[str, Any]:
         """Return the small values of a checkpoint: all that a resume needs beside the engine's tensors."""
@@ -306,10 +307,6 @@ class Trainer:
     def _end(self, outcome: str, reason: str) -> None:
         for observer in self.observers:
             observer.on_end(self.position.step, outcome, reason)
-
-    def _say(self, message: str) -> None:
-        if self.engine.is_main:
-            log.info(message)
 
 
 def _due(step: int, interval: int) -> bool:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-
 from fusiontree.engines.base import Engine
 from fusiontree.supervision.monitors import RunMonitors
 from fusiontree.supervision.watchdog import Watchdog
-from fusiontree.tracking.console import Progress
+from fusiontree.tracking.console import Console
 from fusiontree.tracking.records import Records
 from fusiontree.training.metrics import step_metrics
 from fusiontree.training.pipeline import FinishedStep
 from fusiontree.training.settings import RunSettings
 from fusiontree.utils.peers import Peers, host_address
-
-log = logging.getLogger(__name__)
 
 
 class Observer:
@@ -82,35 +78,37 @@ class HealthMonitor(Observer):
 
 
 class StepLog(Observer):
-    """Writes the metrics of logged steps to the run's records and to the console."""
+    """Shows every step on the console and writes the metrics of logged steps to the run's records."""
 
-    def __init__(self, engine: Engine, settings: RunSettings, records: Records, watchdog: Watchdog) -> None:
+    def __init__(
+        self, engine: Engine, settings: RunSettings, records: Records, watchdog: Watchdog, console: Console
+    ) -> None:
         """Write nothing yet."""
         self._engine, self._settings, self._records, self._watchdog = engine, settings, records, watchdog
-        self._progress = Progress(settings.training.max_steps)
-        self._step = 0
+        self._console, self._step = console, 0
 
     def on_start(self, step: int) -> None:
-        """Open the experiment tracker."""
+        """Open the experiment trackers."""
         settings = self._settings
-        self._records.open_tracker(settings.config.logging.wandb, settings.run_dir, settings.values, step)
-        self._progress.mark(step)
+        self._records.open_trackers(settings.config.logging, settings.run_dir, settings.values, step)
+        self._console.start(step)
 
     def after_step(self, step: FinishedStep) -> None:
-        """Write the metrics of the step if it is logged."""
+        """Show the step, and write its metrics if it is logged."""
         if step.number <= self._step:  # the run went back to a checkpoint
-            self._progress = Progress(self._settings.training.max_steps)
+            self._console.start(step.number - 1)
         self._step = step.number
-        self._progress.mark(step.number)
+        loss = step.token_sums.lm if step.skipped is None else None
+        self._console.after_step(step.number, loss, step.tokens, list(step.batch.epochs))
         if not self._settings.is_logged(step.number):
             return
         with self._watchdog.section("log", self._settings.config.supervision.slow_timeout_s):
             values = step_metrics(step, self._settings, self._engine.world_size, self._engine.device)
             self._records.metrics(values)
-        if self._engine.is_main:
-            log.info(self._progress.line(values))
+        self._console.logged(values)
 
     def on_end(self, step: int, outcome: str, reason: str) -> None:
-        """Write how the run ended, and close the experiment tracker."""
+        """Write how the run ended; close trackers and progress bar."""
         self._records.event(outcome, step=step, reason=reason)
         self._records.close(patience_s=60 if outcome == "finished" else 10)
+        self._console.close()

@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from fusiontree.ops.dispatch import Backend, Operation, anywhere
+from fusiontree.ops import dispatch
+from fusiontree.ops.dispatch import Backend, Operation, anywhere, chosen_backends
 from fusiontree.utils.errors import UserError
 
 
@@ -42,3 +43,12 @@ def test_no_backend_at_all_lists_the_reasons() -> None:
     only = Operation("thing", [Backend("fast", lambda: len, lambda device: f"needs more than {device.type}")])
     with pytest.raises(UserError, match="needs more than cpu"):
         only.choose("auto", torch.device("cpu").type)
+
+
+def test_the_backends_in_use_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    assert chosen_backends() == "none yet"
+    for name, wanted in (("a", "auto"), ("b", "reference"), ("c", "other")):
+        backends = [Backend("reference", lambda: sum, anywhere), Backend("other", lambda: len, anywhere)]
+        Operation(name, backends).choose(wanted, "cpu")
+    assert chosen_backends() == "reference for 2 operations, c: other"

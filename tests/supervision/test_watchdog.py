@@ -102,7 +102,7 @@ def test_the_rank_to_look_at_is_named(tmp_path: Path, ranks: list[dict], parts: 
 
 
 def test_no_report_and_a_broken_one(tmp_path: Path) -> None:
-    assert explain([]) == "killed or crashed without a word"
+    assert explain([]) == "killed or crashed without a report"
     (tmp_path / "hangs").mkdir()
     (tmp_path / "hangs" / "rank-0.json").write_text(json.dumps({"rank": 0})[:-3])
     assert "cannot be read" in explain(collect_reports(tmp_path))

@@ -57,6 +57,15 @@ def test_report_as_text_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "no events.jsonl" in capsys.readouterr().err
 
 
+def test_report_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, EVENTS)
+    assert main([str(tmp_path), "--json", "--no-html"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["kept_s"] == 105
+    assert values["interruptions"][0]["cause"] == "rank 3 hung in 'backward'"
+    assert not (tmp_path / "report.html").exists()
+
+
 def clocked(times: list[tuple[float, str, float]]) -> list[dict]:
     return [{"unix_time": clock, "session": name, "session_s": own} for clock, name, own in times]
 

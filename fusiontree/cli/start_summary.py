@@ -1,0 +1,56 @@
+"""The summary that training prints before its first step."""
+
+from __future__ import annotations
+
+from fusiontree.config.root import Config
+from fusiontree.data.loader import TrainingData
+from fusiontree.parallel.layout import Layout
+from fusiontree.planning.cost_model import Hardware, count_parameters, estimate
+from fusiontree.tracking.console import short
+
+
+def start_summary(config: Config, data: TrainingData, layout: Layout) -> list[str]:
+    """Return one line each on model, layout, data, precision, memory and run folder.
+
+    The console adds the backends after the first step and the time to the end after the first few.
+
+    Args:
+        config: the whole configuration; it has passed ``check_layout``.
+        data: the opened training data.
+        layout: the process group.
+    """
+    model, parallel, training = config.model, config.parallel, config.training
+    expected = estimate(model, parallel, training, layout.place.world_size, Hardware())
+    split, whole, _ = count_parameters(model, tp=1)
+    ranks = f"{layout.place.world_size} {layout.device.type} rank{'s' if layout.place.world_size > 1 else ''}"
+    checkpointing = training.activation_checkpointing
+    lines = {
+        "model": f"{short(split + whole)} parameters, layers {_pattern(model.pattern)}, "
+        f"hidden size {model.hidden_size}, vocabulary {model.vocab_size:,}",
+        "layout": f"{parallel.engine} on {ranks}: dp {expected.dp}, cp {expected.cp}, tp {expected.tp}; "
+        f"{training.global_batch_size} rows of {training.seq_len:,} tokens per step, {expected.accumulation} "
+        f"micro-batch{'es' if expected.accumulation > 1 else ''} per rank",
+        "data": _data(config, data),
+        "precision": f"{training.precision}, activation checkpointing: {checkpointing}",
+        "memory": f"about {expected.total_gib:.2g} GiB per rank: states {expected.states_gib:.2g}, gathered weights "
+        f"{expected.gathered_gib:.2g}, activations {expected.activations_gib:.2g}",
+        "run": f"{config.run_dir}, {training.max_steps:,} steps",
+    }
+    return [f"{name:<10} {text}" for name, text in lines.items()]
+
+
+def _pattern(letters: str) -> str:
+    """Return the layers' letters, a single repeated one as ``32 × F``."""
+    return f"{len(letters)} × {letters[0]}" if len(set(letters)) == 1 else letters
+
+
+def _data(config: Config, data: TrainingData) -> str:
+    """Return tokens in all sources, tokens that this run reads, and its epochs of each source."""
+    training, given = config.training, config.data.sources
+    read = training.max_steps * training.global_batch_size * training.seq_len
+    weights = sum(source.weight for source in given)
+    sizes = [source.info.tokens for source in data.sources]
+    epochs = [read * one.weight / weights / max(1, size) for one, size in zip(given, sizes, strict=True)]
+    passes = ", ".join(f"{epoch:.2f}" for epoch in epochs[:4]) + (", …" if len(epochs) > 4 else "")
+    sources = f"{len(sizes)} sources" if len(sizes) > 1 else "1 source"
+    return f"{short(sum(sizes))} tokens in {sources}; this run reads {short(read)} tokens, {passes} epochs"

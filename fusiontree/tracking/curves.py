@@ -1,0 +1,91 @@
+"""The curves of a run as lists, and the colours in which plot and report draw them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusiontree.tracking.console import RunningMean
+from fusiontree.tracking.records import read_records
+
+# Okabe and Ito, "Color Universal Design" (2008): distinguishable with every common colour blindness.
+COLORS = {
+    "loss": "#0072B2",
+    "validation": "#D55E00",
+    "lr": "#CC79A7",
+    "speed": "#009E73",
+    "mark": "#7f8790",
+    "mamba": "#D55E00",
+    "attention": "#0072B2",
+}
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """Curves over optimizer steps. L layers, N logged steps, V validations."""
+
+    step_N: list[int]
+    loss_N: list[float]
+    """Cross-entropy in nats per token."""
+    smoothed_N: list[float]
+    lr_N: list[float]
+    tokens_per_s_N: list[float]
+    gate_NL: list[list[float]]
+    """Mean gate of each layer: 1 is the recurrent branch alone, 0 attention alone."""
+    validation_step_V: list[int]
+    validation_loss_V: list[float]
+    resumes: list[int]
+    """Steps after which the run continued from a checkpoint."""
+
+    @property
+    def gate_range(self) -> float:
+        """Largest distance of a gate from 0.5, at least 0.05: the scale of the heat map."""
+        return max(0.05, max((abs(gate - 0.5) for gates in self.gate_NL for gate in gates), default=0.0))
+
+    def thinned(self, points: int) -> dict[str, Any]:
+        """Return plain values with at most about ``points`` logged steps, evenly chosen; the last one is kept."""
+        stride = max(1, -(-len(self.step_N) // points))
+        last = len(self.step_N) - 1
+        chosen = [i for i in range(last + 1) if (last - i) % stride == 0]
+        values: dict[str, Any] = dict(vars(self)) | {"gate_range": self.gate_range}
+        for name, curve in values.items():
+            if name.endswith(("_N", "_NL")):
+                values[name] = [curve[i] for i in chosen]
+        return values
+
+
+def read_curves(run_dir: Path) -> RunCurves:
+    """Read metrics.jsonl and events.jsonl of a run.
+
+    Raises:
+        ValueError: the run has logged no step.
+    """
+    records = read_records(run_dir / "metrics.jsonl")
+    train = [r for r in records if "loss" in r]
+    validation = [r for r in records if "validation_loss" in r]
+    if not train:
+        raise ValueError(f"{run_dir / 'metrics.jsonl'} has no logged step to plot")
+    return RunCurves(
+        step_N=[r["step"] for r in train],
+        loss_N=[r["lm_loss"] for r in train],
+        smoothed_N=smooth([r["lm_loss"] for r in train]),
+        lr_N=[r["lr"] for r in train],
+        tokens_per_s_N=[r["tokens_per_s"] for r in train],
+        gate_NL=[r["gates"]["mean"] for r in train],
+        validation_step_V=[r["step"] for r in validation],
+        validation_loss_V=[r["validation_loss"] for r in validation],
+        resumes=[e.get("to_step", e["step"]) for e in read_records(run_dir / "events.jsonl") if _continues(e)],
+    )
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Return the mean of two exponential means, forwards and backwards, so that the curve does not lag behind."""
+    span = max(5.0, len(values) / 40)
+    forwards, backwards = RunningMean(span), RunningMean(span)
+    after = [backwards.add(value) for value in reversed(values)][::-1]
+    return [(forwards.add(value) + mean) / 2 for value, mean in zip(values, after, strict=True)]
+
+
+def _continues(event: dict[str, Any]) -> bool:
+    return event["event"] in ("resume", "rewind")

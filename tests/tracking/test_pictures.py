@@ -1,0 +1,101 @@
+"""Curves, plot and page of a run, from its record files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusiontree.cli.plot_run import main as plot
+from fusiontree.report import main as report
+from fusiontree.tracking.curves import read_curves, smooth
+
+STEPS, LAYERS = 1500, 3
+
+
+def make_run(folder: Path) -> Path:
+    """A run of 1,500 logged steps, one of them not finite, with validations and one resume."""
+    lines: list[dict[str, Any]] = []
+    for step in range(1, STEPS + 1):
+        loss = math.nan if step == 700 else 5.0 / math.sqrt(step) + 1
+        gates = {"mean": [0.5, 0.5 + step / 5000, 0.5 - step / 10000]}
+        lines.append({"step": step, "tokens": step * 100, "loss": loss, "lm_loss": loss, "lr": 1e-3, "gates": gates})
+        lines[-1] |= {"tokens_per_s": 1000.0 + step}
+        if step % 500 == 0:
+            lines.append({"step": step, "validation_loss": loss + 0.1})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    events = [
+        {"event": "start", "step": 0, "world_size": 2, "time": "t", "unix_time": 0.0},
+        {"event": "resume", "step": 900, "world_size": 4, "time": "t", "unix_time": 60.0},
+        {"event": "finished", "step": STEPS, "reason": "finished", "time": "t", "unix_time": 99.0},
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "config.yaml").write_text("run_dir: </script><b>\nmodel: {mamba: {d_state: 16}, layer_pattern: FMA}\n")
+    return folder
+
+
+def page_data(page: str) -> dict[str, Any]:
+    found = re.search(r"^const DATA = (.*)$", page, re.MULTILINE)
+    assert found
+    return json.loads(found.group(1))
+
+
+def test_curves_are_thinned_evenly_and_keep_the_end(tmp_path: Path) -> None:
+    curves = read_curves(make_run(tmp_path))
+    thin = curves.thinned(400)
+    assert thin["step_N"] == list(range(STEPS % 4 or 4, STEPS + 1, 4))
+    assert thin["step_N"][-1] == STEPS
+    assert {len(thin[name]) for name in ("loss_N", "smoothed_N", "lr_N", "tokens_per_s_N", "gate_NL")} == {375}
+    assert thin["gate_range"] == pytest.approx(STEPS / 5000)
+    assert thin["resumes"] == [900]
+    assert all(math.isfinite(value) for value in curves.smoothed_N)
+
+
+def test_smoothing_does_not_lag() -> None:
+    slope = [100.0 - step for step in range(100)]
+    assert smooth(slope)[50] == pytest.approx(slope[50], abs=0.5)
+
+
+def test_plot_writes_a_picture(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    assert plot([str(make_run(tmp_path)), "--reference", "bigram", "2.5"]) == 0
+    height, width, _ = imread(tmp_path / "loss.png").shape
+    assert width > height > 600
+
+
+def test_plot_without_a_logged_step_is_an_error(tmp_path: Path) -> None:
+    assert plot([str(tmp_path)]) == 2
+
+
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
+    assert report([str(make_run(tmp_path))]) == 0
+    page = (tmp_path / "report.html").read_text()
+    sources: list[str] = []
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            sources.extend(value or "" for name, value in attrs if name in ("src", "href"))
+
+    Links().feed(page)
+    assert sources == []
+    assert "@import" not in page and "url(http" not in page
+    assert page.count("</script>") == 1, "data and configuration cannot end the script"
+    assert "<td>mamba.d_state</td><td>16</td>" in page
+    assert "&lt;/script&gt;&lt;b&gt;" in page
+    data = page_data(page)
+    assert data["curves"]["validation_step_V"] == [500, 1000, 1500]
+    assert [(s["from"], s["ranks"]) for s in data["sessions"]] == [(0.0, 2), (60.0, 4)]
+    assert [(i["to"], i["step"]) for i in data["interruptions"]] == [(60.0, 900)]
+
+
+def test_the_page_of_a_run_without_steps_has_no_curves(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert report([str(tmp_path)]) == 0
+    assert page_data((tmp_path / "report.html").read_text())["curves"] is None
