@@ -89,6 +89,7 @@ class GatedLinearAttention(Mixer):
     name: ClassVar[str] = "gla"
     module_name: ClassVar[str] = "gla"
     Section: ClassVar[type[Section] | None] = GLAConfig
+    adds_time_encoding: ClassVar[bool] = True
     state_exchange: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

@@ -162,7 +162,9 @@ class TrainingData:
             UserError: ``state`` belongs to other datasets or another seed, order or row length; a row cannot be read
                 (``on_damage: stop``); too many rows were skipped; or a dataset cannot be reached.
         """
-        self._position = DataState.from_dict(state, self.order) if state is not None else DataState()
+        self._position = DataState()
+        if state is not None:
+            self._position.load_state_dict(state, self.order)
         self._recent.clear()
         self._recent.append(self._position)
         self._asked_row = self._position.row
@@ -188,7 +190,7 @@ class TrainingData:
                     self._position = replace(after, skipped_rows=self._position.skipped_rows)
                     self._recent.append(self._position)
                     rows = self.mixture.rows_before(after.row)
-                    self._last_state = self._position.to_dict(self.order, rows)
+                    self._last_state = self._position.state_dict(self.order, rows)
                     epochs = tuple(count / order.total for count, order in zip(rows, self.orders, strict=True))
                     yield replace(batch, wait_s=wait_s, epochs=epochs), self._last_state
             finally:

@@ -69,7 +69,7 @@ class DataState:
     skipped_rows: int = 0
     """Number of skipped damaged rows so far, over all ranks."""
 
-    def to_dict(self, order: Order, rows_of_sources: list[int]) -> dict[str, Any]:
+    def state_dict(self, order: Order, rows_of_sources: list[int]) -> dict[str, Any]:
         """Return plain values for a checkpoint; ``rows_of_sources`` is the number of rows taken from each source."""
         sources = [
             {**vars(source), "epoch": count // source.rows, "row": count % source.rows}
@@ -77,9 +77,8 @@ class DataState:
         ]
         return {**vars(self), "fingerprint": order.fingerprint, "order": dict(order.settings), "sources": sources}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], order: Order) -> DataState:
-        """Return the position that :meth:`to_dict` wrote.
+    def load_state_dict(self, values: Mapping[str, Any], order: Order) -> None:
+        """Take the position that :meth:`state_dict` returned.
 
         Raises:
             UserError: the values belong to another order; the message names every difference.
@@ -90,7 +89,8 @@ class DataState:
                 f"the datasets or their order are not those of the checkpoint: {changes}. Set this back to go on, or "
                 f"start a new run_dir"
             )
-        return cls(**{key: values[key] for key in ("step", "row", "number", "skipped_rows")})
+        for key in ("step", "row", "number", "skipped_rows"):
+            setattr(self, key, values[key])
 
 
 def differences(saved: Mapping[str, Any], order: Order) -> list[str]:

@@ -151,12 +151,12 @@ class Engine(Protocol):
         """Live tensors of the training state under layout-free names: ``model.NAME``, ``optimizer.STATE.NAME``."""
         ...
 
-    def state_values(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Small JSON-able state: the optimizer's step count, the loss scale."""
         ...
 
-    def load_state_values(self, values: dict[str, Any]) -> None:
-        """Take back :meth:`state_values`; the tensors were filled in place before."""
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Take back :meth:`state_dict`; the tensors were filled in place before."""
         ...
 
     def barrier(self) -> None:

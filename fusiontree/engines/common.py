@@ -98,7 +98,7 @@ class CommonEngine:
         """Return for each micro-batch of the last step whether this rank's gradient was finite."""
         return self._watch.finite()
 
-    def state_values(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's step count and the loss scale."""
         values: dict[str, Any] = {"optimizer_step": int(self._step_counts()[0])}
         if self.loss_scale:
@@ -106,8 +106,8 @@ class CommonEngine:
             values["loss_scale"] = asdict(self.loss_scale)
         return values
 
-    def load_state_values(self, values: dict[str, Any]) -> None:
-        """Take back :meth:`state_values`."""
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Take back :meth:`state_dict`."""
         for step in self._step_counts():
             step.fill_(values["optimizer_step"])
         self._unread = None

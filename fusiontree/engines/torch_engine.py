@@ -168,9 +168,9 @@ class TorchEngine(CommonEngine):
     def _step_counts(self) -> list[Tensor]:
         return [state["step"] for state in self.optimizer.state.values()]
 
-    def load_state_values(self, values: dict[str, Any]) -> None:
-        """Take back :meth:`state_values`; the tensors were filled in place before."""
-        super().load_state_values(values)
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Take back :meth:`state_dict`; the tensors were filled in place before."""
+        super().load_state_dict(values)
         for placement in self.placements:
             placement.changed()
 

@@ -12,7 +12,7 @@ from fusiontree.utils.hashing import stable_uniform
 
 
 def branch_scale(rows: list[int], *, layers: int, probability: float, seed: int, step: int) -> Tensor | None:
-    """Return the factors ``[L, B, 2]`` of the (Mamba, attention) branch outputs, or None when nothing can be dropped.
+    """Return the factors ``[L, B, 2]`` of the (first, second) branch outputs, or None if nothing can be dropped.
 
     A row loses one branch of a layer with ``probability``, either one equally often, never both. The factor is 0 or
     1; the other branch is not rescaled, since the gate mixes rather than sums.

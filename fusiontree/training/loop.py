@@ -283,9 +283,9 @@ class Trainer:
             "tokens": self.pipeline.tokens,
             "data": self.position.data,
             "skipped_in_a_row": self.position.skipped_in_a_row,
-            "spikes": self.spikes.to_dict(),
+            "spikes": self.spikes.state_dict(),
             "rewinds": self.rewinds.done,
-            "engine": self.engine.state_values(),
+            "engine": self.engine.state_dict(),
             "rng": {"torch_cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()},
         }
         if self._validated[0] == self.position.step:
@@ -294,12 +294,12 @@ class Trainer:
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back :meth:`_state_dict`; metrics of later steps are moved aside."""
-        self.engine.load_state_values(state["engine"])
+        self.engine.load_state_dict(state["engine"])
         rng = torch.frombuffer(bytearray(base64.b64decode(state["rng"]["torch_cpu"])), dtype=torch.uint8)
         torch.set_rng_state(rng)
         self.position = Position(state["step"], state["data"], state["skipped_in_a_row"])
         self.pipeline.tokens = state["tokens"]
-        self.spikes.load(state.get("spikes"))
+        self.spikes.load_state_dict(state.get("spikes"))
         self.rewinds.load(state.get("rewinds", 0))
         self.position.data = self.rewinds.data_after(self.position.step) or self.position.data
         self.records.truncate_metrics(self.position.step)

@@ -80,7 +80,7 @@ class SpikeFilter:
                 f"at the losses, lower the learning rate, or set training.spikes.policy=off"
             )
 
-    def to_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
         return {
             "losses": list(self.losses),
@@ -88,8 +88,8 @@ class SpikeFilter:
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
-    def load(self, values: dict[str, Any] | None) -> None:
-        """Take back :meth:`to_dict`; None (an older checkpoint) starts anew."""
+    def load_state_dict(self, values: dict[str, Any] | None) -> None:
+        """Take back :meth:`state_dict`; None (an older checkpoint) starts anew."""
         values = values or {"losses": [], "seq_len": 0, "skipped_in_a_row": 0}
         self.losses = deque(values["losses"], maxlen=self.config.window)
         self.seq_len, self.skipped_in_a_row = values["seq_len"], values["skipped_in_a_row"]

@@ -37,13 +37,13 @@ def main(action: str, name: str, tp: int, config_file: str, folder: str, ours: s
                         # Values by place in the whole, so that ranks that share an element agree on it.
                         generator = torch.Generator().manual_seed(stable_hash(key, *offset, *view.shape) >> 1)
                         view.copy_(torch.rand(view.shape, generator=generator))
-            engine.load_state_values(values)
+            engine.load_state_dict(values)
             deepspeed.global_steps = 7
             deepspeed.save_checkpoint(folder, tag="global_step7")
         else:
             path, _ = deepspeed.load_checkpoint(folder)
             assert path is not None and deepspeed.global_steps == 7
-            values = engine.state_values()
+            values = engine.state_dict()
         state = {
             "config": config_values(config),
             "tokens": 0,

@@ -29,7 +29,7 @@ def main(folder: str, workers: int) -> None:
     step = random.Random(0).randrange(10_000, 19_000)
     position = data._position
     position.step, position.row, position.number = step, 256 * step, 256 * step
-    state = position.to_dict(data.order, data.mixture.rows_before(position.row))
+    state = position.state_dict(data.order, data.mixture.rows_before(position.row))
     batch, after = next(data.steps(state))
     seconds = time.perf_counter() - began
     assert after["step"] == step + 1 and len(batch.micro_batches) == 4

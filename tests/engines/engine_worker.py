@@ -72,22 +72,22 @@ def main() -> None:
     with Layout("cpu", tp=parallel.tp, cp=parallel.cp) as layout:
         engine: Any = build_engine(config.model, parallel, config.training, layout)
         load_tensors(Path(checkpoint), engine.state_tensors())
-        engine.load_state_values(read_state(Path(checkpoint))["engine"])
+        engine.load_state_dict(read_state(Path(checkpoint))["engine"])
         saver = Saver(Path(output), CheckpointConfig(keep_last=0), layout.checkpoint_group)
-        saver.save(1, engine.state_tensors(), {"engine": engine.state_values()}, wait=True)
+        saver.save(1, engine.state_tensors(), {"engine": engine.state_dict()}, wait=True)
         assert not saver.poll()[0].error
         found["evaluated"] = float(engine.sum_over_tokens(engine.evaluate(micro_batch(engine.dp_rank, layers)).clone()))
         found["dtypes"] = dtypes_seen(engine)
         result = train_step(engine, [1, 2], layers, factor=float("nan"))
         found["skipped"] = result.skipped
         found["finite"] = engine.gather_text(str(engine.finite_passes()))
-        found["steps after the skip"] = engine.state_values()["optimizer_step"]
+        found["steps after the skip"] = engine.state_dict()["optimizer_step"]
         engine.backward(engine.forward(micro_batch(99, layers)).loss_sum, last=True)
         engine.discard()
         engine.backward(engine.forward(micro_batch(98, layers)).loss_sum, last=False)
         engine.discard()
         found["norms"] = [train_step(engine, [number, number + 1], layers).grad_norm for number in range(3, 7)]
-        found["steps"] = engine.state_values()["optimizer_step"]
+        found["steps"] = engine.state_dict()["optimizer_step"]
         held = torch.tensor([view.numel() for _, _, view in engine.parameter_pieces()]).sum()
         gathered = sum(p.numel() for p in engine.module.parameters()) if parallel.engine == "zero3" else 0
         found["held"] = [int(text) for text in engine.gather_text(str(int(held) + gathered))]

@@ -45,7 +45,7 @@ def train(
             seen.append(0.0 if result.skipped else result.grad_norm)
             assert (result.skipped is not None) == (poison and step == 1)
         seen.append(float(engine.evaluate(inputs)))
-        seen.append(engine.state_values()["optimizer_step"])
+        seen.append(engine.state_dict()["optimizer_step"])
         state = {name: whole(tensor) for name, tensor in engine.state_tensors().items()}
     return seen, state
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 
 from fusiontree.checkpoint.load import load_model
-from fusiontree.parallel.config import EngineName
+from fusiontree.engines.config import ENGINES
 from tests.end_to_end.runs import CONFIG, build_data, metrics
 from tests.parallel.launch import free_ports, run_ranks
 from tests.parallel.mutations import MUTATIONS
-from tests.parallel.table import FAST, GROUPS, MODEL, NOISE, REFERENCE, TOLERANCE, TRAINING, Cell
+from tests.parallel.table import FAST, GROUPS, MODEL, NOISE, REFERENCE, STEPS, TOLERANCE, TRAINING, Cell
 
 MUTATED_STEPS = 5
 """Steps of a run with a mistake: what is not seen in these is not seen."""
@@ -26,14 +26,16 @@ pytestmark = [pytest.mark.xdist_group("parity"), pytest.mark.timeout(3600)]
 class Table:
     """Runs cells, several of one size in one start of processes, and keeps their run folders."""
 
-    def __init__(self, folder: Path, model: dict[str, Any] = MODEL, plugins: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, model: dict[str, Any] = MODEL, steps: int = STEPS, plugins: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
         data = build_data(folder)
         values = {
             **CONFIG,
             "plugins": list(plugins),
             "model": model,
-            "training": TRAINING,
+            "training": {**TRAINING, "max_steps": steps, "eval_interval": steps},
             "checkpoint": {"save_interval": 0},
         }
         values["data"] = {"train": str(data / "train"), "validation": str(data / "validation")}
@@ -109,7 +111,7 @@ def test_the_layouts_of_the_fast_table_agree(table: Table, ranks: int) -> None:
 
 def test_the_fast_table_has_every_engine_along_every_axis() -> None:
     seen = {(c.engine, axis) for c in FAST for axis in ("dp", "cp", "tp") if getattr(c, axis) > 1}
-    assert seen == {(engine, axis) for engine in get_args(EngineName) for axis in ("dp", "cp", "tp")}
+    assert seen == {(engine, axis) for engine in ENGINES.names() for axis in ("dp", "cp", "tp")}
 
 
 @pytest.mark.slow

@@ -75,9 +75,9 @@ def test_a_resumed_filter_judges_alike() -> None:
     found = run(whole, losses)
     run(first, losses[:50])
     resumed = new_filter()
-    resumed.load(first.to_dict())
+    resumed.load_state_dict(first.state_dict())
     assert [place + 50 for place in run(resumed, losses[50:])] == found == [70]
-    assert resumed.to_dict() == whole.to_dict()
+    assert resumed.state_dict() == whole.state_dict()
 
 
 def test_rewinds_happen_again_after_a_resume_from_any_checkpoint(tmp_path: Path) -> None:

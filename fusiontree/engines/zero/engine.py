@@ -243,9 +243,9 @@ class ZeroEngine(CommonEngine):
         return [self._zero.optimizer.state[flat]["step"] for flat in self._flats]
 
     @torch.no_grad()
-    def load_state_values(self, values: dict[str, Any]) -> None:
-        """Take back :meth:`state_values`, and bring the loaded master weights to the forward's copies of them."""
-        super().load_state_values(values)
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Take back :meth:`state_dict`, and bring the loaded master weights to the forward's copies of them."""
+        super().load_state_dict(values)
         if self.stage < 3:
             self._zero.update_lp_params()
             return
