@@ -1,4 +1,4 @@
-"""Text from a checkpoint: ``python -m fusiontree.generate --checkpoint DIR --prompt TEXT …``.
+"""Generates text from a checkpoint: ``python -m fusiontree.generate --checkpoint DIR --prompt TEXT …``.
 
 Prompts and their continuations go to standard output, everything else to standard error.
 """
@@ -17,14 +17,15 @@ from fusiontree.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from fusiontree.generation.decoding import GeneratedRow, Generation, NewToken
+    from fusiontree.generation.sampling import SamplingConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line of the generation entry."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m fusiontree.generate",
-        description="Continue prompts with a trained model. Without sampling options it draws from the model's own "
-        "distribution; filters apply in the order penalty, temperature, top-k, top-p, min-p.",
+        description="Continue prompts with a trained model. Without sampling options, tokens are drawn from the "
+        "model's distribution; filters apply in the order penalty, temperature, top-k, top-p, min-p.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -44,23 +45,45 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="tokens drawn a prompt at most (default 256, or as many as the model's length leaves)",
+        help="maximum number of new tokens per prompt (default 256, less if the model's length is reached before)",
     )
-    add("--greedy", action="store_true", help="always take the most likely token")
+    add("--greedy", action="store_true", help="always choose the most likely token")
     add("--temperature", type=float, default=1.0, help="below 1 sharpens, above 1 flattens (default 1)")
-    add("--top-k", type=int, metavar="K", help="keep only the K most likely tokens")
-    add("--top-p", type=float, metavar="P", help="keep the smallest set of likely tokens with this probability mass")
-    add("--min-p", type=float, metavar="P", help="keep tokens at least this fraction as likely as the most likely one")
-    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids tokens of the text so far")
-    add("--seed", type=int, default=0, help="prompt number i (from 0) is drawn with seed + i (default 0)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    add("--top-k", type=int, metavar="K", help="draw only from the K most likely tokens")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw only from the most likely tokens that together have probability P",
+    )
+    add(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="draw only tokens with at least P times the probability of the most likely token",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1: tokens already in the text become less likely",
+    )
+    add("--seed", type=int, default=0, help="prompt i (from 0) uses seed + i (default 0)")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the output before this text; may be given several times",
+    )
     add("--batch-size", type=int, default=8, metavar="N", help="prompts decoded together (default 8)")
-    add("--allow-longer", action="store_true", help="go beyond the length the model was made for")
+    add("--allow-longer", action="store_true", help="allow texts longer than the model was trained for")
     add(
         "--graphs",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="on a GPU, record a step as a CUDA graph and replay it for every token (default); the tokens are the same",
+        help="on a GPU, record a step as a CUDA graph and replay it per token (default); the tokens are the same",
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is one)")
     add(
@@ -73,17 +96,19 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--json", action="store_true", help="print one JSON object per prompt, with tokens and logprobs"
     )
-    output.add_argument("--stream", action="store_true", help="print text as it is drawn, one prompt after the other")
+    output.add_argument(
+        "--stream", action="store_true", help="print text while it is generated, one prompt after the other"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the entry; return the exit code: 0 done, 1 broken numbers in the model, 2 the user gave something wrong."""
+    """Run the command; return the exit code: 0 done, 1 the model's logits are not finite, 2 user error."""
     return run_program(build_parser, command, argv)
 
 
 def command(args: argparse.Namespace) -> int:
-    """Generate as asked; return the exit code of :func:`main`."""
+    """Generate text; return the exit code of :func:`main`."""
     try:
         run(args)
     except FloatingPointError as error:
@@ -95,27 +120,19 @@ def command(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate as asked.
+    """Generate text.
 
     Raises:
-        UserError: something the user gave is wrong; found before anything is generated.
+        UserError: an option, a prompt or the checkpoint is wrong; found before the first token.
         CheckpointDamage: a file of the checkpoint differs from its recorded hash.
         FloatingPointError: the model's logits are not finite.
     """
     from fusiontree.checkpoint.load import find_checkpoint, load_model
     from fusiontree.data.tokenizers import load_tokenizer
     from fusiontree.generation.decoding import check_request, generate
-    from fusiontree.generation.sampling import SamplingConfig
     from fusiontree.utils.device import choose_device
 
-    sampling = SamplingConfig(
-        greedy=args.greedy,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-    )
+    sampling = read_sampling(args)
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
     prompts = [*args.prompt, *(text for file in args.prompt_file for text in read_prompts(file))]
@@ -124,15 +141,15 @@ def run(args: argparse.Namespace) -> None:
     device, dtype = choose_device(args.device, args.dtype)
 
     folder = find_checkpoint(args.checkpoint)
-    model, _ = load_model(folder, device, dtype)  # verifies the tokenizer's file too
+    model, _ = load_model(folder, device, dtype)  # also verifies the tokenizer's file
     tokenizer = load_tokenizer(folder)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    max_new_tokens = args.max_new_tokens
-    if max_new_tokens is None:
-        room = model.config.max_position_embeddings - max(len(prompt) for prompt in encoded)
-        max_new_tokens = max(1, min(256, room))
-    # All prompts are checked before the first batch is computed.
-    check_request(model.config, encoded, max_new_tokens=max_new_tokens, allow_longer=args.allow_longer)
+    room = model.config.max_position_embeddings - max(len(prompt) for prompt in encoded)
+    options = {
+        "max_new_tokens": max(1, min(256, room)) if args.max_new_tokens is None else args.max_new_tokens,
+        "allow_longer": args.allow_longer,
+    }
+    check_request(model.config, encoded, **options)  # all prompts, before the first batch
     say(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {device}, {dtype}")
 
     show = Printer(prompts, args.seed, json_lines=args.json, stream=args.stream)
@@ -145,14 +162,13 @@ def run(args: argparse.Namespace) -> None:
         generation = generate(
             model,
             [encoded[row] for row in rows],
-            max_new_tokens=max_new_tokens,
+            **options,
             sampling=sampling,
             seeds=[args.seed + row for row in rows],
             stop_tokens=[tokenizer.eos_id],
             stop_strings=args.stop,
             decode=tokenizer.decode,
-            on_token=show.piece if args.stream else None,
-            allow_longer=args.allow_longer,
+            on_token=show.token if args.stream else None,
             graphs=args.graphs,
         )
         done.append(generation)
@@ -161,11 +177,24 @@ def run(args: argparse.Namespace) -> None:
     say(summary(done))
 
 
-def read_prompts(file: str) -> list[str]:
-    """Return the prompts that a file holds; ``-`` is standard input.
+def read_sampling(args: argparse.Namespace) -> SamplingConfig:
+    """Return the sampling options.
 
     Raises:
-        UserError: the file is missing, no UTF-8, or a JSON line without a prompt.
+        UserError: an option is out of range.
+    """
+    from dataclasses import fields
+
+    from fusiontree.generation.sampling import SamplingConfig
+
+    return SamplingConfig(**{field.name: getattr(args, field.name) for field in fields(SamplingConfig)})
+
+
+def read_prompts(file: str) -> list[str]:
+    """Return the prompts in a file; ``-`` is standard input.
+
+    Raises:
+        UserError: the file does not exist or is not UTF-8, or a JSON line has no prompt.
     """
     if file == "-":
         return [sys.stdin.read()]
@@ -194,7 +223,7 @@ def read_prompts(file: str) -> list[str]:
 
 
 class Printer:
-    """Writes results to standard output as plain text, JSON lines, or piece by piece."""
+    """Writes results to standard output as plain text, as JSON lines, or token by token."""
 
     def __init__(self, prompts: Sequence[str], seed: int, *, json_lines: bool, stream: bool) -> None:
         self._prompts = prompts
@@ -203,17 +232,17 @@ class Printer:
         self._stream = stream
 
     def heading(self, row: int) -> None:
-        """Begin a prompt's text: the prompt itself, under a title when there are several."""
+        """Print a prompt, with a title if there are several prompts."""
         if len(self._prompts) > 1:
             print(f"--- prompt {row}, seed {self._seed + row}")
         print(self._prompts[row], end="", flush=True)
 
-    def piece(self, new: NewToken) -> None:
-        """Continue the text while it is drawn."""
+    def token(self, new: NewToken) -> None:
+        """Print the text of a new token."""
         print(new.text, end="", flush=True)
 
     def row(self, row: int, prompt_tokens: int, result: GeneratedRow) -> None:
-        """End a prompt's text, or print all of it."""
+        """Print a result; under ``--stream`` only the end of its line is missing."""
         if self._json:
             values = {
                 "prompt": self._prompts[row],
@@ -233,7 +262,7 @@ class Printer:
 
 
 def summary(done: Sequence[Generation]) -> str:
-    """Return one line on how fast it went."""
+    """Return a line with the numbers of tokens and their rates."""
     prompt_tokens = sum(generation.prompt_tokens for generation in done)
     new_tokens = sum(generation.new_tokens for generation in done)
     prefill_s = sum(generation.prefill_s for generation in done)
@@ -249,7 +278,7 @@ def summary(done: Sequence[Generation]) -> str:
 
 
 def say(message: str) -> None:
-    """Tell the person at the terminal, beside the generated text."""
+    """Print a message to standard error, apart from the generated text."""
     print(message, file=sys.stderr, flush=True)
 
 

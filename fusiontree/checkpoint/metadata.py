@@ -10,6 +10,7 @@ import collections
 import io
 import pathlib
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,25 @@ _CLASSES |= {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class RestrictedUnpickler(pickle.Unpickler):
+    """Creates only objects that :attr:`allowed` names, and torch's dtypes; imports nothing.
+
+    :mod:`fusiontree.convert.safe_unpickle` derives the unpickler of other libraries' files.
+    """
+
+    allowed: Mapping[tuple[str, str], Any] = _CLASSES
+    """Class or function per (module, name) in the file."""
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _CLASSES:
-            return _CLASSES[module, name]
+        """Return what the file names as ``module.name``."""
+        if (module, name) in self.allowed:
+            return self.allowed[module, name]
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
+        return self.other(module, name)
+
+    def other(self, module: str, name: str) -> Any:
+        """Raise UnpicklingError; subclasses may return a substitute."""
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is not allowed and was not run")
 
 
@@ -91,7 +105,7 @@ def read_metadata(folder: Path) -> dict[str, SavedTensor]:
     """
     path = folder / METADATA
     try:
-        metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        metadata = RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
         return {
             name: _tensor(name, entry, metadata.storage_data)
             for name, entry in metadata.state_dict_metadata.items()

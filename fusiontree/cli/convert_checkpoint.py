@@ -1,4 +1,4 @@
-"""Between checkpoint formats; every conversion reads its result back and compares it before the target appears.
+"""Converts between checkpoint formats; reads every result back and compares it before the target appears.
 
 fusiontree checkpoint convert RUN DST --to hf
 fusiontree checkpoint convert HF_FOLDER NEW_RUN --to dcp --config quickstart
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("source", nargs="?", type=Path, metavar="SRC", help="checkpoint to read")
     add("target", nargs="?", type=Path, metavar="DST", help="new folder or file")
     add("--to", metavar="FORMAT", help="format of DST; see --list")
-    add("--from", dest="source_format", metavar="FORMAT", help="format of SRC (default: seen from its files)")
+    add("--from", dest="source_format", metavar="FORMAT", help="format of SRC (default: recognized from its files)")
     add(
         "--dtype", choices=["fp32", "bf16"], help="type of exported weights (default: as in SRC); A, D and dt stay fp32"
     )
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--check-logits",
         choices=["auto", "on", "off"],
         default="auto",
-        help="hf: compare the exported model's logits with ours, which takes the model's memory (default: up to 4 GB)",
+        help="hf: compare the exported model's logits with FusionTree's, which loads both (auto: models up to 4 GB)",
     )
     add("--tp", type=int, default=1, metavar="N", help="megatron, zero: tensor parallel size (default 1)")
     add("--dp", type=int, default=1, metavar="N", help="zero: data parallel size, dp x cp (default 1)")
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--config",
         type=Path,
         metavar="FILE",
-        help="configuration of the run that a dcp is made for, or that a megatron or zero folder is of",
+        help="dcp: configuration of the new run; reading megatron or zero: configuration of the folder's model",
     )
     add(
         "--map",
@@ -65,21 +65,21 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"start a run from another model's weights: a file, or one of {', '.join(packaged_names('maps'))}",
     )
-    add("--dry-run", action="store_true", help="open and check SRC, say what would be written, write nothing")
+    add("--dry-run", action="store_true", help="open and check SRC and show the result, write nothing")
     add("--list", action="store_true", help="list the formats and exit")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; return the exit code: 0 done and verified, 2 the user gave something wrong or SRC is damaged."""
+    """Run the command; return the exit code: 0 done and verified, 2 user error or damaged source."""
     return run_program(build_parser, command, argv)
 
 
 def command(args: argparse.Namespace) -> int:
-    """List or convert as asked; return the exit code of :func:`main`.
+    """List the formats or convert; return the exit code of :func:`main`.
 
     Raises:
-        UserError: something the user gave is wrong, or SRC is damaged.
+        UserError: an option is wrong, or the source is damaged.
     """
     try:
         if args.list:
@@ -99,57 +99,36 @@ def list_formats() -> None:
     from fusiontree.convert.formats import FORMATS
 
     for form in FORMATS.values():
-        directions = "read and written" if form.write else "read"
-        print(f"{form.name:12} {form.what} ({directions})")
+        print(f"{form.name:12} {form.description} (read and written)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert as asked.
+    """Convert a checkpoint.
 
     Raises:
-        UserError: something the user gave is wrong, or the result reads back different.
+        UserError: an option or the source is wrong, or the result reads back different.
         CheckpointDamage: a file of the source differs from its recorded hash.
     """
-    from fusiontree.convert.formats import (
-        Options,
-        Stream,
-        check_target,
-        check_tp,
-        convert,
-        format_named,
-        target_dtype,
-        written_bytes,
-    )
+    from fusiontree.convert.formats import Stream, check_target, check_tp, convert, format_named, target_dtype
 
     form = format_named(args.to, "--to")
-    for name in ("tp", "dp"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    options = Options(
-        dtype=args.dtype,
-        max_shard_bytes=parse_size(args.max_shard_size),
-        tp=args.tp,
-        dp=args.dp,
-        stage=args.stage,
-        check_logits=args.check_logits,
-        **read_config(args),
-    )
+    options = read_options(args)
     dtype = target_dtype(form, options)
     check_target(args.target, form)
-    what, source = mapped(args, options) if args.map else open_named(args, options)
-    parameters = [entry for name, entry in source.entries.items() if name.startswith("model.")]
+    origin, source = mapped(args, options) if args.map else open_named(args, options)
     check_tp(source, form, options)
-    stream = Stream(source, dtype, lambda done, total: None)
+    parameters = [entry for name, entry in source.entries.items() if name.startswith("model.")]
+    size = form.written_bytes(Stream(source, dtype, lambda done, total: None))
     print(
-        f"{args.source} ({what}): {sum(math.prod(entry.shape) for entry in parameters):,} parameters in "
+        f"{args.source} ({origin}): {sum(math.prod(entry.shape) for entry in parameters):,} parameters in "
         f"{len(parameters)} tensors, {size_text(sum(entry.nbytes for entry in parameters))}"
         f"{', optimizer state' if source.has_optimizer else ''}; {args.target} ({form.name}) will take about "
-        f"{size_text(written_bytes(stream, form))}",
+        f"{size_text(size)}",
         flush=True,
     )
     if form.name == "dcp" and options.config is None and not re.fullmatch(r"step-\d{8}", args.target.name):
         options = with_run_config(source, args.target, options)
-    if form.name in ("dcp", "zero") and not source.has_optimizer:
+    if form.is_training and not source.has_optimizer:
         print(f"{args.source} holds no optimizer state: training goes on from states of zeros, at step 0")
     if args.dry_run:
         print("dry run: nothing was written")
@@ -160,10 +139,30 @@ def run(args: argparse.Namespace) -> None:
     if verdict.logits:
         print(verdict.logits)
     print(f"{args.target} is complete; {time.monotonic() - began:.1f} s")
-    if form.name == "hf":
-        print(
-            f"use: AutoModelForCausalLM.from_pretrained('{args.target}', trust_remote_code=True), AutoTokenizer alike"
-        )
+    if form.has_code:
+        print(f"load: AutoModelForCausalLM.from_pretrained('{args.target}', trust_remote_code=True)")
+
+
+def read_options(args: argparse.Namespace) -> Options:
+    """Return the options of the target.
+
+    Raises:
+        UserError: a size is invalid, or the configuration cannot be read.
+    """
+    from fusiontree.convert.formats import Options
+
+    for name in ("tp", "dp"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    return Options(
+        dtype=args.dtype,
+        max_shard_bytes=parse_size(args.max_shard_size),
+        tp=args.tp,
+        dp=args.dp,
+        stage=args.stage,
+        check_logits=args.check_logits,
+        **read_config(args),
+    )
 
 
 def open_named(args: argparse.Namespace, options: Options) -> tuple[str, CheckpointSource]:
@@ -171,16 +170,16 @@ def open_named(args: argparse.Namespace, options: Options) -> tuple[str, Checkpo
     from fusiontree.convert.formats import open_source
 
     form, source = open_source(args.source, args.source_format, options)
-    if args.config and args.to != "dcp" and form.name not in ("megatron", "zero"):
+    if args.config and args.to != "dcp" and not form.is_tensor_parallel:
         raise UserError(f"--config has no meaning from {form.name} to {args.to}; leave it out")
     return form.name, source
 
 
 def mapped(args: argparse.Namespace, options: Options) -> tuple[str, CheckpointSource]:
-    """Return the source as weights that a map puts under our names.
+    """Return the source's weights, renamed by a map.
 
     Raises:
-        UserError: the map does not fit, or no configuration says which model is to be filled.
+        UserError: the map does not match, or no configuration describes the new model.
     """
     from fusiontree.convert.warm_start import MappedWeights, read_map
 
@@ -197,7 +196,7 @@ def mapped(args: argparse.Namespace, options: Options) -> tuple[str, CheckpointS
 
 
 def read_config(args: argparse.Namespace) -> dict:
-    """Return the options that ``--config`` stands for."""
+    """Return the options that ``--config`` sets."""
     if args.config is None:
         return {}
     from fusiontree.config.load import config_values, dump_config, load_config
@@ -207,7 +206,7 @@ def read_config(args: argparse.Namespace) -> dict:
 
 
 def with_run_config(source: CheckpointSource, target: Path, options: Options) -> Options:
-    """Return the options with the configuration that a new run folder is trained on with, if the source knows it."""
+    """Return the options with the new run folder's configuration, if the source has a full configuration."""
     from dataclasses import replace
 
     from fusiontree.config.load import build_config, dump_config
@@ -227,7 +226,7 @@ def parse_size(text: str) -> int:
     """Return bytes from a number with KB, MB or GB.
 
     Raises:
-        UserError: it is no size.
+        UserError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
     if not match or float(match.group(1)) <= 0:
@@ -236,7 +235,7 @@ def parse_size(text: str) -> int:
 
 
 def size_text(size: float) -> str:
-    """Return a number of bytes for reading."""
+    """Return a number of bytes in a suitable unit."""
     for limit, unit in ((1e9, "GB"), (1e6, "MB")):
         if size >= limit:
             return f"{size / limit:.2f} {unit}"
@@ -244,14 +243,14 @@ def size_text(size: float) -> str:
 
 
 class Progress:
-    """Says every few seconds how far the conversion is."""
+    """Prints the progress of the conversion every few seconds."""
 
     def __init__(self, interval_s: float = 5.0) -> None:
         self._interval_s = interval_s
         self._said = time.monotonic()
 
     def report(self, done: int, total: int) -> None:
-        """Take note of the bytes done."""
+        """Record the number of bytes done, and print it if the interval is over."""
         now = time.monotonic()
         if now - self._said >= self._interval_s:
             self._said = now

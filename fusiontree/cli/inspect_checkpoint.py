@@ -1,4 +1,4 @@
-"""What is in a training checkpoint, what differs between two, and whether one is whole.
+"""Shows the content of a training checkpoint, verifies it, or compares two checkpoints.
 
 fusiontree checkpoint inspect RUN
 fusiontree checkpoint inspect RUN/checkpoints/step-00001000 --verify
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("path", nargs="?", type=Path, metavar="PATH", help="run folder (its newest checkpoint) or checkpoint folder")
-    add("--verify", action="store_true", help="compare every file with its recorded hash, and nothing else")
+    add("--verify", action="store_true", help="only compare every file with its recorded hash")
     add("--diff", nargs=2, type=Path, metavar=("A", "B"), help="show what differs between two checkpoints")
     add("--no-norms", action="store_true", help="names, shapes and types only; tensors are not read")
     add("--json", action="store_true", help="print one JSON object")
@@ -41,15 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; return 0, 1 where ``--diff`` found a difference, or 2: damaged, or given something wrong."""
+    """Run the command; return 0, 1 if ``--diff`` found a difference, or 2: damaged checkpoint or user error."""
     return run_program(build_parser, command, argv)
 
 
 def command(args: argparse.Namespace) -> int:
-    """Show, verify or compare as asked; return the exit code of :func:`main`.
+    """Show, verify or compare; return the exit code of :func:`main`.
 
     Raises:
-        UserError: damaged, or given something wrong; names the run's other checkpoints.
+        UserError: the checkpoint is damaged or an option is wrong; the message names the run's other checkpoints.
     """
     try:
         if args.diff and args.path is None:
@@ -66,7 +66,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def others(path: Path | None) -> str:
-    """Return which checkpoints a run has, for the case that the newest is damaged."""
+    """Return the run's checkpoints as the end of an error message."""
     from fusiontree.checkpoint.folders import complete_checkpoints
 
     found = complete_checkpoints(path / "checkpoints") if path is not None else []
@@ -77,7 +77,7 @@ def opened(path: Path) -> CheckpointReader:
     """Return the checkpoint that ``path`` names.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no checkpoint, or it is damaged.
     """
     from fusiontree.checkpoint.load import find_checkpoint
     from fusiontree.checkpoint.reader import CheckpointReader
@@ -88,7 +88,7 @@ def opened(path: Path) -> CheckpointReader:
 
 
 def whole(path: Path, *, as_json: bool) -> int:
-    """Check every file."""
+    """Compare every file with its recorded hash."""
     from fusiontree.checkpoint.load import find_checkpoint
     from fusiontree.checkpoint.manifest import read_manifest, verify
 
@@ -112,7 +112,7 @@ def whole(path: Path, *, as_json: bool) -> int:
 
 
 def contents(path: Path, *, norms: bool, as_json: bool) -> int:
-    """Print what a checkpoint holds."""
+    """Print state and tensors of a checkpoint."""
     from fusiontree.checkpoint.load import read_state
 
     reader = opened(path)
@@ -146,13 +146,13 @@ def contents(path: Path, *, norms: bool, as_json: bool) -> int:
 
 
 def saved_by(state: dict[str, Any]) -> str:
-    """Return the layout that wrote it, in words."""
+    """Return the layout that saved the checkpoint, as text."""
     parallel = state.get("config", {}).get("parallel", {})
     return ", ".join(f"{key} {value}" for key, value in parallel.items() if value is not None) or "unknown"
 
 
 def row(reader: CheckpointReader, name: str, norms: bool) -> dict[str, Any]:
-    """Return what is known of one tensor."""
+    """Return name, shape, dtype, pieces and norms of a tensor."""
     saved = reader.tensors[name]
     values: dict[str, Any] = {
         "name": name,
@@ -176,7 +176,7 @@ def norm_of(tensor: Tensor) -> float:
 
 
 def totals(reader: CheckpointReader) -> dict[str, int]:
-    """Return how many values there are of each kind: model, optimizer.exp_avg …"""
+    """Return the number of values of each kind: model, optimizer.exp_avg and so on."""
     counts: dict[str, int] = {}
     for name, saved in reader.tensors.items():
         kind = ".".join(name.split(".")[:2]) if name.startswith("optimizer.") else name.split(".")[0]
@@ -188,7 +188,7 @@ def totals(reader: CheckpointReader) -> dict[str, int]:
 
 
 def difference(path_a: Path, path_b: Path, *, as_json: bool) -> int:
-    """Print what differs between two checkpoints, whatever layouts wrote them; return 1 where something does."""
+    """Print the differences of two checkpoints, saved by any layouts; return 1 if there are any."""
     from fusiontree.checkpoint.load import read_state
 
     a, b = opened(path_a), opened(path_b)
@@ -208,13 +208,13 @@ def difference(path_a: Path, path_b: Path, *, as_json: bool) -> int:
 
 
 def shortened(value: Any) -> str:
-    """Return a value for reading; ``--json`` has it whole."""
+    """Return a value, shortened; ``--json`` prints it in full."""
     text = str(value)
     return text if len(text) <= 100 else f"{text[:90]}… ({len(text)} characters)"
 
 
 def differing_values(a: Any, b: Any, key: str = "") -> Iterator[dict[str, Any]]:
-    """Yield the small values that differ, with the path that leads to each."""
+    """Yield the state values that differ, each with its dotted key."""
     if isinstance(a, dict) and isinstance(b, dict):
         for name in sorted(a.keys() | b.keys()):
             yield from differing_values(a.get(name), b.get(name), f"{key}.{name}" if key else name)
@@ -223,7 +223,7 @@ def differing_values(a: Any, b: Any, key: str = "") -> Iterator[dict[str, Any]]:
 
 
 def differing_tensors(a: CheckpointReader, b: CheckpointReader) -> Iterator[dict[str, Any]]:
-    """Yield the tensors that are not equal bit by bit."""
+    """Yield the tensors that differ in any bit."""
     import torch
 
     for name in [*a.tensors, *(n for n in b.tensors if n not in a.tensors)]:

@@ -28,13 +28,13 @@ _STEP_NAME = re.compile(r"step-\d{8}")
 
 
 class TrainingCheckpoint(CheckpointSource):
-    """RUN/checkpoints/step-XXXXXXXX, every file checked against its recorded hash."""
+    """RUN/checkpoints/step-XXXXXXXX; compares every file with its recorded hash."""
 
     def __init__(self, path: Path) -> None:
         """Open the folder, or the newest checkpoint of a run folder.
 
         Raises:
-            UserError: there is no checkpoint, or its tensors are not those of its configuration.
+            UserError: there is no checkpoint, or its tensors do not match its configuration.
             CheckpointDamage: a file differs from its recorded hash.
         """
         self.folder = find_checkpoint(path)
@@ -117,7 +117,7 @@ def write(folder: Path, stream: Stream, *, config_yaml: str | None, name: str) -
         folder: temporary folder that becomes the target.
         stream: the tensors.
         config_yaml: the run's full configuration as YAML, if known.
-        name: the target's name; ``step-XXXXXXXX`` makes a checkpoint folder, any other name a run folder.
+        name: the target's name; ``step-XXXXXXXX`` creates a checkpoint folder, any other name a run folder.
     """
     source = stream.source
     values = source.state or fresh_state()

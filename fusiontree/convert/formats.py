@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fusiontree.checkpoint.folders import MANIFEST, complete_checkpoints
-from fusiontree.convert import dcp, hf, logits, megatron, single_file, zero, zero_write
+from fusiontree.convert import dcp, hf, logits, megatron, safetensors_file, zero, zero_write
 from fusiontree.convert.reader import MODEL, CheckpointSource, Stream, checked, tensor_hash
 from fusiontree.models.config import ModelConfig
 from fusiontree.parallel.validate import tp_problems, valid_tp
@@ -56,41 +56,33 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of checkpoint."""
+    """One kind of checkpoint; the only place that knows what distinguishes the formats."""
 
     name: str
-    what: str
+    description: str
     """One line for ``--list``."""
     looks_like: Callable[[Path], bool]
     """Returns True if a path holds this format, judged by file names."""
     open: Callable[[Path, Options], CheckpointSource]
-    write: Callable[[Path, Stream, Options, str], None] | None
-    """Writes to a temporary path, given the target's name; None if the format cannot be a target."""
+    write: Callable[[Path, Stream, Options, str], None]
+    """Writes to a temporary path, given the target's name."""
+    written_bytes: Callable[[Stream], int]
+    """Estimates the bytes that ``write`` will write."""
     is_file: bool = False
+    is_training: bool = False
+    """Training continues from this format: weights are fp32, and a source without moments gets zero moments."""
+    is_tensor_parallel: bool = False
+    """Files are split for ``--tp`` and do not name their model: reading may need ``--config``."""
+    has_code: bool = False
+    """The target contains the model's code, whose logits are compared."""
 
 
 def _is_dcp(path: Path) -> bool:
     return (path / MANIFEST).is_file() or any(complete_checkpoints(p) for p in (path / "checkpoints", path))
 
 
-def _write_dcp(folder: Path, stream: Stream, options: Options, name: str) -> None:
-    dcp.write(folder, stream, config_yaml=options.config_yaml, name=name)
-
-
-def _write_hf(folder: Path, stream: Stream, options: Options, name: str) -> None:
-    hf.write(folder, stream, max_shard_bytes=options.max_shard_bytes)
-
-
-def _write_single(path: Path, stream: Stream, options: Options, name: str) -> None:
-    single_file.write(path, stream)
-
-
-def _write_megatron(folder: Path, stream: Stream, options: Options, name: str) -> None:
-    megatron.write(folder, stream, tp=options.tp)
-
-
-def _write_zero(folder: Path, stream: Stream, options: Options, name: str) -> None:
-    zero_write.write(folder, stream, stage=options.stage, dp=options.dp, tp=options.tp)
+def _weight_bytes(stream: Stream) -> int:
+    return sum(stream.entry(name).nbytes for name in stream.source.entries if name.startswith(MODEL))
 
 
 FORMATS = {
@@ -101,36 +93,48 @@ FORMATS = {
             "FusionTree training checkpoint: a run folder (its newest checkpoint) or RUN/checkpoints/step-XXXXXXXX",
             _is_dcp,
             lambda path, options: dcp.TrainingCheckpoint(path),
-            _write_dcp,
+            lambda path, stream, options, name: dcp.write(path, stream, config_yaml=options.config_yaml, name=name),
+            lambda stream: stream.total if stream.source.has_optimizer else 3 * _weight_bytes(stream),
+            is_training=True,
         ),
         Format(
             "hf",
             "Hugging Face folder: sharded safetensors, tokenizer, code for trust_remote_code=True",
             lambda path: (path / hf.CONFIG).is_file() and any(path.glob("*.safetensors")),
             lambda path, options: hf.HuggingFaceFolder(path),
-            _write_hf,
+            lambda path, stream, options, name: hf.write(path, stream, max_shard_bytes=options.max_shard_bytes),
+            _weight_bytes,
+            has_code=True,
         ),
         Format(
             "safetensors",
             "one file of weights under FusionTree's parameter names, in fp32 or bf16",
             lambda path: path.is_file() and path.suffix == ".safetensors",
-            lambda path, options: single_file.WeightFile(path),
-            _write_single,
+            lambda path, options: safetensors_file.WeightFile(path),
+            lambda path, stream, options, name: safetensors_file.write_weights(path, stream),
+            _weight_bytes,
             is_file=True,
         ),
         Format(
             "megatron",
-            "distributed checkpoint of Megatron-core (torch_dist), cut for --tp, with moments",
+            "distributed checkpoint of Megatron-core (torch_dist), split for --tp, with moments",
             megatron.is_megatron,
             lambda path, options: megatron.MegatronFolder(path, options.config),
-            _write_megatron,
+            lambda path, stream, options, name: megatron.write(path, stream, tp=options.tp),
+            lambda stream: stream.total,
+            is_tensor_parallel=True,
         ),
         Format(
             "zero",
             "folder of DeepSpeed's save_checkpoint, ZeRO-1, 2 or 3 (--stage), for --dp and --tp, with moments",
             zero.is_zero,
             lambda path, options: zero.ZeroFolder(path, options.config),
-            _write_zero,
+            lambda path, stream, options, name: zero_write.write(
+                path, stream, stage=options.stage, dp=options.dp, tp=options.tp
+            ),
+            lambda stream: 7 * _weight_bytes(stream),  # with the temporary files of the flat tensors
+            is_training=True,
+            is_tensor_parallel=True,
         ),
     )
 }
@@ -187,12 +191,8 @@ def check_target(target: Path, form: Format) -> None:
     """Check that the target does not exist and that its name fits the format.
 
     Raises:
-        UserError: the target exists, or the name is a file's for a folder format or a folder's for a file format.
+        UserError: the target exists, or names a file for a folder format or a folder for a file format.
     """
-    if form.write is None:
-        raise UserError(
-            f"--to {form.name} is not possible; targets: {', '.join(f for f in FORMATS if FORMATS[f].write)}"
-        )
     if target.exists():
         raise UserError(f"target '{target}' exists; nothing is ever written in place: name a new one or remove it")
     if form.is_file != (target.suffix == ".safetensors"):
@@ -224,16 +224,15 @@ def convert(
     """
     check_target(target, form)
     check_tp(source, form, options)
-    assert form.write is not None
-    if options.config is not None and form.name == "dcp":
+    if options.config is not None and form is FORMATS["dcp"]:
         wanted = ModelConfig.model_validate(options.config["model"])
         source.entries = checked(source.entries, wanted, "the source's weights and the --config given")
         source.config = options.config
     stream = Stream(source, target_dtype(form, options), report)
-    reason = logits.why_not(fp32_bytes(source), options.check_logits) if form.name == "hf" else None
+    reason = logits.why_not(fp32_bytes(source), options.check_logits) if form.has_code else None
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    needed, free = written_bytes(stream, form), shutil.disk_usage(parent).free
+    needed, free = form.written_bytes(stream), shutil.disk_usage(parent).free
     if needed > free:
         raise UserError(f"'{parent}' has {free / 1e9:.1f} GB free and the target needs {needed / 1e9:.1f} GB")
     partial = parent / f".partial-{target.name}"
@@ -245,14 +244,10 @@ def convert(
         say("reading it back")
         _compare(stream, form.open(partial, replace(options, config=source.config)))
         verdict = None if reason is None else f"logits were not compared: {reason}"
-        if form.name == "hf" and reason is None:
+        if form.has_code and reason is None:
             say("comparing logits")
             verdict = logits.compare_logits(stream, partial)
-        for folder in [partial, *partial.rglob("*")] if partial.is_dir() else []:
-            if folder.is_dir():
-                fsync_directory(folder)
-        os.rename(partial, target)
-        fsync_directory(parent)
+        _rename(partial, target)
     except BaseException:
         _remove(partial)
         raise
@@ -270,7 +265,7 @@ def check_tp(source: CheckpointSource, form: Format, options: Options) -> None:
     Raises:
         UserError: the size does not fit; the message gives the reason and the valid sizes.
     """
-    if form.name not in ("megatron", "zero"):
+    if not form.is_tensor_parallel:
         return
     model = source.model_config
     if reasons := list(tp_problems(model, options.tp)):
@@ -280,21 +275,11 @@ def check_tp(source: CheckpointSource, form: Format, options: Options) -> None:
 
 def target_dtype(form: Format, options: Options) -> torch.dtype | None:
     """Return the dtype of the target's parameters; None keeps the source's dtype."""
-    if form.name in ("dcp", "zero"):
+    if form.is_training:
         if options.dtype == "bf16":
             raise UserError(f"--to {form.name} holds fp32 weights; leave --dtype out, or convert to hf")
         return torch.float32
     return None if options.dtype is None else DTYPES[options.dtype]
-
-
-def written_bytes(stream: Stream, form: Format) -> int:
-    """Return an estimate of the bytes that the conversion will write."""
-    weights = sum(stream.entry(name).nbytes for name in stream.source.entries if name.startswith(MODEL))
-    if form.name in ("hf", "safetensors"):
-        return weights
-    if form.name == "zero":  # includes the temporary files of the flat tensors
-        return 7 * weights
-    return 3 * weights if form.name == "dcp" and not stream.source.has_optimizer else stream.total
 
 
 def _compare(stream: Stream, written: CheckpointSource) -> None:
@@ -313,6 +298,15 @@ def _compare(stream: Stream, written: CheckpointSource) -> None:
             f"{len(different) + len(extra)} tensors read back different from what was written ({names}); "
             f"nothing was kept"
         )
+
+
+def _rename(partial: Path, target: Path) -> None:
+    """Give a complete file or folder its name, after all folders are on disk."""
+    for folder in [partial, *partial.rglob("*")] if partial.is_dir() else []:
+        if folder.is_dir():
+            fsync_directory(folder)
+    os.rename(partial, target)
+    fsync_directory(target.absolute().parent)
 
 
 def _remove(path: Path) -> None:

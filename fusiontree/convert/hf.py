@@ -45,7 +45,7 @@ class HuggingFaceFolder(CheckpointSource):
         """Open the folder.
 
         Raises:
-            UserError: the folder is incomplete, holds another type of model, or weights and configuration disagree.
+            UserError: the folder is incomplete or of another type of model, or weights and configuration disagree.
         """
         config = read_json(path / CONFIG)
         if config.get("model_type") != "fusiontree":

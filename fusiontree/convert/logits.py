@@ -90,7 +90,7 @@ def compare_logits(stream: Stream, folder: Path) -> str:
         rounding = apart(_our_logits(stream, ids_BS, torch.float64))
         allowed = min(_MOST, max(TOLERANCE, _ROUNDINGS * rounding))
         why = f": {_ROUNDINGS} times what our own differ by from fp64"
-    if not difference <= allowed:  # not a number is no agreement
+    if not difference <= allowed:  # also if the difference is NaN
         raise UserError(
             f"logits of the exported model differ from ours by {difference:.1e} of the largest ({largest:.3g}), "
             f"{allowed:.1e} allowed{why}; nothing was kept. The weights are equal, so report this; --check-logits off "

@@ -43,7 +43,7 @@ _MASTER = "optimizer.state.fp32_param." + MODEL
 
 
 def is_megatron(path: Path) -> bool:
-    """Tell by the files whether a folder is a distributed checkpoint of Megatron-core."""
+    """Return whether a folder is a distributed checkpoint of Megatron-core, judged by file names."""
     return (path / KIND).is_file() and (path / "common.pt").is_file()
 
 
@@ -83,7 +83,7 @@ class _OneAtATime:
 
     def part(self, name: str, block: BlockPlace, offset: tuple[int, ...]) -> Tensor:
         if self._name != name:
-            self._tensor = None  # before the next one is read
+            self._tensor = None  # before the next tensor is read
             self._name, self._tensor = name, self._stream.read(name)
         assert self._tensor is not None
         shape = block.chunks()[offset]
@@ -136,7 +136,7 @@ class MegatronFolder(CheckpointSource):
                 )
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, put together from its blocks."""
+        """Return one tensor, assembled from its blocks."""
         blocks = self._blocks[name]
         values = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
         for key, block in blocks:

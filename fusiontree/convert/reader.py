@@ -76,7 +76,7 @@ class CheckpointSource(ABC):
 
 
 class Stream:
-    """The tensors of a source on their way into a target: cast, hashed, counted."""
+    """Reads the tensors of a source for a target: casts, hashes and counts them."""
 
     def __init__(self, source: CheckpointSource, dtype: torch.dtype | None, report: Callable[[int, int], None]) -> None:
         """Prepare.
@@ -89,7 +89,7 @@ class Stream:
         """
         self.source = source
         self.hashes: dict[str, str] = {}
-        """SHA-256 of every tensor that was read, as it was written."""
+        """SHA-256 of every tensor that was read, after the cast."""
         self._dtype = dtype
         self._stays_fp32 = {MODEL + name for name in fp32_parameters(source.model_config)} if dtype else set()
         self._report = report
@@ -102,7 +102,7 @@ class Stream:
         return entry if keep or self._dtype is None else Entry(entry.shape, self._dtype)
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor as it is to be written."""
+        """Return a tensor as it will be written."""
         tensor = self.source.read(name).to(self.entry(name).dtype)
         self.hashes[name] = tensor_hash(tensor)
         self._done += tensor.nbytes

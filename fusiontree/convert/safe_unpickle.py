@@ -1,8 +1,8 @@
-"""Reading other libraries' torch.save files without running anything that they name.
+"""Reads other libraries' torch.save files without running anything that they name.
 
-``torch.load(weights_only=True)`` refuses a file with any foreign object in it, and every DeepSpeed checkpoint holds
-some. Here tensors and plain containers are made, and everything else becomes an :class:`Inert` that only remembers
-its arguments: no foreign module is imported, no foreign function called.
+``torch.load(weights_only=True)`` refuses files with foreign objects, which every DeepSpeed checkpoint has. This module
+creates tensors and plain containers and replaces every other object by an :class:`Inert`, which only stores its
+arguments: no foreign module is imported, no foreign function called.
 """
 
 from __future__ import annotations
@@ -16,39 +16,40 @@ from typing import Any
 
 import torch
 
+from fusiontree.checkpoint.metadata import RestrictedUnpickler
 from fusiontree.utils.errors import UserError
 
 
 class Inert:
-    """Stands where a foreign object was."""
+    """Replaces a foreign object."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = args
 
     def __call__(self, *args: Any, **kwargs: Any) -> Inert:
-        """Stand for what calling a foreign object would have given."""
+        """Return a replacement for the result of calling the foreign object."""
         return Inert(*args)
 
     def __setstate__(self, state: Any) -> None:
         self.args = (state,)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Take an entry of a foreign mapping; nothing reads it."""
+        """Ignore an entry of a foreign mapping."""
 
     def append(self, value: Any) -> None:
-        """Take an item of a foreign list; nothing reads it."""
+        """Ignore an item of a foreign list."""
 
     def extend(self, values: Any) -> None:
-        """Take items of a foreign list; nothing reads them."""
+        """Ignore items of a foreign list."""
 
 
 def _without_attributes(make: Any, kind: Any, args: tuple, state: Any) -> Any:
-    """Make a tensor that had attributes of its own, without them."""
+    """Create a tensor without its additional attributes."""
     return make(*args)
 
 
 def _parameter(data: Any, *rest: Any) -> Any:
-    """Make a plain tensor where a parameter was."""
+    """Return the parameter's data as a plain tensor."""
     return data
 
 
@@ -63,12 +64,10 @@ _MADE: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _MADE:
-            return _MADE[module, name]
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
+class _Unpickler(RestrictedUnpickler):
+    allowed = _MADE
+
+    def other(self, module: str, name: str) -> Any:
         return Inert
 
 
@@ -77,10 +76,10 @@ def _refuse(*args: Any, **kwargs: Any) -> Any:
 
 
 def load_inert(path: Path) -> Any:
-    """Return what a torch.save file holds; its tensors are mapped into memory, not read.
+    """Return the object in a torch.save file; its tensors are mapped into memory, not read.
 
     Raises:
-        UserError: it is no such file, or a damaged one.
+        UserError: the file is damaged, or is not of torch.save's present format.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -1,7 +1,7 @@
-"""Safetensors files written and read one tensor at a time.
+"""Safetensors files, written and read one tensor at a time; a checkpoint format of a single such file.
 
-The format is eight bytes with the header's length, a JSON header ``{name: {dtype, shape, data_offsets}}`` and the
-values. The library's own ``save_file`` wants every tensor of a file in memory at once.
+A file is eight bytes with the header's length, a JSON header ``{name: {dtype, shape, data_offsets}}`` and the values.
+The library's own ``save_file`` needs all tensors of a file in memory at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.checkpoint.open_files import OpenFiles
-from fusiontree.convert.reader import Entry
+from fusiontree.convert.reader import MODEL, CheckpointSource, Entry, Stream, checked
 from fusiontree.utils.errors import UserError
 
 _NAMES = {
@@ -32,6 +32,7 @@ _NAMES = {
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _LONGEST_HEADER = 100 << 20
+_MODEL_KEY = "fusiontree_model"  # entry of the metadata with the model's configuration
 
 
 def write_safetensors(
@@ -41,9 +42,9 @@ def write_safetensors(
 
     Args:
         path: of the file.
-        entries: what it is to hold.
-        read: returns a tensor of ``entries``.
-        metadata: free text, readable without the tensors.
+        entries: shape and type of each tensor.
+        read: returns the tensor of a name.
+        metadata: free text for the header.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -59,7 +60,7 @@ def write_safetensors(
             tensor = read(name).contiguous()
             assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), name
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            del tensor  # before the next one is read
+            del tensor  # before the next tensor is read
         file.flush()
         os.fsync(file.fileno())
 
@@ -71,7 +72,7 @@ class SafetensorsFile:
         """Read the header.
 
         Raises:
-            UserError: the file is cut short or no safetensors file.
+            UserError: the file is truncated, or is not a safetensors file.
         """
         self.path = path
         self._open = OpenFiles(path.parent)
@@ -104,3 +105,36 @@ class SafetensorsFile:
             raise UserError(f"{self.path} ends inside '{name}'; copy it again")
         values = torch.frombuffer(content, dtype=torch.uint8)
         return values.view(entry.dtype).reshape(entry.shape)
+
+
+class WeightFile(CheckpointSource):
+    """One file with the weights under FusionTree's names, and the model's configuration in the header."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file.
+
+        Raises:
+            UserError: the file is damaged, or was not written by :func:`write_weights`.
+        """
+        self._file = SafetensorsFile(path)
+        if _MODEL_KEY not in self._file.metadata:
+            raise UserError(
+                f"{path} does not say which model it holds; to start from another model's weights give --map FILE and "
+                f"--config FILE"
+            )
+        self.config = {"model": json.loads(self._file.metadata[_MODEL_KEY])}
+        self.files = []
+        self.entries = {MODEL + name: entry for name, entry in self._file.entries.items()}
+        self.entries = checked(self.entries, self.model_config, str(path))
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        return self._file.read(name.removeprefix(MODEL))
+
+
+def write_weights(path: Path, stream: Stream) -> None:
+    """Write the file of :class:`WeightFile`; leaves out moments and tokenizer."""
+    names = [name for name in stream.source.entries if name.startswith(MODEL)]
+    entries = {name.removeprefix(MODEL): stream.entry(name) for name in names}
+    metadata = {"format": "pt", _MODEL_KEY: json.dumps(stream.source.config["model"])}
+    write_safetensors(path, entries, lambda name: stream.read(MODEL + name), metadata)

@@ -1,4 +1,4 @@
-"""A process of its own that loads an exported folder as a stranger does: by transformers and the folder's own code.
+"""Separate process that loads an exported folder with transformers and the folder's own code only.
 
 python -P transformers_logits.py FOLDER IDS.pt LOGITS.pt
 """

@@ -41,7 +41,7 @@ from fusiontree.utils.settings import Section, setting
 
 
 class TensorRule(Section):
-    """Target of one source tensor, or of one tensor per layer."""
+    """Targets of a source tensor, or of one source tensor per layer."""
 
     theirs: str = setting(..., "Name of a tensor; {layer} stands for a number.")
     ours: str | dict[str, list[str]] = setting(..., "Name of a parameter, or for each the blocks it is made of.")
@@ -103,16 +103,16 @@ class MappedWeights(CheckpointSource):
     """A new FusionTree model, partly filled from other weights."""
 
     def __init__(self, path: Path, name_map: NameMap, config: dict[str, Any], seed: int) -> None:
-        """Open the weights and work out what every parameter is made of.
+        """Open the weights and find the source of every parameter.
 
         Args:
             path: a safetensors or PyTorch file, or a folder of them.
-            name_map: what goes where.
-            config: whole configuration of the new run.
+            name_map: targets of the source tensors.
+            config: full configuration of the new run.
             seed: of the initial values.
 
         Raises:
-            UserError: the map and the weights, or the map and the model, do not fit together.
+            UserError: the map does not match the weights or the model.
         """
         self.config = config
         self.files = []
@@ -122,7 +122,7 @@ class MappedWeights(CheckpointSource):
         self._shapes = parameter_shapes(self._model)
         self.entries = {MODEL + name: Entry(shape, torch.float32) for name, shape in self._shapes.items()}
         self.filled = plan(name_map, self._weights.entries, self._shapes, self._model)
-        """What each filled parameter is made of, in order."""
+        """Pieces of each filled parameter, in order."""
 
     @property
     def initial(self) -> list[str]:
@@ -147,7 +147,7 @@ class MappedWeights(CheckpointSource):
 
 
 def reshaped(tensor: Tensor, piece: Piece) -> Tensor:
-    """Return one of their tensors with the axes that ours have.
+    """Return a source tensor with the axes of the target.
 
     Raises:
         UserError: the rule does not fit its shape.
@@ -167,10 +167,10 @@ def reshaped(tensor: Tensor, piece: Piece) -> Tensor:
 def plan(
     name_map: NameMap, theirs: dict[str, Entry], shapes: dict[str, tuple[int, ...]], config: ModelConfig
 ) -> dict[str, list[Piece]]:
-    """Return for every parameter that the map fills what it is made of.
+    """Return the pieces of every parameter that the map fills.
 
     Raises:
-        UserError: naming the first thing that does not fit.
+        UserError: the map does not match the weights or the model; the message names the first mismatch.
     """
     filled: dict[str, list[Piece]] = {}
     used = {name for name in theirs if any(fnmatch.fnmatchcase(name, pattern) for pattern in name_map.ignore)}
@@ -226,7 +226,7 @@ def _matches(pattern: str, names: dict[str, Entry]) -> Iterator[tuple[str, int |
 
 
 def _pieces(rule: TensorRule, name: str, sizes: dict[str, int], entry: Entry) -> dict[str, list[Piece]]:
-    """Return what each target of a rule is made of."""
+    """Return the pieces of each target of a rule."""
     if rule.split is None:
         if not isinstance(rule.ours, str):
             raise UserError(f"map: '{rule.theirs}' has blocks under 'ours' and no 'split' that names them in order")
@@ -278,7 +278,7 @@ class _Folder:
 
 
 class _TorchFiles:
-    """Files of torch.save, mapped into memory and read by the unpickler that makes tensors alone."""
+    """Files of torch.save, mapped into memory and read by torch's unpickler that creates only tensors."""
 
     def __init__(self, files: list[Path]) -> None:
         self._tensors: dict[str, Tensor] = {}

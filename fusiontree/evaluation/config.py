@@ -10,7 +10,7 @@ Task = Literal["perplexity", "text", "needle", "copy", "recall"]
 
 
 class EvaluationConfig(Section):
-    """Tasks and their sizes; the options of the evaluation entry replace them."""
+    """Tasks and their sizes; options of the command replace them."""
 
     tasks: list[Task] = setting(
         ["perplexity"],
@@ -38,16 +38,16 @@ class EvaluationConfig(Section):
     )
     depths: list[float] = setting(
         [0.0, 0.25, 0.5, 0.75, 1.0],
-        "Where the needle lies: 0 at the start of the row, 1 just before the question.",
+        "Position of the needle: 0 at the start of the row, 1 just before the question.",
         min_length=1,
     )
     alphabet: Literal["vocabulary", "data"] = setting(
         "vocabulary",
-        "Tokens of needle, copy and recall: the whole vocabulary, or only those that occur in 64 rows of data (a model "
-        "knows nothing of tokens it never saw).",
+        "Tokens of needle, copy and recall: the whole vocabulary, or only those that occur in 64 rows of data (a "
+        "model knows nothing of tokens that it was not trained on).",
     )
     rows: int = setting(16, "Rows of every cell of needle, copy and recall.", unit="rows", ge=1)
     needle_tokens: int = setting(4, "Tokens of the needle's key, and of its value.", unit="tokens", ge=1)
-    recall_pairs: int = setting(8, "Pairs that recall asks for.", ge=1)
+    recall_pairs: int = setting(8, "Number of pairs per row of recall.", ge=1)
     batch_size: int = setting(4, "Rows computed together.", unit="rows", ge=1)
-    seed: int = setting(0, "Decides the random tokens.")
+    seed: int = setting(0, "Seed of the random tokens.")

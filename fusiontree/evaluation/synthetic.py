@@ -1,6 +1,6 @@
-"""Rows of random tokens whose answers stand in the row itself: needle, copy and recall.
+"""Rows of random tokens that contain their answers: needle, copy and recall.
 
-Tokens carry no meaning, so a model can only answer by looking back: what it scores above chance, it retrieved.
+Random tokens have no meaning, so a score above chance shows that the model retrieved the answer from the row.
 
 Shape legend: B rows, S tokens of a row, A tokens of the alphabet, L tokens of a row and its last label.
 """
@@ -20,29 +20,29 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class AnswerRows:
-    """Rows with labels only where an answer is asked for."""
+    """Rows with labels only on answers."""
 
     input_ids_BS: Tensor
     labels_BS: Tensor
-    """The token that follows each; IGNORED where none is scored."""
+    """The next token of each token; IGNORED on tokens that are not scored."""
 
 
 def needle_rows(
     alphabet_A: Tensor, length: int, depth: float, rows: int, needle_tokens: int, seed: int, *, with_needle: bool = True
 ) -> AnswerRows:
-    """A key and its value lie somewhere in random tokens; the row ends with the key again and asks for the value.
+    """Return rows of random tokens that contain a key and its value, and end with the key again; the value is scored.
 
     Args:
         alphabet_A: int64, tokens to draw from.
         length: tokens of a row.
-        depth: 0 puts the needle at the start, 1 just before the question.
-        rows: how many.
-        needle_tokens: of the key, and of the value.
-        seed: decides the tokens. They are the same with and without the needle, apart from it.
-        with_needle: False leaves random tokens in its place: the control, which no model can answer.
+        depth: position of the needle: 0 at the start, 1 just before the question.
+        rows: number of rows.
+        needle_tokens: tokens of the key, and of the value.
+        seed: of the tokens, which are the same with and without the needle, apart from the needle.
+        with_needle: False replaces the needle by random tokens, as a control that no model can answer.
 
     Raises:
-        UserError: the row is too short, or the depth is no share of it.
+        UserError: the row is too short, or the depth is not between 0 and 1.
     """
     if not 0 <= depth <= 1:
         raise UserError(f"depth {depth} is not between 0 and 1")
@@ -63,7 +63,7 @@ def needle_rows(
 
 
 def copy_rows(alphabet_A: Tensor, length: int, rows: int, seed: int) -> AnswerRows:
-    """Random tokens and then the same again; every token of the repetition after its first is asked for.
+    """Return rows of random tokens, repeated once; every token of the repetition but the first is scored.
 
     Raises:
         UserError: the row is too short.
@@ -76,10 +76,10 @@ def copy_rows(alphabet_A: Tensor, length: int, rows: int, seed: int) -> AnswerRo
 
 
 def recall_rows(alphabet_A: Tensor, length: int, pairs: int, rows: int, seed: int) -> AnswerRows:
-    """Pairs of key and value lie among random tokens; the row ends with all keys, each followed by its value.
+    """Return rows of random tokens that contain pairs of key and value, and end with all keys and their values.
 
-    Multi-query associative recall (Arora et al. 2023, "Zoology"). The first half of the alphabet are keys, different
-    in a row; values and filler come from the other half.
+    Multi-query associative recall (Arora et al. 2023, "Zoology"). The first half of the alphabet are keys, distinct
+    within a row; values and filler come from the other half.
 
     Raises:
         UserError: the row is too short for the pairs, or the alphabet has too few keys.

@@ -21,7 +21,7 @@ from fusiontree.models.model import FusionTreeModel
 from fusiontree.utils.errors import UserError
 
 CONTEXT_TOKENS = 8
-"""Prompt tokens shown to the decoder before the new ones; more than any character has."""
+"""Number of prompt tokens that precede the new tokens in the decoder's input; no character has more tokens."""
 
 FinishReason = Literal["stop_token", "stop_string", "length"]
 
@@ -31,50 +31,50 @@ class GeneratedRow:
     """The continuation of one prompt."""
 
     tokens: list[int] = field(default_factory=list)
-    """Every token drawn, a final stop token included."""
+    """Every drawn token, including a final stop token."""
     logprobs: list[float] = field(default_factory=list)
     """Log-probability of each token under the model itself: before penalty, temperature and filters, in nats."""
     finish_reason: FinishReason = "length"
     text: str | None = None
-    """Text of the tokens without stop token or stop string; None when no ``decode`` was given."""
+    """Text of the tokens without stop token or stop string; None without ``decode``."""
 
 
 @dataclass(frozen=True)
 class NewToken:
-    """One token of one row, as it is drawn."""
+    """A drawn token of a row."""
 
     row: int
     """Index of the prompt."""
     token: int
     logprob: float
     text: str
-    """Text that became certain with this token: whole characters that no stop string can still take back."""
+    """Text that this token completed: full characters that cannot become part of a stop string."""
     finish_reason: FinishReason | None
     """Set on the row's last token."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Rows in the order of the prompts, and where the time went."""
+    """Rows in the order of the prompts, and the time of each phase."""
 
     rows: list[GeneratedRow]
     prompt_tokens: int
-    """Of all prompts together, padding not counted."""
+    """Number of tokens of all prompts, without padding."""
     prefill_s: float
-    """Seconds until the first token of every row was there."""
+    """Seconds until every row had its first token."""
     decode_s: float
-    """Seconds for all later tokens."""
+    """Seconds for all tokens after the first of each row."""
     graphed_steps: int = 0
-    """Later steps that replayed a CUDA graph; the others ran eagerly."""
+    """Number of steps after the prefill that replayed a CUDA graph."""
 
     @property
     def new_tokens(self) -> int:
-        """Tokens drawn in all rows."""
+        """Number of drawn tokens of all rows."""
         return sum(len(row.tokens) for row in self.rows)
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Rate of all rows together after their first token; 0 when there was only one."""
+        """Tokens per second of all rows after their first token; 0 without such tokens."""
         return (self.new_tokens - len(self.rows)) / self.decode_s if self.decode_s > 0 else 0.0
 
 
@@ -92,36 +92,36 @@ def generate(
     allow_longer: bool = False,
     graphs: bool = True,
 ) -> Generation:
-    """Continue every prompt; a row's tokens are those it would get alone.
+    """Continue every prompt; a row's tokens do not depend on the other rows.
 
     Prompts of different length are padded on the left for the prefill and masked. Rows that finish leave the batch.
-    On a GPU the later steps replay a CUDA graph, if enough of them may come for its recording to pay; finished rows
-    then run on unread until all have finished.
+    On a GPU the steps after the prefill replay a CUDA graph if they are enough to be worth recording it; rows that
+    finish then stay in the batch, and their tokens are ignored.
 
     Args:
-        model: on its device, in the dtype to compute in; put into eval mode for the call.
-        prompts: token ids, at least one each.
+        model: on its device, in the dtype of the computation; in eval mode during the call.
+        prompts: token ids, at least one per prompt.
         max_new_tokens: maximum number of tokens drawn per row.
-        sampling: how the next token is chosen; draws from the model's distribution when absent.
-        seeds: one per prompt, ``0, 1, 2 …`` when absent. A row's randomness depends only on its seed.
-        stop_tokens: a row ends when it draws one of them.
-        stop_strings: a row ends when its new text holds one of them; needs ``decode``.
-        decode: text of a list of tokens.
-        on_token: called for every token as it is drawn, rows in order within a step.
-        allow_longer: let rows grow beyond ``max_position_embeddings``, which the model was not made for. A learnable
-            SRTE has no entries there and stays an error.
-        graphs: whether steps may replay a CUDA graph on a GPU; the tokens are the same.
+        sampling: how the next token is chosen; None draws from the model's distribution.
+        seeds: one per prompt; None means 0, 1, 2 and so on. A row's randomness depends only on its seed.
+        stop_tokens: tokens that end a row.
+        stop_strings: strings in the new text that end a row; needs ``decode``.
+        decode: returns the text of a list of tokens.
+        on_token: called for every drawn token, in order of rows within a step.
+        allow_longer: allow texts longer than ``max_position_embeddings``, for which the model was not trained; an
+            error all the same for a learnable SRTE, which has no entries for them.
+        graphs: allow CUDA graphs on a GPU; they do not change the tokens.
 
     Raises:
-        UserError: an empty prompt, an unknown token id, a row too long for the model. Checked before any computation.
-        FloatingPointError: logits that are not finite.
+        UserError: a prompt is empty, a token id is unknown, or a row is too long; checked before any computation.
+        FloatingPointError: logits are not finite.
     """
     sampling = sampling or SamplingConfig()
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one per prompt")
     if stop_strings and decode is None:
-        raise ValueError("stop_strings are looked for in the text of the new tokens; give decode as well")
+        raise ValueError("stop_strings need the text of the new tokens; give decode as well")
     check_request(
         model.config, prompts, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, allow_longer=allow_longer
     )
@@ -129,31 +129,43 @@ def generate(
     rows = [_Row(index, stop_tokens, decode, stop_strings, prompt) for index, prompt in enumerate(prompts)]
     was_training = model.training
     model.eval()
-    started = time.perf_counter()
-    prefilled = started
     try:
         with torch.inference_mode():
-            batch = _RunningBatch(model, prompts, sampling, seeds, max_new_tokens, graphs)
-            for step in range(max_new_tokens):
-                tokens, logprobs = batch.draw(step)
-                if step == 0:
-                    prefilled = time.perf_counter()
-                for row, token, logprob in zip(batch.rows, tokens, logprobs, strict=True):
-                    news = rows[row].add(token, logprob, last=step + 1 == max_new_tokens)
-                    if on_token:
-                        on_token(news)
-                going = [slot for slot, row in enumerate(batch.rows) if not rows[row].finished]
-                if not going:
-                    break
-                batch.feed(tokens, going, steps=max_new_tokens - step - 1)
+            return _decode(model, prompts, rows, sampling, seeds, max_new_tokens, graphs, on_token)
     finally:
         model.train(was_training)
-    ended = time.perf_counter()
+
+
+def _decode(
+    model: FusionTreeModel,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[_Row],
+    sampling: SamplingConfig,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    graphs: bool,
+    on_token: Callable[[NewToken], None] | None,
+) -> Generation:
+    """Run the prefill and the steps of :func:`generate`."""
+    started = prefilled = time.perf_counter()
+    batch = _RunningBatch(model, prompts, sampling, seeds, max_new_tokens, graphs)
+    for step in range(max_new_tokens):
+        tokens, logprobs = batch.draw(step)
+        if step == 0:
+            prefilled = time.perf_counter()
+        for row, token, logprob in zip(batch.rows, tokens, logprobs, strict=True):
+            new = rows[row].add(token, logprob, last=step + 1 == max_new_tokens)
+            if on_token:
+                on_token(new)
+        going = [slot for slot, row in enumerate(batch.rows) if not rows[row].finished]
+        if not going:
+            break
+        batch.feed(tokens, going, steps=max_new_tokens - step - 1)
     return Generation(
         [row.result for row in rows],
         prompt_tokens=sum(len(prompt) for prompt in prompts),
         prefill_s=prefilled - started,
-        decode_s=ended - prefilled,
+        decode_s=time.perf_counter() - prefilled,
         graphed_steps=batch.graphed_steps,
     )
 
@@ -172,7 +184,7 @@ def check_request(
         UserError: see :func:`generate`.
     """
     if not prompts:
-        raise UserError("there is no prompt; give at least one")
+        raise UserError("there is no prompt; give at least one prompt")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     for name, tokens in [("stop_tokens", stop_tokens)] + [(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]:
@@ -180,12 +192,12 @@ def check_request(
         if wrong:
             raise UserError(
                 f"{name} holds token {wrong[0]}, and the model's vocabulary ends at {config.vocab_size - 1}; "
-                f"use the tokenizer the model was trained with"
+                f"use the tokenizer that the model was trained with"
             )
     limit = config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise UserError(f"prompt {i} is empty; the model continues text, so give it at least one token")
+            raise UserError(f"prompt {i} is empty; give at least one token to continue")
         length = len(prompt) + max_new_tokens
         if length <= limit:
             continue
@@ -195,13 +207,13 @@ def check_request(
             f"{max(limit - len(prompt), 0)}"
         )
         if config.srte_encoding == "learnable":
-            raise UserError(f"{problem} (its learnable srte_encoding has no entries there)")
+            raise UserError(f"{problem} (the learnable srte_encoding has no entries there)")
         if not allow_longer:
-            raise UserError(f"{problem}, or pass --allow-longer (allow_longer=True) to go beyond what it was made for")
+            raise UserError(f"{problem}, or pass --allow-longer (allow_longer=True) to exceed the trained length")
 
 
 class _Row:
-    """One prompt's result while it grows."""
+    """The result of one prompt during decoding."""
 
     def __init__(
         self,
@@ -218,7 +230,7 @@ class _Row:
         self._stream = TextStream(decode, stop_strings, context=prompt[-CONTEXT_TOKENS:]) if decode else None
 
     def add(self, token: int, logprob: float, last: bool) -> NewToken:
-        """Take a drawn token; ``last`` says that no more will be drawn."""
+        """Add a drawn token; ``last`` is True if no token follows."""
         self.result.tokens.append(token)
         self.result.logprobs.append(logprob)
         text = ""
@@ -233,7 +245,7 @@ class _Row:
             self.finished = True
             if self._stream:
                 text += self._stream.finish()
-                if self._stream.stopped:  # what was held back may complete a stop string
+                if self._stream.stopped:  # withheld text can complete a stop string
                     reason = "stop_string"
                 self.result.text = self._stream.text
             self.result.finish_reason = reason
@@ -241,11 +253,11 @@ class _Row:
 
 
 class _RunningBatch:
-    """The rows that still run: their cache, the logits of their next token, and which prompts they are.
+    """The unfinished rows: their cache, the logits of their next token, and their prompts.
 
-    A running row has a slot, its row of the cache. Once a graph is recorded, it is replayed to the end: slots of
-    finished rows are fed and not read. A step reads all weights for however few rows, so a smaller batch would hardly
-    be faster, and its kernels would have to be compiled anew.
+    Each unfinished row has a slot, which is its row of the cache. A recorded graph is replayed to the end: slots of
+    finished rows are fed and ignored. A step reads all weights whatever the number of rows, so a smaller batch would
+    hardly be faster, and would need kernels compiled again.
     """
 
     def __init__(
@@ -257,7 +269,7 @@ class _RunningBatch:
         max_new_tokens: int,
         graphs: bool,
     ) -> None:
-        """Prefill: one pass over all prompts, padded on the left to one length."""
+        """Run the prefill: a forward over all prompts, padded on the left to equal length."""
         weight = model.embed.weight
         self.rows = list(range(len(prompts)))
         self.graphed_steps = 0
@@ -281,13 +293,13 @@ class _RunningBatch:
             input_ids_BS.to(weight.device),
             padding_mask_BS=padding_mask_BS.to(weight.device) if padded else None,
             cache=cache,
-            logits_to_keep=1,  # logits of a whole long prompt would be the largest tensor of all
+            logits_to_keep=1,  # logits of all tokens of a long prompt would be the largest tensor
         )
         self._cache = cache
         self._logits_BV = output.logits_BSV[:, -1]
 
     def draw(self, step: int) -> tuple[list[int], list[float]]:
-        """Choose every row's next token; return them with their log-probabilities under the model."""
+        """Choose every row's next token; return the tokens and their log-probabilities under the model."""
         logits_BV, seen_BV = self._logits_BV, self._seen_BV
         if len(self._slots) < self._cache.rows:
             slots = torch.tensor(self._slots, device=logits_BV.device)
@@ -297,12 +309,12 @@ class _RunningBatch:
         return tokens_B.tolist(), logprobs_B.tolist()
 
     def feed(self, tokens: Sequence[int], going: Sequence[int], steps: int) -> None:
-        """Keep only the rows ``going`` and compute the logits after their tokens.
+        """Keep only the rows ``going`` and compute the logits of their next tokens.
 
         Args:
-            tokens: the newest token of each row, as :meth:`draw` returned them.
-            going: indices of the rows that go on.
-            steps: maximum number of tokens per row still to feed, this token included.
+            tokens: each row's token from :meth:`draw`.
+            going: indices of the unfinished rows.
+            steps: maximum number of tokens per row still to feed, including this token.
         """
         tokens_of_slots = [0] * self._cache.rows
         for row in going:
@@ -326,7 +338,7 @@ class _RunningBatch:
             self.graphed_steps += 1
 
     def _leave(self) -> None:
-        """Let the rows without a running prompt leave the cache."""
+        """Remove finished rows from the cache."""
         slots = torch.tensor(self._slots, device=self._logits_BV.device)
         self._cache = self._cache.select(slots)
         self._seen_BV = None if self._seen_BV is None else self._seen_BV[slots]
@@ -334,10 +346,10 @@ class _RunningBatch:
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Stack prompts that all end at the last column.
+    """Stack prompts, padded on the left so that all end in the last column.
 
     Returns:
-        ``(input_ids_BS, padding_mask_BS)``: int64 with token 0 in the padding, and bool, True on real tokens.
+        ``(input_ids_BS, padding_mask_BS)``: int64, 0 on pads; bool, True on real tokens.
     """
     longest = max(len(prompt) for prompt in prompts)
     input_ids_BS = torch.zeros(len(prompts), longest, dtype=torch.int64)

@@ -48,15 +48,9 @@ class TokenLayout:
     def __init__(
         self, rows: int, length: int, mask: Tensor | None, start: int, first_B: Tensor | None, device: Any
     ) -> None:
-        """Lay out ``length`` new columns after ``start`` cached columns.
+        """Lay out ``length`` new columns after ``start`` cached columns, whose rows begin at the columns ``first_B``.
 
-        Args:
-            rows: number of texts.
-            length: number of new columns.
-            mask: 1 on real tokens and 0 on pads, for all columns or for the new columns; None means no pads.
-            start: number of cached columns.
-            first_B: column of each cached row's first real token; None without cached columns.
-            device: of the tokens.
+        ``mask`` is 1 on real tokens and 0 on pads, for all columns or for the new columns; None means no pads.
 
         Raises:
             ValueError: a pad is between real tokens or after a cached token, or a row has no real token.
@@ -272,23 +266,11 @@ def scan_segments(
 ) -> tuple[Tensor, Tensor]:
     """Scan in chunks: h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t and y_t = C_t h_t + D x_t, in fp32 or better.
 
+    ``segments_BS`` counts the document starts up to each token: segment 0 continues ``initial_state_BHPN``, and every
+    other segment starts from zero; None means that no document starts. ``state_exchange`` returns the initial state
+    from the final state of a scan from zero and the total decay. Returns y in x's dtype, and the final state.
+
     Source: Dao and Gu 2024, "Transformers are SSMs", section 6. The cost is linear in the number of tokens.
-
-    Args:
-        x_BSHP: inputs.
-        dt_BSH: positive step sizes.
-        A_H: negative decay rates.
-        B_BSGN: input projections.
-        C_BSGN: output projections.
-        D_H: skip weights.
-        chunk_size: tokens per scan chunk.
-        segments_BS: number of document starts up to each token; segment 0 continues the initial state. None means that
-            no document starts in the rows.
-        initial_state_BHPN: state before the first token; None means zeros.
-        state_exchange: returns the initial state from the final state of a scan from zero and the total decay.
-
-    Returns:
-        ``(y_BSHP, final_state_BHPN)``; y in x's dtype.
     """
     rows, length, heads, width = x_BSHP.shape
     groups, size = B_BSGN.shape[2:]
@@ -704,7 +686,7 @@ class FusionTreeModel(FusionTreePreTrainedModel):
             use_cache: return a cache.
             output_hidden_states: also return the residual stream before every layer and after the final norm.
             return_dict: False returns a tuple.
-            kwargs: ignored, except for those that mark several texts in a row.
+            kwargs: ignored, except for :data:`PACKED`.
 
         Raises:
             ValueError: a row has several texts, or the mask does not fit the tokens and the cache.
@@ -786,19 +768,19 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the arguments of the next forward: the tokens that the cache does not hold."""
-        inputs: dict[str, Any] = {
+        tokens: dict[str, Any] = {"input_ids": input_ids}
+        if past_key_values is not None:
+            # After inputs_embeds, input_ids holds only the new tokens.
+            new = (attention_mask if attention_mask is not None else input_ids).shape[1] - past_key_values.columns
+            tokens = {"input_ids": input_ids[:, -max(1, new) :]}
+        elif inputs_embeds is not None:
+            tokens = {"inputs_embeds": inputs_embeds}
+        return tokens | {
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             "use_cache": use_cache,
             "logits_to_keep": 1 if logits_to_keep is None else logits_to_keep,
         }
-        if past_key_values is not None:
-            # After inputs_embeds, input_ids holds only the new tokens.
-            new = (attention_mask if attention_mask is not None else input_ids).shape[1] - past_key_values.columns
-            return {"input_ids": input_ids[:, -max(1, new) :], **inputs}
-        if inputs_embeds is not None:
-            return {"inputs_embeds": inputs_embeds, **inputs}
-        return {"input_ids": input_ids, **inputs}
 
     def forward(
         self,
@@ -816,18 +798,9 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:
         """Return the logits ``[B, S, V]`` and, with ``labels``, the mean loss.
 
-        Args:
-            input_ids: see :class:`FusionTreeModel`, also for the arguments that are not listed here.
-            attention_mask: 1 on real tokens, 0 on pads.
-            past_key_values: cache of an earlier call.
-            inputs_embeds: embedded tokens.
-            position_ids: not needed.
-            labels: the input tokens, which are shifted here; -100 on tokens without loss.
-            use_cache: return a cache.
-            output_hidden_states: also return the residual streams.
-            return_dict: False returns a tuple.
-            logits_to_keep: number of last tokens to compute logits for (0: all), or their indices.
-            kwargs: of the loss function.
+        ``labels`` are the input tokens, which are shifted here, with -100 on tokens without loss. ``logits_to_keep`` is
+        the number of last tokens to compute logits for (0: all), or their indices. :class:`FusionTreeModel` describes
+        the other arguments; ``kwargs`` go to the loss function.
         """
         output = self.model(
             input_ids,

@@ -135,7 +135,7 @@ class FusionTreeModel(FusionTreePreTrainedModel):
             use_cache: return a cache.
             output_hidden_states: also return the residual stream before every layer and after the final norm.
             return_dict: False returns a tuple.
-            kwargs: ignored, except for those that mark several texts in a row.
+            kwargs: ignored, except for :data:`PACKED`.
 
         Raises:
             ValueError: a row has several texts, or the mask does not fit the tokens and the cache.
@@ -217,19 +217,19 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the arguments of the next forward: the tokens that the cache does not hold."""
-        inputs: dict[str, Any] = {
+        tokens: dict[str, Any] = {"input_ids": input_ids}
+        if past_key_values is not None:
+            # After inputs_embeds, input_ids holds only the new tokens.
+            new = (attention_mask if attention_mask is not None else input_ids).shape[1] - past_key_values.columns
+            tokens = {"input_ids": input_ids[:, -max(1, new) :]}
+        elif inputs_embeds is not None:
+            tokens = {"inputs_embeds": inputs_embeds}
+        return tokens | {
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             "use_cache": use_cache,
             "logits_to_keep": 1 if logits_to_keep is None else logits_to_keep,
         }
-        if past_key_values is not None:
-            # After inputs_embeds, input_ids holds only the new tokens.
-            new = (attention_mask if attention_mask is not None else input_ids).shape[1] - past_key_values.columns
-            return {"input_ids": input_ids[:, -max(1, new) :], **inputs}
-        if inputs_embeds is not None:
-            return {"inputs_embeds": inputs_embeds, **inputs}
-        return {"input_ids": input_ids, **inputs}
 
     def forward(
         self,
@@ -247,18 +247,9 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:
         """Return the logits ``[B, S, V]`` and, with ``labels``, the mean loss.
 
-        Args:
-            input_ids: see :class:`FusionTreeModel`, also for the arguments that are not listed here.
-            attention_mask: 1 on real tokens, 0 on pads.
-            past_key_values: cache of an earlier call.
-            inputs_embeds: embedded tokens.
-            position_ids: not needed.
-            labels: the input tokens, which are shifted here; -100 on tokens without loss.
-            use_cache: return a cache.
-            output_hidden_states: also return the residual streams.
-            return_dict: False returns a tuple.
-            logits_to_keep: number of last tokens to compute logits for (0: all), or their indices.
-            kwargs: of the loss function.
+        ``labels`` are the input tokens, which are shifted here, with -100 on tokens without loss. ``logits_to_keep`` is
+        the number of last tokens to compute logits for (0: all), or their indices. :class:`FusionTreeModel` describes
+        the other arguments; ``kwargs`` go to the loss function.
         """
         output = self.model(
             input_ids,

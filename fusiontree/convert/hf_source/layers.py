@@ -35,15 +35,9 @@ class TokenLayout:
     def __init__(
         self, rows: int, length: int, mask: Tensor | None, start: int, first_B: Tensor | None, device: Any
     ) -> None:
-        """Lay out ``length`` new columns after ``start`` cached columns.
+        """Lay out ``length`` new columns after ``start`` cached columns, whose rows begin at the columns ``first_B``.
 
-        Args:
-            rows: number of texts.
-            length: number of new columns.
-            mask: 1 on real tokens and 0 on pads, for all columns or for the new columns; None means no pads.
-            start: number of cached columns.
-            first_B: column of each cached row's first real token; None without cached columns.
-            device: of the tokens.
+        ``mask`` is 1 on real tokens and 0 on pads, for all columns or for the new columns; None means no pads.
 
         Raises:
             ValueError: a pad is between real tokens or after a cached token, or a row has no real token.

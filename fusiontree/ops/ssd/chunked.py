@@ -51,23 +51,11 @@ def scan_segments(
 ) -> tuple[Tensor, Tensor]:
     """Scan in chunks: h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t and y_t = C_t h_t + D x_t, in fp32 or better.
 
+    ``segments_BS`` counts the document starts up to each token: segment 0 continues ``initial_state_BHPN``, and every
+    other segment starts from zero; None means that no document starts. ``state_exchange`` returns the initial state
+    from the final state of a scan from zero and the total decay. Returns y in x's dtype, and the final state.
+
     Source: Dao and Gu 2024, "Transformers are SSMs", section 6. The cost is linear in the number of tokens.
-
-    Args:
-        x_BSHP: inputs.
-        dt_BSH: positive step sizes.
-        A_H: negative decay rates.
-        B_BSGN: input projections.
-        C_BSGN: output projections.
-        D_H: skip weights.
-        chunk_size: tokens per scan chunk.
-        segments_BS: number of document starts up to each token; segment 0 continues the initial state. None means that
-            no document starts in the rows.
-        initial_state_BHPN: state before the first token; None means zeros.
-        state_exchange: returns the initial state from the final state of a scan from zero and the total decay.
-
-    Returns:
-        ``(y_BSHP, final_state_BHPN)``; y in x's dtype.
     """
     rows, length, heads, width = x_BSHP.shape
     groups, size = B_BSGN.shape[2:]
