@@ -1,11 +1,16 @@
-"""A model small enough for every test."""
+"""A model small enough for every test, and its checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fusiontree.checkpoint.config import CheckpointConfig
+from fusiontree.checkpoint.saver import Saver
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.initialization import initialize_model
 from fusiontree.models.model import FusionTreeModel
@@ -61,3 +66,19 @@ def tiny_model(seed: int = 0, scale: float = 3.0, **overrides: Any) -> FusionTre
             elif parameter.ndim == 2 and "conv" not in name:
                 parameter.mul_(scale)
     return model
+
+
+def save_checkpoint(
+    checkpoints: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], extra_files: Sequence[Path] = ()
+) -> Path:
+    """Write one checkpoint from a single process and return its folder.
+
+    Raises:
+        OSError: the checkpoint could not be written.
+    """
+    saver = Saver(checkpoints, CheckpointConfig(keep_last=0, async_=False))
+    saver.save(step, tensors, values, extra_files, wait=True)
+    (result,) = saver.poll()
+    if result.error:
+        raise OSError(result.error)
+    return result.folder

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fusiontree.checkpoint.folders import MANIFEST, STATE, complete_checkpoints
 from fusiontree.checkpoint.manifest import CheckpointDamage, Report
-from fusiontree.checkpoint.metadata import read_metadata
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers.base import Fp32Parameters
 from fusiontree.models.model import FusionTreeModel
+from fusiontree.parallel.layout import gather_objects
 from fusiontree.utils.errors import UserError, nearest
 
 
@@ -50,7 +50,7 @@ def load_newest(
         CheckpointDamage: all checkpoints are damaged.
         UserError: the newest undamaged checkpoint belongs to another model.
     """
-    folders = _gather([str(f) for f in complete_checkpoints(checkpoints)], group)[0]  # the list of rank 0
+    folders = gather_objects([str(f) for f in complete_checkpoints(checkpoints)], group)[0]  # the list of rank 0
     for name in reversed(folders):
         folder = Path(name)
         state: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def load_newest(
             mine = ("damage", str(damage))
         except UserError as error:
             mine = ("mistake", str(error))
-        problems = [problem for problem in _gather(mine, group) if problem]
+        problems = [problem for problem in gather_objects(mine, group) if problem]
         if not problems:
             return folder, state
         for kind, text in problems:
@@ -74,14 +74,6 @@ def load_newest(
             f"run_dir"
         )
     return None
-
-
-def _gather(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    if group is None:
-        return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
 
 
 def load_checkpoint(
@@ -134,25 +126,6 @@ def read_state(folder: Path) -> dict[str, Any]:
         return json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointDamage(f"{folder / STATE} cannot be read: {error}") from error
-
-
-def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill this rank's shards of ``tensors`` in place from the checkpoint, whatever layout saved it.
-
-    Raises:
-        CheckpointDamage: bytes differ from their recorded hash.
-        UserError: a tensor is missing in the checkpoint or has another shape.
-    """
-    CheckpointReader(folder).fill(tensors)
-
-
-def saved_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return shape and dtype of every tensor in a DCP folder, in saved order.
-
-    Raises:
-        CheckpointDamage: its metadata cannot be read.
-    """
-    return {name: (saved.shape, saved.dtype) for name, saved in read_metadata(folder).items()}
 
 
 def find_checkpoint(path: Path) -> Path:

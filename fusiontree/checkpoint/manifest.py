@@ -12,6 +12,8 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any, BinaryIO
@@ -41,6 +43,16 @@ class FileEntry:
     """Length in bytes and SHA-256 of each part, in order."""
     whole: bool = True
     """True if the file is hashed as a single part; False for tensor files with one part per rectangle."""
+
+    @cached_property
+    def _part_at(self) -> dict[int, tuple[int, str]]:
+        starts = accumulate((length for length, _ in self.parts), initial=0)
+        return {} if self.whole else dict(zip(starts, self.parts, strict=False))
+
+    def digest_at(self, start: int, length: int) -> str | None:
+        """Return the recorded SHA-256 of exactly these bytes of the file, or None if it was hashed as a whole."""
+        recorded, digest = self._part_at.get(start, (-1, ""))
+        return digest if recorded == length else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry in the manifest's JSON form."""

@@ -35,7 +35,7 @@ from fusiontree.checkpoint.manifest import (
 )
 from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, read_metadata
 from fusiontree.checkpoint.open_files import OpenFiles
-from fusiontree.checkpoint.pieces import pieces_of
+from fusiontree.checkpoint.save_plan import pieces_of
 from fusiontree.utils.errors import UserError, nearest
 
 _READ = 4 << 20
@@ -56,9 +56,6 @@ class _Job:
 class CheckpointReader:
     """An open checkpoint folder."""
 
-    hashes = True
-    """False only in benchmarks of the cost of hashing."""
-
     def __init__(self, folder: Path) -> None:
         """Read manifest and metadata.
 
@@ -69,7 +66,6 @@ class CheckpointReader:
         self.files = read_manifest(folder)
         self.check(METADATA)
         self.tensors: dict[str, SavedTensor] = read_metadata(folder)
-        self._parts: dict[str, dict[int, tuple[int, str]]] = {}
         self._open = OpenFiles(folder)
         self._sized: set[str] = set()
 
@@ -96,6 +92,11 @@ class CheckpointReader:
             raise CheckpointDamage(f"{self.folder / name} is not in the checkpoint's manifest")
         return self.files[name]
 
+    def _saved(self, name: str) -> SavedTensor:
+        if name not in self.tensors:
+            raise UserError(f"{self.folder} holds no tensor '{name}'{nearest(name, self.tensors)}")
+        return self.tensors[name]
+
     def read(self, name: str) -> Tensor:
         """Return one full tensor on the CPU.
 
@@ -103,9 +104,7 @@ class CheckpointReader:
             UserError: there is no tensor of that name.
             CheckpointDamage: the tensor's bytes differ from their recorded hash.
         """
-        if name not in self.tensors:
-            raise UserError(f"{self.folder} holds no tensor '{name}'{nearest(name, self.tensors)}")
-        saved = self.tensors[name]
+        saved = self._saved(name)
         tensor = torch.empty(saved.shape, dtype=saved.dtype)
         self.fill({name: tensor})
         return tensor
@@ -114,7 +113,6 @@ class CheckpointReader:
         self,
         tensors: dict[str, Tensor],
         *,
-        threads: int | None = None,
         in_flight: int = _IN_FLIGHT,
         report: Report | None = None,
     ) -> None:
@@ -122,7 +120,6 @@ class CheckpointReader:
 
         Args:
             tensors: plain tensors, DTensors or GlobalTensors, on any device.
-            threads: number of reader threads; None means one per core, at most eight.
             in_flight: maximum bytes of rectangles in memory at a time; a larger rectangle is read alone.
             report: called with the bytes done and the total bytes.
 
@@ -131,20 +128,19 @@ class CheckpointReader:
             CheckpointDamage: bytes of a tensor differ from their recorded hash.
         """
         jobs = self._jobs(tensors)
-        whole = sorted({job.chunk.file for job in jobs if not self._has_parts(job)})
+        whole = sorted({job.chunk.file for job in jobs if self._digest(job.chunk) is None})
         sizes = [job.chunk.length for job in jobs]
         count = ByteCount(sum(sizes) + sum(self._entry(name).size for name in whole), report)
         buffers = _Buffers(max([in_flight, *sizes]))
         for name in {job.chunk.file for job in jobs} - self._sized:
             check_size(self.folder / name, self._entry(name))
             self._sized.add(name)
-        threads = threads or min(8, os.cpu_count() or 1)
+        threads = min(8, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(threads) as hashers:
             # Files of other programs have a single hash, so they are verified completely before their values are used.
             list(pool.map(lambda name: check_file(self.folder / name, self.files[name], count.add), whole))
             try:
-                for _ in pool.map(lambda job: self._do(job, buffers, count, hashers), jobs):
-                    pass
+                list(pool.map(lambda job: self._do(job, buffers, count, hashers), jobs))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -152,9 +148,7 @@ class CheckpointReader:
     def _jobs(self, tensors: dict[str, Tensor]) -> list[_Job]:
         jobs: dict[tuple[str, int], _Job] = {}
         for name, tensor in tensors.items():
-            saved = self.tensors.get(name)
-            if saved is None:
-                raise UserError(f"{self.folder} holds no tensor '{name}'{nearest(name, self.tensors)}")
+            saved = self._saved(name)
             if saved.shape != tuple(tensor.shape):
                 raise UserError(
                     f"{self.folder}: '{name}' has shape {saved.shape}, the model wants {tuple(tensor.shape)}"
@@ -171,31 +165,18 @@ class CheckpointReader:
                     raise CheckpointDamage(f"{self.folder} holds only {filled} of {view.numel()} values of '{name}'")
         return [jobs[key] for key in sorted(jobs)]
 
-    def _has_parts(self, job: _Job) -> bool:
-        return self._part(job.chunk) is not None
-
-    def _part(self, chunk: Chunk) -> str | None:
+    def _digest(self, chunk: Chunk) -> str | None:
         """Return the recorded SHA-256 of exactly this rectangle's bytes, or None if there is none."""
-        if chunk.file not in self._parts:
-            starts: dict[int, tuple[int, str]] = {}
-            start = 0
-            entry = self._entry(chunk.file)
-            for length, digest in () if entry.whole else entry.parts:
-                starts[start] = (length, digest)
-                start += length
-            self._parts[chunk.file] = starts
-        length, digest = self._parts[chunk.file].get(chunk.start, (-1, ""))
-        return digest if length == chunk.length else None
+        return self._entry(chunk.file).digest_at(chunk.start, chunk.length)
 
     @torch.no_grad()
     def _do(self, job: _Job, buffers: _Buffers, count: ByteCount, hashers: Executor) -> None:
         chunk = job.chunk
         path = self.folder / chunk.file
         with buffers.of(chunk.length) as buffer:
-            digest = self._part(chunk)
-            hashed = self.hashes and digest is not None
-            found = self._read(chunk, buffer.numpy().data, count.add, hashers if hashed else None)
-            if hashed and found != digest:
+            digest = self._digest(chunk)
+            found = self._read(chunk, buffer.numpy().data, count.add, None if digest is None else hashers)
+            if digest is not None and found != digest:
                 raise CheckpointDamage(
                     f"{path} differs from the SHA-256 in its manifest at '{job.name}' "
                     f"(bytes {chunk.start} to {chunk.start + chunk.length})"

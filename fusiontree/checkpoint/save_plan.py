@@ -13,8 +13,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fusiontree.checkpoint.pieces import pieces_of
+from fusiontree.parallel.global_tensor import GlobalTensor, Piece
+from fusiontree.parallel.layout import gather_objects
 
 Rectangle = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Tensor name, offset in the full tensor, shape."""
@@ -35,14 +38,26 @@ class SavePlan:
     total_bytes: int
     """Bytes of all ranks together."""
 
-    @property
-    def my_bytes(self) -> int:
-        """Bytes that this rank writes."""
-        return sum(self.nbytes(rectangle) for rectangle in self.mine)
-
     def nbytes(self, rectangle: Rectangle) -> int:
         """Bytes of a rectangle's values."""
         return math.prod(rectangle[2]) * self.tensors[rectangle[0]][1].itemsize
+
+
+def pieces_of(tensor: Tensor) -> list[Piece]:
+    """Return ``(offset in the full tensor, view of the values in use)`` of this rank's non-empty rectangles.
+
+    Args:
+        tensor: a plain tensor (replicated), a DTensor (its local shard), or a :class:`GlobalTensor`.
+    """
+    if isinstance(tensor, GlobalTensor):
+        pieces = tensor.pieces
+    elif isinstance(tensor, DTensor):
+        local = tensor.to_local().detach()
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        pieces = [(tuple(offset), local)]
+    else:
+        pieces = [((0,) * tensor.ndim, tensor.detach())]
+    return [(offset, view) for offset, view in pieces if view.numel()]
 
 
 def holdings_of(tensors: dict[str, Tensor]) -> Holdings:
@@ -59,10 +74,7 @@ def holdings_of(tensors: dict[str, Tensor]) -> Holdings:
 
 def make_plan(holdings: Holdings, group: dist.ProcessGroup | None) -> SavePlan:
     """Compute the plan; a collective call of all ranks of ``group`` (None: a single process)."""
-    everyone: list[Holdings] = [holdings]
-    if group is not None:
-        everyone = [{}] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, holdings, group=group)
+    everyone = gather_objects(holdings, group)
     rank = 0 if group is None else dist.get_rank(group)
 
     tensors = {name: (shape, dtype) for held in everyone for name, (shape, dtype, _) in held.items()}

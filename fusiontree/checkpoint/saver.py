@@ -31,7 +31,8 @@ from fusiontree.checkpoint.retention import remove_old
 from fusiontree.checkpoint.save_plan import Rectangle, SavePlan, holdings_of, make_plan
 from fusiontree.checkpoint.snapshot import Snapshot, live_pieces
 from fusiontree.checkpoint.write_files import Written, write_files
-from fusiontree.utils.files import atomic_write, fsync_directory
+from fusiontree.parallel.layout import gather_objects
+from fusiontree.utils.files import atomic_write, fsync_directory, write_json
 
 _SMALL_FILES = 16 << 20
 """Disk space reserved for manifest, metadata, state and tokenizer, in bytes."""
@@ -106,7 +107,7 @@ class Saver:
         """Compute the save plan and allocate the buffers, so that the first save pauses no longer than later saves."""
         holdings = holdings_of(tensors)
         stale = self._plan is None or self._plan.holdings != holdings
-        if any(self._gather(stale)):
+        if any(gather_objects(stale, self.group)):
             if self._snapshot:
                 self._snapshot.close()
             self._plan, self._snapshot = make_plan(holdings, self.group), None
@@ -178,14 +179,6 @@ class Saver:
             if not self._thread.is_alive():
                 self._thread = None
 
-    def _gather(self, mine: Any) -> list[Any]:
-        """Return every rank's value, in rank order."""
-        if self.group is None:
-            return [mine]
-        everyone: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(everyone, mine, group=self.group)
-        return everyone
-
     def _write(
         self, request: _Request, plan: SavePlan, pieces: dict[Rectangle, Tensor], stall: float | None
     ) -> SaveResult:
@@ -195,7 +188,7 @@ class Saver:
             error = self._first_error(self._open(partial, plan) if self._rank == 0 else None)
             if error is None:
                 written, mine = self._write_mine(partial, pieces)
-                everyone = self._gather((written, mine))
+                everyone = gather_objects((written, mine), self.group)
                 error = next((e for _, e in everyone if e), None)
                 if self._rank == 0 and error is None:
                     files = [file for files, _ in everyone for file in files]
@@ -220,7 +213,7 @@ class Saver:
         )
 
     def _first_error(self, mine: _Failure | None) -> _Failure | None:
-        return next((error for error in self._gather(mine) if error), None)
+        return next((error for error in gather_objects(mine, self.group) if error), None)
 
     def _open(self, partial: Path, plan: SavePlan) -> _Failure | None:
         """Create the temporary folder, if there is enough disk space for the checkpoint."""
@@ -262,8 +255,7 @@ class Saver:
             saved = {n: SavedTensor(shape, dtype, tuple(chunks[n])) for n, (shape, dtype) in plan.tensors.items()}
             with atomic_write(partial / METADATA, "wb") as out:
                 out.write(metadata_bytes(saved))
-            with atomic_write(partial / STATE) as out:
-                json.dump({"step": request.step, **request.values}, out, indent=1)
+            write_json(partial / STATE, {"step": request.step, **request.values})
             small = [partial / METADATA, partial / STATE]
             for extra in request.extra_files:
                 with atomic_write(partial / extra.name, "wb") as out:
@@ -286,22 +278,6 @@ class Saver:
             return [folder.name for folder in remove_old(self.checkpoints, self.config, newest)]
         except OSError:
             return []  # retried after the next save or at the next start
-
-
-def save_checkpoint(
-    checkpoints: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], extra_files: Sequence[Path] = ()
-) -> Path:
-    """Write one checkpoint from a single process and return its folder.
-
-    Raises:
-        OSError: the checkpoint could not be written.
-    """
-    saver = Saver(checkpoints, CheckpointConfig(keep_last=0, async_=False))
-    saver.save(step, tensors, values, extra_files, wait=True)
-    (result,) = saver.poll()
-    if result.error:
-        raise OSError(result.error)
-    return result.folder
 
 
 def free_bytes(folder: Path) -> int:

@@ -12,8 +12,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from fusiontree.checkpoint.pieces import pieces_of
-from fusiontree.checkpoint.save_plan import Rectangle, SavePlan
+from fusiontree.checkpoint.save_plan import Rectangle, SavePlan, pieces_of
 
 _ALIGN = 64
 

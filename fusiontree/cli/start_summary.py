@@ -49,7 +49,7 @@ def _data(config: Config, data: TrainingData) -> str:
     training, given = config.training, config.data.sources
     read = training.max_steps * training.global_batch_size * training.seq_len
     weights = sum(source.weight for source in given)
-    sizes = [source.info.tokens for source in data.sources]
+    sizes = [sum(source.shard_tokens) for source in data.sources]
     epochs = [read * one.weight / weights / max(1, size) for one, size in zip(given, sizes, strict=True)]
     passes = ", ".join(f"{epoch:.2f}" for epoch in epochs[:4]) + (", …" if len(epochs) > 4 else "")
     sources = f"{len(sizes)} sources" if len(sizes) > 1 else "1 source"

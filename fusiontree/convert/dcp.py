@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.checkpoint.save_plan import Rectangle
 from fusiontree.checkpoint.write_files import Written, write_file
 from fusiontree.convert.reader import MODEL, TOKENIZER_FILES, CheckpointSource, Entry, Stream, checked
-from fusiontree.utils.files import atomic_write
+from fusiontree.utils.files import atomic_write, write_json
 
 _FILE_BYTES = 4 << 30
 _STEP_NAME = re.compile(r"step-\d{8}")
@@ -165,8 +164,7 @@ def _zero_states(source: CheckpointSource) -> dict[str, Lazy]:
 def _finish(target: Path, values: dict[str, Any], files: Sequence[Path], written: Sequence[Written]) -> None:
     for file in files:
         shutil.copyfile(file, target / file.name)
-    with atomic_write(target / STATE) as out:
-        json.dump(values, out, indent=1)
+    write_json(target / STATE, values)
     large = {file.name: file.entry.to_dict() for file in written}
     small = [file for file in target.rglob("*") if file.is_file() and file.name not in large]
     write_manifest(target, large | file_entries(small, target))

@@ -18,7 +18,7 @@ from fusiontree.convert.reader import TOKENIZER_FILES, CheckpointSource, Entry, 
 from fusiontree.convert.safetensors_file import SafetensorsFile, write_safetensors
 from fusiontree.models.config import LETTERS, ModelConfig
 from fusiontree.utils.errors import UserError
-from fusiontree.utils.files import atomic_write
+from fusiontree.utils.files import write_json
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -140,11 +140,11 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
         weight_map.update(dict.fromkeys(entries, file))
     if len(shards) > 1:
         total = sum(stream.entry(name).nbytes for name in names)
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     tokenizer = write_tokenizer(folder, stream.source.files)
     dtype = str(stream.entry("model.embed.weight").dtype).removeprefix("torch.")
     model = stream.source.model_config.model_dump(mode="json")
-    _write_json(
+    write_json(
         folder / CONFIG,
         {
             "architectures": ["FusionTreeForCausalLM"],
@@ -159,7 +159,7 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
             **tokenizer,
         },
     )
-    _write_json(folder / "generation_config.json", tokenizer)
+    write_json(folder / "generation_config.json", tokenizer)
     for name in CODE:
         shutil.copyfile(Path(hf_model.__file__).parent / name, folder / name)
 
@@ -192,7 +192,7 @@ def write_tokenizer(folder: Path, files: list[Path]) -> dict[str, int]:
         from tokenizers import Tokenizer as Backend
 
         eos = Backend.from_file(str(folder / "tokenizer.json")).id_to_token(info["eos_id"]) or ""
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -219,8 +219,3 @@ def _byte_tokenizer(eos: str, eos_id: int) -> Any:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(eos, special=True)])
     return backend
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        json.dump(values, file, indent=2)

@@ -10,7 +10,6 @@ States of the optimizer are under ``optimizer.state.exp_avg.KEY``, where Megatro
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from fusiontree.convert.reader import (
 )
 from fusiontree.models.config import ModelConfig
 from fusiontree.utils.errors import UserError
-from fusiontree.utils.files import atomic_write
+from fusiontree.utils.files import write_json
 
 KIND = "metadata.json"
 _MASTER = "optimizer.state.fp32_param." + MODEL
@@ -69,7 +68,7 @@ def write(folder: Path, stream: Stream, *, tp: int) -> None:
     step = (source.state or {}).get("step", 0)
     torch.save({"iteration": step, "checkpoint_version": 3.0}, folder / "common.pt")
     kind = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    _write_json(folder / KIND, {**kind, "common_backend": "torch", "common_backend_version": 1})
+    write_json(folder / KIND, {**kind, "common_backend": "torch", "common_backend_version": 1})
     write_ours(folder, source)
 
 
@@ -163,8 +162,3 @@ def _prefixes(source: CheckpointSource) -> dict[str, str]:
 
 def _key(name: str, block: BlockPlace) -> str:
     return name if block.name is None else f"{name}.{block.name}"
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        json.dump(values, file, indent=1)

@@ -19,7 +19,7 @@ from fusiontree.models.mixers.base import Fp32Parameters
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.optim.config import stored_spec
 from fusiontree.utils.errors import UserError
-from fusiontree.utils.files import atomic_write
+from fusiontree.utils.files import write_json
 
 MODEL = "model."
 """Prefix of the parameters' names in a training checkpoint; states of the optimizer are ``optimizer.STATE.NAME``."""
@@ -193,5 +193,4 @@ def known(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, Any], di
 
 def write_ours(folder: Path, source: CheckpointSource) -> None:
     """Write configuration and small values as an additional file, for formats that cannot store them."""
-    with atomic_write(folder / OURS) as file:
-        json.dump({"config": source.config, "state": source.state}, file, indent=1)
+    write_json(folder / OURS, {"config": source.config, "state": source.state})

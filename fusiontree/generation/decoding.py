@@ -72,11 +72,6 @@ class Generation:
         """Number of drawn tokens of all rows."""
         return sum(len(row.tokens) for row in self.rows)
 
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Tokens per second of all rows after their first token; 0 without such tokens."""
-        return (self.new_tokens - len(self.rows)) / self.decode_s if self.decode_s > 0 else 0.0
-
 
 def generate(
     model: FusionTreeModel,

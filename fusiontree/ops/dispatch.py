@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -54,6 +55,16 @@ def triton_unavailable(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "its kernels need a GPU"
     return None if find_spec("triton") is not None else "triton is not installed"
+
+
+def on_record(formula: Callable) -> Callable:
+    """Return ``formula`` as a function of one record that holds its arguments in order."""
+
+    @functools.wraps(formula)
+    def run(inputs: tuple[Any, ...]) -> Any:
+        return formula(*inputs)
+
+    return run
 
 
 class Operation:

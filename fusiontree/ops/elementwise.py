@@ -67,7 +67,7 @@ def fused(formula: Callable[..., Any], backend: str, device_type: str) -> Callab
     return ELEMENTWISE.choose(backend, device_type)(formula)
 
 
-def with_kernel(shown: str, formula: Callable[..., Any], kernel: str) -> Operation:
+def with_kernel(shown: str, formula: Callable[..., Any], kernel: str, setting: str = "elementwise") -> Operation:
     """Return an operation that computes ``formula``, on GPUs by one of this project's Triton kernels.
 
     The kernel is no faster on the GPU than the compiled formula. But a compiled call costs the host four times as much
@@ -77,6 +77,7 @@ def with_kernel(shown: str, formula: Callable[..., Any], kernel: str) -> Operati
         shown: name of the operation in the log.
         formula: the reference.
         kernel: ``module:function`` with the same signature, imported when first selected.
+        setting: name of the setting under ``model.kernels``.
     """
 
     def load() -> Callable[..., Any]:
@@ -84,7 +85,7 @@ def with_kernel(shown: str, formula: Callable[..., Any], kernel: str) -> Operati
         return getattr(importlib.import_module(module), name)
 
     return Operation(
-        "elementwise",
+        setting,
         [
             Backend("triton", load, triton_unavailable),
             Backend("compiled", lambda: compiled(formula), needs_gpu),

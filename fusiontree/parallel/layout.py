@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,22 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fusiontree.utils.environment import ProcessPlace, process_place, rendezvous_given
 from fusiontree.utils.errors import UserError
+
+T = TypeVar("T")
+
+
+def gather_objects(mine: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Return the object of every rank of ``group``, in rank order; a collective call.
+
+    Args:
+        mine: this rank's object, which must be picklable.
+        group: a gloo group; None for a single process.
+    """
+    if group is None:
+        return [mine]
+    everyone = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
 
 
 def choose_device(wanted: str, place: ProcessPlace) -> torch.device:
@@ -212,9 +229,7 @@ class Layout:
 
     def gather_text(self, text: str) -> list[str]:
         """Return every rank's ``text``, in rank order; a collective call."""
-        texts = [""] * self.place.world_size
-        dist.all_gather_object(texts, text, group=self.cpu_group)
-        return texts
+        return gather_objects(text, self.cpu_group)
 
     def barrier(self) -> None:
         """Wait until every process has called this."""

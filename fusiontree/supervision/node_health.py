@@ -22,7 +22,8 @@ import fusiontree
 from fusiontree.engines.base import Engine
 from fusiontree.supervision.device_speed import Probe
 from fusiontree.utils.errors import UserError
-from fusiontree.utils.files import atomic_write
+from fusiontree.utils.files import write_json
+from fusiontree.utils.hardware import available_memory
 from fusiontree.utils.hashing import sha256_file, stable_hash
 
 FILE = "health.json"
@@ -89,8 +90,7 @@ def check(reports: list[dict[str, Any]]) -> list[str]:
 
 def write(run_dir: Path, reports: list[dict[str, Any]]) -> None:
     """Write RUN/health.json; the newest start's report replaces the one before."""
-    with atomic_write(run_dir / FILE) as file:
-        json.dump(reports, file, indent=1)
+    write_json(run_dir / FILE, reports)
 
 
 def _identity(values: dict[str, Any]) -> dict[str, Any]:
@@ -139,13 +139,8 @@ def _driver() -> str | None:
 
 
 def _free_memory() -> float | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return round(int(line.split()[1]) / 2**20, 1)
-    except OSError:
-        pass
-    return None
+    size = available_memory()
+    return None if size is None else round(size / 2**30, 1)
 
 
 def _link_bytes_per_s(engine: Engine, repeats: int = 3) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def fsync_directory(path: Path) -> None:
@@ -17,6 +18,12 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_json(path: Path, values: Any, indent: int = 1) -> None:
+    """Write ``values`` as JSON by :func:`atomic_write`."""
+    with atomic_write(path) as file:
+        json.dump(values, file, indent=indent)
 
 
 @contextmanager

@@ -13,8 +13,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from fusiontree.checkpoint.config import CheckpointConfig
-from fusiontree.checkpoint.load import check_model, load_checkpoint, load_newest, saved_tensors
+from fusiontree.checkpoint.load import check_model, load_checkpoint, load_newest
 from fusiontree.checkpoint.manifest import CheckpointDamage, file_entries, verify, write_manifest
+from fusiontree.checkpoint.metadata import read_metadata
 from fusiontree.checkpoint.saver import Saver
 from fusiontree.utils.errors import UserError
 
@@ -116,7 +117,7 @@ def test_metadata_that_would_run_a_command(checkpoints: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointDamage, match=r"names posix\.system, which is not allowed and was not run"):
         load_checkpoint(folder, blank())
     with pytest.raises(CheckpointDamage):
-        saved_tensors(folder)
+        read_metadata(folder)
     assert not sentinel.exists()
     pickle.loads((folder / ".metadata").read_bytes())  # the trap is a real one
     assert sentinel.exists()

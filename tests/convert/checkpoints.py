@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusiontree.checkpoint.load import load_model, load_tensors, saved_tensors
-from fusiontree.checkpoint.save import save_checkpoint
+from fusiontree.checkpoint.load import load_model
+from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.models.model import FusionTreeModel
-from tests.helpers import tiny_model
+from tests.helpers import save_checkpoint, tiny_model
 from tools.convert_checkpoint import main
 
 BYTE_TOKENIZER = {
@@ -53,9 +53,8 @@ def training_run(folder: Path, step: int = 7, **overrides: Any) -> FusionTreeMod
 def all_tensors(run: Path) -> dict[str, Tensor]:
     """Every tensor of a run's only checkpoint."""
     (folder,) = (run / "checkpoints").iterdir()
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in saved_tensors(folder).items()}
-    load_tensors(folder, tensors)
-    return tensors
+    reader = CheckpointReader(folder)
+    return {name: reader.read(name) for name in reader.tensors}
 
 
 def convert(*arguments: Any) -> None:

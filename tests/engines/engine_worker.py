@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from fusiontree.checkpoint.config import CheckpointConfig
-from fusiontree.checkpoint.load import load_tensors, read_state
+from fusiontree.checkpoint.load import read_state
+from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.checkpoint.saver import Saver
 from fusiontree.config.load import load_config
 from fusiontree.engines.base import Engine, StepInputs
@@ -71,7 +72,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     with Layout("cpu", tp=parallel.tp, cp=parallel.cp) as layout:
         engine: Any = build_engine(config.model, parallel, config.training, layout)
-        load_tensors(Path(checkpoint), engine.state_tensors())
+        CheckpointReader(Path(checkpoint)).fill(engine.state_tensors())
         engine.load_state_dict(read_state(Path(checkpoint))["engine"])
         saver = Saver(Path(output), CheckpointConfig(keep_last=0), layout.checkpoint_group)
         saver.save(1, engine.state_tensors(), {"engine": engine.state_dict()}, wait=True)

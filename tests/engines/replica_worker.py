@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from fusiontree.checkpoint.pieces import pieces_of
+from fusiontree.checkpoint.save_plan import pieces_of
 from fusiontree.config.root import Config
 from fusiontree.engines.base import StepInputs
 from fusiontree.engines.build import build_engine

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from fusiontree.checkpoint.pieces import pieces_of
+from fusiontree.checkpoint.save_plan import pieces_of
 from fusiontree.engines import build, torch_engine
 from fusiontree.engines.base import StepInputs
 from fusiontree.parallel.config import ParallelConfig

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from fusiontree.checkpoint.save import save_checkpoint
 from fusiontree.data.config import DataConfig
 from fusiontree.data.tokenizers import ByteTokenizer, save_tokenizer
 from fusiontree.data.validation import ValidationData
 from fusiontree.evaluate import main
 from tests.data.datasets import write
-from tests.helpers import tiny_model
+from tests.helpers import save_checkpoint, tiny_model
 
 SEQ_LEN = 32
 

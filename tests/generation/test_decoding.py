@@ -164,7 +164,7 @@ def test_streamed_pieces_are_the_result():
     assert result.prompt_tokens == sum(map(len, PROMPTS))
     assert result.new_tokens == sum(len(row.tokens) for row in result.rows)
     assert result.prefill_s > 0
-    assert result.decode_tokens_per_s > 0
+    assert result.decode_s > 0
 
 
 def test_the_repetition_penalty_counts_a_rows_own_tokens_and_not_the_padding():

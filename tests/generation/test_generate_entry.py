@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusiontree.checkpoint.save import save_checkpoint
 from fusiontree.data.tokenizers import ByteTokenizer, save_tokenizer
 from fusiontree.generate import main
 from fusiontree.generation.decoding import generate
 from fusiontree.generation.sampling import SamplingConfig
-from tests.helpers import tiny_model
+from tests.helpers import save_checkpoint, tiny_model
 
 
 @pytest.fixture(scope="module")

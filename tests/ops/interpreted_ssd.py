@@ -10,8 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fusiontree.ops.dispatch import on_record
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.ssd.chunked import ssd_chunked
+from fusiontree.ops.ssd.inputs import ScanInputs
 from fusiontree.ops.ssd.triton import ssd_triton
 
 RESULTS = ("y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "dinitial")
@@ -48,12 +50,13 @@ def case(
         kinds = [torch.promote_types(of, torch.float32) if i in (1, 2, 5, 6) else of for i in range(len(inputs))]
         leaves = [t.to(kind).requires_grad_() for t, kind in zip(inputs, kinds, strict=True)]
         begin = {"state_exchange": exchange} if exchanged else {"initial_state_BHPN": leaves[6]}
-        y, state = scan(*leaves[:6], chunk_size=64, documents=docs, **begin)
+        y, state = scan(ScanInputs(*leaves[:6], chunk_size=64, documents=docs, **begin))
         loss = (y.double() * weight_y).sum() + (state.double() * weight_state).sum()
         return [y, state, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
 
     bar = 1e-5 if dtype == torch.float32 else 3e-3
-    for what, got, want in zip(RESULTS, results(ssd_triton, dtype), results(ssd_chunked, torch.float64), strict=True):
+    formula = results(on_record(ssd_chunked), torch.float64)
+    for what, got, want in zip(RESULTS, results(ssd_triton, dtype), formula, strict=True):
         error = float((got.detach().double() - want.detach()).norm() / want.detach().norm().clamp(min=1e-9))
         print(f"{name}: {what} {error:.2e} {bar:.0e}", flush=True)
 

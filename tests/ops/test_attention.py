@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusiontree.ops.attention import attention, cached_attention, decode_attention, key_bias, roomy
-from fusiontree.ops.attention.reference import attention_reference
+from fusiontree.ops.attention.reference import AttentionInputs, attention_reference
 from fusiontree.ops.attention.sdpa import attention_sdpa
 from fusiontree.ops.attention.split_causal import causal_suffix_attention
 from fusiontree.ops.documents import Documents
@@ -22,7 +22,8 @@ def inputs(queries: int, keys: int, heads: int = 4, kv_heads: int = 2) -> list[t
 
 
 def compare(tensors: list[torch.Tensor], **kind: object) -> None:
-    got, want = attention_sdpa(*tensors, **kind), attention_reference(*tensors, **kind)
+    given = AttentionInputs(*tensors, **kind)
+    got, want = attention_sdpa(given), attention_reference(given)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     grads = [torch.autograd.grad(out.square().sum(), tensors) for out in (got, want)]
     for a, b in zip(*grads, strict=True):
@@ -57,7 +58,7 @@ def test_packed_documents_equal_each_alone() -> None:
 @pytest.mark.parametrize("window", [None, 5])
 def test_cached_keys_may_lie_in_any_order(window: int | None) -> None:
     q, k, v = (t.detach() for t in inputs(12, 12))
-    want = attention_reference(q, k, v, window=window)
+    want = attention_reference(AttentionInputs(q, k, v, window=window))
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     slots = torch.cat([order, torch.tensor([-1, -1])]).expand(2, -1)
     pad = torch.full((2, 2, 2, 8), 1e3, dtype=torch.float64)
@@ -127,7 +128,7 @@ def test_window_costs_the_same_a_token_at_any_length() -> None:
 @pytest.mark.parametrize(("queries", "keys"), [(8, 24), (16, 17), (1, 30)])
 def test_last_tokens_in_two_parts_agree_with_the_definition(queries: int, keys: int) -> None:
     q, k, v = (torch.randn(2, n, 3, 16, requires_grad=True) for n in (queries, keys, keys))
-    want = attention_reference(q, k, v, scale=0.3)
+    want = attention_reference(AttentionInputs(q, k, v, scale=0.3))
     got = causal_suffix_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.3).transpose(1, 2)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(want)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fusiontree.ops import attention as rooms
 from fusiontree.ops.attention import ATTENTION, attention
 from fusiontree.ops.attention.flash import PACKAGES, load
-from fusiontree.ops.attention.reference import attention_reference
+from fusiontree.ops.attention.reference import AttentionInputs, attention_reference
 from fusiontree.ops.config import KernelsConfig
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel.activation_checkpointing import _keeping, checkpoint_activations
@@ -35,7 +35,8 @@ def attend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
 
 
 def compare(attend: Any, tensors: list[Tensor], **kind: Any) -> None:
-    got, want = attend(*tensors, **kind), attention_reference(*tensors, **kind)
+    given = AttentionInputs(*tensors, **kind)
+    got, want = attend(given), attention_reference(given)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     grads = [torch.autograd.grad(out.square().sum(), tensors) for out in (got, want)]
     for mine, theirs in zip(*grads, strict=True):
@@ -81,7 +82,7 @@ def test_full_recomputation_keeps_global_attention(fake4: Flash4, window: int | 
     tensors, attend = inputs(20, 24), load("flash4")
 
     def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q.sin(), k.sin(), v.sin(), window=window).cos()
+        return attend(AttentionInputs(q.sin(), k.sin(), v.sin(), window=window)).cos()
 
     want = torch.autograd.grad(block(*tensors).sum(), tensors)
     fake4.forwards.clear()
@@ -118,7 +119,7 @@ def test_a_model_trains_alike_whatever_is_recomputed(fake4: Flash4, monkeypatch:
 def test_a_step_after_an_evaluation_of_the_same_rows(fake4: Flash4) -> None:
     documents = Documents.from_positions(positions(2, 20, [[0, 6], [0]]))
     with torch.inference_mode():
-        load("flash4")(*(t.detach() for t in inputs(20, 23)), documents=documents)
+        load("flash4")(AttentionInputs(*(t.detach() for t in inputs(20, 23)), documents=documents))
     compare(load("flash4"), inputs(20, 23), documents=documents)
 
 
@@ -126,7 +127,7 @@ def test_torch_compile_sees_an_operation(fake4: Flash4) -> None:
     tensors, attend = inputs(20, 24), load("flash4")
 
     def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q * 2, k, v, window=5) * 3
+        return attend(AttentionInputs(q * 2, k, v, window=5)) * 3
 
     want = torch.autograd.grad(block(*tensors).sum(), tensors)
     got = torch.autograd.grad(torch.compile(block, backend="aot_eager", fullgraph=True)(*tensors).sum(), tensors)

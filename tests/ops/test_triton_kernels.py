@@ -39,7 +39,7 @@ def test_a_row_of_256k_tokens_has_a_grid() -> None:
 
 def test_tiles_of_the_scan_fit_what_a_gpu_has() -> None:
     """Beside them what Triton 3.6 takes at most, in KiB, by compiling the kernels for sm_90 and sm_80."""
-    from fusiontree.ops.ssd.triton import tiles
+    from fusiontree.ops.ssd.sizes import tiles
 
     h100, a100, consumer = 228 * 1024, 164 * 1024, 100 * 1024
     assert tiles(2, 64, 128, h100) == (128, 3)  # 131
@@ -57,11 +57,13 @@ def test_tiles_of_the_scan_fit_what_a_gpu_has() -> None:
 
 
 def test_sizes_without_a_kernel_are_computed_and_complained_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    from fusiontree.ops.ssd.inputs import ScanInputs
     from fusiontree.ops.ssd.triton import ssd_triton
 
     for _ in range(2):
         x, bc = torch.ones(1, 4, 2, 16), torch.ones(1, 4, 1, 24)
-        y, _state = ssd_triton(x, torch.ones(1, 4, 2), -torch.ones(2), bc, bc, torch.ones(2), chunk_size=4)
+        inputs = ScanInputs(x, torch.ones(1, 4, 2), -torch.ones(2), bc, bc, torch.ones(2), chunk_size=4)
+        y, _state = ssd_triton(inputs)
         assert y.shape == x.shape
     assert [record.message.count("d_state 24 in") for record in caplog.records] == [1]
 
@@ -70,5 +72,5 @@ def test_sizes_without_a_kernel_go_to_the_next_backend(caplog: pytest.LogCapture
     from fusiontree.ops.ssd.chunked import ssd_chunked
     from fusiontree.ops.ssd.triton import _without_kernels
 
-    assert _without_kernels(24, 40, torch.device("cpu")) is ssd_chunked
+    assert _without_kernels(24, 40, torch.device("cpu")).__wrapped__ is ssd_chunked
     assert "no kernel for mamba.head_dim 24 and d_state 40" in caplog.text and "backend reference" in caplog.text

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fusiontree.ops.attention.flex import attention_flex
-from fusiontree.ops.attention.reference import attention_reference
+from fusiontree.ops.attention.reference import AttentionInputs, attention_reference
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import compiled
 from fusiontree.ops.norm.reference import rms_norm
@@ -66,8 +66,9 @@ def test_flex_attention_compiles_inside_a_recomputed_block() -> None:
     with torch.no_grad():
         keep, _ = _keeping()
         with keep:
-            got = attention_flex(q, k, v, window=100)
-        torch.testing.assert_close(got, attention_reference(q, k, v, window=100), rtol=1e-4, atol=1e-5)
+            got = attention_flex(AttentionInputs(q, k, v, window=100))
+        want = attention_reference(AttentionInputs(q, k, v, window=100))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_formulas_stay_compiled_inside_a_recomputed_block() -> None:

@@ -20,13 +20,14 @@ fusiontree.ops.gate.reference
 fusiontree.ops.norm.reference
 fusiontree.ops.rotary.reference
 fusiontree.ops.ssd.chunked
+fusiontree.ops.ssd.inputs
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -252,6 +253,9 @@ def _pass_states(added_BcGRPN: Tensor, kept_BcGR: Tensor, initial_BGRPN: Tensor 
     return torch.stack(before, dim=1), state
 
 
+StateExchange = Callable[[Tensor, Tensor], Tensor]
+
+
 def scan_segments(
     x_BSHP: Tensor,
     dt_BSH: Tensor,
@@ -262,7 +266,7 @@ def scan_segments(
     chunk_size: int,
     segments_BS: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
-    state_exchange: Callable[[Tensor, Tensor], Tensor] | None = None,
+    state_exchange: StateExchange | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan in chunks: h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t and y_t = C_t h_t + D x_t, in fp32 or better.
 
@@ -376,7 +380,7 @@ def visible_keys(
 
 
 def sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Call torch's operation with a boolean mask [B, 1, S, T] of visible keys; None means causal attention."""
+    """Call torch's function; without a mask, attention is causal and there are as many queries as keys."""
     grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
     out_BHSD = F.scaled_dot_product_attention(
         q_BSHD.transpose(1, 2),
@@ -461,7 +465,9 @@ class LocalGlobalAttention(nn.Module):
 
 
 class FusionGate(nn.Module):
-    """``W_up tanh(W_down z)``: logits of the Mamba branch's weight in the mix, for every token and channel.
+    """``W_up tanh(W_down z)``: logits of the first branch's weight g in the mix, for every token and channel.
+
+    The second branch's weight is 1 - g. A single gate has no meaning for more branches.
 
     ``W_up`` starts at zero, so every gate starts at 0.5.
     """
@@ -514,13 +520,16 @@ class Alignment(nn.Module):
         return self.down(F.gelu(inner_BSC)) + skip_BSC
 
 
-def mix(logits_BSC: Tensor, branches_BSC: Tensor, kind: str) -> Tensor:
-    """Return g m + (1 - g) a with g = sigmoid(logits); a branch that ``kind`` (F, M or A) lacks counts as zeros."""
+Present = Literal["both", "first", "second"]
+
+
+def mix(logits_BSC: Tensor, branches_BSC: Tensor, present: Present) -> Tensor:
+    """Return g first + (1 - g) second with g = sigmoid(logits); a missing branch counts as zeros."""
     gate = torch.sigmoid(logits_BSC)
-    if kind == "F":
-        m_BSC, a_BSC = branches_BSC.chunk(2, dim=-1)
-        return torch.lerp(a_BSC, m_BSC, gate)
-    return branches_BSC * (gate if kind == "M" else 1 - gate)
+    if present == "both":
+        first_BSC, second_BSC = branches_BSC.chunk(2, dim=-1)
+        return torch.lerp(second_BSC, first_BSC, gate)
+    return branches_BSC * (gate if present == "first" else 1 - gate)
 
 
 class FusionTreeBlock(GradientCheckpointingLayer):
@@ -561,7 +570,8 @@ class FusionTreeBlock(GradientCheckpointingLayer):
             z_BSC = self.align(ma_BSC)
         else:
             z_BSC = sum(outputs) / 2  # a missing mixer counts as zeros
-        return x_BSC + self.out_proj(mix(self.gate(z_BSC), ma_BSC, self.letter)) + self.mlp(z_BSC)
+        present = {"F": "both", "M": "first", "A": "second"}[self.letter]
+        return x_BSC + self.out_proj(mix(self.gate(z_BSC), ma_BSC, present)) + self.mlp(z_BSC)
 
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that mark several texts in a row

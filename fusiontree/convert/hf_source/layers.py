@@ -286,4 +286,5 @@ class FusionTreeBlock(GradientCheckpointingLayer):
             z_BSC = self.align(ma_BSC)
         else:
             z_BSC = sum(outputs) / 2  # a missing mixer counts as zeros
-        return x_BSC + self.out_proj(mix(self.gate(z_BSC), ma_BSC, self.letter)) + self.mlp(z_BSC)
+        present = {"F": "both", "M": "first", "A": "second"}[self.letter]
+        return x_BSC + self.out_proj(mix(self.gate(z_BSC), ma_BSC, present)) + self.mlp(z_BSC)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fusiontree.ops.attention.decode import decode_attention, key_bias, roomy
 from fusiontree.ops.attention.flash import PACKAGES, load
-from fusiontree.ops.attention.reference import masked_attention
+from fusiontree.ops.attention.reference import AttentionInputs, masked_attention
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
 from fusiontree.ops.documents import Documents
 from fusiontree.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-__all__ = ["ATTENTION", "attention", "cached_attention", "decode_attention", "key_bias", "roomy"]
+__all__ = ["ATTENTION", "AttentionInputs", "attention", "cached_attention", "decode_attention", "key_bias", "roomy"]
 
 
 def _reference() -> Callable:
@@ -93,7 +93,7 @@ def attention(
         raise ValueError(f"{k_BTKD.shape[1]} keys are fewer than {q_BSHD.shape[1]} queries")
     name = _fitting(backend, q_BSHD.device.type, q_BSHD.dtype, q_BSHD.shape[-1], q_BSHD.shape[1] % 128 == 0)
     attend = ATTENTION.choose(name, q_BSHD.device.type)
-    return attend(q_BSHD, k_BTKD, v_BTKD, window=window, documents=documents, scale=scale)
+    return attend(AttentionInputs(q_BSHD, k_BTKD, v_BTKD, window, documents, scale))
 
 
 @functools.cache

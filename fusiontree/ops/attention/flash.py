@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.ops.attention.flash4 import flash4
+from fusiontree.ops.attention.reference import AttentionInputs
 from fusiontree.ops.documents import Documents
 from fusiontree.utils.errors import UserError
 
@@ -109,28 +110,18 @@ def load(name: str) -> Any:
     return functools.partial(attention_flash, attend)
 
 
-def attention_flash(
-    attend: Attend,
-    q_BSHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    *,
-    window: int | None = None,
-    documents: Documents | None = None,
-    scale: float | None = None,
-) -> Tensor:
+def attention_flash(attend: Attend, inputs: AttentionInputs) -> Tensor:
     """Compute :func:`fusiontree.ops.attention.attention` with the given package."""
-    rows, queries = q_BSHD.shape[:2]
-    keys = k_BTKD.shape[1]
-    left = -1 if window is None or window >= keys else window - 1
-    before = keys - queries
+    q_BSHD, k_BTKD, v_BTKD, window, documents, scale = inputs
+    left = -1 if window is None or window >= k_BTKD.shape[1] else window - 1
+    before = inputs.before
     if documents is None or documents.tokens_before is not None:
         others = 0 if documents is None or documents.tokens_before is None else before - documents.tokens_before
         if others > 0:
             k_BTKD, v_BTKD = k_BTKD[:, others:], v_BTKD[:, others:]
         return attend(q_BSHD, k_BTKD, v_BTKD, None, left, scale)
     q, k, v = (t.flatten(0, 1) for t in (q_BSHD, k_BTKD, v_BTKD))
-    return attend(q, k, v, packed_sequences(documents, before), left, scale).unflatten(0, (rows, queries))
+    return attend(q, k, v, packed_sequences(documents, before), left, scale).unflatten(0, q_BSHD.shape[:2])
 
 
 def packed_sequences(documents: Documents, before: int) -> Sequences:

@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fusiontree.ops.attention.sdpa import causal_sdpa
+from fusiontree.ops.attention.reference import AttentionInputs
+from fusiontree.ops.attention.sdpa import sdpa
 from fusiontree.ops.attention.split_causal import can_attend_in_parts, causal_suffix_attention
-from fusiontree.ops.documents import Documents
 
 
 @functools.lru_cache(maxsize=1)
@@ -57,28 +57,19 @@ def _block_mask(positions_BS: Tensor, keys: int, window: int | None) -> Any:
     return masks[key]
 
 
-def attention_flex(
-    q_BSHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    *,
-    window: int | None = None,
-    documents: Documents | None = None,
-    scale: float | None = None,
-) -> Tensor:
+def attention_flex(inputs: AttentionInputs) -> Tensor:
     """Compute :func:`fusiontree.ops.attention.attention`."""
-    queries, keys = q_BSHD.shape[1], k_BTKD.shape[1]
-    whole = documents is None or documents.whole_rows
-    if whole and queries == keys and (window is None or window >= keys):
+    q_BSHD, k_BTKD, v_BTKD, window, documents, scale = inputs
+    if inputs.causal_rows:
         # One causal triangle per row: cuDNN's kernel is the fastest in torch.
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
-            return causal_sdpa(q_BSHD, k_BTKD, v_BTKD, scale)
+            return sdpa(q_BSHD, k_BTKD, v_BTKD, None, scale)
     q_BHSD, k_BKTD, v_BKTD = q_BSHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
-    before = keys - queries
+    before, keys = inputs.before, k_BTKD.shape[1]
     if window is None and (documents is None or documents.tokens_before == before) and can_attend_in_parts(q_BHSD):
         return causal_suffix_attention(q_BHSD, k_BKTD, v_BKTD, scale).transpose(1, 2)
     if documents is None:
-        positions_BS = torch.arange(keys - queries, keys, device=q_BSHD.device).expand(q_BSHD.shape[0], -1)
+        positions_BS = torch.arange(before, keys, device=q_BSHD.device).expand(q_BSHD.shape[0], -1)
     else:
         positions_BS = documents.positions_BS
     with _disable_current_modes():  # FlexAttention cannot be compiled under a TorchDispatchMode

@@ -6,11 +6,40 @@ Shape legend: B rows, S queries, T keys, H query heads, K key/value heads, D cha
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusiontree.ops.documents import Documents
+
+
+class AttentionInputs(NamedTuple):
+    """Arguments of :func:`fusiontree.ops.attention.attention`, which describes them."""
+
+    q_BSHD: Tensor
+    k_BTKD: Tensor
+    v_BTKD: Tensor
+    window: int | None = None
+    documents: Documents | None = None
+    scale: float | None = None
+
+    @property
+    def before(self) -> int:
+        """Number of keys before the first query."""
+        return self.k_BTKD.shape[1] - self.q_BSHD.shape[1]
+
+    @property
+    def causal_rows(self) -> bool:
+        """True if each row is one document with as many queries as keys, and no window hides a key."""
+        whole = self.documents is None or self.documents.whole_rows
+        return whole and self.before == 0 and (self.window is None or self.window >= self.k_BTKD.shape[1])
+
+    def visible_keys(self) -> Tensor:
+        """Return the mask of :func:`visible_keys` for these queries."""
+        positions_BS = None if self.documents is None else self.documents.positions_BS
+        queries, keys = self.q_BSHD.shape[1], self.k_BTKD.shape[1]
+        return visible_keys(queries, keys, self.window, positions_BS, self.q_BSHD.device)
 
 
 def visible_keys(
@@ -41,16 +70,6 @@ def masked_attention(
     return torch.einsum("bhst,bthd->bshd", weights_BHST, v_BTHD.to(compute)).to(q_BSHD.dtype)
 
 
-def attention_reference(
-    q_BSHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    *,
-    window: int | None = None,
-    documents: Documents | None = None,
-    scale: float | None = None,
-) -> Tensor:
+def attention_reference(inputs: AttentionInputs) -> Tensor:
     """Compute :func:`fusiontree.ops.attention.attention`."""
-    positions_BS = None if documents is None else documents.positions_BS
-    visible = visible_keys(q_BSHD.shape[1], k_BTKD.shape[1], window, positions_BS, q_BSHD.device)
-    return masked_attention(q_BSHD, k_BTKD, v_BTKD, visible, scale)
+    return masked_attention(*inputs[:3], inputs.visible_keys(), inputs.scale)

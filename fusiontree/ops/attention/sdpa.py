@@ -9,38 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusiontree.ops.attention.reference import visible_keys
-from fusiontree.ops.documents import Documents
+from fusiontree.ops.attention.reference import AttentionInputs
 
 
-def attention_sdpa(
-    q_BSHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    *,
-    window: int | None = None,
-    documents: Documents | None = None,
-    scale: float | None = None,
-) -> Tensor:
+def attention_sdpa(inputs: AttentionInputs) -> Tensor:
     """Compute :func:`fusiontree.ops.attention.attention`."""
-    queries, keys = q_BSHD.shape[1], k_BTKD.shape[1]
-    if window is not None and 2 * window < keys:
-        return _blockwise(q_BSHD, k_BTKD, v_BTKD, window, documents, scale)
-    whole = documents is None or (documents.whole_rows and queries == keys)
-    if whole and queries == keys and (window is None or window >= keys):
-        return sdpa(q_BSHD, k_BTKD, v_BTKD, None, scale)
-    positions_BS = None if documents is None else documents.positions_BS
-    visible_BST = visible_keys(queries, keys, window, positions_BS, q_BSHD.device)
-    return sdpa(q_BSHD, k_BTKD, v_BTKD, visible_BST.unsqueeze(1), scale)
-
-
-def causal_sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, scale: float | None) -> Tensor:
-    """Compute causal attention over full rows with equal numbers of queries and keys."""
-    return sdpa(q_BSHD, k_BTKD, v_BTKD, None, scale)
+    if inputs.window is not None and 2 * inputs.window < inputs.k_BTKD.shape[1]:
+        return _blockwise(inputs, inputs.window)
+    mask = None if inputs.causal_rows else inputs.visible_keys().unsqueeze(1)
+    return sdpa(*inputs[:3], mask, inputs.scale)
 
 
 def sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Call torch's operation with a boolean mask [B, 1, S, T] of visible keys; None means causal attention."""
+    """Call torch's function; without a mask, attention is causal and there are as many queries as keys."""
     grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
     out_BHSD = F.scaled_dot_product_attention(
         q_BSHD.transpose(1, 2),
@@ -54,16 +35,14 @@ def sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None, sc
     return out_BHSD.transpose(1, 2)
 
 
-def _blockwise(
-    q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int, documents: Documents | None, scale: float | None
-) -> Tensor:
+def _blockwise(inputs: AttentionInputs, window: int) -> Tensor:
     """Compute attention of each block of ``window`` queries to its own and the previous block of keys.
 
     These two blocks contain all visible keys.
     """
+    q_BSHD, k_BTKD, v_BTKD, _, documents, scale = inputs
     rows, queries = q_BSHD.shape[:2]
-    keys = k_BTKD.shape[1]
-    offset = keys - queries
+    offset = inputs.before
     before = -offset % window  # aligns the blocks of queries with those of keys
     blocks = -(-queries // window)
     after = blocks * window - queries

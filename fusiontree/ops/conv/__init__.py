@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from fusiontree.ops.conv.reference import one_token
-from fusiontree.ops.dispatch import Backend, Operation, anywhere, triton_unavailable
+from fusiontree.ops.conv.reference import one_token, shifted_products
 from fusiontree.ops.documents import Documents
-from fusiontree.ops.elementwise import fused, needs_gpu
+from fusiontree.ops.elementwise import fused, with_kernel
 
-
-def _reference() -> Callable:
-    from fusiontree.ops.conv.reference import causal_conv1d_reference
-
-    return causal_conv1d_reference
-
-
-def _compiled() -> Callable:
-    from fusiontree.ops.conv.compiled import causal_conv1d_compiled
-
-    return causal_conv1d_compiled
-
-
-def _triton() -> Callable:
-    from fusiontree.ops.conv.triton import causal_conv1d_triton
-
-    return causal_conv1d_triton
-
-
-CONV = Operation(
-    "conv",
-    [
-        Backend("triton", _triton, triton_unavailable),
-        Backend("compiled", _compiled, needs_gpu),
-        Backend("reference", _reference, anywhere),
-    ],
-)
+CONV = with_kernel("conv", shifted_products, "fusiontree.ops.conv.triton:shifted_products_triton", setting="conv")
 
 
 def causal_conv1d(
@@ -70,4 +41,7 @@ def causal_conv1d(
     if x_BSC.shape[1] == 1 and documents is None and initial_BKC is not None:  # a decoding step
         step = fused(one_token, "reference" if backend == "reference" else "auto", x_BSC.device.type)
         return step(x_BSC, weight_CK, bias_C, initial_BKC, activation)
-    return convolve(x_BSC, weight_CK, bias_C, documents=documents, initial_BKC=initial_BKC, activation=activation)
+    # Zero padding already ends the taps at a row's start; only document boundaries inside a row need masks.
+    masked = documents is not None and (not documents.whole_rows or initial_BKC is not None)
+    positions_BS = documents.positions_BS if masked and documents is not None else None
+    return convolve(x_BSC, weight_CK, bias_C, positions_BS, initial_BKC, activation)

@@ -6,24 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusiontree.ops.documents import Documents
-
-
-def causal_conv1d_reference(
-    x_BSC: Tensor,
-    weight_CK: Tensor,
-    bias_C: Tensor | None,
-    *,
-    documents: Documents | None = None,
-    initial_BKC: Tensor | None = None,
-    activation: str | None = "silu",
-) -> Tensor:
-    """Compute :func:`fusiontree.ops.conv.causal_conv1d`."""
-    # Zero padding already ends the taps at a row's start; only document boundaries inside a row need masks.
-    masked = documents is not None and (not documents.whole_rows or initial_BKC is not None)
-    positions_BS = documents.positions_BS if masked and documents is not None else None
-    return shifted_products(x_BSC, weight_CK, bias_C, positions_BS, initial_BKC, activation)
-
 
 def shifted_products(
     x_BSC: Tensor,

@@ -14,31 +14,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusiontree.ops.conv.compiled import causal_conv1d_compiled
-from fusiontree.ops.documents import Documents
+from fusiontree.ops.conv.reference import shifted_products
+from fusiontree.ops.elementwise import compiled
 
 _TAPS = 4
 _FORWARD = {"TOKENS": 64, "BC": 128, "num_warps": 1}  # tokens and channels per program: fastest of twelve tried
 _BACKWARD = {"TOKENS": 64, "BC": 128, "num_warps": 1}
 
 
-def causal_conv1d_triton(
+def shifted_products_triton(
     x_BSC: Tensor,
     weight_CK: Tensor,
     bias_C: Tensor | None,
-    *,
-    documents: Documents | None = None,
-    initial_BKC: Tensor | None = None,
-    activation: str | None = "silu",
+    positions_BS: Tensor | None,
+    initial_BKC: Tensor | None,
+    activation: str | None,
 ) -> Tensor:
-    """Compute :func:`fusiontree.ops.conv.causal_conv1d`; other widths and float64 use the compiled formula."""
+    """Compute :func:`shifted_products`; other numbers of taps and float64 use the compiled formula."""
+    inputs = (x_BSC, weight_CK, bias_C, positions_BS, initial_BKC)
     if weight_CK.shape[1] != _TAPS or x_BSC.dtype == torch.float64:
-        return causal_conv1d_compiled(
-            x_BSC, weight_CK, bias_C, documents=documents, initial_BKC=initial_BKC, activation=activation
-        )
-    masked = documents is not None and (not documents.whole_rows or initial_BKC is not None)
-    positions_BS = documents.positions_BS if masked and documents is not None else None
-    return _CausalConv.apply(x_BSC, weight_CK, bias_C, positions_BS, initial_BKC, activation == "silu")
+        return compiled(shifted_products)(*inputs, activation)
+    return _CausalConv.apply(*inputs, activation == "silu")
 
 
 @triton.jit

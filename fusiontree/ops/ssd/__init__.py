@@ -6,20 +6,21 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fusiontree.ops.dispatch import Backend, Operation, anywhere, triton_unavailable
+from fusiontree.ops.dispatch import Backend, Operation, anywhere, on_record, triton_unavailable
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import fused
+from fusiontree.ops.ssd.inputs import ScanInputs, StateExchange
 from fusiontree.ops.ssd.mamba_ssm import unavailable as mamba_ssm_unavailable
 from fusiontree.ops.ssd.recurrent_step import ssd_step
 from fusiontree.utils.environment import keep_tuning
 
-StateExchange = Callable[[Tensor, Tensor], Tensor]
+__all__ = ["SSD", "ScanInputs", "StateExchange", "ssd_scan"]
 
 
 def _reference() -> Callable:
     from fusiontree.ops.ssd.chunked import ssd_chunked
 
-    return ssd_chunked
+    return on_record(ssd_chunked)
 
 
 def _triton() -> Callable:
@@ -86,15 +87,5 @@ def ssd_scan(
     if x_BSHP.shape[1] == 1 and documents is None and state_exchange is None:
         step = fused(ssd_step, "reference" if backend == "reference" else "auto", x_BSHP.device.type)
         return step(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, initial_state_BHPN)
-    return scan(
-        x_BSHP,
-        dt_BSH,
-        A_H,
-        B_BSGN,
-        C_BSGN,
-        D_H,
-        chunk_size=chunk_size,
-        documents=documents,
-        initial_state_BHPN=initial_state_BHPN,
-        state_exchange=state_exchange,
-    )
+    tensors = (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H)
+    return scan(ScanInputs(*tensors, chunk_size, documents, initial_state_BHPN, state_exchange))

@@ -9,13 +9,12 @@ head, N state size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusiontree.ops.documents import Documents
+from fusiontree.ops.ssd.inputs import StateExchange
 
 
 def ssd_chunked(
@@ -25,11 +24,10 @@ def ssd_chunked(
     B_BSGN: Tensor,
     C_BSGN: Tensor,
     D_H: Tensor,
-    *,
     chunk_size: int,
     documents: Documents | None = None,
     initial_state_BHPN: Tensor | None = None,
-    state_exchange: Callable[[Tensor, Tensor], Tensor] | None = None,
+    state_exchange: StateExchange | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`fusiontree.ops.ssd.ssd_scan`."""
     segments_BS = None if documents is None else documents.segments_BS
@@ -47,7 +45,7 @@ def scan_segments(
     chunk_size: int,
     segments_BS: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
-    state_exchange: Callable[[Tensor, Tensor], Tensor] | None = None,
+    state_exchange: StateExchange | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan in chunks: h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t and y_t = C_t h_t + D x_t, in fp32 or better.
 

@@ -8,15 +8,14 @@ Shape legend: B rows, S tokens, c chunks, Q tokens of a chunk, H heads, G groups
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusiontree.ops.documents import Documents
 from fusiontree.ops.ssd.exchange import Exchange
+from fusiontree.ops.ssd.inputs import ScanInputs
 
 _INT32 = 2**31
 
@@ -29,85 +28,50 @@ def unavailable(device: torch.device) -> str | None:
     return f"{', '.join(missing)} is not installed (pip install 'fusiontree[mamba-ssm]')" if missing else None
 
 
-def ssd_mamba_ssm(
-    x_BSHP: Tensor,
-    dt_BSH: Tensor,
-    A_H: Tensor,
-    B_BSGN: Tensor,
-    C_BSGN: Tensor,
-    D_H: Tensor,
-    *,
-    chunk_size: int,
-    documents: Documents | None = None,
-    initial_state_BHPN: Tensor | None = None,
-    state_exchange: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+def ssd_mamba_ssm(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Compute :func:`fusiontree.ops.ssd.ssd_scan`.
 
     Raises:
         ValueError: a row is so long that the kernels' 32-bit offsets would silently overflow.
     """
-    rows, length, heads, width = x_BSHP.shape
-    size = B_BSGN.shape[-1]
-    states = rows * -(-length // chunk_size) * heads * width * size
-    largest = max(states, *(t.stride(0) * (rows - 1) + t.stride(1) * length for t in (x_BSHP, B_BSGN, C_BSGN)))
+    rows, length, heads, width = inputs.x_BSHP.shape
+    size = inputs.B_BSGN.shape[-1]
+    states = rows * -(-length // inputs.chunk_size) * heads * width * size
+    read = (inputs.x_BSHP, inputs.B_BSGN, inputs.C_BSGN)
+    largest = max(states, *(t.stride(0) * (rows - 1) + t.stride(1) * length for t in read))
     if largest >= _INT32:
         raise ValueError(
             f"rows of {length} tokens need offsets of {largest} elements, beyond the 32 bits of mamba_ssm's kernels; "
             f"use shorter rows, fewer rows per micro-batch, or kernels.ssd=reference"
         )
-    # Segment 0 continues the initial state, which is also the kernels' meaning of a first seq_idx of 0.
-    seq_idx = None if documents is None else documents.inner_segments_BS
-    initial = initial_state_BHPN
-    if documents is not None and documents.whole_rows:
-        initial = None  # every row begins with a document start
-    return _Scan.apply(
-        x_BSHP,
-        dt_BSH.float(),
-        A_H.float(),
-        B_BSGN,
-        C_BSGN,
-        D_H.float(),
-        None if initial is None else initial.float(),
-        seq_idx,
-        documents is not None and documents.whole_rows,
-        _power_of_two(chunk_size),
-        state_exchange,
-    )
+    return _Scan.apply(*inputs.for_kernels()._replace(chunk_size=_power_of_two(inputs.chunk_size)))
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_BSHP: Tensor,
-        dt_BSH: Tensor,
-        A_H: Tensor,
-        B_BSGN: Tensor,
-        C_BSGN: Tensor,
-        D_H: Tensor,
-        initial_BHPN: Tensor | None,
-        seq_idx_BS: Tensor | None,
-        whole_rows: bool,
-        chunk_size: int,
-        state_exchange: Callable[[Tensor, Tensor], Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         from mamba_ssm.ops.triton.ssd_bmm import _bmm_chunk_fwd
         from mamba_ssm.ops.triton.ssd_chunk_scan import _chunk_scan_fwd
         from mamba_ssm.ops.triton.ssd_chunk_state import _chunk_cumsum_fwd, _chunk_state_fwd
 
-        x_BSHP, B_BSGN, C_BSGN = (t if t.stride(-1) == 1 else t.contiguous() for t in (x_BSHP, B_BSGN, C_BSGN))
+        inputs = ScanInputs(*arguments)
+        x_BSHP, B_BSGN, C_BSGN = (
+            t if t.stride(-1) == 1 else t.contiguous() for t in (inputs.x_BSHP, inputs.B_BSGN, inputs.C_BSGN)
+        )
+        dt_BSH, A_H, D_H, chunk_size = inputs.dt_BSH, inputs.A_H, inputs.D_H, inputs.chunk_size
+        initial_BHPN, whole_rows = inputs.initial_state_BHPN, inputs.whole_rows
+        seq_idx_BS = inputs.segments_BS  # a first seq_idx of 0 continues the initial state
         decay_BHcQ, dt_BHcQ = _chunk_cumsum_fwd(dt_BSH, A_H, chunk_size)
         added_BcHPN = _chunk_state_fwd(B_BSGN, x_BSHP, dt_BHcQ, decay_BHcQ, seq_idx=seq_idx_BS, states_in_fp32=True)
         exchange = None
-        if state_exchange is not None:
+        if inputs.state_exchange is not None:
             from_zero_BHPN = _pass_on(added_BcHPN, decay_BHcQ, None, seq_idx_BS, chunk_size, x_BSHP.dtype)[1]
             total_BH = decay_BHcQ[..., -1].sum(-1).exp()
             if whole_rows:
                 total_BH = torch.zeros_like(total_BH)
             elif seq_idx_BS is not None:
                 total_BH = total_BH * (seq_idx_BS[:, -1:] == 0)
-            exchange = Exchange(state_exchange, from_zero_BHPN, total_BH)
+            exchange = Exchange(inputs.state_exchange, from_zero_BHPN, total_BH)
             # A row of one document must not see a state from before its start.
             initial_BHPN = None if whole_rows else exchange.initial_BHPN.float()
         before_BcHPN, final_BHPN = _pass_on(added_BcHPN, decay_BHcQ, initial_BHPN, seq_idx_BS, chunk_size, x_BSHP.dtype)
@@ -172,7 +136,7 @@ class _Scan(torch.autograd.Function):
         ddecay_BHcQ = _chunk_scan_bwd_ddAcs_stable(x_BSHP, dt_BHcQ, decay_BHcQ, dy_BSHP, scores_BcGQQ)
         ddecay_BHcQ += ddecay_next_BHcQ + ddecay_before_BHcQ.flip([-1]).cumsum(dim=-1).flip([-1])
         ddt_BSH, dA_H, _ = _chunk_cumsum_bwd(ddecay_BHcQ, ddt_BHcQ, dt_BSH, A_H, ddt=torch.empty_like(dt_BSH))
-        return dx_BSHP, ddt_BSH, dA_H, dB_BSGN, dC_BSGN, dD_H, dinitial_BHPN, None, None, None, None
+        return dx_BSHP, ddt_BSH, dA_H, dB_BSGN, dC_BSGN, dD_H, None, None, dinitial_BHPN, None
 
 
 def _pass_on(
