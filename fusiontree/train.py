@@ -1,6 +1,7 @@
 """The one training entry: ``python -m fusiontree.train --config FILE [section.key=value …]``.
 
-torchrun, deepspeed, srun and plain python all start it; which process this is comes from their environment variables.
+torchrun, deepspeed, srun and plain python all start it; rank and world size are read from environment
+variables that they set.
 Functions import torch and what needs it only when they are called: ``--help``, ``--check`` and a wrong setting answer
 at once.
 """
@@ -66,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--world-size",
         type=int,
         metavar="N",
-        help="for a check: the processes that the run will have (default: there are)",
+        help="with --check: number of processes to check for (default: that of this start)",
     )
     parser.add_argument("--print-run-dir", action="store_true", help="check all but the data, print run_dir and exit")
     parser.add_argument("--quiet", action="store_true", help="print warnings, validations and the end of the run only")
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     place = process_place()
     level = NOTICE if args.quiet else logging.INFO
     logging.basicConfig(level=level if place.is_main else logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("fusiontree.ops.dispatch").setLevel(logging.WARNING)  # the console shows the backends in a line
+    logging.getLogger("fusiontree.ops.dispatch").setLevel(logging.WARNING)  # the console names the backends in one line
     config = load_config(args.config, args.overrides)
     if args.print_config:
         print(dump_config(config), end="")
@@ -117,7 +118,7 @@ def check_data(config: Config) -> None:
     """Open the datasets as training would.
 
     Raises:
-        UserError: one is missing, empty, or made with another tokenizer than the model's vocabulary allows.
+        UserError: one is missing or empty, or its tokenizer does not fit the model's vocabulary.
     """
     from fusiontree.data.loader import TrainingData
     from fusiontree.data.validation import ValidationData
@@ -175,7 +176,7 @@ def open_data(config: Config, layout: Layout) -> tuple[TrainingData, dict[str, V
 
 @contextmanager
 def lock_run_folder(config: Config, layout: Layout) -> Iterator[RunLock]:
-    """Keep other starts out of the run folder.
+    """Hold the lock of the run folder, so that no second process trains in it.
 
     Raises:
         UserError: another process trains there; raised on every rank.

@@ -71,7 +71,7 @@ def scan(
 
 
 class Decay(Fp32Parameters):
-    """The decay per head and key channel. Its bias stays in fp32: half precision has no numbers between 0.996 and 1."""
+    """The decay per head and key channel. Its bias stays in fp32: bfloat16 has no numbers between 0.996 and 1."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -27,8 +27,8 @@ STEPS, SAVE_INTERVAL, KILLS, SEED = 320, 16, 14, 0
 RANKS = (1, 2)
 SETTINGS = (
     *("model.hidden_size=96", "model.num_layers=2", "model.gate_rank=16", "model.window_size=32"),
-    *("training.seq_len=128", f"training.max_steps={STEPS}", "training.eval_interval=0", "training.device=cpu"),
-    *("training.restart_backoff_s=0", "training.health_check=off", "data.validation=null"),
+    *("training.seq_len=128", f"training.max_steps={STEPS}", "training.validation.interval=0", "training.device=cpu"),
+    *("supervision.restart_backoff_s=0", "supervision.health_check=off", "data.validation=null"),
     *(f"checkpoint.save_interval={SAVE_INTERVAL}", "logging.log_interval=1"),
 )
 

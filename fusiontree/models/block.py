@@ -26,15 +26,15 @@ class FusionBlock(nn.Module):
     """A residual block in two stages: :meth:`branches` mixes along the tokens, :meth:`mix` acts on each token alone.
 
     The layer's letter in ``layer_pattern`` names the mixers of its one or two branches. With two branches the gate
-    weighs the first by g and the second by 1 - g. With one branch the other counts as zeros; neither it nor the columns
-    of the alignment that would read its output have parameters.
+    weighs the first by g and the second by 1 - g. With one branch the missing output counts as zeros; the
+    alignment has no columns for it.
 
     ``gather_tokens`` and ``scatter_tokens`` are identities at the two borders between the stages; a parallel plan
     replaces them by an all-gather and a reduce-scatter.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        """Create the parameters without values.
+        """Create the parameters uninitialized.
 
         Raises:
             UserError: a mixer's ``module_name`` is taken by another part of the block.
@@ -104,7 +104,7 @@ class FusionBlock(nn.Module):
         padding_mask_BS: Tensor | None = None,
         layer_metrics: tuple[str, ...] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scale, align and gate the branches' outputs and add them to the residual stream, token by token."""
+        """Add the gated branches and the MLP to the residual stream, token by token; both read the aligned outputs."""
         branches = len(self._branches)
         metric_sums: dict[str, Tensor] = {}
         if layer_metrics:
@@ -129,4 +129,4 @@ class FusionBlock(nn.Module):
 
 
 _PARTS = ("align", "gate", "out_proj", "mlp", "scatter_tokens", "present")
-"""Names that the block gives after its mixers."""
+"""Attributes that the constructor sets after the mixers, so that ``hasattr`` does not find them yet."""

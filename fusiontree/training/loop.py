@@ -54,7 +54,7 @@ class Position:
     step: int = 0
     data: dict[str, Any] | None = None
     skipped_in_a_row: int = 0
-    """Steps with a non-finite gradient up to this step."""
+    """Consecutive steps up to this one that were skipped for a non-finite gradient."""
 
 
 class Trainer:
@@ -130,7 +130,7 @@ class Trainer:
             outcome, reason = self._train(stop)
             if self.checkpoints.saved_step != self.position.step and outcome is not Outcome.INTERRUPTED:
                 raise UserError(
-                    f"{reason}, but the last checkpoint could not be written (the event save_failed says why); mend "
+                    f"{reason}, but the last checkpoint could not be written (see save_failed in events.jsonl); mend "
                     f"that and start the same command again: it resumes from the newest checkpoint there is"
                 )
         self._end(outcome.value, reason)
@@ -202,7 +202,7 @@ class Trainer:
             check_skips(step.number, self.position.skipped_in_a_row, reason, self.settings.training)
 
     def _rewind(self, step: int, reason: str) -> bool:
-        """Return to the newest checkpoint and continue with the data behind ``step``; False without a checkpoint."""
+        """Return to the newest checkpoint and continue with the data after ``step``; False without a checkpoint."""
         data_after = self.batches.position
         assert data_after is not None
         with self.watchdog.section("rewind", self._slow_s):
@@ -221,7 +221,7 @@ class Trainer:
             self._train_seconds = self.checkpoints.train_seconds
         self.batches.move(self.position.data)
         self.records.event("rewind", step=step, to_step=back, reason=reason, data=self.position.data)
-        self.console.say(f"step {step}: {reason}; back to step {back}, and on with the data behind it")
+        self.console.say(f"step {step}: {reason}; back to step {back}, continuing with the data after it")
         return True
 
     def _repeat_rewinds(self, step: int) -> None:

@@ -174,4 +174,4 @@ def test_training_goes_on_from_a_converted_checkpoint(tmp_path: Path, capsys: py
     assert moved.run_dir == str(tmp_path / "moved") and moved.training.max_steps == 2
     convert(tmp_path / "hf", tmp_path / "unknown", "--to", "dcp")
     said = capsys.readouterr().out
-    assert "convert with --config FILE" in said and "training goes on from zero moments" in said
+    assert "convert with --config FILE" in said and "training goes on from states of zeros" in said

@@ -56,9 +56,9 @@ def test_wrong_sets_are_refused(given: Any, message: str) -> None:
     assert len(forms) <= 1  # only the errors of the form that was meant
 
 
-def open_sets(config: DataConfig, **training: Any) -> dict[str, ValidationData]:
+def open_sets(config: DataConfig, interval: int = 5) -> dict[str, ValidationData]:
     values = {"seq_len": SEQ, "max_steps": 10, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3}
-    section = TrainingConfig.model_validate(values | {"eval_interval": 5} | training)
+    section = TrainingConfig.model_validate(values | {"validation": {"interval": interval}})
     return ValidationData.for_training(config, section, 264, 0, 1, open_data(config).sources)
 
 
@@ -68,7 +68,7 @@ def test_each_set_is_read_and_checked(tmp_path: Path) -> None:
     assert [data.source.place for data in sets.values()] == [str(web), str(books)]
     first, second = (next(data.micro_batches()).input_ids_BS for data in sets.values())
     assert not first.equal(second)
-    assert open_sets(config_of({"web": str(web)}, str(train)), eval_interval=0) == {}
+    assert open_sets(config_of({"web": str(web)}, str(train)), interval=0) == {}
     copy = random_dataset(tmp_path / "copy", seed=0)
     with pytest.raises(UserError, match=f"'{copy}' holds the same documents as data.train"):
         open_sets(config_of({"web": str(web), "copy": str(copy)}, str(train)))

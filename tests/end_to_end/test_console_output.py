@@ -6,7 +6,12 @@ from pathlib import Path
 
 from tests.end_to_end.runs import train, write_config
 
-SHORT = ("training.max_steps=8", "training.eval_interval=8", "training.warmup_steps=1", "checkpoint.save_interval=0")
+SHORT = (
+    "training.max_steps=8",
+    "training.validation.interval=8",
+    "training.warmup_steps=1",
+    "checkpoint.save_interval=0",
+)
 
 
 def test_the_start_is_a_summary_of_at_most_ten_lines(tmp_path: Path, data: Path) -> None:

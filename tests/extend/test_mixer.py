@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -209,7 +210,7 @@ def test_the_planner_knows_the_mixer(tmp_path: Path, capsys: pytest.CaptureFixtu
     found = []
     for letters in ("{L: [gla]}", "{L: [attention]}"):
         values = [f"model.letters={letters}", "model.layer_pattern=" + "L" * layers_of_quickstart()]
-        assert plan([*arguments, *values]) == 0
+        assert plan([*arguments, *values, "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["configured"])
     assert found[0]["activations_gib"] > 1.5 * found[1]["activations_gib"]
     assert found[0]["compute_s"] > 0
@@ -322,4 +323,4 @@ def test_the_commands_of_the_guide_work(tmp_path: Path, monkeypatch: pytest.Monk
     assert planned
     monkeypatch.chdir(ROOT)
     for line in planned:
-        assert main(line.split()[1:]) == 0
+        assert main(shlex.split(line)[1:]) == 0

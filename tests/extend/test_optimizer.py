@@ -48,8 +48,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("lion")
     data = build_data(folder)
-    training = TRAINING | {"max_steps": STEPS, "eval_interval": 0, "micro_batch_size": 2, "weight_decay": 0.5}
-    training |= {"optimizer": {"name": "lion", "beta2": 0.98}, "learning_rate": 5e-4, "max_grad_norm": 0.5}
+    training = TRAINING | {
+        "max_steps": STEPS,
+        "validation": {"interval": 0},
+        "micro_batch_size": 2,
+        "weight_decay": 0.5,
+    }
+    training |= {"optimizer": {"name": "lion", "beta2": 0.98}, "learning_rate": 5e-4}
+    training |= {"weight_decay": 0.5, "max_grad_norm": 0.5}
     values = {**CONFIG, "plugins": [LION], "model": MODEL, "training": training}
     values |= {"data": {"train": str(data / "train")}, "checkpoint": {"save_interval": STOP, "keep_last": 0}}
     (folder / "config.yaml").write_text(yaml.safe_dump(values))

@@ -143,7 +143,7 @@ def test_training_resumes_on_another_number_of_ranks(
     """The real program; the plugin is named in the configuration alone."""
     file, shards = files
     data = {"train": [source(shards, weights[0]), source(file, weights[1], type="uint16")]}
-    training = CONFIG["training"] | {"eval_interval": 0, "max_steps": 6}
+    training = CONFIG["training"] | {"validation": {"interval": 0}, "max_steps": 6}
     values = CONFIG | {"run_dir": str(tmp_path / "run"), "plugins": [str(PLUGIN)], "data": data, "training": training}
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values))

@@ -16,7 +16,7 @@ def operation() -> Operation:
 
 
 def test_auto_takes_the_first_that_runs_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="fusiontree.ops.dispatch")
     op = operation()
     assert op.choose("auto", "cpu") is sum
     assert op.choose("auto", "cpu") is sum
@@ -24,7 +24,7 @@ def test_auto_takes_the_first_that_runs_and_says_so_once(caplog: pytest.LogCaptu
 
 
 def test_operations_of_one_setting_are_told_apart(caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="fusiontree.ops.dispatch")
     other = Operation("thing", [Backend("reference", lambda: sum, anywhere)], shown="other thing")
     other.choose("auto", "cpu")
     assert [r.getMessage() for r in caplog.records] == ["other thing on cpu: reference"]

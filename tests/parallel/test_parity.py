@@ -35,7 +35,7 @@ class Table:
             **CONFIG,
             "plugins": list(plugins),
             "model": model,
-            "training": {**TRAINING, "max_steps": steps, "eval_interval": steps},
+            "training": {**TRAINING, "max_steps": steps, "validation": {**TRAINING["validation"], "interval": steps}},
             "checkpoint": {"save_interval": 0},
         }
         values["data"] = {"train": str(data / "train"), "validation": str(data / "validation")}
