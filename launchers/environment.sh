@@ -34,8 +34,9 @@ place_in_slurm() {
         first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
         MASTER_ADDR=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
     fi
-    # The port follows from the job, so that two jobs on one node do not meet each other.
-    MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+    # The port follows from the job, so that two jobs on one node do not meet each other; ports from 32768 on are those
+    # that the system gives to outgoing connections.
+    MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
     PROCESSES=${PROCESSES:-${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}}
     export NNODES NODE_RANK MASTER_ADDR MASTER_PORT PROCESSES
 }
