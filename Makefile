@@ -69,7 +69,7 @@ format: install
 	$(BIN)/ruff format .
 
 export: install
-	$(BIN)/python -m fusiontree.convert.hf_source.assemble
+	$(BIN)/python -m fusiontree.convert.hf_assemble
 
 clean:
 	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache

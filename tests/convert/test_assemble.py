@@ -1,4 +1,4 @@
-"""The assembled model file of exported folders: current, free of FusionTree, and refused where names clash."""
+"""Formulas in the model file of exported folders: current, free of FusionTree, and refused where names clash."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fusiontree.convert.hf_source import assemble
+from fusiontree.convert import hf_assemble as assemble
 
 
 def test_the_committed_file_is_current(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    assert assemble.main(["--check"]) == 0, "run python -m fusiontree.convert.hf_source.assemble"
+    assert assemble.main(["--check"]) == 0, "run python -m fusiontree.convert.hf_assemble"
     stale = tmp_path / "modeling_fusiontree.py"
     stale.write_text(assemble.TARGET.read_text().replace("F.silu", "F.gelu"))
     monkeypatch.setattr(assemble, "TARGET", stale)

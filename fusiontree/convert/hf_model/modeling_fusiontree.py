@@ -7,20 +7,7 @@ Shape legend: B rows, S new tokens, T cached and new tokens, C channels, K key/v
 channels of an attention head, V vocabulary; H heads, G groups of B and C, R heads of a group, P channels of a head and
 N size of the state of a Mamba-2 mixer; c scan chunks, Q tokens of a scan chunk.
 
-Assembled by ``python -m fusiontree.convert.hf_source.assemble`` from these modules; change them and not this file:
-fusiontree.convert.hf_source.causal_lm
-fusiontree.convert.hf_source.layers
-fusiontree.models.gate
-fusiontree.models.mlp
-fusiontree.models.srte
-fusiontree.ops.attention.reference
-fusiontree.ops.attention.sdpa
-fusiontree.ops.conv.reference
-fusiontree.ops.gate.reference
-fusiontree.ops.norm.reference
-fusiontree.ops.rotary.reference
-fusiontree.ops.ssd.chunked
-fusiontree.ops.ssd.inputs
+The formulas between the two lines of dashes are copied from the code that trained the model.
 """
 
 from __future__ import annotations
@@ -41,95 +28,32 @@ from .configuration_fusiontree import FusionTreeConfig
 
 QUERIES_PER_BLOCK = 1024  # queries per attention mask, which limits the memory of masks
 TOKENS_PER_SCAN = 4096  # tokens per call of the scan, which limits the memory of its matrices
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that mark several texts in a row
+
+# ---- Copied by python -m fusiontree.convert.hf_assemble; change the named modules instead. ----
 
 
-class TokenLayout:
-    """Columns, positions and padding of the new tokens of a forward."""
-
-    def __init__(
-        self, rows: int, length: int, mask: Tensor | None, start: int, first_B: Tensor | None, device: Any
-    ) -> None:
-        """Lay out ``length`` new columns after ``start`` cached columns, whose rows begin at the columns ``first_B``.
-
-        ``mask`` is 1 on real tokens and 0 on pads, for all columns or for the new columns; None means no pads.
-
-        Raises:
-            ValueError: a pad is between real tokens or after a cached token, or a row has no real token.
-        """
-        self.columns_S = torch.arange(start, start + length, device=device)
-        new_BS = None if mask is None else mask[:, -length:].to(device).bool()
-        self.real_BS = None if new_BS is None or bool(new_BS.all()) else new_BS
-        """True on real tokens; None if there are no pads."""
-        if first_B is not None:
-            if first_B.shape[0] != rows:
-                raise ValueError(f"the cache holds {first_B.shape[0]} rows and the input {rows}")
-            if self.real_BS is not None:
-                raise ValueError(
-                    "attention_mask marks new tokens as pads; pads are allowed before the first token only"
-                )
-        elif self.real_BS is None:
-            first_B = torch.zeros(rows, dtype=torch.int64, device=device)
-        else:
-            first_B = self.real_BS.int().argmax(1)
-            end_B = first_B + self.real_BS.sum(1)
-            run_BS = (self.columns_S >= first_B[:, None]) & (self.columns_S < end_B[:, None])
-            if not torch.equal(run_BS, self.real_BS) or not bool(self.real_BS.any(1).all()):
-                raise ValueError("attention_mask must mark one run of real tokens in every row")
-        self.first_B = first_B
-        self.positions_BS = (self.columns_S - first_B[:, None]).clamp(min=0)
-        """Position of each token in its text; 0 on pads on the left."""
-
-
+# fusiontree.ops.norm.reference
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in x's dtype (Zhang and Sennrich 2019)."""
     compute = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(compute), x.shape[-1:], weight.to(compute), eps).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
-    """Root mean square norm; statistics in fp32."""
+# fusiontree.ops.norm.reference
+def gated_rms_norm(y_BSC: Tensor, z_BSC: Tensor, weight_C: Tensor, *, groups: int, eps: float) -> Tensor:
+    """Return RMSNorm(y * silu(z)) in y's dtype; ``groups`` equal blocks of channels are normalized separately.
 
-    def __init__(self, channels: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.eps = eps
-
-    def forward(self, x_BSC: Tensor) -> Tensor:
-        """Return ``[B, S, C]``."""
-        return rms_norm(x_BSC, self.weight, self.eps)
-
-
-def sincos_encoding(positions_BS: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Return sines in even channels and cosines in odd channels; angles are float64, as for RoPE."""
-    even = torch.arange(0, channels, 2, dtype=torch.float64, device=positions_BS.device)
-    angle = positions_BS.unsqueeze(-1).double() * torch.exp(even * (-math.log(10000.0) / channels))
-    return torch.stack([angle.sin().to(dtype), angle.cos().to(dtype)], dim=-1).flatten(2)
+    Source: Mamba-2's output norm (Dao and Gu 2024, section 7).
+    """
+    compute = torch.promote_types(y_BSC.dtype, torch.float32)
+    gated = y_BSC.to(compute) * F.silu(z_BSC.to(compute))
+    grouped = gated.unflatten(-1, (groups, -1))
+    normed = F.rms_norm(grouped, grouped.shape[-1:], None, eps).flatten(-2)
+    return (normed * weight_C.to(compute)).to(y_BSC.dtype)
 
 
-class TimeEncoding(nn.Module):
-    """Shared relative time encoding: encodes each token's position in its text for all Mamba mixers."""
-
-    def __init__(self, config: FusionTreeConfig) -> None:
-        super().__init__()
-        self.kind, self.channels = config.srte_encoding, config.hidden_size
-        if self.kind == "learnable":
-            self.weight = nn.Parameter(torch.zeros(config.max_position_embeddings, config.hidden_size))
-
-    def forward(self, positions_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return the encoding ``[B, S, C]``, or None without an encoding."""
-        if self.kind == "none":
-            return None
-        if self.kind == "sincos":
-            return sincos_encoding(positions_BS, self.channels, dtype)
-        longest = int(positions_BS.max()) + 1
-        if longest > self.weight.shape[0]:
-            raise ValueError(
-                f"a text of {longest} tokens is longer than max_position_embeddings {self.weight.shape[0]}, where the "
-                f"learnable time encoding ends"
-            )
-        return F.embedding(positions_BS, self.weight).to(dtype)
-
-
+# fusiontree.ops.conv.reference
 def _activated(y_BSC: Tensor, bias_C: Tensor | None, activation: str | None) -> Tensor:
     if bias_C is not None:
         y_BSC = y_BSC + bias_C.to(y_BSC.dtype)
@@ -140,6 +64,7 @@ def _activated(y_BSC: Tensor, bias_C: Tensor | None, activation: str | None) -> 
     return y_BSC
 
 
+# fusiontree.ops.conv.reference
 def shifted_products(
     x_BSC: Tensor,
     weight_CK: Tensor,
@@ -165,60 +90,7 @@ def shifted_products(
     return _activated(y_BSC, bias_C, activation).to(x_BSC.dtype)
 
 
-class CausalConv(nn.Module):
-    """Depthwise causal convolution and SiLU."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, width))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x_BSC: Tensor, cache: dict[str, Tensor] | None, name: str) -> Tensor:
-        """Return ``[B, S, C]``; ``cache[name]`` holds the inputs before the first token and is updated."""
-        before_BKC = None if cache is None else cache.get(name)
-        if cache is not None:
-            look_back = self.weight.shape[1] - 1
-            if before_BKC is None:
-                before_BKC = x_BSC.new_zeros(x_BSC.shape[0], look_back, x_BSC.shape[2])
-            inputs_BTC = torch.cat([before_BKC, x_BSC], dim=1)
-            cache[name] = inputs_BTC[:, inputs_BTC.shape[1] - look_back :].detach().clone()
-        return shifted_products(x_BSC, self.weight, self.bias, None, before_BKC, "silu")
-
-
-class SSMParameters(nn.Module):
-    """Decay, skip and step bias of the state space heads, in fp32: half precision rounds decays near one."""
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.A_log = nn.Parameter(torch.zeros(heads))
-        self.D = nn.Parameter(torch.ones(heads))
-        self.dt_bias = nn.Parameter(torch.zeros(heads))
-
-
-def gated_rms_norm(y_BSC: Tensor, z_BSC: Tensor, weight_C: Tensor, *, groups: int, eps: float) -> Tensor:
-    """Return RMSNorm(y * silu(z)) in y's dtype; ``groups`` equal blocks of channels are normalized separately.
-
-    Source: Mamba-2's output norm (Dao and Gu 2024, section 7).
-    """
-    compute = torch.promote_types(y_BSC.dtype, torch.float32)
-    gated = y_BSC.to(compute) * F.silu(z_BSC.to(compute))
-    grouped = gated.unflatten(-1, (groups, -1))
-    normed = F.rms_norm(grouped, grouped.shape[-1:], None, eps).flatten(-2)
-    return (normed * weight_C.to(compute)).to(y_BSC.dtype)
-
-
-class GatedRMSNorm(RMSNorm):
-    """``RMSNorm(y * silu(z))`` of each group of channels separately."""
-
-    def __init__(self, channels: int, eps: float, groups: int) -> None:
-        super().__init__(channels, eps)
-        self.groups = groups
-
-    def forward(self, y_BSC: Tensor, z_BSC: Tensor) -> Tensor:
-        """Return ``[B, S, C]``."""
-        return gated_rms_norm(y_BSC, z_BSC, self.weight, groups=self.groups, eps=self.eps)
-
-
+# fusiontree.ops.ssd.chunked
 class _ChunkMarks:
     """Masks of the chunks from document starts, broadcastable to [B, c, G, R, ...]."""
 
@@ -243,6 +115,7 @@ class _ChunkMarks:
         self.passes_through = (last_Bc == previous_Bc)[:, :, None, None]
 
 
+# fusiontree.ops.ssd.chunked
 def _pass_states(added_BcGRPN: Tensor, kept_BcGR: Tensor, initial_BGRPN: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the state before every chunk and after the last: h_c = kept_c h_{c-1} + added_c."""
     state = torch.zeros_like(added_BcGRPN[:, 0]) if initial_BGRPN is None else initial_BGRPN
@@ -253,9 +126,11 @@ def _pass_states(added_BcGRPN: Tensor, kept_BcGR: Tensor, initial_BGRPN: Tensor 
     return torch.stack(before, dim=1), state
 
 
+# fusiontree.ops.ssd.inputs
 StateExchange = Callable[[Tensor, Tensor], Tensor]
 
 
+# fusiontree.ops.ssd.chunked
 def scan_segments(
     x_BSHP: Tensor,
     dt_BSH: Tensor,
@@ -324,6 +199,258 @@ def scan_segments(
     return y_BSHP.to(x_BSHP.dtype), final_BGRPN.reshape(rows, heads, width, size)
 
 
+# fusiontree.ops.rotary.reference
+def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [B, S, D/2] in fp32 of position x theta^(-2i/D).
+
+    The angles are computed in float64: at position 131,072 fp32 would be off by 1e-2 rad.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BS.device) / head_dim
+    angles_BSD = positions_BS.unsqueeze(-1).double() * theta**-exponent
+    return angles_BSD.cos().float(), angles_BSD.sin().float()
+
+
+# fusiontree.ops.rotary.reference
+def apply_rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
+    """Rotate channels i and i + D/2 by the tables' angles, in fp32 or better; returns the dtype of ``x``."""
+    compute = torch.promote_types(x_BSHD.dtype, torch.float32)
+    first, second = x_BSHD.to(compute).chunk(2, dim=-1)
+    cos, sin = cos_BSD.unsqueeze(2).to(compute), sin_BSD.unsqueeze(2).to(compute)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x_BSHD.dtype)
+
+
+# fusiontree.ops.attention.reference
+def visible_keys(
+    queries: int, keys: int, window: int | None, positions_BS: Tensor | None, device: torch.device
+) -> Tensor:
+    """Return the mask of visible keys per query, [B or 1, S, T]."""
+    index_S = torch.arange(queries, device=device) + keys - queries
+    distance_ST = index_S.unsqueeze(1) - torch.arange(keys, device=device)
+    visible_BST = (distance_ST >= 0).unsqueeze(0)
+    if window is not None:
+        visible_BST = visible_BST & (distance_ST < window)
+    if positions_BS is not None:
+        visible_BST = visible_BST & (distance_ST <= positions_BS.unsqueeze(-1))
+    return visible_BST
+
+
+# fusiontree.ops.attention.sdpa
+def sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Call torch's function; without a mask, attention is causal and there are as many queries as keys."""
+    grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
+    out_BHSD = F.scaled_dot_product_attention(
+        q_BSHD.transpose(1, 2),
+        k_BTKD.transpose(1, 2),
+        v_BTKD.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=grouped,
+    )
+    return out_BHSD.transpose(1, 2)
+
+
+# fusiontree.ops.gate.reference
+Present = Literal["both", "first", "second"]
+
+
+# fusiontree.ops.gate.reference
+def mix(logits_BSC: Tensor, branches_BSC: Tensor, present: Present) -> Tensor:
+    """Return g first + (1 - g) second with g = sigmoid(logits); a missing branch counts as zeros."""
+    gate = torch.sigmoid(logits_BSC)
+    if present == "both":
+        first_BSC, second_BSC = branches_BSC.chunk(2, dim=-1)
+        return torch.lerp(second_BSC, first_BSC, gate)
+    return branches_BSC * (gate if present == "first" else 1 - gate)
+
+
+# fusiontree.models.srte
+def sincos_encoding(positions_BS: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Return sines in even channels and cosines in odd channels; angles are float64, as for RoPE."""
+    even = torch.arange(0, channels, 2, dtype=torch.float64, device=positions_BS.device)
+    angle = positions_BS.unsqueeze(-1).double() * torch.exp(even * (-math.log(10000.0) / channels))
+    return torch.stack([angle.sin().to(dtype), angle.cos().to(dtype)], dim=-1).flatten(2)
+
+
+# fusiontree.models.gate
+class Alignment(nn.Module):
+    """Computes the input of gate and MLP from the branches' outputs: sum of a two-layer GELU MLP and a linear map."""
+
+    def __init__(self, branches: int, hidden_size: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(branches * hidden_size, hidden_size, bias=False)
+        self.down = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.skip = nn.Linear(branches * hidden_size, hidden_size, bias=False)
+
+    def forward(self, ma_BSC: Tensor) -> Tensor:
+        """Map the branches' concatenated outputs, ``[B, S, branches * hidden_size]``, to ``[B, S, hidden_size]``."""
+        inner_BSC, skip_BSC = self.up(ma_BSC), self.skip(ma_BSC)
+        return self.down(F.gelu(inner_BSC)) + skip_BSC
+
+
+# fusiontree.models.gate
+class FusionGate(nn.Module):
+    """``W_up tanh(W_down z)``: logits of the first branch's weight g in the mix, for every token and channel.
+
+    The second branch's weight is 1 - g. A single gate has no meaning for more branches.
+
+    ``W_up`` starts at zero, so every gate starts at 0.5.
+    """
+
+    def __init__(self, config: FusionTreeConfig) -> None:
+        super().__init__()
+        self.down = nn.Linear(config.hidden_size, config.gate_rank, bias=False)
+        self.up = nn.Linear(config.gate_rank, config.hidden_size, bias=False)
+
+    def forward(self, z_BSC: Tensor) -> Tensor:
+        """Return the logits ``[B, S, C]``."""
+        return self.up(torch.tanh(self.down(z_BSC)))
+
+
+# fusiontree.models.mlp
+def _swiglu(gate_BSC: Tensor, up_BSC: Tensor) -> Tensor:
+    return F.silu(gate_BSC) * up_BSC
+
+
+# fusiontree.models.mlp
+class MLP(nn.Module):
+    """``down(gelu(up(z)))``, or SwiGLU (Shazeer 2020): ``down(silu(gate(z)) * up(z))``."""
+
+    def __init__(self, config: FusionTreeConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.gate: nn.Linear | None = None
+        if config.mlp_activation == "swiglu":
+            self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+
+    def forward(self, z_BSC: Tensor) -> Tensor:
+        """Return ``[B, S, C]``."""
+        if self.gate is None:
+            return self.down(F.gelu(self.up(z_BSC)))
+        swiglu = _swiglu
+        return self.down(swiglu(self.gate(z_BSC), self.up(z_BSC)))
+
+
+# ---- End of the copied definitions. ----
+
+
+class TokenLayout:
+    """Columns, positions and padding of the new tokens of a forward."""
+
+    def __init__(
+        self, rows: int, length: int, mask: Tensor | None, start: int, first_B: Tensor | None, device: Any
+    ) -> None:
+        """Lay out ``length`` new columns after ``start`` cached columns, whose rows begin at the columns ``first_B``.
+
+        ``mask`` is 1 on real tokens and 0 on pads, for all columns or for the new columns; None means no pads.
+
+        Raises:
+            ValueError: a pad is between real tokens or after a cached token, or a row has no real token.
+        """
+        self.columns_S = torch.arange(start, start + length, device=device)
+        new_BS = None if mask is None else mask[:, -length:].to(device).bool()
+        self.real_BS = None if new_BS is None or bool(new_BS.all()) else new_BS
+        """True on real tokens; None if there are no pads."""
+        if first_B is not None:
+            if first_B.shape[0] != rows:
+                raise ValueError(f"the cache holds {first_B.shape[0]} rows and the input {rows}")
+            if self.real_BS is not None:
+                raise ValueError(
+                    "attention_mask marks new tokens as pads; pads are allowed before the first token only"
+                )
+        elif self.real_BS is None:
+            first_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        else:
+            first_B = self.real_BS.int().argmax(1)
+            end_B = first_B + self.real_BS.sum(1)
+            run_BS = (self.columns_S >= first_B[:, None]) & (self.columns_S < end_B[:, None])
+            if not torch.equal(run_BS, self.real_BS) or not bool(self.real_BS.any(1).all()):
+                raise ValueError("attention_mask must mark one run of real tokens in every row")
+        self.first_B = first_B
+        self.positions_BS = (self.columns_S - first_B[:, None]).clamp(min=0)
+        """Position of each token in its text; 0 on pads on the left."""
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm; statistics in fp32."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        """Return ``[B, S, C]``."""
+        return rms_norm(x_BSC, self.weight, self.eps)
+
+
+class TimeEncoding(nn.Module):
+    """Shared relative time encoding: encodes each token's position in its text for all Mamba mixers."""
+
+    def __init__(self, config: FusionTreeConfig) -> None:
+        super().__init__()
+        self.kind, self.channels = config.srte_encoding, config.hidden_size
+        if self.kind == "learnable":
+            self.weight = nn.Parameter(torch.zeros(config.max_position_embeddings, config.hidden_size))
+
+    def forward(self, positions_BS: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return the encoding ``[B, S, C]``, or None without an encoding."""
+        if self.kind == "none":
+            return None
+        if self.kind == "sincos":
+            return sincos_encoding(positions_BS, self.channels, dtype)
+        longest = int(positions_BS.max()) + 1
+        if longest > self.weight.shape[0]:
+            raise ValueError(
+                f"a text of {longest} tokens is longer than max_position_embeddings {self.weight.shape[0]}, where the "
+                f"learnable time encoding ends"
+            )
+        return F.embedding(positions_BS, self.weight).to(dtype)
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution and SiLU."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, width))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x_BSC: Tensor, cache: dict[str, Tensor] | None, name: str) -> Tensor:
+        """Return ``[B, S, C]``; ``cache[name]`` holds the inputs before the first token and is updated."""
+        before_BKC = None if cache is None else cache.get(name)
+        if cache is not None:
+            look_back = self.weight.shape[1] - 1
+            if before_BKC is None:
+                before_BKC = x_BSC.new_zeros(x_BSC.shape[0], look_back, x_BSC.shape[2])
+            inputs_BTC = torch.cat([before_BKC, x_BSC], dim=1)
+            cache[name] = inputs_BTC[:, inputs_BTC.shape[1] - look_back :].detach().clone()
+        return shifted_products(x_BSC, self.weight, self.bias, None, before_BKC, "silu")
+
+
+class SSMParameters(nn.Module):
+    """Decay, skip and step bias of the state space heads, in fp32: half precision rounds decays near one."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.D = nn.Parameter(torch.ones(heads))
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+
+
+class GatedRMSNorm(RMSNorm):
+    """``RMSNorm(y * silu(z))`` of each group of channels separately."""
+
+    def __init__(self, channels: int, eps: float, groups: int) -> None:
+        super().__init__(channels, eps)
+        self.groups = groups
+
+    def forward(self, y_BSC: Tensor, z_BSC: Tensor) -> Tensor:
+        """Return ``[B, S, C]``."""
+        return gated_rms_norm(y_BSC, z_BSC, self.weight, groups=self.groups, eps=self.eps)
+
+
 class Mamba2Mixer(nn.Module):
     """Projections, convolution, scan, gated norm, output projection; B and C have a separate projection."""
 
@@ -365,35 +492,6 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(torch.cat(outputs, dim=1).flatten(2), z_BSC))
 
 
-def visible_keys(
-    queries: int, keys: int, window: int | None, positions_BS: Tensor | None, device: torch.device
-) -> Tensor:
-    """Return the mask of visible keys per query, [B or 1, S, T]."""
-    index_S = torch.arange(queries, device=device) + keys - queries
-    distance_ST = index_S.unsqueeze(1) - torch.arange(keys, device=device)
-    visible_BST = (distance_ST >= 0).unsqueeze(0)
-    if window is not None:
-        visible_BST = visible_BST & (distance_ST < window)
-    if positions_BS is not None:
-        visible_BST = visible_BST & (distance_ST <= positions_BS.unsqueeze(-1))
-    return visible_BST
-
-
-def sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Call torch's function; without a mask, attention is causal and there are as many queries as keys."""
-    grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
-    out_BHSD = F.scaled_dot_product_attention(
-        q_BSHD.transpose(1, 2),
-        k_BTKD.transpose(1, 2),
-        v_BTKD.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=grouped,
-    )
-    return out_BHSD.transpose(1, 2)
-
-
 def attend(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, positions_BS: Tensor, window: int | None) -> Tensor:
     """Attend from each new token to itself and the real tokens before it, within ``window`` tokens (None: all).
 
@@ -410,14 +508,6 @@ def attend(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, positions_BS: Tensor,
         seen = k_BTKD[:, low:high], v_BTKD[:, low:high]
         outputs.append(sdpa(q_BSHD[:, begin:end], *seen, visible_BST.unsqueeze(1), None))
     return torch.cat(outputs, dim=1)
-
-
-def apply_rotary(x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
-    """Rotate channels i and i + D/2 by the tables' angles, in fp32 or better; returns the dtype of ``x``."""
-    compute = torch.promote_types(x_BSHD.dtype, torch.float32)
-    first, second = x_BSHD.to(compute).chunk(2, dim=-1)
-    cos, sin = cos_BSD.unsqueeze(2).to(compute), sin_BSD.unsqueeze(2).to(compute)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x_BSHD.dtype)
 
 
 class LocalGlobalAttention(nn.Module):
@@ -464,74 +554,6 @@ class LocalGlobalAttention(nn.Module):
         return self.o_proj(torch.cat(outputs, dim=2).flatten(2))
 
 
-class FusionGate(nn.Module):
-    """``W_up tanh(W_down z)``: logits of the first branch's weight g in the mix, for every token and channel.
-
-    The second branch's weight is 1 - g. A single gate has no meaning for more branches.
-
-    ``W_up`` starts at zero, so every gate starts at 0.5.
-    """
-
-    def __init__(self, config: FusionTreeConfig) -> None:
-        super().__init__()
-        self.down = nn.Linear(config.hidden_size, config.gate_rank, bias=False)
-        self.up = nn.Linear(config.gate_rank, config.hidden_size, bias=False)
-
-    def forward(self, z_BSC: Tensor) -> Tensor:
-        """Return the logits ``[B, S, C]``."""
-        return self.up(torch.tanh(self.down(z_BSC)))
-
-
-def _swiglu(gate_BSC: Tensor, up_BSC: Tensor) -> Tensor:
-    return F.silu(gate_BSC) * up_BSC
-
-
-class MLP(nn.Module):
-    """``down(gelu(up(z)))``, or SwiGLU (Shazeer 2020): ``down(silu(gate(z)) * up(z))``."""
-
-    def __init__(self, config: FusionTreeConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
-        self.gate: nn.Linear | None = None
-        if config.mlp_activation == "swiglu":
-            self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
-
-    def forward(self, z_BSC: Tensor) -> Tensor:
-        """Return ``[B, S, C]``."""
-        if self.gate is None:
-            return self.down(F.gelu(self.up(z_BSC)))
-        swiglu = _swiglu
-        return self.down(swiglu(self.gate(z_BSC), self.up(z_BSC)))
-
-
-class Alignment(nn.Module):
-    """Computes the input of gate and MLP from the branches' outputs: sum of a two-layer GELU MLP and a linear map."""
-
-    def __init__(self, branches: int, hidden_size: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(branches * hidden_size, hidden_size, bias=False)
-        self.down = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.skip = nn.Linear(branches * hidden_size, hidden_size, bias=False)
-
-    def forward(self, ma_BSC: Tensor) -> Tensor:
-        """Map the branches' concatenated outputs, ``[B, S, branches * hidden_size]``, to ``[B, S, hidden_size]``."""
-        inner_BSC, skip_BSC = self.up(ma_BSC), self.skip(ma_BSC)
-        return self.down(F.gelu(inner_BSC)) + skip_BSC
-
-
-Present = Literal["both", "first", "second"]
-
-
-def mix(logits_BSC: Tensor, branches_BSC: Tensor, present: Present) -> Tensor:
-    """Return g first + (1 - g) second with g = sigmoid(logits); a missing branch counts as zeros."""
-    gate = torch.sigmoid(logits_BSC)
-    if present == "both":
-        first_BSC, second_BSC = branches_BSC.chunk(2, dim=-1)
-        return torch.lerp(second_BSC, first_BSC, gate)
-    return branches_BSC * (gate if present == "first" else 1 - gate)
-
-
 class FusionTreeBlock(GradientCheckpointingLayer):
     """One layer. Its letter in ``layer_pattern`` selects the mixers: F both, M Mamba, A attention."""
 
@@ -572,9 +594,6 @@ class FusionTreeBlock(GradientCheckpointingLayer):
             z_BSC = sum(outputs) / 2  # a missing mixer counts as zeros
         present = {"F": "both", "M": "first", "A": "second"}[self.letter]
         return x_BSC + self.out_proj(mix(self.gate(z_BSC), ma_BSC, present)) + self.mlp(z_BSC)
-
-
-PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that mark several texts in a row
 
 
 class FusionTreeCache:
@@ -649,16 +668,6 @@ class FusionTreePreTrainedModel(PreTrainedModel):
             module.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         elif isinstance(module, TimeEncoding) and module.kind == "learnable":
             module.weight.normal_(0.0, std)
-
-
-def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines [B, S, D/2] in fp32 of position x theta^(-2i/D).
-
-    The angles are computed in float64: at position 131,072 fp32 would be off by 1e-2 rad.
-    """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BS.device) / head_dim
-    angles_BSD = positions_BS.unsqueeze(-1).double() * theta**-exponent
-    return angles_BSD.cos().float(), angles_BSD.sin().float()
 
 
 class FusionTreeModel(FusionTreePreTrainedModel):

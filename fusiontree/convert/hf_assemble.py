@@ -1,9 +1,9 @@
-"""Assembles ``hf_model/modeling_fusiontree.py`` from this folder's files and the definitions that they import.
+"""Copies formulas of the trained model into ``hf_model/modeling_fusiontree.py``, the model file of exported folders.
 
-    python -m fusiontree.convert.hf_source.assemble [--check]
+    python -m fusiontree.convert.hf_assemble [--check]
 
-A definition that is imported from FusionTree is copied together with the definitions that it uses; :class:`_Plain`
-replaces the helpers of training in it.
+The rest of that file is a shell around the formulas: decoding cache, layers and transformers' classes. A definition is
+copied together with the definitions that it uses; :class:`_Plain` replaces the helpers of training in it.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-TARGET = Path(__file__).parents[1] / "hf_model" / "modeling_fusiontree.py"
-HEADER = '''"""FusionTree language model for transformers, in one file of plain PyTorch (no kernels, any device).
-
-Every layer reads the sequence twice in parallel, by a Mamba-2 mixer and by attention whose first heads see a window and
-whose last heads see all earlier tokens; a gate mixes the two outputs per token and channel.
-
-Shape legend: B rows, S new tokens, T cached and new tokens, C channels, K key/value heads or taps of a convolution, D
-channels of an attention head, V vocabulary; H heads, G groups of B and C, R heads of a group, P channels of a head and
-N size of the state of a Mamba-2 mixer; c scan chunks, Q tokens of a scan chunk.
-
-Assembled by ``python -m fusiontree.convert.hf_source.assemble`` from these modules; change them and not this file:
-{modules}
-"""
-
-from __future__ import annotations
-'''
+TARGET = Path(__file__).parent / "hf_model" / "modeling_fusiontree.py"
+COPIED = {
+    "fusiontree.ops.norm.reference": ("rms_norm", "gated_rms_norm"),
+    "fusiontree.ops.conv.reference": ("shifted_products",),
+    "fusiontree.ops.ssd.chunked": ("scan_segments",),
+    "fusiontree.ops.rotary.reference": ("rotary_tables", "apply_rotary"),
+    "fusiontree.ops.attention.reference": ("visible_keys",),
+    "fusiontree.ops.attention.sdpa": ("sdpa",),
+    "fusiontree.ops.gate.reference": ("mix",),
+    "fusiontree.models.srte": ("sincos_encoding",),
+    "fusiontree.models.gate": ("Alignment", "FusionGate"),
+    "fusiontree.models.mlp": ("MLP",),
+}
+"""Definitions that the shell uses, per module."""
+BEGIN = "# ---- Copied by python -m fusiontree.convert.hf_assemble; change the named modules instead. ----\n"
+END = "# ---- End of the copied definitions. ----\n"
 
 
 class Module:
@@ -38,21 +38,17 @@ class Module:
     def __init__(self, name: str) -> None:
         spec = find_spec(name)
         assert spec is not None and spec.origin is not None, f"{name} does not exist"
-        self.name = name
-        self.source = Path(spec.origin).read_text(encoding="utf-8")
-        self.body = ast.parse(self.source).body
+        self.lines = Path(spec.origin).read_bytes().split(b"\n")
         self.definitions: dict[str, ast.stmt] = {}
-        self.imports: dict[str, tuple[str, str | None]] = {}
-        """(module, name in it or None) of each imported name."""
-        for node in self.body:
+        self.imports: dict[str, str] = {}
+        """Module of each name that is imported with ``from``."""
+        for node in ast.parse(b"\n".join(self.lines)).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 self.definitions[node.name] = node
             elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 self.definitions[node.targets[0].id] = node
-            elif isinstance(node, ast.Import):
-                self.imports |= {alias.asname or alias.name: (alias.name, None) for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                self.imports |= {alias.asname or alias.name: (str(node.module), alias.name) for alias in node.names}
+                self.imports |= {alias.name: str(node.module) for alias in node.names}
 
 
 class _Plain(ast.NodeVisitor):
@@ -121,15 +117,13 @@ def _range(node: ast.expr | ast.stmt) -> tuple[int, int, int, int]:
 
 
 class Assembly:
-    """The definitions of the assembled file, each after the definitions that it uses."""
+    """Copied definitions, each after the definitions that it uses."""
 
     def __init__(self) -> None:
         self.modules: dict[str, Module] = {}
         self.texts: dict[str, str] = {}
         self.origins: dict[str, str] = {}
         """Module of each definition."""
-        self.imports: set[tuple[str, str | None, str]] = set()
-        """(module, name in it or None, name in the file)."""
 
     def add(self, module_name: str, name: str) -> None:
         """Add a definition and the definitions that it uses.
@@ -141,69 +135,46 @@ class Assembly:
             raise ValueError(f"both {module_name} and {self.origins[name]} define {name}; rename one of them")
         if name in self.texts:
             return
-        module = self.module(module_name)
-        text = plain(module.definitions[name], module.source.encode().split(b"\n"))
+        if module_name not in self.modules:
+            self.modules[module_name] = Module(module_name)
+        module = self.modules[module_name]
+        text = plain(module.definitions[name], module.lines)
         self.texts[name] = text  # set before the recursion, which definitions that use each other would not end
         for used in [node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name) and node.id != name]:
-            source, imported = module.imports.get(used, ("", None))
-            if used == "FusionTreeConfig":
-                self.imports.add((".configuration_fusiontree", used, used))
-            elif used in module.definitions:
+            if used in module.definitions:
                 self.add(module_name, used)
-            elif source.startswith("fusiontree.") and imported:
-                self.add(source, imported)
-            elif source:
-                self.imports.add((source, imported, used))
+            elif module.imports.get(used, "").startswith("fusiontree."):
+                self.add(module.imports[used], used)
         self.texts[name] = self.texts.pop(name)
 
-    def module(self, name: str) -> Module:
-        """Return a module; reads each module once."""
-        if name not in self.modules:
-            self.modules[name] = Module(name)
-        return self.modules[name]
-
-    def text(self) -> str:
-        """Return the file."""
-        groups: tuple[dict[str, set[str]], ...] = ({}, {}, {})  # standard library, other packages, this folder
-        for source, imported, name in self.imports:
-            group = groups[2 if source.startswith(".") else source.split(".")[0] not in sys.stdlib_module_names]
-            line = f"from {source} import " if imported else f"import {source}" + f" as {name}" * (name != source)
-            group.setdefault(line, set()).update({imported} if imported else ())
-        imports = "\n\n".join(
-            "\n".join(line + ", ".join(sorted(names)) for line, names in sorted(group.items(), key=_import_order))
-            for group in groups
-        )
-        text = HEADER.format(modules="\n".join(sorted(set(self.origins.values())))) + "\n" + imports + "\n\n"
-        after_constant = True
-        for definition in self.texts.values():
-            constant = not definition.startswith(("def ", "class ", "@"))
-            text += ("" if constant and after_constant else "\n\n") + definition + "\n"
-            after_constant = constant
-        return text
-
-
-def _import_order(item: tuple[str, set[str]]) -> tuple[bool, str]:
-    return item[0].startswith("from"), item[0].split()[1]
+    def section(self) -> str:
+        """Return the section of the model file between :data:`BEGIN` and :data:`END`."""
+        text = BEGIN
+        for name, definition in self.texts.items():
+            text += f"\n\n# {self.origins[name]}\n{definition}\n"
+        return text + "\n\n" + END
 
 
 def assembled() -> str:
-    """Return the text of the model file for exported folders."""
+    """Return the text of the model file with its section of copied definitions renewed."""
     assembly = Assembly()
-    for part in ("layers", "causal_lm"):
-        name = f"{__package__}.{part}"
-        for definition in assembly.module(name).definitions:
-            assembly.add(name, definition)
-    return assembly.text()
+    for module, names in COPIED.items():
+        for name in names:
+            assembly.add(module, name)
+    before, _, rest = TARGET.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert end, f"{TARGET} lacks the lines that begin and end its copied definitions"
+    return before + assembly.section() + after
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the model file, or compare it with its sources."""
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.assemble", description=main.__doc__)
+    """Renew the copied definitions in the model file, or compare them with their modules."""
+    parser = argparse.ArgumentParser(prog="python -m fusiontree.convert.hf_assemble", description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the file is not current")
     if not parser.parse_args(arguments).check:
         TARGET.write_text(assembled(), encoding="utf-8")
     elif TARGET.read_text(encoding="utf-8") != assembled():
-        print(f"{TARGET} is not current; run python -m {__package__}.assemble", file=sys.stderr)
+        print(f"{TARGET} is not current; run python -m fusiontree.convert.hf_assemble", file=sys.stderr)
         return 1
     return 0
 
