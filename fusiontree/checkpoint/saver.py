@@ -26,11 +26,11 @@ from torch import Tensor
 from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.checkpoint.folders import STATE, partial_folder, remove_folder, step_folder
 from fusiontree.checkpoint.manifest import file_entries, write_manifest
-from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, metadata_bytes
+from fusiontree.checkpoint.metadata import METADATA
 from fusiontree.checkpoint.retention import remove_old
 from fusiontree.checkpoint.save_plan import Rectangle, SavePlan, holdings_of, make_plan
 from fusiontree.checkpoint.snapshot import Snapshot, live_pieces
-from fusiontree.checkpoint.write_files import Written, write_files
+from fusiontree.checkpoint.write_files import Written, write_files, write_metadata
 from fusiontree.parallel.layout import gather_objects
 from fusiontree.utils.files import atomic_write, fsync_directory, write_json
 
@@ -248,13 +248,7 @@ class Saver:
         """Write metadata, state and small files, then the manifest, and rename the folder to its final name."""
         final = step_folder(self.checkpoints, request.step)
         try:
-            chunks: dict[str, list[Chunk]] = {name: [] for name in plan.tensors}
-            for file in files:
-                for name, chunk in file.chunks:
-                    chunks[name].append(chunk)
-            saved = {n: SavedTensor(shape, dtype, tuple(chunks[n])) for n, (shape, dtype) in plan.tensors.items()}
-            with atomic_write(partial / METADATA, "wb") as out:
-                out.write(metadata_bytes(saved))
+            write_metadata(partial, plan.tensors, files)
             write_json(partial / STATE, {"step": request.step, **request.values})
             small = [partial / METADATA, partial / STATE]
             for extra in request.extra_files:

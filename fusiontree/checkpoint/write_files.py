@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fusiontree.checkpoint.manifest import FileEntry
-from fusiontree.checkpoint.metadata import Chunk
+from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, metadata_bytes
 from fusiontree.checkpoint.save_plan import Rectangle
+from fusiontree.utils.files import atomic_write
 
 _FILE_BYTES = 256 << 20
 _MOST_FILES = 4
@@ -81,6 +82,19 @@ def write_file(folder: Path, name: str, pieces: Iterable[tuple[Rectangle, Tensor
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     return Written(name, FileEntry(start, tuple(parts), whole=False), chunks)
+
+
+def write_metadata(
+    folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], files: Iterable[Written]
+) -> None:
+    """Write ``.metadata``: shape and dtype of each tensor, and the places of its rectangles in ``files``."""
+    chunks: dict[str, list[Chunk]] = {name: [] for name in tensors}
+    for file in files:
+        for name, chunk in file.chunks:
+            chunks[name].append(chunk)
+    saved = {name: SavedTensor(shape, dtype, tuple(chunks[name])) for name, (shape, dtype) in tensors.items()}
+    with atomic_write(folder / METADATA, "wb") as out:
+        out.write(metadata_bytes(saved))
 
 
 def _own_storage(live: Tensor) -> Tensor:

@@ -15,11 +15,10 @@ from torch import Tensor
 from fusiontree.checkpoint.folders import STATE, folder_step, step_folder
 from fusiontree.checkpoint.load import find_checkpoint, read_state
 from fusiontree.checkpoint.manifest import file_entries, verify, write_manifest
-from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, metadata_bytes
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.checkpoint.save_plan import Rectangle
-from fusiontree.checkpoint.write_files import Written, write_file
-from fusiontree.convert.reader import MODEL, TOKENIZER_FILES, CheckpointSource, Entry, Stream, checked
+from fusiontree.checkpoint.write_files import Written, write_file, write_metadata
+from fusiontree.convert.reader import MODEL, TOKENIZER_FILES, CheckpointSource, Entry, Stream, checked, state_prefix
 from fusiontree.utils.files import atomic_write, write_json
 
 _FILE_BYTES = 4 << 30
@@ -95,15 +94,7 @@ def write_dcp(folder: Path, tensors: dict[str, Lazy]) -> list[Written]:
     for number, rectangles in enumerate(files):
         pieces = ((rectangle, tensors[rectangle[0]].make(rectangle[1])) for rectangle in rectangles)
         written.append(write_file(folder, f"__0_{number}.distcp", pieces))
-    chunks: dict[str, list[Chunk]] = {name: [] for name in tensors}
-    for file in written:
-        for name, chunk in file.chunks:
-            chunks[name].append(chunk)
-    saved = {
-        name: SavedTensor(lazy.entry.shape, lazy.entry.dtype, tuple(chunks[name])) for name, lazy in tensors.items()
-    }
-    with atomic_write(folder / METADATA, "wb") as out:
-        out.write(metadata_bytes(saved))
+    write_metadata(folder, {name: lazy.entry for name, lazy in tensors.items()}, written)
     return written
 
 
@@ -155,9 +146,11 @@ def fresh_state() -> dict[str, Any]:
 def _zero_states(source: CheckpointSource) -> dict[str, Lazy]:
     zeros: dict[str, Lazy] = {}
     for name, (shape, _) in source.entries.items():
-        for prefix, dtype in source.state_dtypes.items():
+        for state, dtype in source.state_dtypes.items():
             entry = Entry(shape, dtype)
-            zeros[prefix + name.removeprefix(MODEL)] = whole(entry, lambda e=entry: torch.zeros(e.shape, dtype=e.dtype))  # type: ignore[misc]
+            zeros[state_prefix(state) + name.removeprefix(MODEL)] = whole(
+                entry, lambda e=entry: torch.zeros(e.shape, dtype=e.dtype)
+            )  # type: ignore[misc]
     return zeros
 
 

@@ -56,16 +56,15 @@ class HuggingFaceFolder(CheckpointSource):
         known = ModelConfig.model_fields.keys()
         self.config = {"model": {name: value for name, value in config.items() if name in known}}
         self.files = tokenizer_files(path)
-        self._files = tensor_files(path)
-        self.entries = {our_name(name): file.entries[name] for name, file in self._files.items()}
+        self._weights = SafetensorsFolder(path)
+        self.entries = {our_name(name): entry for name, entry in self._weights.entries.items()}
         if self.model_config.tie_word_embeddings:
             self.entries.pop(_HEAD[0], None)  # some writers also store the tied head
         self.entries = checked(self.entries, self.model_config, str(path))
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
-        theirs = their_name(name)
-        return self._files[theirs].read(theirs)
+        return self._weights.read(their_name(name))
 
 
 def tokenizer_files(path: Path) -> list[Path]:
@@ -76,26 +75,35 @@ def tokenizer_files(path: Path) -> list[Path]:
     return [info] if read_json(info).get("file") is None else [info, path / TOKENIZER_FILES[1]]
 
 
-def tensor_files(path: Path) -> dict[str, SafetensorsFile]:
-    """Return the file of each tensor in a folder.
+class SafetensorsFolder:
+    """The tensors of a folder's safetensors files."""
 
-    Raises:
-        UserError: there is no safetensors file, or a file or tensor named in the index is missing.
-    """
-    if (path / INDEX).is_file():
-        places = read_json(path / INDEX)["weight_map"]
-        missing = sorted({file for file in places.values() if not (path / Path(file).name).is_file()})
-        if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)}, which its index names; copy the folder again")
-        files = {file: SafetensorsFile(path / Path(file).name) for file in set(places.values())}
-        for name, file in places.items():
-            if name not in files[file].entries:
-                raise UserError(f"{files[file].path} lacks '{name}', which the index says it holds; copy it again")
-        return {name: files[file] for name, file in places.items()}
-    found = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
-    if not found:
-        raise UserError(f"{path} holds no .safetensors file; give the folder that has the weights")
-    return {name: file for file in map(SafetensorsFile, found) for name in file.entries}
+    def __init__(self, path: Path) -> None:
+        """Open the files.
+
+        Raises:
+            UserError: there is no safetensors file, or a file or tensor named in the index is missing.
+        """
+        if (path / INDEX).is_file():
+            places = read_json(path / INDEX)["weight_map"]
+            missing = sorted({file for file in places.values() if not (path / Path(file).name).is_file()})
+            if missing:
+                raise UserError(f"{path} lacks {', '.join(missing)}, which its index names; copy the folder again")
+            files = {file: SafetensorsFile(path / Path(file).name) for file in set(places.values())}
+            for name, file in places.items():
+                if name not in files[file].entries:
+                    raise UserError(f"{files[file].path} lacks '{name}', which the index says it holds; copy it again")
+            self._files = {name: files[file] for name, file in places.items()}
+        else:
+            found = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
+            if not found:
+                raise UserError(f"{path} holds no .safetensors file; give the folder that has the weights")
+            self._files = {name: file for file in map(SafetensorsFile, found) for name in file.entries}
+        self.entries = {name: file.entries[name] for name, file in self._files.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        return self._files[name].read(name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusiontree.convert import transformers_logits
 from fusiontree.convert.reader import MODEL, Stream
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.utils.environment import child_environment
@@ -33,6 +32,17 @@ _TOKENS = 256
 _ROUNDINGS, _MOST = 4, 1e-2
 """For deep models with rounding errors above the tolerance: allow ``_ROUNDINGS`` times the FusionTree model's rounding
 error, at most ``_MOST``."""
+
+_TRANSFORMERS_PROGRAM = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+
+folder, ids_file, logits_file = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+with torch.no_grad():
+    torch.save(model(torch.load(ids_file, weights_only=True), use_cache=False).logits.float(), logits_file)
+"""
+"""Writes the logits that a folder's own code computes on the CPU; runs in a process without FusionTree."""
 
 
 def why_not(weight_bytes: int, mode: str) -> str | None:
@@ -119,8 +129,8 @@ def _transformers_logits(folder: Path, ids_BS: Tensor) -> Tensor:
     with tempfile.TemporaryDirectory(prefix="logits-") as scratch:
         ids_file, output = Path(scratch) / "ids.pt", Path(scratch) / "logits.pt"
         torch.save(ids_BS, ids_file)
-        # Without -P the script's folder would come first among the places that modules are imported from.
-        command = [sys.executable, "-P", transformers_logits.__file__, str(folder), str(ids_file), str(output)]
+        # Without -P the working directory would come first among the places that modules are imported from.
+        command = [sys.executable, "-P", "-c", _TRANSFORMERS_PROGRAM, str(folder), str(ids_file), str(output)]
         environment = child_environment(HF_MODULES_CACHE=str(Path(scratch) / "modules"), HF_HUB_OFFLINE="1")
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -10,16 +10,14 @@ States of the optimizer are under ``optimizer.state.exp_avg.KEY``, where Megatro
 from __future__ import annotations
 
 import io
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusiontree.checkpoint.metadata import SavedTensor, read_metadata
 from fusiontree.checkpoint.open_files import OpenFiles
-from fusiontree.convert.blocks import BlockPlace, blocks_of
 from fusiontree.convert.dcp import Lazy, write_dcp
 from fusiontree.convert.hf import tokenizer_files
 from fusiontree.convert.reader import (
@@ -30,15 +28,56 @@ from fusiontree.convert.reader import (
     checked,
     known,
     parameter_shapes,
+    state_prefix,
     write_ours,
 )
 from fusiontree.models.config import ModelConfig
+from fusiontree.parallel.tp_plan import split_of
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import write_json
 
 KIND = "metadata.json"
 _MASTER = "optimizer.state.fp32_param." + MODEL
 """Prefix of Megatron's fp32 master weights of bf16 weights."""
+
+
+class BlockPlace(NamedTuple):
+    """One block of a parameter, of which each tensor parallel rank holds an equal contiguous part."""
+
+    name: str | None
+    """None if the parameter has only one block."""
+    axis: int
+    start: int
+    """First row (or column) in the parameter."""
+    shape: tuple[int, ...]
+    parts: int
+    """Number of parts that the block is split into; 1 if it is replicated."""
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return a view of the block in the full parameter."""
+        return parameter.narrow(self.axis, self.start, self.shape[self.axis])
+
+    def chunks(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Return offset and shape of each part in the block."""
+        length = self.shape[self.axis] // self.parts
+        shape = (*self.shape[: self.axis], length, *self.shape[self.axis + 1 :])
+        zeros = (0,) * len(self.shape)
+        return {(*zeros[: self.axis], part * length, *zeros[self.axis + 1 :]): shape for part in range(self.parts)}
+
+
+def blocks_of(name: str, shape: tuple[int, ...], config: ModelConfig, tp: int) -> list[BlockPlace]:
+    """Return the blocks of a parameter (its name without ``model.``) in order."""
+    split = split_of(name, config)
+    if split is None:
+        return [BlockPlace(None, 0, 0, shape, 1)]
+    parts = tp if split.is_owned(tp) else 1
+    found, start = [], 0
+    for block in split.blocks:
+        block_shape = (*shape[: split.axis], block.size, *shape[split.axis + 1 :])
+        found.append(BlockPlace(block.name if len(split.blocks) > 1 else None, split.axis, start, block_shape, parts))
+        start += block.size
+    assert start == shape[split.axis], f"blocks of {name} make {start} of {shape}"
+    return found
 
 
 def is_megatron(path: Path) -> bool:
@@ -63,8 +102,6 @@ def write(folder: Path, stream: Stream, *, tp: int) -> None:
                 lambda offset, name=name, block=block: reader.part(name, block, offset),  # type: ignore[misc]
             )
     write_dcp(folder, lazy)
-    for file in source.files:
-        shutil.copyfile(file, folder / file.name)
     step = (source.state or {}).get("step", 0)
     torch.save({"iteration": step, "checkpoint_version": 3.0}, folder / "common.pt")
     kind = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -156,8 +193,8 @@ class MegatronFolder(CheckpointSource):
 
 def _prefixes(source: CheckpointSource) -> dict[str, str]:
     """Return FusionTree's prefixes of names and Megatron's."""
-    states = (prefix.removeprefix("optimizer.") for prefix in source.state_dtypes)
-    return {MODEL: MODEL, **{f"optimizer.{state}": f"optimizer.state.{state}{MODEL}" for state in states}}
+    states = {state_prefix(state): f"optimizer.state.{state}.{MODEL}" for state in source.state_dtypes}
+    return {MODEL: MODEL, **states}
 
 
 def _key(name: str, block: BlockPlace) -> str:

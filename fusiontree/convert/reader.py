@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -71,8 +72,12 @@ class CheckpointSource(ABC):
 
     @property
     def state_dtypes(self) -> dict[str, torch.dtype]:
-        """Prefix of the names and dtype of each state of the optimizer that the configuration names."""
-        return state_dtypes(self.config)
+        """Name and dtype of each state of the configured optimizer.
+
+        Raises:
+            UserError: the optimizer is not registered; its plugin is missing.
+        """
+        return {name: getattr(torch, dtype) for name, dtype in stored_spec(self.config).states.items()}
 
 
 class Stream:
@@ -115,14 +120,9 @@ class Stream:
         return sum(self.entry(name).nbytes for name in self.source.entries)
 
 
-def state_dtypes(config: dict[str, Any]) -> dict[str, torch.dtype]:
-    """Return ``optimizer.STATE.`` -> dtype of the optimizer that a whole configuration names.
-
-    Raises:
-        UserError: the optimizer is not registered; its plugin is missing.
-    """
-    states = stored_spec(config).states
-    return {f"optimizer.{name}.": getattr(torch, dtype) for name, dtype in states.items()}
+def state_prefix(state: str) -> str:
+    """Return the prefix of an optimizer state's tensors in a training checkpoint."""
+    return f"optimizer.{state}."
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -192,5 +192,7 @@ def known(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, Any], di
 
 
 def write_ours(folder: Path, source: CheckpointSource) -> None:
-    """Write configuration and small values as an additional file, for formats that cannot store them."""
+    """Write configuration, small values and tokenizer as additional files, for formats that cannot store them."""
+    for file in source.files:
+        shutil.copyfile(file, folder / file.name)
     write_json(folder / OURS, {"config": source.config, "state": source.state})

@@ -30,7 +30,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from fusiontree.convert.hf import tensor_files
+from fusiontree.convert.hf import SafetensorsFolder
 from fusiontree.convert.reader import MODEL, CheckpointSource, Entry, parameter_shapes
 from fusiontree.convert.safetensors_file import SafetensorsFile
 from fusiontree.models.config import ModelConfig
@@ -261,20 +261,11 @@ def open_weights(path: Path) -> Weights:
     if path.is_file():
         return SafetensorsFile(path) if path.suffix == ".safetensors" else _TorchFiles([path])
     if any(path.glob("*.safetensors")):
-        return _Folder(path)
+        return SafetensorsFolder(path)
     files = sorted(path.glob("*.bin")) or sorted(path.glob("*.pt"))
     if not files:
         raise UserError(f"source '{path}' holds no .safetensors, .bin or .pt file; give the folder with the weights")
     return _TorchFiles(files)
-
-
-class _Folder:
-    def __init__(self, path: Path) -> None:
-        self._files = tensor_files(path)
-        self.entries = {name: file.entries[name] for name, file in self._files.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self._files[name].read(name)
 
 
 class _TorchFiles:

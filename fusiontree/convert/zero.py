@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fusiontree.convert.dcp import fresh_state
 from fusiontree.convert.hf import tokenizer_files
-from fusiontree.convert.reader import MODEL, CheckpointSource, Entry, checked, known, parameter_shapes
+from fusiontree.convert.reader import MODEL, CheckpointSource, Entry, checked, known, parameter_shapes, state_prefix
 from fusiontree.convert.safe_unpickle import Inert, load_inert
 from fusiontree.convert.zero_layout import File, ZeroLayout
 from fusiontree.models.config import ModelConfig
+from fusiontree.parallel.global_tensor import ShardSpec
 from fusiontree.utils.errors import UserError
 
 LATEST = "latest"
@@ -82,7 +83,7 @@ class ZeroFolder(CheckpointSource):
         described = load_inert(folder / name)
         if any(any(padding) for padding in first.get("param_alignment_paddings") or []):
             raise UserError(f"{folder} was saved with zero_optimization.parameter_alignment, which is not read")
-        groups = [[ours(name) for name in group] for group in described["param_shapes"]]
+        groups = [[name.removeprefix("module.") for name in group] for group in described["param_shapes"]]
         held = [name for group in groups for name in group]
         entries = {MODEL + name: Entry(shapes.get(name, ()), torch.float32) for name in held}
         self.entries = checked(entries, model, str(folder))
@@ -92,9 +93,9 @@ class ZeroFolder(CheckpointSource):
                 wanted = self.layout.specs[name][0].local_shape
                 if tuple(shape) != wanted:
                     raise UserError(f"{folder}: '{name}' is {tuple(shape)} on a rank; at tp {tp} it should be {wanted}")
-        for prefix, dtype in self.state_dtypes.items():
-            if state_name(prefix) in self._group(first, 0):
-                self.entries |= {prefix + n: Entry(shapes[n], dtype) for n in held}
+        for state, dtype in self.state_dtypes.items():
+            if state in self._group(first, 0):
+                self.entries |= {state_prefix(state) + n: Entry(shapes[n], dtype) for n in held}
         step = plain_int(self._group(first, 0).get("step", 0))
         made = {"step": plain_int(described["global_steps"]), "engine": {"optimizer_step": step}}
         self.state = saved if saved is not None else fresh_state() | made
@@ -111,7 +112,8 @@ class ZeroFolder(CheckpointSource):
                 if run.offset + run.length > flat.numel():
                     raise UserError(f"'{name}' does not fit the partition of ranks {run.file}; copy it again")
                 part[run.start : run.start + run.length] = flat[run.offset : run.offset + run.length]
-            put(spec, part.view(spec.local_shape), values)
+            for full, shard in equal_views(spec, values, part.view(spec.local_shape)):
+                full.copy_(shard)
         return values
 
     def _flat(self, state: dict[str, Any], group: int, kind: str) -> Tensor:
@@ -129,11 +131,6 @@ class ZeroFolder(CheckpointSource):
         return states[group] if group < len(states) else {}
 
 
-def state_name(prefix: str) -> str:
-    """Return ``STATE`` of the prefix ``optimizer.STATE.``."""
-    return prefix.split(".")[1]
-
-
 def kind_and_parameter(name: str) -> tuple[str, str]:
     """Return the kind of flat tensor and the parameter of a tensor ``model.NAME`` or ``optimizer.STATE.NAME``."""
     if name.startswith(MODEL):
@@ -142,31 +139,14 @@ def kind_and_parameter(name: str) -> tuple[str, str]:
     return state, parameter
 
 
-def put(spec: Any, part: Tensor, whole: Tensor) -> None:
-    """Copy a tensor parallel rank's part to its places in the whole parameter."""
+def equal_views(spec: ShardSpec, full: Tensor, shard: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield views of the same values in a full parameter and in a tensor parallel rank's shard of it."""
     if spec.axis is None:
-        whole.copy_(part)
-        return
+        yield full, shard
     begin = 0
     for start, stop in spec.ranges:
-        whole.narrow(spec.axis, start, stop - start).copy_(part.narrow(spec.axis, begin, stop - start))
+        yield full.narrow(spec.axis, start, stop - start), shard.narrow(spec.axis, begin, stop - start)
         begin += stop - start
-
-
-def take(spec: Any, whole: Tensor, part: Tensor) -> None:
-    """Copy a tensor parallel rank's part out of the whole parameter."""
-    if spec.axis is None:
-        part.copy_(whole)
-        return
-    begin = 0
-    for start, stop in spec.ranges:
-        part.narrow(spec.axis, begin, stop - start).copy_(whole.narrow(spec.axis, start, stop - start))
-        begin += stop - start
-
-
-def ours(name: str) -> str:
-    """Return a parameter's name without a wrapper's prefix."""
-    return name.removeprefix("module.")
 
 
 def plain_int(value: Any) -> int:
@@ -174,10 +154,3 @@ def plain_int(value: Any) -> int:
     if isinstance(value, Inert):
         value = value.args[0]
     return int(value)
-
-
-def param_shapes(layout: ZeroLayout) -> list[OrderedDict]:
-    """Return what DeepSpeed calls so: names and shapes of each flat tensor, in order."""
-    return [
-        OrderedDict((name, torch.Size(layout.specs[name][0].local_shape)) for name in group) for group in layout.groups
-    ]

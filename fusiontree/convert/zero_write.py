@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor
 
 from fusiontree.config.moved import under_present_names
-from fusiontree.convert.reader import Stream, parameter_shapes, state_dtypes, write_ours
-from fusiontree.convert.zero import LATEST, MASTERS, kind_and_parameter, param_shapes, state_name, take
+from fusiontree.convert.reader import CheckpointSource, Stream, parameter_shapes, write_ours
+from fusiontree.convert.zero import LATEST, MASTERS, equal_views, kind_and_parameter
 from fusiontree.convert.zero_layout import ZeroLayout
 from fusiontree.optim.build import build_optimizer, parameter_groups
 from fusiontree.optim.config import validated_settings
 from fusiontree.utils.errors import UserError
 
-Key = tuple[Any, ...]
+Flats = dict[tuple[Any, ...], Tensor]
+"""Flat tensors by (kind, data parallel rank, tensor parallel rank, group); for stages 1 and 2 also the module's weights
+by ("module", name, tensor parallel rank). Their memory is files."""
 
 
 def write(folder: Path, stream: Stream, *, stage: int, dp: int, tp: int) -> None:
@@ -48,11 +51,10 @@ def write(folder: Path, stream: Stream, *, stage: int, dp: int, tp: int) -> None
     tag = f"global_step{state['step']}"
     scratch = folder / "scratch"
     scratch.mkdir()
-    flats = _Flats(scratch)
-    _fill(flats, layout, stream)
+    flats = _filled(scratch, layout, stream)
     target = folder / tag
     target.mkdir()
-    common = _Common(layout, source.config, state, deepspeed.__version__)
+    common = _Common(layout, source, state, deepspeed.__version__)
     for tp_rank in range(tp):
         for dp_rank in range(dp):
             optimizer = common.optimizer(flats, dp_rank, tp_rank)
@@ -61,47 +63,31 @@ def write(folder: Path, stream: Stream, *, stage: int, dp: int, tp: int) -> None
                 name = f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_model_states.pt"
                 torch.save(common.model({n: torch.empty(0) for n in layout.specs}), target / name)
         if stage < 3:
-            weights = {name: flats.module(name, tp_rank) for name in layout.specs}
+            weights = {name: flats["module", name, tp_rank] for name in layout.specs}
             torch.save(common.model(weights), target / f"mp_rank_{tp_rank:02d}_model_states.pt")
     shutil.rmtree(scratch)
-    for file in source.files:
-        shutil.copyfile(file, folder / file.name)
     write_ours(folder, source)
     (folder / LATEST).write_text(tag, encoding="utf-8")
 
 
-class _Flats:
-    """Tensors whose memory is a file."""
+def _filled(folder: Path, layout: ZeroLayout, stream: Stream) -> Flats:
+    """Return the flat tensors of all ranks, filled from the stream; they need the files in ``folder``."""
+    flats: Flats = {}
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._tensors: dict[Key, Tensor] = {}
+    def add(key: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        file = str(folder / "-".join(map(str, key)))  # new, so it reads as zeros
+        flats[key] = torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
-    def new(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
-        file = self._folder / "-".join(map(str, key))
-        numel = math.prod(shape)
-        # A new file reads as zeros.
-        self._tensors[key] = torch.from_file(str(file), shared=True, size=numel, dtype=dtype).view(shape)
-
-    def __getitem__(self, key: Key) -> Tensor:
-        return self._tensors[key]
-
-    def module(self, name: str, tp_rank: int) -> Tensor:
-        return self._tensors["module", name, tp_rank]
-
-
-def _fill(flats: _Flats, layout: ZeroLayout, stream: Stream) -> None:
-    states = {state_name(prefix): dtype for prefix, dtype in stream.source.state_dtypes.items()}
-    kinds = {MASTERS: torch.float32, **states}
+    kinds = {MASTERS: torch.float32, **stream.source.state_dtypes}
     for kind, dtype in kinds.items():
         for tp_rank in range(layout.tp):
             for dp_rank in range(layout.dp):
                 for group, size in enumerate(layout.sizes):
-                    flats.new((kind, dp_rank, tp_rank, group), (size,), dtype)
+                    add((kind, dp_rank, tp_rank, group), (size,), dtype)
     if layout.stage < 3:
         for parameter, specs in layout.specs.items():
             for tp_rank, spec in enumerate(specs):
-                flats.new(("module", parameter, tp_rank), spec.local_shape)
+                add(("module", parameter, tp_rank), spec.local_shape, torch.float32)
     # One buffer per kind: copies of every size, made and freed one by one, would leave the heap full of holes.
     largest = max(layout.numel(parameter) for parameter in layout.specs)
     buffers = {kind: torch.empty(largest, dtype=dtype) for kind, dtype in kinds.items()}
@@ -111,36 +97,40 @@ def _fill(flats: _Flats, layout: ZeroLayout, stream: Stream) -> None:
         for tp_rank in layout.holders(parameter):
             spec = layout.specs[parameter][tp_rank]
             part = buffers[kind][: layout.numel(parameter)]
-            take(spec, whole, part.view(spec.local_shape))
+            for full, shard in equal_views(spec, whole, part.view(spec.local_shape)):
+                shard.copy_(full)
             for run in layout.runs(parameter, tp_rank):
                 flat = flats[(kind, *run.file, run.group)]
                 flat[run.offset : run.offset + run.length] = part[run.start : run.start + run.length]
             if kind == MASTERS and layout.stage < 3:  # where every rank is a holder
-                flats.module(parameter, tp_rank).view(-1).copy_(part)
-        del whole  # before the next one is read
+                flats["module", parameter, tp_rank].view(-1).copy_(part)
+        del whole  # before the next parameter is read
+    return flats
 
 
 class _Common:
-    """What all files of a checkpoint share."""
+    """Values that all files of a checkpoint share."""
 
-    def __init__(self, layout: ZeroLayout, config: dict[str, Any], state: dict[str, Any], version: str) -> None:
+    def __init__(self, layout: ZeroLayout, source: CheckpointSource, state: dict[str, Any], version: str) -> None:
+        config = source.config
         self._layout = layout
         self._tied = config["model"].get("tie_word_embeddings", False)
         self._training = under_present_names(config, "the source's configuration").get("training", {})
-        self._states = [state_name(prefix) for prefix in state_dtypes(config)]
+        self._states = list(source.state_dtypes)
         self._state = state
         self._version = version
 
     def model(self, weights: dict[str, Tensor]) -> dict[str, Any]:
         """Return the content of a file of model states."""
         layout = self._layout
+        shapes = [[(n, torch.Size(layout.specs[n][0].local_shape)) for n in group] for group in layout.groups]
         if self._tied:
             weights = weights | {"head.weight": weights["embed.weight"]}
         return {
             "module": weights,
             "buffer_names": [],
             "optimizer": None,
-            "param_shapes": param_shapes(layout),
+            "param_shapes": [OrderedDict(group) for group in shapes],
             "frozen_param_shapes": None,
             "shared_params": {"head.weight": "embed.weight"} if self._tied else {},
             "frozen_param_fragments": None,
@@ -157,7 +147,7 @@ class _Common:
             "ds_version": self._version,
         }
 
-    def optimizer(self, flats: _Flats, dp_rank: int, tp_rank: int) -> dict[str, Any]:
+    def optimizer(self, flats: Flats, dp_rank: int, tp_rank: int) -> dict[str, Any]:
         """Return the content of a rank's file of optimizer states."""
         from deepspeed.runtime.fp16.loss_scaler import LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusiontree.convert.blocks import blocks_of
+from fusiontree.convert.megatron import blocks_of
 from fusiontree.models.config import ModelConfig
 from tests.convert.checkpoints import all_tensors, convert, equal, training_run
 from tests.convert.test_tool import refused
