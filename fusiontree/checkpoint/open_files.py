@@ -1,4 +1,4 @@
-"""Keeps the files of a folder open between reads.
+"""Keeps the files of a folder open, and buffers allocated, between reads.
 
 Opening a file is cheap on a local disk but costs a round trip on a shared file system, and a conversion reads thousands
 of small tensors.
@@ -6,11 +6,15 @@ of small tensors.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
+from threading import Condition, Lock
+
+import torch
+from torch import Tensor
 
 _MOST = 64
 """Maximum number of open files; a checkpoint of many ranks has more files than a process may open."""
@@ -67,3 +71,40 @@ class OpenFiles:
         view.release()
         del buffer[done:]
         return buffer
+
+
+class Buffers:
+    """Reusable buffers for rectangles, of limited total size: allocating new pages costs as much as reading into them.
+
+    The memory is mapped separately: heap memory might not return to the system when this object is freed.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._left, self._free = size, list[Tensor]()
+        self._changed = Condition()
+
+    @contextmanager
+    def of(self, size: int) -> Iterator[Tensor]:
+        """Lend a uint8 tensor ``[size]``; waits for free memory. ``size`` is at most the total size."""
+        whole = self._take(size)
+        try:
+            yield whole[:size]
+        finally:
+            with self._changed:
+                self._free.append(whole)
+                self._changed.notify_all()
+
+    def _take(self, size: int) -> Tensor:
+        with self._changed:
+            while True:
+                fitting = [b for b in self._free if size <= len(b) <= 4 * size]
+                if fitting:
+                    best = min(fitting, key=len)
+                    self._free = [b for b in self._free if b is not best]
+                    return best
+                while self._free and self._left < size:
+                    self._left += len(self._free.pop(0))
+                if self._left >= size:
+                    self._left -= size
+                    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+                self._changed.wait()

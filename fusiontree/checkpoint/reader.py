@@ -10,15 +10,12 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import mmap
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Condition
 from typing import Any
 
 import torch
@@ -34,7 +31,7 @@ from fusiontree.checkpoint.manifest import (
     read_manifest,
 )
 from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, read_metadata
-from fusiontree.checkpoint.open_files import OpenFiles
+from fusiontree.checkpoint.open_files import Buffers, OpenFiles
 from fusiontree.checkpoint.save_plan import pieces_of
 from fusiontree.utils.errors import UserError, nearest
 
@@ -131,7 +128,7 @@ class CheckpointReader:
         whole = sorted({job.chunk.file for job in jobs if self._digest(job.chunk) is None})
         sizes = [job.chunk.length for job in jobs]
         count = ByteCount(sum(sizes) + sum(self._entry(name).size for name in whole), report)
-        buffers = _Buffers(max([in_flight, *sizes]))
+        buffers = Buffers(max([in_flight, *sizes]))
         for name in {job.chunk.file for job in jobs} - self._sized:
             check_size(self.folder / name, self._entry(name))
             self._sized.add(name)
@@ -140,7 +137,7 @@ class CheckpointReader:
             # Files of other programs have a single hash, so they are verified completely before their values are used.
             list(pool.map(lambda name: check_file(self.folder / name, self.files[name], count.add), whole))
             try:
-                list(pool.map(lambda job: self._do(job, buffers, count, hashers), jobs))
+                list(pool.map(lambda job: self._read_job(job, buffers, count, hashers), jobs))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -170,12 +167,12 @@ class CheckpointReader:
         return self._entry(chunk.file).digest_at(chunk.start, chunk.length)
 
     @torch.no_grad()
-    def _do(self, job: _Job, buffers: _Buffers, count: ByteCount, hashers: Executor) -> None:
+    def _read_job(self, job: _Job, buffers: Buffers, count: ByteCount, hashers: Executor) -> None:
         chunk = job.chunk
         path = self.folder / chunk.file
         with buffers.of(chunk.length) as buffer:
             digest = self._digest(chunk)
-            found = self._read(chunk, buffer.numpy().data, count.add, None if digest is None else hashers)
+            found = self._read_bytes(chunk, buffer.numpy().data, count.add, None if digest is None else hashers)
             if digest is not None and found != digest:
                 raise CheckpointDamage(
                     f"{path} differs from the SHA-256 in its manifest at '{job.name}' "
@@ -185,7 +182,9 @@ class CheckpointReader:
             for view, part in job.targets:
                 view.copy_(values[part])
 
-    def _read(self, chunk: Chunk, buffer: memoryview, progress: Callable[[int], None], hashers: Executor | None) -> str:
+    def _read_bytes(
+        self, chunk: Chunk, buffer: memoryview, progress: Callable[[int], None], hashers: Executor | None
+    ) -> str:
         """Fill ``buffer`` with a rectangle's bytes and return the SHA-256 of the bytes read.
 
         Hashing a part overlaps reading the next part, since only one large rectangle is in memory at a time.
@@ -211,43 +210,6 @@ class CheckpointReader:
         if hashing is not None:
             hashing.result()
         return digest.hexdigest()
-
-
-class _Buffers:
-    """Reusable buffers for rectangles, of limited total size: allocating new pages costs as much as reading into them.
-
-    The memory is mapped separately: heap memory might not return to the system when this object is freed.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._left, self._free = size, list[Tensor]()
-        self._changed = Condition()
-
-    @contextmanager
-    def of(self, size: int) -> Iterator[Tensor]:
-        """Lend a uint8 tensor ``[size]``; waits for free memory. ``size`` is at most the total size."""
-        whole = self._take(size)
-        try:
-            yield whole[:size]
-        finally:
-            with self._changed:
-                self._free.append(whole)
-                self._changed.notify_all()
-
-    def _take(self, size: int) -> Tensor:
-        with self._changed:
-            while True:
-                fitting = [b for b in self._free if size <= len(b) <= 4 * size]
-                if fitting:
-                    best = min(fitting, key=len)
-                    self._free = [b for b in self._free if b is not best]
-                    return best
-                while self._free and self._left < size:
-                    self._left += len(self._free.pop(0))
-                if self._left >= size:
-                    self._left -= size
-                    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-                self._changed.wait()
 
 
 def _overlap(

@@ -24,15 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusiontree.checkpoint.config import CheckpointConfig
-from fusiontree.checkpoint.folders import STATE, partial_folder, remove_folder, step_folder
-from fusiontree.checkpoint.manifest import file_entries, write_manifest
-from fusiontree.checkpoint.metadata import METADATA
+from fusiontree.checkpoint.folders import partial_folder, remove_folder, step_folder
 from fusiontree.checkpoint.retention import remove_old
 from fusiontree.checkpoint.save_plan import Rectangle, SavePlan, holdings_of, make_plan
 from fusiontree.checkpoint.snapshot import Snapshot, live_pieces
-from fusiontree.checkpoint.write_files import Written, write_files, write_metadata
+from fusiontree.checkpoint.write_files import Written, write_files, write_metadata, write_small_files
 from fusiontree.parallel.layout import gather_objects
-from fusiontree.utils.files import atomic_write, fsync_directory, write_json
+from fusiontree.utils.files import fsync_directory
 
 _SMALL_FILES = 16 << 20
 """Disk space reserved for manifest, metadata, state and tokenizer, in bytes."""
@@ -165,8 +163,7 @@ class Saver:
 
     def poll(self) -> list[SaveResult]:
         """Return the results of saves that ended since the last call; other ranks may see them later."""
-        if self._thread is not None and not self._thread.is_alive():
-            self._thread = None
+        self.wait(0)
         results = []
         while not self._results.empty():
             results.append(self._results.get())
@@ -249,14 +246,7 @@ class Saver:
         final = step_folder(self.checkpoints, request.step)
         try:
             write_metadata(partial, plan.tensors, files)
-            write_json(partial / STATE, {"step": request.step, **request.values})
-            small = [partial / METADATA, partial / STATE]
-            for extra in request.extra_files:
-                with atomic_write(partial / extra.name, "wb") as out:
-                    out.write(extra.read_bytes())
-                small.append(partial / extra.name)
-            entries = file_entries(small, partial) | {file.name: file.entry.to_dict() for file in files}
-            write_manifest(partial, entries)
+            write_small_files(partial, {"step": request.step, **request.values}, request.extra_files, files)
             if problem := self._may_commit():
                 return _Failure(problem, fatal=True)
             if final.exists():  # a resumed or rewound run reached this step again; replace the old checkpoint

@@ -13,10 +13,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fusiontree.checkpoint.manifest import FileEntry
+from fusiontree.checkpoint.folders import STATE
+from fusiontree.checkpoint.manifest import FileEntry, file_entries, write_manifest
 from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, metadata_bytes
 from fusiontree.checkpoint.save_plan import Rectangle
-from fusiontree.utils.files import atomic_write
+from fusiontree.utils.files import atomic_write, write_json
 
 _FILE_BYTES = 256 << 20
 _MOST_FILES = 4
@@ -95,6 +96,19 @@ def write_metadata(
     saved = {name: SavedTensor(shape, dtype, tuple(chunks[name])) for name, (shape, dtype) in tensors.items()}
     with atomic_write(folder / METADATA, "wb") as out:
         out.write(metadata_bytes(saved))
+
+
+def write_small_files(
+    folder: Path, state: dict[str, Any], extra_files: Iterable[Path], written: Iterable[Written]
+) -> None:
+    """Write ``state`` and copies of ``extra_files``, then the manifest, which declares the folder complete."""
+    write_json(folder / STATE, state)
+    small = [folder / METADATA, folder / STATE]
+    for extra in extra_files:
+        with atomic_write(folder / extra.name, "wb") as out:
+            out.write(extra.read_bytes())
+        small.append(folder / extra.name)
+    write_manifest(folder, file_entries(small, folder) | {file.name: file.entry.to_dict() for file in written})
 
 
 def _own_storage(live: Tensor) -> Tensor:

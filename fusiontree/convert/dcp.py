@@ -5,21 +5,21 @@ from __future__ import annotations
 import base64
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusiontree.checkpoint.folders import STATE, folder_step, step_folder
+from fusiontree.checkpoint.folders import folder_step, step_folder
 from fusiontree.checkpoint.load import find_checkpoint, read_state
-from fusiontree.checkpoint.manifest import file_entries, verify, write_manifest
+from fusiontree.checkpoint.manifest import verify
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.checkpoint.save_plan import Rectangle
-from fusiontree.checkpoint.write_files import Written, write_file, write_metadata
+from fusiontree.checkpoint.write_files import Written, write_file, write_metadata, write_small_files
 from fusiontree.convert.reader import MODEL, TOKENIZER_FILES, CheckpointSource, Entry, Stream, checked, state_prefix
-from fusiontree.utils.files import atomic_write, write_json
+from fusiontree.utils.files import atomic_write
 
 _FILE_BYTES = 4 << 30
 _STEP_NAME = re.compile(r"step-\d{8}")
@@ -127,7 +127,8 @@ def write(folder: Path, stream: Stream, *, config_yaml: str | None, name: str) -
         tensors[tensor] = whole(stream.entry(tensor), lambda tensor=tensor: stream.read(tensor))  # type: ignore[misc]
     if not source.has_optimizer:
         tensors.update(_zero_states(source))
-    _finish(target, values | {"config": source.config}, source.files, write_dcp(target, tensors))
+    written = write_dcp(target, tensors)
+    write_small_files(target, values | {"config": source.config}, source.files, written)
 
 
 def fresh_state() -> dict[str, Any]:
@@ -152,12 +153,3 @@ def _zero_states(source: CheckpointSource) -> dict[str, Lazy]:
                 entry, lambda e=entry: torch.zeros(e.shape, dtype=e.dtype)
             )  # type: ignore[misc]
     return zeros
-
-
-def _finish(target: Path, values: dict[str, Any], files: Sequence[Path], written: Sequence[Written]) -> None:
-    for file in files:
-        shutil.copyfile(file, target / file.name)
-    write_json(target / STATE, values)
-    large = {file.name: file.entry.to_dict() for file in written}
-    small = [file for file in target.rglob("*") if file.is_file() and file.name not in large]
-    write_manifest(target, large | file_entries(small, target))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -14,13 +13,11 @@ import torch
 
 from fusiontree.checkpoint.folders import MANIFEST, complete_checkpoints
 from fusiontree.convert import dcp, hf, logits, megatron, safetensors_file, zero, zero_write
-from fusiontree.convert.reader import MODEL, CheckpointSource, Stream, checked, tensor_hash
+from fusiontree.convert.reader import MODEL, CheckpointSource, Stream, checked
 from fusiontree.models.config import ModelConfig
 from fusiontree.parallel.validate import tp_problems, valid_tp
 from fusiontree.utils.errors import UserError, nearest
 from fusiontree.utils.files import fsync_directory
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -212,9 +209,7 @@ def convert(
 
     Args:
         source: open checkpoint.
-        target: path that does not exist yet.
-        form: of the target.
-        options: of the target.
+        target: path that does not exist yet; ``form`` and ``options`` describe it.
         report: called with the bytes done and the total bytes.
         say: called with a description of each long phase.
 
@@ -229,7 +224,7 @@ def convert(
         source.entries = checked(source.entries, wanted, "the source's weights and the --config given")
         source.config = options.config
     stream = Stream(source, target_dtype(form, options), report)
-    reason = logits.why_not(fp32_bytes(source), options.check_logits) if form.has_code else None
+    reason = logits.why_not(source, options.check_logits) if form.has_code else None
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     needed, free = form.written_bytes(stream), shutil.disk_usage(parent).free
@@ -242,7 +237,7 @@ def convert(
             partial.mkdir()
         form.write(partial, stream, options, target.name)
         say("reading it back")
-        _compare(stream, form.open(partial, replace(options, config=source.config)))
+        stream.check(form.open(partial, replace(options, config=source.config)))
         verdict = None if reason is None else f"logits were not compared: {reason}"
         if form.has_code and reason is None:
             say("comparing logits")
@@ -252,11 +247,6 @@ def convert(
         _remove(partial)
         raise
     return Verdict(stream.hashes, verdict)
-
-
-def fp32_bytes(source: CheckpointSource) -> int:
-    """Return the size of a source's parameters in fp32."""
-    return 4 * sum(math.prod(entry.shape) for name, entry in source.entries.items() if name.startswith(MODEL))
 
 
 def check_tp(source: CheckpointSource, form: Format, options: Options) -> None:
@@ -279,25 +269,7 @@ def target_dtype(form: Format, options: Options) -> torch.dtype | None:
         if options.dtype == "bf16":
             raise UserError(f"--to {form.name} holds fp32 weights; leave --dtype out, or convert to hf")
         return torch.float32
-    return None if options.dtype is None else DTYPES[options.dtype]
-
-
-def _compare(stream: Stream, written: CheckpointSource) -> None:
-    """Read the target back and compare every tensor's hash with the tensor that was written.
-
-    Raises:
-        UserError: tensors differ; the message names them.
-    """
-    different = [
-        n for n, digest in stream.hashes.items() if n not in written.entries or tensor_hash(written.read(n)) != digest
-    ]
-    extra = [n for n in written.entries if n.startswith(MODEL) and n not in stream.hashes]
-    if different or extra:
-        names = ", ".join([*different, *extra][:6])
-        raise UserError(
-            f"{len(different) + len(extra)} tensors read back different from what was written ({names}); "
-            f"nothing was kept"
-        )
+    return None if options.dtype is None else {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
 
 
 def _rename(partial: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ into memory completely, one after another, so large models are compared only on 
 from __future__ import annotations
 
 import importlib.util
+import math
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusiontree.convert.reader import MODEL, Stream
+from fusiontree.convert.reader import MODEL, CheckpointSource, Stream
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.utils.environment import child_environment
 from fusiontree.utils.errors import UserError
@@ -45,11 +46,11 @@ with torch.no_grad():
 """Writes the logits that a folder's own code computes on the CPU; runs in a process without FusionTree."""
 
 
-def why_not(weight_bytes: int, mode: str) -> str | None:
+def why_not(source: CheckpointSource, mode: str) -> str | None:
     """Return the reason why logits will not be compared, or None if they will.
 
     Args:
-        weight_bytes: of the model's weights in fp32.
+        source: of the exported model.
         mode: auto | on | off.
 
     Raises:
@@ -60,6 +61,7 @@ def why_not(weight_bytes: int, mode: str) -> str | None:
     reason = None
     if importlib.util.find_spec("transformers") is None:
         reason = "transformers is not installed; pip install 'fusiontree[hf]' brings it"
+    weight_bytes = 4 * sum(math.prod(shape) for name, (shape, _) in source.entries.items() if name.startswith(MODEL))
     free = available_memory()
     if reason is None and free is not None and free < 2.5 * weight_bytes:
         reason = f"that takes {2.5 * weight_bytes / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"

@@ -114,6 +114,24 @@ class Stream:
         self._report(self._done, self.total)
         return tensor
 
+    def check(self, written: CheckpointSource) -> None:
+        """Read the written target back and compare each tensor's hash with that of the tensor that was written.
+
+        Raises:
+            UserError: tensors differ; the message names them.
+        """
+        different = [
+            name
+            for name, digest in self.hashes.items()
+            if name not in written.entries or tensor_hash(written.read(name)) != digest
+        ]
+        different += [name for name in written.entries if name.startswith(MODEL) and name not in self.hashes]
+        if different:
+            raise UserError(
+                f"{len(different)} tensors read back different from what was written ({', '.join(different[:6])}); "
+                f"nothing was kept"
+            )
+
     @cached_property
     def total(self) -> int:
         """Bytes of all tensors as they will be written."""

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from fusiontree.checkpoint import saver as saver_module
+from fusiontree.checkpoint import write_files as files_module
 from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.checkpoint.folders import complete_checkpoints
 from fusiontree.checkpoint.load import load_checkpoint, load_newest
@@ -203,16 +204,16 @@ def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("place", ["write", "manifest"])
 def test_an_error_of_the_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    name = {"write": "write_files", "manifest": "write_manifest"}[place]
-    real = getattr(saver_module, name)
+    module, name = {"write": (saver_module, "write_files"), "manifest": (files_module, "write_manifest")}[place]
+    real = getattr(module, name)
 
     def fails(folder: Path, *_: object) -> None:
         raise OSError(5, "Input/output error", str(folder / "some-file"))
 
     text = breaks_after_one(
         tmp_path,
-        lambda: monkeypatch.setattr(saver_module, name, fails),
-        lambda: monkeypatch.setattr(saver_module, name, real),
+        lambda: monkeypatch.setattr(module, name, fails),
+        lambda: monkeypatch.setattr(module, name, real),
     )
     assert "some-file: Input/output error" in text
 
