@@ -6,6 +6,7 @@ import base64
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ class Lazy(NamedTuple):
     """Returns the rectangle at an offset."""
 
 
-def whole(entry: Entry, make: Callable[[], Tensor]) -> Lazy:
+def one_rectangle(entry: Entry, make: Callable[[], Tensor]) -> Lazy:
     """Return a tensor of one rectangle."""
     return Lazy(entry, {(0,) * len(entry.shape): entry.shape}, lambda offset: make())
 
@@ -122,9 +123,7 @@ def write(folder: Path, stream: Stream, *, config_yaml: str | None, name: str) -
         if config_yaml is not None:
             with atomic_write(folder / "config.yaml") as out:
                 out.write(config_yaml)
-    tensors: dict[str, Lazy] = {}
-    for tensor in source.entries:
-        tensors[tensor] = whole(stream.entry(tensor), lambda tensor=tensor: stream.read(tensor))  # type: ignore[misc]
+    tensors = {tensor: one_rectangle(stream.entry(tensor), partial(stream.read, tensor)) for tensor in source.entries}
     if not source.has_optimizer:
         tensors.update(_zero_states(source))
     written = write_dcp(target, tensors)
@@ -148,8 +147,6 @@ def _zero_states(source: CheckpointSource) -> dict[str, Lazy]:
     zeros: dict[str, Lazy] = {}
     for name, (shape, _) in source.entries.items():
         for state, dtype in source.state_dtypes.items():
-            entry = Entry(shape, dtype)
-            zeros[state_prefix(state) + name.removeprefix(MODEL)] = whole(
-                entry, lambda e=entry: torch.zeros(e.shape, dtype=e.dtype)
-            )  # type: ignore[misc]
+            key = state_prefix(state) + name.removeprefix(MODEL)
+            zeros[key] = one_rectangle(Entry(shape, dtype), partial(torch.zeros, shape, dtype=dtype))
     return zeros

@@ -224,7 +224,7 @@ def convert(
         source.entries = checked(source.entries, wanted, "the source's weights and the --config given")
         source.config = options.config
     stream = Stream(source, target_dtype(form, options), report)
-    reason = logits.why_not(source, options.check_logits) if form.has_code else None
+    reason = logits.reason_to_skip(source, options.check_logits) if form.has_code else None
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     needed, free = form.written_bytes(stream), shutil.disk_usage(parent).free

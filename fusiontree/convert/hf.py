@@ -28,12 +28,12 @@ _HEAD = ("model.head.weight", "lm_head.weight")
 _LEFT_OUT = ("kernels", "letters", "mixers")  # settings of the machine, and of mixers that the code does not have
 
 
-def their_name(name: str) -> str:
+def exported_name(name: str) -> str:
     """Return the name of a parameter in the Hugging Face folder."""
     return _HEAD[1] if name == _HEAD[0] else name
 
 
-def our_name(name: str) -> str:
+def training_name(name: str) -> str:
     """Return the name of a parameter in a training checkpoint."""
     return _HEAD[0] if name == _HEAD[1] else name
 
@@ -57,14 +57,14 @@ class HuggingFaceFolder(CheckpointSource):
         self.config = {"model": {name: value for name, value in config.items() if name in known}}
         self.files = tokenizer_files(path)
         self._weights = SafetensorsFolder(path)
-        self.entries = {our_name(name): entry for name, entry in self._weights.entries.items()}
+        self.entries = {training_name(name): entry for name, entry in self._weights.entries.items()}
         if self.model_config.tie_word_embeddings:
             self.entries.pop(_HEAD[0], None)  # some writers also store the tied head
         self.entries = checked(self.entries, self.model_config, str(path))
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
-        return self._weights.read(their_name(name))
+        return self._weights.read(exported_name(name))
 
 
 def tokenizer_files(path: Path) -> list[Path]:
@@ -143,8 +143,8 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        entries = {their_name(name): stream.entry(name) for name in shard}
-        write_safetensors(folder / file, entries, lambda name: stream.read(our_name(name)), {"format": "pt"})
+        entries = {exported_name(name): stream.entry(name) for name in shard}
+        write_safetensors(folder / file, entries, lambda name: stream.read(training_name(name)), {"format": "pt"})
         weight_map.update(dict.fromkeys(entries, file))
     if len(shards) > 1:
         total = sum(stream.entry(name).nbytes for name in names)

@@ -46,7 +46,7 @@ with torch.no_grad():
 """Writes the logits that a folder's own code computes on the CPU; runs in a process without FusionTree."""
 
 
-def why_not(source: CheckpointSource, mode: str) -> str | None:
+def reason_to_skip(source: CheckpointSource, mode: str) -> str | None:
     """Return the reason why logits will not be compared, or None if they will.
 
     Args:
@@ -90,7 +90,7 @@ def compare_logits(stream: Stream, folder: Path) -> str:
     config = stream.source.model_config
     length = min(_TOKENS, config.max_position_embeddings)
     ids_BS = (torch.arange(length)[None] * 7919 + 13) % config.vocab_size
-    ours_BSV = _our_logits(stream, ids_BS, torch.float32)
+    ours_BSV = _fusiontree_logits(stream, ids_BS, torch.float32)
     theirs_BSV = _transformers_logits(folder, ids_BS)
     largest = max(1.0, float(ours_BSV.abs().max()))
 
@@ -99,7 +99,7 @@ def compare_logits(stream: Stream, folder: Path) -> str:
 
     difference, allowed, why = apart(theirs_BSV), TOLERANCE, ""
     if TOLERANCE < difference <= _MOST:
-        rounding = apart(_our_logits(stream, ids_BS, torch.float64))
+        rounding = apart(_fusiontree_logits(stream, ids_BS, torch.float64))
         allowed = min(_MOST, max(TOLERANCE, _ROUNDINGS * rounding))
         why = f": {_ROUNDINGS} times what our own differ by from fp64"
     if not difference <= allowed:  # also if the difference is NaN
@@ -115,7 +115,7 @@ def compare_logits(stream: Stream, folder: Path) -> str:
 
 
 @torch.no_grad()
-def _our_logits(stream: Stream, ids_BS: Tensor, dtype: torch.dtype) -> Tensor:
+def _fusiontree_logits(stream: Stream, ids_BS: Tensor, dtype: torch.dtype) -> Tensor:
     with torch.device("meta"):
         model = FusionTreeModel(stream.source.model_config).to(dtype)
     model.to_empty(device="cpu")

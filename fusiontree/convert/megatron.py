@@ -26,10 +26,10 @@ from fusiontree.convert.reader import (
     Entry,
     Stream,
     checked,
-    known,
     parameter_shapes,
     state_prefix,
-    write_ours,
+    stored_values,
+    write_companions,
 )
 from fusiontree.models.config import ModelConfig
 from fusiontree.parallel.tp_plan import split_of
@@ -106,7 +106,7 @@ def write(folder: Path, stream: Stream, *, tp: int) -> None:
     torch.save({"iteration": step, "checkpoint_version": 3.0}, folder / "common.pt")
     kind = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     write_json(folder / KIND, {**kind, "common_backend": "torch", "common_backend_version": 1})
-    write_ours(folder, source)
+    write_companions(folder, source)
 
 
 class _OneAtATime:
@@ -141,7 +141,7 @@ class MegatronFolder(CheckpointSource):
             UserError: no configuration is known, or the keys do not match the model.
             CheckpointDamage: the metadata cannot be read.
         """
-        self.config, self.state = known(path, config)
+        self.config, self.state = stored_values(path, config)
         self.files = tokenizer_files(path)
         self._saved = read_metadata(path)
         self._open = OpenFiles(path)
@@ -176,10 +176,10 @@ class MegatronFolder(CheckpointSource):
         blocks = self._blocks[name]
         values = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
         for key, block in blocks:
-            self._fill(block.of(values), self._saved[key])
+            self._copy_chunks(block.of(values), self._saved[key])
         return values
 
-    def _fill(self, values: Tensor, saved: SavedTensor) -> None:
+    def _copy_chunks(self, values: Tensor, saved: SavedTensor) -> None:
         """Copy a tensor's chunks into ``values``."""
         for chunk in saved.chunks:
             content = self._open.read(chunk.file, chunk.start, chunk.length)

@@ -25,7 +25,7 @@ from fusiontree.utils.files import write_json
 MODEL = "model."
 """Prefix of the parameters' names in a training checkpoint; states of the optimizer are ``optimizer.STATE.NAME``."""
 
-OURS = "fusiontree.json"
+COMPANION = "fusiontree.json"
 """File with configuration and small values that is added to the files of another library, which ignores it."""
 
 TOKENIZER_FILES = ("tokenizer_info.json", "tokenizer.json")
@@ -191,26 +191,26 @@ def checked(entries: dict[str, Entry], config: ModelConfig, place: str) -> dict[
     return {name: entries[name] for name in wanted} | rest
 
 
-def known(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def stored_values(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Return the configuration and small values of a folder of another library's format.
 
     Args:
-        path: of the folder, to which :func:`write_ours` may have added them.
+        path: of the folder, to which :func:`write_companions` may have added them.
         config: given by the user; takes precedence.
 
     Raises:
         UserError: neither exists.
     """
-    ours: dict[str, Any] = {"config": None, "state": None}
-    if (path / OURS).is_file():
-        ours = json.loads((path / OURS).read_text(encoding="utf-8"))
-    if config is None and ours["config"] is None:
+    stored: dict[str, Any] = {"config": None, "state": None}
+    if (path / COMPANION).is_file():
+        stored = json.loads((path / COMPANION).read_text(encoding="utf-8"))
+    if config is None and stored["config"] is None:
         raise UserError(f"{path} does not say which model it holds; give --config FILE with the run's configuration")
-    return config or ours["config"], ours["state"]
+    return config or stored["config"], stored["state"]
 
 
-def write_ours(folder: Path, source: CheckpointSource) -> None:
+def write_companions(folder: Path, source: CheckpointSource) -> None:
     """Write configuration, small values and tokenizer as additional files, for formats that cannot store them."""
     for file in source.files:
         shutil.copyfile(file, folder / file.name)
-    write_json(folder / OURS, {"config": source.config, "state": source.state})
+    write_json(folder / COMPANION, {"config": source.config, "state": source.state})

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from fusiontree.convert.dcp import fresh_state
 from fusiontree.convert.hf import tokenizer_files
-from fusiontree.convert.reader import MODEL, CheckpointSource, Entry, checked, known, parameter_shapes, state_prefix
+from fusiontree.convert.reader import (
+    MODEL,
+    CheckpointSource,
+    Entry,
+    checked,
+    parameter_shapes,
+    state_prefix,
+    stored_values,
+)
 from fusiontree.convert.safe_unpickle import Inert, load_inert
 from fusiontree.convert.zero_layout import File, ZeroLayout
 from fusiontree.models.config import ModelConfig
@@ -57,7 +65,7 @@ class ZeroFolder(CheckpointSource):
         Raises:
             UserError: no configuration is given, files are missing, or they do not hold its model.
         """
-        self.config, saved = known(path, config)
+        self.config, saved = stored_values(path, config)
         self.files = tokenizer_files(path)
         folder = _newest(path) or path
         model = ModelConfig.model_validate(self.config["model"])
@@ -143,6 +151,7 @@ def equal_views(spec: ShardSpec, full: Tensor, shard: Tensor) -> Iterator[tuple[
     """Yield views of the same values in a full parameter and in a tensor parallel rank's shard of it."""
     if spec.axis is None:
         yield full, shard
+        return
     begin = 0
     for start, stop in spec.ranges:
         yield full.narrow(spec.axis, start, stop - start), shard.narrow(spec.axis, begin, stop - start)

@@ -64,7 +64,7 @@ class ZeroLayout:
         for name, shape in shapes.items():
             split = split_of(name, config) if tp > 1 else None
             self.specs[name] = [shard_spec(split, shape, r, tp) if split else ShardSpec(shape) for r in range(tp)]
-        self.groups = groups if groups is not None else self._own_groups(list(shapes))
+        self.groups = groups if groups is not None else self._default_groups(list(shapes))
         self.sizes = [self._flat_size(group) for group in self.groups]
         """Elements of each flat tensor, the same in every file."""
         self._places: dict[str, tuple[int, int]] = {}
@@ -123,7 +123,7 @@ class ZeroLayout:
         aligned = 2 * self.dp  # DeepSpeed aligns partitions to four bytes of half precision
         return -(-sum(self.numel(name) for name in names) // aligned) * 2
 
-    def _own_groups(self, names: list[str]) -> list[list[str]]:
+    def _default_groups(self, names: list[str]) -> list[list[str]]:
         by_decay = [[n for n in names if no_weight_decay(n, self.config) is wanted] for wanted in (False, True)]
         groups = [group for group in by_decay if group]
         if self.stage < 3:

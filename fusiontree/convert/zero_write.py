@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.config.moved import under_present_names
-from fusiontree.convert.reader import CheckpointSource, Stream, parameter_shapes, write_ours
+from fusiontree.convert.reader import CheckpointSource, Stream, parameter_shapes, write_companions
 from fusiontree.convert.zero import LATEST, MASTERS, equal_views, kind_and_parameter
 from fusiontree.convert.zero_layout import ZeroLayout
 from fusiontree.optim.build import build_optimizer, parameter_groups
@@ -66,7 +66,7 @@ def write(folder: Path, stream: Stream, *, stage: int, dp: int, tp: int) -> None
             weights = {name: flats["module", name, tp_rank] for name in layout.specs}
             torch.save(common.model(weights), target / f"mp_rank_{tp_rank:02d}_model_states.pt")
     shutil.rmtree(scratch)
-    write_ours(folder, source)
+    write_companions(folder, source)
     (folder / LATEST).write_text(tag, encoding="utf-8")
 
 

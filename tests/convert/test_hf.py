@@ -80,13 +80,13 @@ def stranger(folders: dict[str, Path], tmp_path: Path) -> dict[str, tuple[torch.
 
 def their_model(ours: FusionTreeModel) -> Any:
     """The exported code with our weights, in this process."""
-    from fusiontree.convert.hf import their_name
+    from fusiontree.convert.hf import exported_name
     from fusiontree.convert.hf_model.configuration_fusiontree import FusionTreeConfig
     from fusiontree.convert.hf_model.modeling_fusiontree import FusionTreeForCausalLM
 
     values = {name: value for name, value in ours.config.model_dump().items() if name != "kernels"}
     theirs = FusionTreeForCausalLM(FusionTreeConfig(**values)).eval()
-    weights = {their_name(f"model.{name}"): value for name, value in ours.named_parameters()}
+    weights = {exported_name(f"model.{name}"): value for name, value in ours.named_parameters()}
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     theirs.tie_weights()
