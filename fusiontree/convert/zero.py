@@ -59,7 +59,7 @@ class ZeroFolder(CheckpointSource):
         """Open the folder; tensors are mapped into memory as they are read.
 
         Args:
-            path: what was given to ``save_checkpoint``, or one tag's folder in it.
+            path: the folder given to ``save_checkpoint``, or a tag's folder in it.
             config: whole configuration of the run; the folder does not say which model it holds.
 
         Raises:
@@ -159,7 +159,7 @@ def equal_views(spec: ShardSpec, full: Tensor, shard: Tensor) -> Iterator[tuple[
 
 
 def plain_int(value: Any) -> int:
-    """Return a number that may be a tensor, or the value of an enumeration that was not made."""
+    """Return a number that may be a tensor, or an :class:`Inert` value of an enumeration."""
     if isinstance(value, Inert):
         value = value.args[0]
     return int(value)
