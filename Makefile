@@ -44,7 +44,7 @@ $(BIN)/uv:
 	$(BIN)/pip install --quiet uv
 
 quickstart: install
-	$(BIN)/python tools/quickstart.py
+	$(BIN)/fusiontree quickstart
 
 # Tests start processes of their own; one thread each keeps two cores busy without fighting.
 test: install

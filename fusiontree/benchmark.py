@@ -1,8 +1,7 @@
-"""How fast a configuration trains: ``python -m fusiontree.benchmark --config FILE [section.key=value …]``.
+"""Measures training speed: ``python -m fusiontree.benchmark --config FILE [section.key=value …]``.
 
-The trainer's own steps on the configured data, after a warm-up in which kernels compile and tune; nothing is saved. MFU
-counts what the model needs and nothing a kernel does beside it (see ``models/flops.py``). The last line is one JSON
-object.
+Times the trainer's own steps on the configured data, after a warm-up in which kernels compile and tune; nothing is
+saved. MFU counts the FLOPs of the model alone (see ``models/flops.py``). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,23 +41,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fusiontree.benchmark", description="Throughput, MFU and memory of training.", allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the run's configuration")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps (default 10)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before, in which kernels compile (default 3)")
-    parser.add_argument(
-        "--one-document", action="store_true", help="take every row as one document: the most attention there can be"
-    )
-    parser.add_argument("--profile", metavar="FILE", help="write a trace of one step, for chrome://tracing")
-    parser.add_argument(
-        "--peers", action="store_true", help="also train Hugging Face's Falcon-H1 of our layer sizes (GPU)"
-    )
-    parser.add_argument(
-        "--decode", type=int, metavar="N", help="also decode N tokens after a row of context (with --peers: both)"
-    )
-    parser.add_argument(
-        "--ops", action="store_true", help="also time every operation alone, by each backend, beside its least time"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="YAML file with the run's configuration")
+    add("--steps", type=int, default=10, help="timed steps (default 10)")
+    add("--warmup", type=int, default=3, help="steps before, in which kernels compile (default 3)")
+    add("--one-document", action="store_true", help="take every row as one document: the most attention possible")
+    add("--profile", metavar="FILE", help="write a trace of one step, for chrome://tracing")
+    add("--peers", action="store_true", help="also train Hugging Face's Falcon-H1 of our layer sizes (GPU)")
+    add("--decode", type=int, metavar="N", help="also decode N tokens after a row of context (with --peers: both)")
+    add("--ops", action="store_true", help="also time every operation alone, by each backend, beside its least time")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser
 
 
@@ -88,10 +80,10 @@ def command(args: argparse.Namespace) -> int:
 
 
 def check_options(config: Config, args: argparse.Namespace) -> None:
-    """Refuse before any step what could not be done after all of them.
+    """Check options before any step runs.
 
     Raises:
-        UserError: an option's value is wrong, or what it asks for is not there.
+        UserError: an option's value is wrong, or needs a GPU, a folder or a package that is missing.
     """
     from fusiontree.parallel.layout import choose_device
 
@@ -138,17 +130,13 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     from fusiontree.models.flops import training_flops_per_token
     from fusiontree.parallel.layout import Layout
     from fusiontree.training.settings import RunSettings
-    from fusiontree.utils.hardware import peak_flops
+    from fusiontree.utils.device import peak_flops
 
     model, training, parallel = config.model, config.training, config.parallel
     with Layout(training.device, tp=parallel.tp, cp=parallel.cp, shard_size=parallel.shard_size) as layout:
-        data = TrainingData.for_training(
-            config.data,
-            training.model_copy(update={"curriculum": None}),
-            model.vocab_size,
-            layout.dp_rank,
-            layout.dp_size,
-        )
+        at_full_length = training.model_copy(update={"curriculum": None})
+        ranks = (layout.dp_rank, layout.dp_size)
+        data = TrainingData.for_training(config.data, at_full_length, model.vocab_size, *ranks)
         engine = build_engine(model, parallel, training, layout)
         settings = RunSettings(
             config=config,
@@ -181,11 +169,8 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         if layout.is_main:
             print_table(result)
         if args.peers or args.decode:
-            micro = timer.next_micro_batch()
-            mesh = layout.parameter_mesh(True)
+            micro, mesh = timer.next_micro_batch(), layout.parameter_mesh(True)
             del engine, timer  # their memory is the peer's
-            gc.collect()
-            torch.cuda.empty_cache()
             result["others"] = others(config, args, micro, mesh, layout.device, result)
         return result
 
@@ -199,7 +184,7 @@ def _figures(
     times: list[float],
     lengths: list[int],
 ) -> dict[str, Any]:
-    """Return what was timed, the speed, and the documents it was timed on."""
+    """Return the timed configuration, its speed, and the lengths of the timed documents."""
     import torch
 
     training = config.training
@@ -259,9 +244,9 @@ def _spread(values: Sequence[int]) -> dict[str, int]:
 
 
 def others(config: Config, args: argparse.Namespace, micro: Any, mesh: Any, device: Any, ours: Any) -> dict[str, Any]:
-    """Time and print the peer's training, and decoding of both, on ``micro``; what fails is said and has an ``error``.
+    """Time and print the peer's training, and decoding of both, on ``micro``; a failed one has an ``error``.
 
-    Our training was timed already: a peer that does not fit this device must not take those figures along.
+    A peer that does not fit this device must not lose the figures of our training, which was timed before.
     """
     import torch
 
@@ -286,10 +271,8 @@ def others(config: Config, args: argparse.Namespace, micro: Any, mesh: Any, devi
         initialize_model(model, config.training.seed)
         return peers.decode_ours(model.bfloat16().eval(), ids_BS, device, tokens=args.decode)
 
-    def peer_decoding() -> dict[str, Any]:
-        return peers.decode_falcon(config.model, ids_BS, device, tokens=args.decode)
-
-    wanted = [
+    peer_decoding = partial(peers.decode_falcon, config.model, ids_BS, device, tokens=args.decode)
+    wanted: list[tuple[str, Callable[[], dict[str, Any]], Any]] = [
         ("falcon_h1", peer_training, args.peers),
         ("decode", our_decoding, args.decode),
         ("falcon_h1_decode", peer_decoding, args.peers and args.decode),

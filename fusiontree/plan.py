@@ -20,8 +20,8 @@ from fusiontree.utils.errors import UserError
 
 _ASSUMPTIONS = (
     "bf16 rates of one profiled step of hybrid_1b_32k on one H100 SXM (docs/speed.md); other devices differ",
-    "one document a row; the longest stage of a curriculum; 92% of the memory is usable; half of the communication "
-    "that could hide behind computation does; links {node:g} GB/s in a node, {network:g} between nodes, for one GPU",
+    "one document per row; the longest stage of a curriculum; 92% of the memory is usable; half of the communication "
+    "that could hide behind computation does; links {node:g} GB/s in a node, {network:g} between nodes, per GPU",
 )
 
 
@@ -30,15 +30,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fusiontree.plan", description="Estimate memory and speed of a configuration; nothing is run."
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the run's configuration")
-    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="of the whole job")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
-    parser.add_argument("--memory-gib", type=float, default=80, metavar="G", help="of one GPU (default 80)")
-    parser.add_argument("--node-gb-per-s", type=float, default=300, metavar="R", help="link of a GPU in its node")
-    parser.add_argument("--network-gb-per-s", type=float, default=40, metavar="R", help="of a GPU, between nodes")
-    parser.add_argument("--rows", type=int, default=8, metavar="N", help="other layouts to show (default 8)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="YAML file with the run's configuration")
+    add("--gpus", required=True, type=int, metavar="N", help="number of GPUs of the job")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
+    add("--memory-gib", type=float, default=80, metavar="G", help="memory of one GPU (default 80)")
+    add("--node-gb-per-s", type=float, default=300, metavar="R", help="link of one GPU in its node (default 300)")
+    add("--network-gb-per-s", type=float, default=40, metavar="R", help="link of one GPU between nodes (default 40)")
+    add("--rows", type=int, default=8, metavar="N", help="other layouts to show (default 8)")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser
 
 
@@ -56,13 +57,13 @@ def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
                     check_layout(candidate.model, parallel, candidate.training, gpus)
                 except UserError:
                     continue
-                # A step has no more rows than its batch: ranks beyond would idle.
+                # A step has only the rows of its batch: further ranks would idle.
                 if gpus // (tp * cp) * config.training.micro_batch_size <= config.training.global_batch_size:
                     yield candidate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the entry; return the exit code: 0 the configuration fits, 1 it does not, 2 something given is wrong."""
+    """Run the entry; return the exit code: 0 the configuration fits, 1 it does not, 2 user error."""
     return run_program(build_parser, run, argv)
 
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     """Estimate and print; return the exit code of :func:`main`.
 
     Raises:
-        UserError: configuration or layout are wrong.
+        UserError: the configuration, the layout or --gpus is wrong.
     """
     from fusiontree.planning.cost_model import Hardware, estimate
 

@@ -24,9 +24,8 @@ from fusiontree.parallel.validate import check_layout
 from fusiontree.supervision.signals import STOP_SIGNALS, leave_when_warned
 from fusiontree.tracking.console import NOTICE, Console
 from fusiontree.training.run_folder import check_run_folder
-from fusiontree.utils.environment import keep_flight_record, process_place
+from fusiontree.utils.environment import flight_record, keep_flight_record, process_place
 from fusiontree.utils.errors import UserError
-from fusiontree.utils.flight_record import flight_record
 from fusiontree.utils.layer_metrics import LAYER_METRICS
 
 if TYPE_CHECKING:
@@ -230,7 +229,7 @@ def build_trainer(
     from fusiontree.training.loop import Trainer
     from fusiontree.training.observers import HealthMonitor, PeerWatch, StepLog
     from fusiontree.training.settings import RunSettings
-    from fusiontree.utils.hardware import peak_flops
+    from fusiontree.utils.device import peak_flops
 
     settings = RunSettings(
         config=config,

@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = build_shards.build_parser()
     add = parser.add_argument
     add("--verify", type=Path, metavar="DIR", help="check every byte of a dataset; exit code 1 if any is damaged")
-    add("--inspect", type=Path, metavar="DIR", help="show what a dataset holds, and a document as text")
+    add("--inspect", type=Path, metavar="DIR", help="show a dataset's contents, and a document as text")
     add("--document", type=int, default=0, metavar="N", help="the document --inspect shows (default 0)")
     return parser
 
@@ -31,7 +31,7 @@ def command(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return the exit code: 0 done, 1 damage found, 2 the user gave something wrong."""
-    return run_program(build_parser, command, argv)
+    return run_program(build_parser, command, argv, interrupted=build_shards.INTERRUPTED)
 
 
 if __name__ == "__main__":

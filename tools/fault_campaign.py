@@ -5,7 +5,7 @@
 Every run is a tiny model on CPU ranks. It is killed, stopped, poisoned, slowed, and started again until it finishes;
 then every step's loss must equal the reference's (fp32, 1e-5) and every step's token hash exactly. A start that stops
 with exit code 2 must name its cause; the campaign mends it (puts the shard back, say) and starts again. The same seed
-gives the same faults at the same moments. Results go to DIR/faults.jsonl, one line a run, and DIR/summary.json.
+gives the same faults at the same moments. Results go to DIR/faults.jsonl, one line per run, and DIR/summary.json.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tools.fault_runs import FaultyRun, References, build_corpus, can_mount
 ENDING = ("kill", "hang", "term", "usr1", "int", "corrupt", "lost_shard", "full_disk")
 """Faults after which the run has to be started again (a full disk need not)."""
 PASSING = ("nan", "slow", "clock", "wandb")
-"""Faults that a run lives through."""
+"""Faults that a run survives."""
 
 
 def plan_faults(random: Random, kinds: Sequence[str]) -> list[Fault]:
-    """Return one fault a start for a run: first some that end it, then one that it lives through."""
+    """Return one fault per start of a run: first some that end it, then a fault that it survives."""
     ending = [kind for kind in ENDING if kind in kinds]
     passing = [kind for kind in PASSING if kind in kinds]
     faults = [plan_fault(random, random.choice(ending)) for _ in range(random.randint(2, 4) if ending else 0)]

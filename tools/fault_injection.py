@@ -37,21 +37,21 @@ class Fault:
     nothing: the campaign does the rest."""
     rank: int
     entry: int
-    """Fires inside the so many-th section that the process enters …"""
+    """Fires inside the n-th section, from 1, that the process enters, …"""
     section: str = ""
-    """… among those whose name begins so."""
+    """… counting sections whose name begins with this."""
     delay_s: float = 0.0
-    """Signals come this much later, so that they fall inside of what the section does."""
+    """Delay of signals, so that they arrive in the middle of the section."""
     amount: float = 0.0
-    """slow: seconds a step; clock: seconds of the jump; full_disk: bytes left free; spike: factor of the loss, whenever
-    the same tokens come again, too."""
+    """slow: seconds per step; clock: seconds of the jump; full_disk: bytes left free; spike: factor of the loss, also
+    when the same tokens come again."""
 
 
 class Injector:
     """Counts sections and lets the fault happen."""
 
     def __init__(self, fault: Fault, folder: Path) -> None:
-        """Arm ``fault``; ``folder`` takes the note that it happened, its ``disk`` is what may become full."""
+        """Arm ``fault``; ``folder`` takes the note that it happened, its ``disk`` may become full."""
         self.fault, self.folder = fault, folder
         self._entered = 0
         self._step = 0
@@ -70,7 +70,7 @@ class Injector:
             time.sleep(self.fault.amount)
 
     def forward(self, original: Any, inputs: Any) -> Any:
-        """Run an engine's forward; its loss is not what it was once the fault says so."""
+        """Run an engine's forward; a nan or spike fault changes its loss."""
         outputs = original(inputs)
         if inputs.branch_scale_LB2 is None:  # validation
             return outputs
@@ -173,4 +173,4 @@ def run_rank(
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # as a launcher sees it: no clean-up of this campaign's own in between
+    os._exit(code)  # as a launcher sees it, without clean-up by this campaign

@@ -26,11 +26,11 @@ from tools.fault_injection import Fault, run_rank
 
 STEPS = 24
 STARTS = 16
-"""A run that is not through after so many starts counts as failed."""
+"""A run that has not finished after this number of starts counts as failed."""
 PATIENCE_S = 180.0
 """No start of these tiny runs takes longer, hung ones included."""
 GRACE_S = 4.0
-"""After the first rank left with an error, the others have so long to leave by themselves."""
+"""Time for the other ranks to leave by themselves after the first left with an error."""
 CONFIG: dict[str, Any] = {
     "model": {
         "vocab_size": 264,
@@ -114,7 +114,7 @@ def mount_small(folder: Path, mib: int) -> bool:
 
 
 def unmount(folder: Path) -> None:
-    """Take it away again."""
+    """Unmount it."""
     subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
 
@@ -187,7 +187,7 @@ class References:
                 folder = self.folder / f"reference-{skipped or 'plain'}"
                 folder.mkdir()
                 config = write_config(folder, self.data, self.engine)
-                # Two micro batches a step on one rank.
+                # Two micro-batches per step on one rank.
                 faults = [Fault("nan", 0, 2 * skipped - 1, section="forward")] if skipped else []
                 codes = start(folder, config, 1, faults, {})
                 assert codes == [0], (folder / "log.txt").read_text()
@@ -213,7 +213,7 @@ class FaultyRun:
         self.corrupted: list[str] = []
 
     def go(self, faults: list[Fault]) -> dict[str, Any]:
-        """Start until it finishes; return what happened, with ``ok`` and ``problem``."""
+        """Start until the run finishes; return its account, with ``ok`` and ``problem``."""
         problem, starts, left = None, 0, list(faults)
         while problem is None:
             if starts >= STARTS:
@@ -266,7 +266,7 @@ class FaultyRun:
         return start(self.folder, config, world, faults, environment)
 
     def _after_stop(self, codes: list[int], fault: Fault | None, mark: int) -> str | None:
-        """Mend or break what is due between two starts; return what was wrong with how the last one ended."""
+        """Repair or damage files between two starts; return how the last end differs from the expected, or None."""
         kind = fault.kind if fault else ""
         said = self.log.read_bytes()[mark:].decode(errors="replace")
         (self.disk / "filler").unlink(missing_ok=True)

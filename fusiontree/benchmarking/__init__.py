@@ -1,1 +1,1 @@
-"""What the benchmark compares with."""
+"""Timing of training steps, single operations, decoding and a peer model."""

@@ -7,7 +7,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-# The first pattern found in a kernel's name decides what it counts as.
+# The first pattern found in a kernel's name decides its component.
 COMPONENTS = (
     ("communication", ("nccl",)),
     ("attention: flash-attn-4", ("FlashAttention",)),  # all of it where the package is installed
@@ -81,7 +81,7 @@ def _local_bytes(tensor: Any) -> int:
 
 
 def memory_by_kind(state: dict[str, Any], peak_gib: float) -> dict[str, float]:
-    """Split the peak into what the optimizer's state and master weights take, and all the rest."""
+    """Split the peak into optimizer state, master weights and the rest."""
     gib = {"master weights": 0.0, "optimizer": 0.0}
     for name, tensor in state.items():
         kind = "master weights" if name.startswith("model.") else "optimizer"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from fusiontree.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# What an H100 reaches: 8192^3 bf16 products, and a large copy with bytes read and written.
+# Measured FLOP/s of 8192^3 bf16 products, and bytes read and written per second by a large copy.
 _RATES = {"H100": (700e12, 3.0e12), "H200": (700e12, 4.2e12)}
 
 
@@ -38,7 +39,7 @@ class Case(NamedTuple):
     name: str
     operation: Operation
     run: Callable[..., Any]
-    """Called with ``backend`` and the inputs; returns a tensor or a tuple that begins with one."""
+    """Called with the inputs and ``backend=``; returns a tensor or a tuple that begins with one."""
     inputs: list[Tensor]
     flops: float
     """Forward; the backward pass needs twice as many."""
@@ -51,74 +52,41 @@ def cases(config: ModelConfig, length: int, dtype: torch.dtype, device: torch.de
     def draw(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=kind).requires_grad_()
 
-    mamba, hidden, heads = config.mamba, config.hidden_size, config.mamba_heads
-    groups, size, width = mamba.n_groups, mamba.d_state, mamba.head_dim
+    mamba, heads, inner, hidden = config.mamba, config.mamba_heads, config.d_inner, config.hidden_size
     dt = (torch.rand(1, length, heads, device=device) * 0.1).requires_grad_()
     decay = (-1 - 15 * torch.rand(heads, device=device)).requires_grad_()
-    scan = [draw(1, length, heads, width), dt, decay, draw(1, length, groups, size), draw(1, length, groups, size)]
-    yield Case(
-        "scan",
-        SSD,
-        lambda backend, *x: ssd_scan(*x, chunk_size=mamba.chunk_size, backend=backend),
-        [*scan, draw(heads, kind=torch.float32)],
-        7.0 * length * config.d_inner * size,
-    )
-    channels = config.d_inner + 2 * groups * size
-    yield Case(
-        "convolution",
-        CONV,
-        lambda backend, *x: causal_conv1d(*x, backend=backend),
-        [draw(1, length, channels), draw(channels, mamba.d_conv), draw(channels)],
-        2.0 * length * mamba.d_conv * channels,
-    )
+    b_and_c = [draw(1, length, mamba.n_groups, mamba.d_state) for _ in range(2)]
+    inputs = [draw(1, length, heads, mamba.head_dim), dt, decay, *b_and_c, draw(heads, kind=torch.float32)]
+    scan = partial(ssd_scan, chunk_size=mamba.chunk_size)
+    yield Case("scan", SSD, scan, inputs, 7.0 * length * inner * mamba.d_state)
+    channels = inner + 2 * mamba.n_groups * mamba.d_state
+    inputs = [draw(1, length, channels), draw(channels, mamba.d_conv), draw(channels)]
+    yield Case("convolution", CONV, causal_conv1d, inputs, 2.0 * length * mamba.d_conv * channels)
+    width = config.attention_head_dim
     for kind, query_heads, kv_heads, window in (
         ("local", config.local_heads, config.local_kv_heads, config.window_size),
         ("global", config.global_heads, config.global_kv_heads, None),
     ):
         if query_heads:
-            keys = [draw(1, length, kv_heads, config.attention_head_dim) for _ in range(2)]
-            yield Case(
-                f"attention, {kind} heads",
-                ATTENTION,
-                lambda backend, *x, window=window: attention(*x, window=window, backend=backend),
-                [draw(1, length, query_heads, config.attention_head_dim), *keys],
-                4.0 * config.attention_head_dim * query_heads * visible_keys(length, window),
-            )
-    yield Case(
-        "norm",
-        NORM,
-        lambda backend, x, w: rms_norm(x, w, config.norm_eps, backend=backend),
-        [draw(1, length, hidden), draw(hidden)],
-        0.0,
-    )
-    yield Case(
-        "gated norm",
-        GATED_NORM,
-        lambda backend, *x: gated_rms_norm(*x, groups=mamba.norm_groups, eps=config.norm_eps, backend=backend),
-        [draw(1, length, config.d_inner), draw(1, length, config.d_inner), draw(config.d_inner)],
-        0.0,
-    )
-    yield Case(
-        "gate mix",
-        MIX_AND_SUMS,
-        lambda backend, *x: gate_mix(*x, backend=backend),
-        [draw(1, length, hidden), draw(1, length, 2 * hidden)],
-        0.0,
-    )
+            inputs = [draw(1, length, count, width) for count in (query_heads, kv_heads, kv_heads)]
+            flops = 4.0 * width * query_heads * visible_keys(length, window)
+            yield Case(f"attention, {kind} heads", ATTENTION, partial(attention, window=window), inputs, flops)
+    row = (1, length, hidden)
+    yield Case("norm", NORM, partial(rms_norm, eps=config.norm_eps), [draw(*row), draw(hidden)], 0.0)
+    gated = partial(gated_rms_norm, groups=mamba.norm_groups, eps=config.norm_eps)
+    inputs = [draw(1, length, inner), draw(1, length, inner), draw(inner)]
+    yield Case("gated norm", GATED_NORM, gated, inputs, 0.0)
+    yield Case("gate mix", MIX_AND_SUMS, gate_mix, [draw(*row), draw(1, length, 2 * hidden)], 0.0)
     labels_N = torch.randint(config.vocab_size, (length,), device=device)
-    yield Case(
-        "head and loss",
-        CROSS_ENTROPY,
-        lambda backend, h, w: linear_cross_entropy(h, w, labels_N, backend=backend),
-        [draw(length, hidden), draw(config.vocab_size, hidden)],
-        2.0 * length * hidden * config.vocab_size,
-    )
+    inputs = [draw(length, hidden), draw(config.vocab_size, hidden)]
+    head = partial(linear_cross_entropy, labels_N=labels_N)
+    yield Case("head and loss", CROSS_ENTROPY, head, inputs, 2.0 * length * hidden * config.vocab_size)
 
 
 def time_operations(
     config: ModelConfig, length: int, dtype: torch.dtype, device: torch.device, repeats: int = 10
 ) -> list[dict[str, Any]]:
-    """Return name, backend, milliseconds forward and backward, and the least milliseconds (None: rates not known).
+    """Return name, backend, milliseconds forward and backward, and the least milliseconds (None: unknown rates).
 
     Backends without a kernel for the sizes are left out, and on GPUs the references: at these sizes some need more
     memory than there is.
@@ -145,7 +113,7 @@ def _time(case: Case, backend: str, device: torch.device, repeats: int) -> tuple
     grad = None
     for turn in range(repeats + 3):  # kernels compile and tune in the first turns
         times = [_now(device)]
-        out = case.run(backend, *case.inputs)
+        out = case.run(*case.inputs, backend=backend)
         out = out[0] if isinstance(out, tuple) else out
         times.append(_now(device))
         grad = torch.randn_like(out) if grad is None else grad
@@ -171,10 +139,10 @@ def _least_ms(case: Case, device: torch.device) -> dict[str, float | None]:
     if rates is None:
         return {"least_forward_ms": None, "least_backward_ms": None}
     with torch.no_grad():
-        auto = case.run("auto", *case.inputs)
+        auto = case.run(*case.inputs)
     output = (auto[0] if isinstance(auto, tuple) else auto).nbytes
     read = sum(t.nbytes for t in case.inputs)
-    flops_a_second, bytes_a_second = rates
-    forward = max(case.flops / flops_a_second, (read + output) / bytes_a_second)
-    backward = max(2 * case.flops / flops_a_second, (2 * read + output) / bytes_a_second)
+    flops_per_s, bytes_per_s = rates
+    forward = max(case.flops / flops_per_s, (read + output) / bytes_per_s)
+    backward = max(2 * case.flops / flops_per_s, (2 * read + output) / bytes_per_s)
     return {"least_forward_ms": forward * 1e3, "least_backward_ms": backward * 1e3}

@@ -1,4 +1,4 @@
-"""Hugging Face's Falcon-H1, trained and decoded as ours is, beside it in the same run.
+"""Times training and decoding of Hugging Face's Falcon-H1 beside ours, in one run.
 
 The peer has our layer sizes (hidden size, heads, state, groups, MLP width) and as many layers as come nearest to our
 number of parameters; all its heads are global. It gets the same data, AdamW with fp32 master weights, FSDP2's mixed
@@ -31,10 +31,10 @@ from fusiontree.utils.errors import UserError
 WARMUP_STEPS = 4
 """Tokens decoded before the clock starts."""
 EAGER_STEPS = 64
-"""Tokens that our eager decoding is timed for at most."""
+"""Maximum number of tokens for which our eager decoding is timed."""
 
 _CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-# cuDNN makes a plan for each number of keys, and those of decoding grow by one a token.
+# cuDNN makes a plan for each number of keys, which grows by one per decoded token.
 _CUDNN_LAST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
@@ -63,7 +63,7 @@ def falcon_training_flops(config: ModelConfig, length: int) -> float:
 
 
 def require_falcon() -> None:
-    """Refuse where the peer cannot be built.
+    """Check that the peer can be built.
 
     Raises:
         UserError: transformers is not installed, or is older than Falcon-H1.
@@ -175,7 +175,7 @@ def decode_falcon(config: ModelConfig, ids_BS: Tensor, device: torch.device, *, 
     """Fill the peer's cache with ``ids_BS`` and time steady decoding after it, in bf16.
 
     Raises:
-        RuntimeError: a version of transformers that keeps no cache unasked; its steps would see one token alone.
+        RuntimeError: this version of transformers returned no cache, without which a step sees one token only.
     """
     model = build_falcon(config, ids_BS.shape[1], device).to(torch.bfloat16).eval()
     ids_BS = ids_BS.to(device)
@@ -198,7 +198,7 @@ def decode_falcon(config: ModelConfig, ids_BS: Tensor, device: torch.device, *, 
 
 
 def columns_to_decode(length: int, tokens: int) -> int:
-    """Return the length of the text that :func:`decode_ours` makes of ``length`` tokens."""
+    """Return the tokens of the text that :func:`decode_ours` continues from ``length`` tokens."""
     return length + min(tokens, EAGER_STEPS) + tokens + 2 * WARMUP_STEPS
 
 
@@ -206,8 +206,8 @@ def columns_to_decode(length: int, tokens: int) -> int:
 def decode_ours(model: Any, ids_BS: Tensor, device: torch.device, *, tokens: int) -> dict[str, Any]:
     """Fill our cache with ``ids_BS`` and time steady decoding after it by a CUDA graph, as ``generate`` does.
 
-    Some eager steps are timed before: ``eager_tokens_per_s``. Should the step not be recordable, the figures are of
-    those, with the ``error``.
+    Eager steps are timed first: ``eager_tokens_per_s``. If the step cannot be recorded as a graph, the figures are
+    those of the eager steps, with the ``error``.
     """
     ids_BS = ids_BS.to(device)
     rows, length = ids_BS.shape
@@ -230,7 +230,7 @@ def decode_ours(model: Any, ids_BS: Tensor, device: torch.device, *, tokens: int
 
 
 def timed_decoding(state: Any, step: Any, rows: int, tokens: int) -> dict[str, Any]:
-    """Take steps from ``state`` and return tokens a second and memory."""
+    """Take steps from ``state`` and return tokens per second and memory."""
     for _ in range(WARMUP_STEPS):
         state = step(state)
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The benchmark's figures as a table for a person, and the histogram of the documents that it timed."""
+"""Prints the benchmark's figures as a table, with a histogram of the timed documents."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def length_histogram(lengths: Sequence[int]) -> list[dict[str, Any]]:
 def print_table(result: dict[str, Any]) -> None:
     """Print the figures of our own training."""
     print(f"\n{result['device']}, {result['world_size']} x, torch {result['torch']}, {result['engine']}")
-    each = "a process" if result["device"] == "cpu" else "a GPU"
+    each = "per process" if result["device"] == "cpu" else "per GPU"
     packed = f"{result['documents_per_row']:.1f} documents" if result["documents_per_row"] > 1 else "one document"
     rows = [
         ("parameters", _with_unit(result["parameters"])),
@@ -63,7 +63,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def print_others(others: dict[str, dict[str, Any]]) -> None:
-    """Print the figures of decoding and of peers, one a line."""
+    """Print the figures of decoding and of peers, one line each."""
     for name, figures in others.items():
         values = (f"{k} {v:,.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
         print(f"  {name}: {', '.join(values)}")

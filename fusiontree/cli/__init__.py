@@ -11,10 +11,10 @@ from fusiontree.utils.errors import nearest
 
 
 class Verb(NamedTuple):
-    """A program and what it is for."""
+    """A program and its line in the help."""
 
     module: str
-    what: str
+    purpose: str
     function: str = "main"
 
 
@@ -29,7 +29,7 @@ VERBS = {
     "plot": Verb("fusiontree.cli.plot_run", "draw losses, gates, learning rate and throughput of a run"),
     "quickstart": Verb("fusiontree.cli.quickstart", "build data, train, resume, generate and plot with a small model"),
     "data build": Verb("fusiontree.cli.build_shards", "turn text into token shards"),
-    "data inspect": Verb("fusiontree.cli.show_dataset", "show what a dataset holds, and a document", "inspect_main"),
+    "data inspect": Verb("fusiontree.cli.show_dataset", "show a dataset's contents and a document", "inspect_main"),
     "data verify": Verb("fusiontree.cli.show_dataset", "check every byte of a dataset", "verify_main"),
     "checkpoint convert": Verb("fusiontree.cli.convert_checkpoint", "convert between checkpoint formats"),
     "checkpoint inspect": Verb("fusiontree.cli.inspect_checkpoint", "show, verify or compare checkpoints"),
@@ -39,12 +39,12 @@ _HELP = ("-h", "--help")
 
 def usage(verbs: Sequence[str] = tuple(VERBS)) -> str:
     """Return the help: one line per verb."""
-    lines = [f"  {name:20}{VERBS[name].what}" for name in verbs]
+    lines = [f"  {name:20}{VERBS[name].purpose}" for name in verbs]
     return "\n".join(["usage: fusiontree VERB [options]", "", *lines, "", "fusiontree VERB --help shows its options."])
 
 
 def find_verb(words: Sequence[str]) -> tuple[str, list[str]] | None:
-    """Return the verb that ``words`` begin with, and the words behind it; None if there is none."""
+    """Return the verb that ``words`` begin with, and the words behind it; None if they begin with no verb."""
     for length in (1, 2):
         name = " ".join(words[:length])
         if len(words) >= length and name in VERBS:
@@ -53,7 +53,7 @@ def find_verb(words: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; return its exit code: 2 where there is no such verb, or something given to it is wrong."""
+    """Run a verb; return its exit code: 2 if the verb is unknown or the verb reports a user error."""
     words = sys.argv[1:] if argv is None else list(argv)
     first, second = [*words, "", ""][:2]
     group = [name for name in VERBS if name.startswith(f"{first} ")]

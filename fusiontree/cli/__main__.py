@@ -1,4 +1,4 @@
-"""``python -m fusiontree.cli VERB``: the console command where it is not on the path."""
+"""``python -m fusiontree.cli VERB``: the console command if it is not on the path."""
 
 import sys
 

@@ -6,7 +6,6 @@ fusiontree data build --input FOLDER_OR_FILE … --output DIR --tokenizer byte|b
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from fusiontree.data.build.corpus import CorpusOptions
 from fusiontree.data.build.dataset import build_dataset
 from fusiontree.data.build.options import BuildOptions
 from fusiontree.utils.errors import UserError
+
+INTERRUPTED = "stopped; repeat the command to continue"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build a dataset; return the exit code: 0 done, 2 an input or option is wrong or the disk failed."""
-    return run_program(build_parser, build, argv)
+    return run_program(build_parser, build, argv, interrupted=INTERRUPTED)
 
 
 def build(args: argparse.Namespace) -> int:
@@ -95,7 +96,4 @@ def build(args: argparse.Namespace) -> int:
     except OSError as error:
         # The disk is full, or a file cannot be read; finished shards stay.
         raise UserError(f"{error}; correct this and repeat the command to continue") from error
-    except KeyboardInterrupt:
-        print("stopped; repeat the command to continue", file=sys.stderr)
-        return 130
     return 0

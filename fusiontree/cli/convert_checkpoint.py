@@ -9,9 +9,9 @@ fusiontree checkpoint convert --list
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import re
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from fusiontree.cli.program import run_program
 from fusiontree.config.packaged import find_file, hint_for, packaged_names
+from fusiontree.tracking.console import report_bytes
 from fusiontree.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code: 0 done and verified, 2 user error or damaged source."""
-    return run_program(build_parser, command, argv)
+    return run_program(build_parser, command, argv, interrupted="interrupted; nothing was kept")
 
 
 def command(args: argparse.Namespace) -> int:
@@ -81,25 +82,16 @@ def command(args: argparse.Namespace) -> int:
     Raises:
         UserError: an option is wrong, or the source is damaged.
     """
-    try:
-        if args.list:
-            list_formats()
-        elif args.source is None or args.target is None or args.to is None:
-            raise UserError("give SRC DST --to FORMAT; --list shows the formats, --help everything")
-        else:
-            run(args)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was kept", file=sys.stderr)
-        return 130
+    if args.list:
+        from fusiontree.convert.formats import FORMATS
+
+        for form in FORMATS.values():
+            print(f"{form.name:12} {form.description} (read and written)")
+    elif args.source is None or args.target is None or args.to is None:
+        raise UserError("give SRC DST --to FORMAT; --list shows the formats, --help everything")
+    else:
+        run(args)
     return 0
-
-
-def list_formats() -> None:
-    """Print the formats."""
-    from fusiontree.convert.formats import FORMATS
-
-    for form in FORMATS.values():
-        print(f"{form.name:12} {form.description} (read and written)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -134,7 +126,8 @@ def run(args: argparse.Namespace) -> None:
         print("dry run: nothing was written")
         return
     began = time.monotonic()
-    verdict = convert(source, args.target, form, options, Progress().report, lambda text: print(text, flush=True))
+    say = functools.partial(print, flush=True)
+    verdict = convert(source, args.target, form, options, report_bytes(say, "read and written", every_s=5), say)
     print(f"verified: {len(verdict.hashes)} tensors read back from {args.target} equal those written (SHA-256)")
     if verdict.logits:
         print(verdict.logits)
@@ -240,18 +233,3 @@ def size_text(size: float) -> str:
         if size >= limit:
             return f"{size / limit:.2f} {unit}"
     return f"{size / 1e3:.1f} kB"
-
-
-class Progress:
-    """Prints the progress of the conversion every few seconds."""
-
-    def __init__(self, interval_s: float = 5.0) -> None:
-        self._interval_s = interval_s
-        self._said = time.monotonic()
-
-    def report(self, done: int, total: int) -> None:
-        """Record the number of bytes done, and print it if the interval is over."""
-        now = time.monotonic()
-        if now - self._said >= self._interval_s:
-            self._said = now
-            print(f"{size_text(done)} of {size_text(total)}", flush=True)

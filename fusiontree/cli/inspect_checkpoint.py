@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.program import run_program
+from fusiontree.tracking.console import report_bytes
 from fusiontree.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("path", nargs="?", type=Path, metavar="PATH", help="run folder (its newest checkpoint) or checkpoint folder")
     add("--verify", action="store_true", help="only compare every file with its recorded hash")
-    add("--diff", nargs=2, type=Path, metavar=("A", "B"), help="show what differs between two checkpoints")
+    add("--diff", nargs=2, type=Path, metavar=("A", "B"), help="show the differences between two checkpoints")
     add("--no-norms", action="store_true", help="names, shapes and types only; tensors are not read")
     add("--json", action="store_true", help="print one JSON object")
     return parser
@@ -94,15 +96,8 @@ def whole(path: Path, *, as_json: bool) -> int:
 
     folder = find_checkpoint(path)
     entries = read_manifest(folder)
-    spoke = began = time.monotonic()
-
-    def report(done: int, total: int) -> None:
-        nonlocal spoke
-        if time.monotonic() - spoke > 2:
-            spoke = time.monotonic()
-            print(f"{done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr)
-
-    verify(folder, report=report)
+    began = time.monotonic()
+    verify(folder, report=report_bytes(lambda text: print(text, file=sys.stderr), "verified", every_s=2))
     size, seconds = sum(entry.size for entry in entries.values()), time.monotonic() - began
     if as_json:
         print(json.dumps({"ok": True, "folder": str(folder), "files": len(entries), "bytes": size, "seconds": seconds}))
@@ -180,10 +175,7 @@ def totals(reader: CheckpointReader) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, saved in reader.tensors.items():
         kind = ".".join(name.split(".")[:2]) if name.startswith("optimizer.") else name.split(".")[0]
-        size = 1
-        for length in saved.shape:
-            size *= length
-        counts[kind] = counts.get(kind, 0) + size
+        counts[kind] = counts.get(kind, 0) + math.prod(saved.shape)
     return counts
 
 

@@ -1,4 +1,4 @@
-"""What every program does alike: read the command line, run, and answer a user's mistake with one line."""
+"""The frame of every program: reads the command line, runs, and answers a user's mistake with one line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ def run_program(
     command: Callable[[argparse.Namespace], int],
     argv: Sequence[str] | None = None,
     errors: tuple[type[Exception], ...] = (UserError,),
+    interrupted: str = "interrupted",
 ) -> int:
-    """Parse ``argv`` (default: the process's) and return the exit code of ``command``, or 2 if it raises ``errors``.
+    """Parse ``argv`` (default: the process's) and return the exit code of ``command``.
 
-    Options may stand before, between and behind the other words.
+    The code is 2 if it raises ``errors``, and 130, with the line ``interrupted``, if Ctrl-C ends it. Options may stand
+    before, between and behind the other words.
 
     Raises:
         SystemExit: ``--help`` was asked for (code 0), or an option is unknown or its value wrong (code 2).
@@ -45,3 +47,6 @@ def run_program(
         # Every rank meets the same error; one message is enough, unless it is this rank's own.
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr, flush=True)
+        return 130

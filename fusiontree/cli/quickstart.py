@@ -1,7 +1,7 @@
 """All steps of a small run on any machine: token shards, training, a stop, a resume, generated text, a plot.
 
-``fusiontree quickstart`` and, after installing, ``make quickstart`` run it in the current folder. Run it again and it
-continues where it was; delete runs/quickstart to start over.
+``fusiontree quickstart`` and, after installing, ``make quickstart`` run it in the current folder. A second start
+continues the first; delete runs/quickstart to start over.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fusiontree.cli.program import run_program
@@ -26,26 +26,32 @@ STOP = "training.exit_at_step=120"
 PROMPT = "def "
 
 
-def say(text: str) -> None:
-    """Print a heading that stands out from the programs' own output."""
-    print(f"\n== {text}", flush=True)
+def run(say: Callable[[str], None], *command: str, capture: bool = False) -> str:
+    """Run a module with this python; return its output if ``capture``.
 
+    ``say`` receives the command as a user would type it.
 
-def run(*command: str, capture: bool = False) -> str:
-    """Run a module with this python, shown first as a user would type it; leave with its exit code if it fails."""
+    Raises:
+        SystemExit: it failed; with its exit code.
+    """
     typed = [f"'{part}'" if " " in part or not part else part for part in command]
     shown = " ".join(["python", "-m", *typed]).replace("python -m torch.distributed.run", "torchrun")
-    print("$ " + shown.replace("python -m fusiontree.cli", "fusiontree"), flush=True)
+    say("$ " + shown.replace("python -m fusiontree.cli", "fusiontree"))
     threads = max(1, (os.cpu_count() or 2) // processes())
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", *command],
         stdout=subprocess.PIPE if capture else None,
         text=True,
         env=None if count_gpus() else environment_with_defaults(OMP_NUM_THREADS=str(threads)),
-    )
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done.stdout or ""
+    ) as child:
+        try:
+            output, _ = child.communicate()
+        except KeyboardInterrupt:
+            child.wait()  # a terminal sends Ctrl-C to the child as well, which saves a checkpoint before it ends
+            raise
+    if child.returncode:
+        sys.exit(child.returncode)
+    return output or ""
 
 
 def count_gpus() -> int:
@@ -66,52 +72,62 @@ def build_parser() -> argparse.ArgumentParser:
         description="Token shards of Python's own sources, training, a stop, a resume, generated text and a picture: "
         "minutes on two CPU cores. Writes runs/quickstart in the current folder; a second start continues there."
     )
-    parser.add_argument("--quiet", action="store_true", help="of training, print warnings, validations and ends only")
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        help="print validations, results, warnings and errors only; no steps, no commands",
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run every step; return the exit code."""
-    return run_program(build_parser, lambda args: run_steps(args.quiet), argv)
+    stopped = "stopped; repeat the command to continue"
+    return run_program(build_parser, lambda args: run_steps(args.quiet), argv, interrupted=stopped)
 
 
 def run_steps(quiet: bool) -> int:
     """Build data, train, stop, resume, generate, plot; return 0, or 1 if the model did not learn."""
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, flush=True)
+
     began = time.monotonic()
     gpus, ranks = count_gpus(), processes()
     machine = f"{gpus} GPU(s)" if gpus else f"no GPU, {ranks} processes on {os.cpu_count()} CPU cores"
 
-    say(f"1/5  token shards from the Python standard library's sources ({machine})")
+    say(f"\n== 1/5  token shards from the Python standard library's sources ({machine})")
     sources = sysconfig.get_paths()["stdlib"]
     if not (RUN / "data" / "train" / "dataset.json").is_file():
         shutil.rmtree(RUN / "data", ignore_errors=True)
         run(
+            say,
             *("fusiontree.cli", "data", "build", "--input", sources, "--include", "*.py", "--exclude", "site-packages"),
             *("--tokenizer", "byte", "--validation-fraction", "0.02", "--shuffle", "--shard-mb", "4"),
             *("--output", str(RUN / "data")),
             capture=quiet,
         )
     else:
-        print(f"{RUN / 'data'} is there already")
+        say(f"{RUN / 'data'} exists")
     bigram = json.loads((RUN / "data/train/dataset.json").read_text())["statistics"]["bigram_entropy_nats"]
 
     launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     train = [*launch, "-m", "fusiontree.train", *(["--quiet"] if quiet else []), "--config", CONFIG]
-    say(f"2/5  training with FSDP2 on {ranks} ranks; {STOP} stops it early, as a preemption would")
-    run(*train, STOP)
-    say("3/5  the same command again resumes from the checkpoint and trains to the end")
-    run(*train)
+    say(f"\n== 2/5  training with FSDP2 on {ranks} ranks; {STOP} stops it early, as a preemption would")
+    run(say, *train, STOP)
+    say("\n== 3/5  the same command again resumes from the checkpoint and trains to the end")
+    run(say, *train)
 
-    say("4/5  text from the checkpoint")
+    say("\n== 4/5  text from the checkpoint")
     generate = ("fusiontree.cli", "generate", "--checkpoint", str(RUN), "--prompt", PROMPT)
-    sample = run(
-        *generate, "--max-new-tokens", "400", "--temperature", "0.8", "--top-p", "0.95", "--seed", "1", capture=True
-    )
-    print(sample)
+    sampling = ("--max-new-tokens", "400", "--temperature", "0.8", "--top-p", "0.95", "--seed", "1")
+    sample = run(say, *generate, *sampling, capture=True)
+    print(sample, flush=True)
     (RUN / "sample.txt").write_text(sample)
 
-    say("5/5  plot and summary")
-    run("fusiontree.cli", "plot", str(RUN), "--reference", "bigram entropy", f"{bigram:.4f}")
+    say("\n== 5/5  plot and summary")
+    run(say, "fusiontree.cli", "plot", str(RUN), "--reference", "bigram entropy", f"{bigram:.4f}", capture=quiet)
     return summarize(bigram, time.monotonic() - began)
 
 
@@ -127,7 +143,7 @@ trained on        {last["tokens"] / 1e6:.1f}M bytes at {last["tokens_per_s"]:,.0
 {RUN}/config.yaml       the resolved configuration
 {RUN}/metrics.jsonl     loss, gradient norm, gates, speed of every logged step
 {RUN}/events.jsonl      starts, resumes, saves
-{RUN}/checkpoints/      what a resume or a conversion reads
+{RUN}/checkpoints/      read by resuming and converting
 {RUN}/sample.txt        the text above
 {RUN}/loss.png          losses, gates, learning rate, throughput
 {RUN}/data/             token shards, readable by any WebDataset reader

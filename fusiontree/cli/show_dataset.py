@@ -63,7 +63,7 @@ def print_summary(folder: Path, info: DatasetInfo) -> None:
 
 
 def verify(folder: Path) -> int:
-    """Check a dataset and name all damage."""
+    """Check a dataset and print all damage."""
     damaged = 0
     for info, problems in verify_dataset(folder):
         damaged += bool(problems)

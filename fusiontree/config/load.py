@@ -58,7 +58,11 @@ def parse_yaml(text: str, place: str) -> Any:
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read ``path`` (a file or a packaged one's name), apply ``section.key=value`` overrides in order, and validate.
+    """Read ``path``, apply ``section.key=value`` overrides in order, and validate.
+
+    Args:
+        path: a file, or the name of a packaged configuration.
+        overrides: later ones replace earlier ones.
 
     Raises:
         UserError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a value

@@ -61,7 +61,7 @@ def under_present_names(values: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _section(values: dict[str, Any], parents: list[str], create: bool) -> dict[str, Any] | None:
-    """Return the nested mapping at ``parents``; None where there is none or something else."""
+    """Return the nested mapping at ``parents``; None if it is missing or no mapping."""
     for parent in parents:
         if create and values.get(parent) is None:
             values[parent] = {}

@@ -1,4 +1,4 @@
-"""Configurations and maps that an installation brings along: one copy, in ``configs/`` of the clone."""
+"""Finds the configurations and maps of an installation, which are ``configs/`` of the clone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def find_file(given: Path, kind: str = "") -> Path:
 
 
 def hint_for(given: Path, kind: str = "") -> str:
-    """Return what to write instead of a file that does not exist: one with a similar name, or a packaged one."""
+    """Return the end of an error about a missing file: a file with a similar name, and the packaged names."""
     names = packaged_names(kind)
     beside = [file.name for file in given.parent.glob("*.yaml")] if given.parent.is_dir() else []
     near = nearest(given.name, beside) or nearest(given.as_posix(), names)

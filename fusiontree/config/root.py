@@ -31,9 +31,9 @@ class Config(Section):
     training: TrainingConfig = setting(..., "Batch, optimizer, schedule, precision.")
     supervision: SupervisionConfig = setting(SupervisionConfig, "Health checks, time limits, restarts.")
     data: DataConfig = setting(..., "Token shards.")
-    checkpoint: CheckpointConfig = setting(CheckpointConfig, "When to save, what to keep.")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, "Interval and retention of checkpoints.")
     logging: LoggingConfig = setting(LoggingConfig, "Metrics, console and experiment trackers.")
-    evaluation: EvaluationConfig = setting(EvaluationConfig, "What fusiontree.evaluate measures of this run.")
+    evaluation: EvaluationConfig = setting(EvaluationConfig, "Tasks and data of fusiontree.evaluate.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

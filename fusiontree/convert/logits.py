@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fusiontree.convert.reader import MODEL, CheckpointSource, Stream
 from fusiontree.models.model import FusionTreeModel
+from fusiontree.utils.device import available_memory
 from fusiontree.utils.environment import child_environment
 from fusiontree.utils.errors import UserError
-from fusiontree.utils.hardware import available_memory
 
 TOLERANCE = 1e-5
 """Largest difference of two logits, as a share of the largest logit (at least 1)."""

@@ -1,1 +1,1 @@
-"""What a configuration will cost, and whether the network is fit for it."""
+"""Estimates of memory and speed, and the check of the network."""

@@ -1,4 +1,4 @@
-"""What a run would need and how fast it would be, by arithmetic: no device, no process group.
+"""Estimates memory and speed of a run by arithmetic, without a device or a process group.
 
 Memory is counted tensor by tensor. Time is operations over the rates of one profiled step (docs/speed.md, one
 H100) plus the bytes that cross links. Both are held to that step and to one of 128K tokens by a test. Measured on two
@@ -22,21 +22,22 @@ from fusiontree.models.model import FusionTreeModel
 from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.tp_plan import split_of
+from fusiontree.training.config import TrainingConfig
 
 GIB = 2**30
 # Rates of one H100 SXM in bf16, from the profiled step of hybrid_1b_32k (16 layers, 2,048 wide, 32,768 tokens):
 MATRIX_FLOPS = 727e12
 """Matrix products of these shapes: 396 ms for 288 TFLOP."""
 ELEMENTWISE_S = (41 + 43 + 17 + 16 + 2) * 1e-3 / (16 * 32768 * 2048)
-"""Norms, gates, convolutions, copies: seconds a token, layer and channel of the residual stream."""
+"""Norms, gates, convolutions, copies: seconds per token, layer and channel of the residual stream."""
 OPTIMIZER_S = 25e-3 / 1.57e9
-"""Seconds a parameter of the rank's share."""
+"""Seconds per parameter of the rank's shard."""
 IDLE = 0.03
 """Share of the step that the profiled kernels do not account for: gaps, and a clock that is lower in a long run."""
 LOSS_TOKENS = 8192
 """Tokens whose logits, and their gradient, exist at one time."""
 PASSING_WIDTHS = 10
-"""Gradients inside the block at work, in widths of the residual stream: what measured peaks hold beside the rest."""
+"""Gradients inside the block at work, in widths of the residual stream; fitted to measured peaks."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Estimate:
     tp: int
     activation_checkpointing: str
     accumulation: int
-    """Passes of one rank in a step."""
+    """Micro-batches of one rank per step."""
     states_gib: float
-    """Master parameters, gradients, optimizer moments, and copies that the engine keeps whole."""
+    """Master parameters, gradients, optimizer moments, and full copies that the engine keeps."""
     gathered_gib: float
     """Parameters and gradients of the blocks at work, gathered in half precision."""
     activations_gib: float
@@ -104,7 +105,7 @@ def count_parameters(model: ModelConfig, tp: int) -> tuple[int, int, int]:
 def kept_elements(model: ModelConfig, layer: int, mode: str, tp: int) -> float:
     """Return the elements that a layer keeps per token for its backward pass, on one rank of tp."""
     hidden = model.hidden_size
-    between = hidden / tp  # the residual stream between the mixers is cut over tp
+    between = hidden / tp  # the residual stream between the mixers is split over tp
     if mode == "offload":
         return 0.0
     if mode == "full":
@@ -115,19 +116,21 @@ def kept_elements(model: ModelConfig, layer: int, mode: str, tp: int) -> float:
     if model.use_alignment:
         products += 3 * between
         rest += between
-    products += (model.gate_rank + hidden + model.mlp_size) / tp  # what is only added to the residual is not kept
+    products += (model.gate_rank + hidden + model.mlp_size) / tp  # terms only added to the residual are not kept
     rest += hidden + between + model.mlp_size / tp  # the gathered input of the branches, the mixture, the MLP's GELU
     return between + products + (rest if mode == "none" else 0.0)
 
 
-def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: int, hardware: Hardware) -> Estimate:
+def estimate(
+    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, gpus: int, hardware: Hardware
+) -> Estimate:
     """Estimate one step at the longest row length.
 
     Args:
         model: the ``model`` section.
         parallel: the ``parallel`` section; it has passed ``check_layout``.
         training: the ``training`` section.
-        gpus: of the whole job.
+        gpus: number of GPUs of the job.
         hardware: the machine.
     """
     tp, cp = parallel.tp, parallel.cp
@@ -150,35 +153,21 @@ def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: 
     )
     engine = ENGINES.get(parallel.engine)
     memory = engine.memory(sizes, parallel)
-    length, rows = training.seq_len, training.micro_batch_size
-    tokens = rows * length / cp
-    mode = training.activation_checkpointing
+    tokens = training.micro_batch_size * training.seq_len / cp
     recomputed = model.num_layers if training.recompute_layers is None else training.recompute_layers
-    others = "selective" if mode in ("full", "offload") else "none"
-    per_layer = [
-        kept_elements(model, layer, mode if layer < recomputed else others, tp) for layer in range(model.num_layers)
-    ]
-    last = sum(per_layer[recomputed:])
-    if mode != "none" and recomputed:  # one block at a time is whole again, when the last ones are over
-        working = max(
-            kept_elements(model, layer, "none", tp) - kept_elements(model, layer, mode, tp)
-            for layer in range(recomputed)
-        )
-        last = max(last, working)
-    passing = PASSING_WIDTHS * model.hidden_size * tokens + 2 * model.vocab_size * min(tokens, LOSS_TOKENS)
-    activations = half * (tokens * (sum(per_layer[:recomputed]) + last) + passing / tp)
+    activations = half * _activation_elements(model, training.activation_checkpointing, tokens, tp, recomputed)
     total = sum(memory) + activations
 
-    compute = passes * _pass_s(model, training, tokens, tp, mode, recomputed) + OPTIMIZER_S * sizes.shard
+    compute = passes * _pass_s(model, training, tokens, tp, recomputed) + OPTIMIZER_S * sizes.shard
     communication = _communication_s(model, parallel, engine.traffic(sizes, parallel), passes, tokens, half, hardware)
     step = max(compute, communication) + 0.5 * min(compute, communication) if communication else compute
-    per_step = training.global_batch_size * length
+    per_step = training.global_batch_size * training.seq_len
     return Estimate(
         engine=parallel.engine,
         dp=dp,
         cp=cp,
         tp=tp,
-        activation_checkpointing=mode,
+        activation_checkpointing=training.activation_checkpointing,
         accumulation=passes,
         states_gib=memory.states / GIB,
         gathered_gib=memory.gathered / GIB,
@@ -193,7 +182,21 @@ def estimate(model: ModelConfig, parallel: ParallelConfig, training: Any, gpus: 
     )
 
 
-def _pass_s(model: ModelConfig, training: Any, tokens: float, tp: int, mode: str, recomputed: int) -> float:
+def _activation_elements(model: ModelConfig, mode: str, tokens: float, tp: int, recomputed: int) -> float:
+    """Return the elements that a rank keeps of one micro-batch, ``tokens`` of which are its own."""
+    others = "selective" if mode in ("full", "offload") else "none"
+    per_layer = [
+        kept_elements(model, layer, mode if layer < recomputed else others, tp) for layer in range(model.num_layers)
+    ]
+    last = sum(per_layer[recomputed:])
+    if mode != "none" and recomputed:  # backward recomputes one block at a time, after the last ones are freed
+        working = max(kept_elements(model, layer, "none", tp) - per_layer[layer] for layer in range(recomputed))
+        last = max(last, working)
+    passing = PASSING_WIDTHS * model.hidden_size * tokens + 2 * model.vocab_size * min(tokens, LOSS_TOKENS)
+    return tokens * (sum(per_layer[:recomputed]) + last) + passing / tp
+
+
+def _pass_s(model: ModelConfig, training: TrainingConfig, tokens: float, tp: int, recomputed: int) -> float:
     """Return the seconds of one forward and backward of a rank's ``tokens``."""
     matrices = 6.0 * matrix_parameters(model) / MATRIX_FLOPS
     kept = repeated = 0.0
@@ -203,8 +206,8 @@ def _pass_s(model: ModelConfig, training: Any, tokens: float, tp: int, mode: str
             seconds = Seconds(0.0, 3.0 * mixer.flops(model, layer, [training.seq_len]) / MATRIX_FLOPS)
         kept, repeated = kept + seconds.kept, repeated + seconds.repeated
     elementwise = ELEMENTWISE_S * model.hidden_size * model.num_layers
-    again = recomputed / model.num_layers if mode in ("full", "offload") else 0.0
-    # A recomputed forward is a third of forward and backward; the profiled step already recomputes what is cheap.
+    again = recomputed / model.num_layers if training.activation_checkpointing in ("full", "offload") else 0.0
+    # A recomputed forward is a third of forward and backward; the profiled step already recomputes cheap operations.
     total = (matrices + repeated) * (1 + again / 3) + kept + elementwise
     return tokens * total / tp / (1 - IDLE)
 

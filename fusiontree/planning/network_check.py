@@ -1,9 +1,9 @@
-"""How fast is the network between every two nodes, and which link or node is slow or dead?
+"""Measures the network between every two nodes and names slow and dead links and nodes.
 
 Rank 0 leads. It publishes rounds of node pairs in a key-value store; the ranks of both nodes of a pair join a process
 group of their own, time an all-reduce and an all-gather, leave it, and report. In a round every node is in at most one
-pair, so pairs do not disturb each other; after N-1 rounds every node has met every other. A group that is joined anew
-for each pair lets a dead link fail alone.
+pair, so pairs do not disturb each other; after N-1 rounds every node has met every other. Each pair gets a
+new process group, so that a dead link fails alone.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Measured:
 
     pair: Pair
     all_reduce_gb_per_s: float = 0.0
-    """What moved through one rank's link, each way: 2 (n-1)/n of the bytes per second."""
+    """Rate of one rank's link in each direction: 2 (n-1)/n of the tensor's bytes per second."""
     all_gather_gb_per_s: float = 0.0
-    """Likewise, (n-1)/n of the gathered bytes per second."""
+    """Rate of one rank's link in each direction: (n-1)/n of the gathered bytes per second."""
     error: str | None = None
 
 
 def rounds(nodes: Sequence[int]) -> list[list[Pair]]:
-    """Return rounds in which every node meets every other once and is in at most one pair a round."""
+    """Return rounds in which every node meets every other once and is in at most one pair per round."""
     ring: list[int | None] = [*nodes] if len(nodes) % 2 == 0 else [*nodes, None]
     half = len(ring) // 2
     result = []
@@ -53,7 +53,7 @@ def rounds(nodes: Sequence[int]) -> list[list[Pair]]:
 
 
 class Preflight:
-    """This process's part in the test; all processes of the job make one and call :meth:`run`."""
+    """This process's part in the test; every process of the job constructs a Preflight and calls :meth:`run`."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Preflight:
         return measured, lost, left_out
 
     def _collect(self, number: int, pair: Pair, until: float) -> tuple[Measured, list[int]]:
-        """Return what a pair's ranks report (the slowest counts) and the nodes that report nothing."""
+        """Return the measurement of a pair's slowest rank, and the nodes that report nothing."""
         texts = {
             rank: self._wait_until(f"done/{number}/{rank}", until) for node in set(pair) for rank in self._ranks(node)
         }
@@ -209,10 +209,10 @@ class Preflight:
 def judge(
     measured: Sequence[Measured], lost: Sequence[int], names: dict[int, str], slow_below: float = 0.5
 ) -> list[str]:
-    """Return what is wrong, one sentence each: silent nodes, dead links, slow nodes, slow links.
+    """Return the problems, one sentence each: silent nodes, dead links, slow nodes, slow links.
 
-    A link is slow below ``slow_below`` of what the middle node reaches on its best link. A node is blamed instead of
-    its links where most of them are slow or dead.
+    A link is slow if its rate is below ``slow_below`` times the median of the nodes' best rates. A node is blamed
+    instead of its links if most of them are slow or dead.
     """
     problems = [f"node {node} ({names.get(node, 'never came')}) does not answer" for node in sorted(lost)]
     between = [m for m in measured if m.pair[0] != m.pair[1] and not set(m.pair) & set(lost)]
@@ -222,7 +222,7 @@ def judge(
         return f"node {node} ({names.get(node, '?')})"
 
     for group in (inside, between):
-        # What a sound link does: the middle one of the nodes' best, as one slow node spoils half the links of four.
+        # A sound link's rate: the median of the nodes' best, as one of four nodes, being slow, spoils half the links.
         best_of: dict[int, float] = {}
         for m in group:
             for node in m.pair:

@@ -21,9 +21,9 @@ import torch
 import fusiontree
 from fusiontree.engines.base import Engine
 from fusiontree.supervision.device_speed import Probe
+from fusiontree.utils.device import available_memory
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import write_json
-from fusiontree.utils.hardware import available_memory
 from fusiontree.utils.hashing import sha256_file, stable_hash
 
 FILE = "health.json"

@@ -1,1 +1,1 @@
-"""What a run writes down and shows: records, crash reports, console, wandb, plots, goodput."""
+"""Records of a run and their display: metrics, events, crash reports, console, trackers, plots, goodput."""

@@ -110,7 +110,7 @@ class Records:
         self._append(self.events_path, entry | details)
 
     def close(self, patience_s: float = 60.0) -> None:
-        """Write lines that are left and end the trackers, each of which has ``patience_s`` to send its rest."""
+        """End the trackers, each within ``patience_s``, and write lines that are left."""
         for tracker in self._trackers:
             if problem := tracker.close(patience_s):
                 self.event(f"{tracker.name}_failed", reason=problem)

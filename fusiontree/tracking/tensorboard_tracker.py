@@ -18,7 +18,7 @@ class TensorboardTracker:
     """Writes event files."""
 
     def __init__(self, options: dict[str, Any], after_step: int) -> None:
-        """Open a new event file; readers drop what earlier files hold of the steps after ``after_step``."""
+        """Open a new event file; readers drop the steps after ``after_step`` of earlier files."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(options["folder"], purge_step=after_step + 1, flush_secs=FLUSH_S)
@@ -38,7 +38,7 @@ class TensorboardTracker:
                 self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write the rest."""
+        """Write values still in memory."""
         self.writer.close()
 
 

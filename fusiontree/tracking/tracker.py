@@ -52,7 +52,7 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Send the rest."""
+        """Send values still in memory."""
         ...
 
 

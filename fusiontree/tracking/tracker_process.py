@@ -1,7 +1,7 @@
 """The process of an experiment tracker, which follows RUN/metrics.jsonl.
 
 Training never waits for a tracker: its client runs in no training process and may hang, crash or ask for a password.
-The local file is complete; the tracker reads it and sends what it can.
+The local file is complete; the tracker reads it and sends its records.
 Run as ``python -m fusiontree.tracking.tracker_process RUN OPTIONS-AS-JSON``; ends when its standard input is closed.
 """
 
@@ -72,7 +72,7 @@ class TrackerProcess:
         return self._ended_with(self.process.poll())
 
     def close(self, seconds: float) -> str | None:
-        """Let the tracker send its rest within ``seconds``; return an error or None."""
+        """Let the tracker send its last records within ``seconds``; return an error or None."""
         assert self.process.stdin
         try:
             self.process.stdin.close()

@@ -13,7 +13,7 @@ from fusiontree.tracking.tracker import TRACKERS, TrackerStart, require_package
 from fusiontree.utils.environment import wandb_server
 
 REACH_S = 5.0
-"""Wait for the server's answer."""
+"""Limit of the wait for the server's answer."""
 
 
 class WandbTracker:
@@ -58,7 +58,7 @@ class WandbTracker:
         self.run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Send the rest."""
+        """Send values still in memory."""
         self.run.finish()
 
 

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of models or training: errors, files, hashing, console."""
+"""Helpers without knowledge of models or training: errors, files, hashing, settings, devices."""

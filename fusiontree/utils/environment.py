@@ -1,6 +1,6 @@
-"""The one place that reads environment variables: who this process is among its peers.
+"""Reads and sets environment variables, for all other modules: rank, launcher, Slurm job, libraries.
 
-torchrun, deepspeed and Slurm each tell a process its rank in their own variables; everything else asks here.
+torchrun, deepspeed and Slurm each use their own variables for a process's rank.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class ProcessPlace:
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that writes files and prints."""
+        """True on the process that writes files and prints."""
         return self.rank == 0
 
 
@@ -67,12 +67,12 @@ def child_environment(**changes: str) -> dict[str, str]:
 
 
 def environment_with_defaults(**defaults: str) -> dict[str, str]:
-    """Return this process's environment, for a process that it starts; ``defaults`` where a variable is not set."""
+    """Return this process's environment for a process that it starts, with ``defaults`` for variables not set."""
     return {**defaults, **os.environ}
 
 
 def rendezvous_given() -> bool:
-    """True when a launcher told this process where its peers meet (``MASTER_ADDR`` and ``MASTER_PORT``)."""
+    """True if a launcher set the address where the ranks meet (``MASTER_ADDR`` and ``MASTER_PORT``)."""
     return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
 
 
@@ -82,7 +82,7 @@ def slurm_job() -> tuple[str, int]:
 
 
 def meeting_point() -> tuple[str, int] | None:
-    """Return address and port where the job's processes meet, or None where no launcher gave one."""
+    """Return address and port where the job's processes meet, or None if no launcher set them."""
     return (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if rendezvous_given() else None
 
 
@@ -92,11 +92,19 @@ def fail_on_nccl_timeout() -> None:
 
 
 def keep_flight_record() -> None:
-    """Make NCCL's process groups keep a record of their last collectives; call before the first group is made.
-
-    What the user has set already stays.
-    """
+    """Make NCCL's process groups record their last collectives, unless the user set this. Call before the first."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives
+
+
+def flight_record() -> bytes | None:
+    """Return NCCL's record of this process's last collectives; None on the CPU or with an older torch.
+
+    The bytes are what ``torchfrtrace`` reads (a pickle; only open your own).
+    """
+    import torch
+
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    return bytes(dump()) if dump and torch.distributed.is_nccl_available() else None
 
 
 def limit_tokenizer_threads(threads: int) -> None:
@@ -117,9 +125,8 @@ def tell_deepspeed(local_rank: int, device_type: str) -> None:
 
 
 def keep_tuning() -> None:
-    """Let Triton write down which variant of a kernel it found the fastest, unless the user decided.
+    """Let Triton store the fastest variant of each kernel in its cache folder, unless the user set this.
 
-    Before the kernels are imported. Tuning mamba_ssm's scan takes one to two minutes; the next process reads the result
-    from Triton's cache folder.
+    Call before the kernels are imported. Without it every process tunes mamba_ssm's scan for one to two minutes.
     """
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")

@@ -1,4 +1,4 @@
-"""Errors that a user caused and can mend."""
+"""Errors that a user caused and can correct."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong: a config value, a path, a layout.
+    """A user's input is wrong: a config value, a path, a layout.
 
     Entry points print the message without a traceback and exit with code 2.
     The message names the value, the place and the way out.

@@ -13,22 +13,22 @@ _POLL_S = 0.02
 
 
 class FileLock:
-    """An advisory lock on a file (``flock``). A process that ends, however it ends, holds it no more.
+    """An advisory lock on a file (``flock``). The system releases it when the process ends, however it ends.
 
-    Two objects on the same file exclude each other, in one process too. An object is not for several threads at once.
+    Two objects on the same file exclude each other, also in one process. An object must not be used by several threads.
     """
 
     def __init__(self, path: Path) -> None:
-        """Name the lock; the file is made when it is first taken."""
+        """Name the lock; the file is created when it is first acquired."""
         self.path = path
         self._descriptor = -1
 
     def acquire(self, *, shared: bool = False, wait: bool = True) -> bool:
-        """Take the lock; return whether it was got.
+        """Acquire the lock; return whether it was acquired.
 
         Args:
-            shared: several holders may share; else only one holds it.
-            wait: False gives up at once when another holds it.
+            shared: several holders may share the lock; False excludes all others.
+            wait: False returns at once if another holder excludes this one.
 
         Raises:
             Stopped: the thread was told to end while it waited.
@@ -47,12 +47,12 @@ class FileLock:
                 continue
             if self._is_current():
                 return True
-            self.close()  # the file was removed while we waited: its lock excludes nobody any more
+            self.close()  # the file was removed while we waited: its lock no longer excludes anybody
 
     def share_again(self) -> bool:
-        """Take a lock held before, shared, at once; return whether it was got.
+        """Acquire, shared and without waiting, a lock that was held before; return whether it was acquired.
 
-        Whether the file is still the lock's is not looked at: for callers who see that in another way, often.
+        Does not check that the file still exists, for callers that acquire often and notice its removal themselves.
         """
         if self._descriptor < 0:
             return False
@@ -71,7 +71,7 @@ class FileLock:
         return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
     def release(self) -> None:
-        """Let others take the lock."""
+        """Let others acquire the lock."""
         if self._descriptor >= 0:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 

@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept from looking through a million old objects in the middle of a step."""
+"""Keeps Python's garbage collector from scanning long-lived objects in the middle of a step."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import gc
 
 
 def freeze() -> None:
-    """Collect, and leave what is alive now (modules, compiled code, the model) out of all later collections.
+    """Collect, and exclude all objects alive now (modules, compiled code, the model) from later collections.
 
-    A full collection of a process that imported torch and its friends takes some hundred milliseconds, on each rank at
-    another time, while the others wait. What comes after is collected as ever.
+    A full collection takes some hundred milliseconds in a process that imported torch, at a different time on each
+    rank, while the others wait. Objects created later are collected as usual.
     """
     gc.collect()
     gc.freeze()
 
 
 def unfreeze() -> None:
-    """Undo :func:`freeze`, for when the run is over and its objects may go."""
+    """Undo :func:`freeze` after the run, so that its objects can be freed."""
     gc.unfreeze()

@@ -1,4 +1,4 @@
-"""Deterministic hashes: keys that are the same on every machine, process and layout."""
+"""Hashes that are the same on every machine, process and layout."""
 
 from __future__ import annotations
 

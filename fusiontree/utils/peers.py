@@ -1,4 +1,4 @@
-"""Which hosts of the job answer: asked when a step hangs, so that a dead link or host can be named."""
+"""Finds hosts of the job that no longer answer when a step hangs, so that a dead link or host is named."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from fusiontree.utils.environment import meeting_point
 
 MOST_HOSTS = 256
-"""Beyond this nobody asks every other host."""
+"""Jobs with more hosts are not probed, because every host would probe every other host."""
 _DISCARD_PORT = 9
 
 
 def host_address() -> str:
-    """Return ``NAME ADDRESS`` of this host; the address is the one that it reaches the job's meeting point by."""
+    """Return ``NAME ADDRESS`` of this host: the address of its route to the job's meeting point."""
     name = socket.gethostname()
     point = meeting_point()
     if point is None:
@@ -28,7 +28,7 @@ def host_address() -> str:
 
 
 def answers(address: str, timeout_s: float = 2.0) -> bool:
-    """Return whether a host answers at all: one that is up refuses a port where nobody listens."""
+    """Return whether a host answers; a running host refuses a connection to a port without a listener."""
     try:
         with socket.create_connection((address, _DISCARD_PORT), timeout=timeout_s):
             return True
@@ -39,24 +39,24 @@ def answers(address: str, timeout_s: float = 2.0) -> bool:
 
 
 class Peers:
-    """The other hosts of the job that answered at the start; those that a firewall hides are not asked again."""
+    """The other hosts of the job that answered at the start; hosts behind a firewall are not probed again."""
 
     def __init__(self, places: Iterable[str]) -> None:
-        """Ask every host once.
+        """Probe every host once.
 
         Args:
             places: ``host_address()`` of every rank.
         """
         hosts = dict.fromkeys(places)
         hosts.pop(host_address(), None)
-        self.hosts = self._asked(list(hosts), wanted=True) if len(hosts) <= MOST_HOSTS else []
+        self.hosts = self._probed(list(hosts), wanted=True) if len(hosts) <= MOST_HOSTS else []
 
     def silent(self) -> list[str]:
-        """Return those that answered at the start and do not now, each as ``NAME ADDRESS``."""
-        return self._asked(self.hosts, wanted=False)
+        """Return the hosts that answered at the start and do not answer now, each as ``NAME ADDRESS``."""
+        return self._probed(self.hosts, wanted=False)
 
     @staticmethod
-    def _asked(hosts: list[str], wanted: bool) -> list[str]:
+    def _probed(hosts: list[str], wanted: bool) -> list[str]:
         if not hosts:
             return []
         with ThreadPoolExecutor(min(len(hosts), 64)) as pool:

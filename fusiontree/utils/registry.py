@@ -11,7 +11,7 @@ Part = TypeVar("Part")
 
 
 class Registry(Generic[Part]):
-    """Parts by name. A name is given to one part only."""
+    """Parts by name; names are unique."""
 
     def __init__(self, kind: str) -> None:
         """Start empty; ``kind`` is the parts' noun in errors, such as ``mixer``."""

@@ -19,7 +19,7 @@ class Section(BaseModel):
     """A group of settings. Unknown keys are errors; values are never silently converted to another type."""
 
     renamed: ClassVar[dict[str, str]] = {}
-    """Former names of settings that have another name now: old name -> name."""
+    """Renamed settings: former name -> present name."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -33,7 +33,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _off_is_a_word(cls, values: Any) -> Any:
-        """YAML reads a bare ``off`` as false; where a setting has the choice "off", that is what was meant."""
+        """YAML reads a bare ``off`` as false; for settings with the choice "off", restore the word."""
         if not isinstance(values, dict):
             return values
         meant = cls._under_present_names(values)
@@ -68,7 +68,7 @@ class Section(BaseModel):
 
 @functools.cache
 def warn_of_former_name(old: str, new: str) -> None:
-    """Warn once per process that a setting has another name now."""
+    """Warn once per process that a setting was renamed."""
     log.warning("the setting '%s' is now named '%s'", old, new)
 
 
@@ -77,7 +77,7 @@ def setting(default: Any = ..., help: str = "", *, unit: str | None = None, **co
 
     Args:
         default: the value when the file is silent; ``...`` makes the field required.
-        help: one sentence on what the field does.
+        help: one sentence on the effect of the field.
         unit: the unit of the value ("tokens", "steps", "seconds"), shown by ``--help``.
         constraints: passed to pydantic (``ge``, ``gt``, ``le``, ``lt``, ``alias``, ``min_length`` …).
     """

@@ -1,4 +1,4 @@
-"""Threads that can be told that nobody wants their result any more."""
+"""Threads that can be told to end because their result is no longer wanted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Stopped(Exception):
 
 
 class StoppableThread(threading.Thread):
-    """A thread that ends soon after :meth:`stop`: whatever it waits in asks :func:`stop_wanted`.
+    """A thread that ends soon after :meth:`stop`, because its waiting functions check :func:`stop_wanted`.
 
     It never keeps the program alive.
     """
@@ -34,6 +34,6 @@ class StoppableThread(threading.Thread):
 
 
 def stop_wanted() -> bool:
-    """Return whether the thread that asks was told to end; other threads than :class:`StoppableThread` never are."""
+    """Return whether the calling thread was told to end; False in threads other than :class:`StoppableThread`."""
     thread = threading.current_thread()
     return isinstance(thread, StoppableThread) and thread.stop_wanted

@@ -44,7 +44,7 @@ def test_the_table_shows_packed_documents(capsys: pytest.CaptureFixture[str]) ->
     assert ["32", "to", "63", "2", "53.6%"] in lines
     assert ["64", "1", "33.3%"] in lines  # no document is longer than its row
     assert ["parameters", "1.57", "G"] in lines
-    assert ["useful", "work", "250", "GFLOP/s", "a", "process"] in lines
+    assert ["useful", "work", "250", "GFLOP/s", "per", "process"] in lines
 
 
 def test_one_document_a_row_needs_no_histogram(capsys: pytest.CaptureFixture[str]) -> None:
