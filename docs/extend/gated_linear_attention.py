@@ -88,7 +88,7 @@ class GatedLinearAttention(Mixer):
 
     name: ClassVar[str] = "gla"
     module_name: ClassVar[str] = "gla"
-    Section: ClassVar[type[Section] | None] = GLAConfig
+    settings: ClassVar[type[Section] | None] = GLAConfig
     adds_time_encoding: ClassVar[bool] = True
     state_exchange: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -123,8 +123,8 @@ class GatedLinearAttention(Mixer):
         v_BSHV = v_BSC.unflatten(-1, (-1, self.value_dim))
         y_BSHV, state_BHKV, kept_BSHK = scan(q_BSHK, k_BSHK, v_BSHV, log_decay_BSHK, segments_BS, self.chunk_size)
         before_BHKV = None
-        if cache is not None and cache.before():
-            (before_BHKV,) = cache.before()
+        if cache is not None and cache.previous():
+            (before_BHKV,) = cache.previous()
         elif self.state_exchange is not None:
             before_BHKV = self.state_exchange(state_BHKV, kept_BSHK[:, -1])
         if before_BHKV is not None:

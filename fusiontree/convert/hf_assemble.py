@@ -18,14 +18,14 @@ TARGET = Path(__file__).parent / "hf_model" / "modeling_fusiontree.py"
 COPIED = {
     "fusiontree.ops.norm.reference": ("rms_norm", "gated_rms_norm"),
     "fusiontree.ops.conv.reference": ("shifted_products",),
-    "fusiontree.ops.ssd.chunked": ("scan_segments",),
+    "fusiontree.ops.ssd.reference": ("scan_segments",),
     "fusiontree.ops.rotary.reference": ("rotary_tables", "apply_rotary"),
     "fusiontree.ops.attention.reference": ("visible_keys",),
     "fusiontree.ops.attention.sdpa": ("sdpa",),
     "fusiontree.ops.gate.reference": ("mix",),
     "fusiontree.models.srte": ("sincos_encoding",),
     "fusiontree.models.gate": ("Alignment", "FusionGate"),
-    "fusiontree.models.mlp": ("MLP",),
+    "fusiontree.models.block": ("MLP",),
 }
 """Definitions that the shell uses, per module."""
 BEGIN = "# ---- Copied by python -m fusiontree.convert.hf_assemble; change the named modules instead. ----\n"

@@ -32,7 +32,7 @@ from fusiontree.convert.reader import (
     write_companions,
 )
 from fusiontree.models.config import ModelConfig
-from fusiontree.parallel.tp_plan import split_of
+from fusiontree.models.mixers.split import split_of
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import write_json
 

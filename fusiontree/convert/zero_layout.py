@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.initialization import no_weight_decay
+from fusiontree.models.mixers.split import split_of
 from fusiontree.parallel.global_tensor import ShardSpec
-from fusiontree.parallel.tp_plan import shard_spec, split_of
 
 File = tuple[int, int]
 """Data parallel and tensor parallel rank: one file of optimizer state."""
@@ -63,7 +63,7 @@ class ZeroLayout:
         self.specs: dict[str, list[ShardSpec]] = {}
         for name, shape in shapes.items():
             split = split_of(name, config) if tp > 1 else None
-            self.specs[name] = [shard_spec(split, shape, r, tp) if split else ShardSpec(shape) for r in range(tp)]
+            self.specs[name] = [ShardSpec.of(split, shape, r, tp) if split else ShardSpec(shape) for r in range(tp)]
         self.groups = groups if groups is not None else self._default_groups(list(shapes))
         self.sizes = [self._flat_size(group) for group in self.groups]
         """Elements of each flat tensor, the same in every file."""

@@ -150,7 +150,7 @@ class TorchEngine(CommonEngine):
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         for gradients in by_dtype.values():
             square += torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).double().square().sum()
-        return self.layout.sum_over_parts(square).sqrt()
+        return self.layout.sum_over_shards(square).sqrt()
 
     def parameter_pieces(self) -> Iterator[NamedPiece]:
         """Yield name, offset and values of this rank's shard of each parameter.

@@ -5,7 +5,10 @@ Shape legend: B rows, S tokens, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
@@ -13,24 +16,48 @@ from fusiontree.models.gate import Alignment, FusionGate
 from fusiontree.models.mixers import layer_mixers
 from fusiontree.models.mixers.base import Mixer
 from fusiontree.models.mixers.cache import LayerCache
-from fusiontree.models.mlp import MLP
 from fusiontree.models.norm import ResidualRMSNorm
 from fusiontree.models.token_layout import BlockInputs
-from fusiontree.ops.gate import Present, gate_mix
+from fusiontree.ops.elementwise import fused
+from fusiontree.ops.gate import GivenBranches, gate_mix
 from fusiontree.ops.recompute import recomputed
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.layer_metrics import layer_metric_sums
 
 
+class MLP(nn.Module):
+    """``down(gelu(up(z)))``, or SwiGLU (Shazeer 2020): ``down(silu(gate(z)) * up(z))``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.backend = config.kernels.elementwise
+        self.gate: nn.Linear | None = None
+        if config.mlp_activation == "swiglu":
+            self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+
+    def forward(self, z_BSC: Tensor) -> Tensor:
+        """Return ``[B, S, C]``."""
+        if self.gate is None:
+            return self.down(recomputed(F.gelu, self.up(z_BSC)))
+        swiglu = fused(_swiglu, self.backend, z_BSC.device.type)
+        return self.down(recomputed(swiglu, self.gate(z_BSC), self.up(z_BSC)))
+
+
+def _swiglu(gate_BSC: Tensor, up_BSC: Tensor) -> Tensor:
+    return F.silu(gate_BSC) * up_BSC
+
+
 class FusionBlock(nn.Module):
-    """A residual block in two stages: :meth:`branches` mixes along the tokens, :meth:`mix` acts on each token alone.
+    """A residual block in two stages: :meth:`branches` mixes the tokens, :meth:`combine` acts on each token alone.
 
     The layer's letter in ``layer_pattern`` names the mixers of its one or two branches. With two branches the gate
-    weighs the first by g and the second by 1 - g. With one branch the missing output counts as zeros; the
-    alignment has no columns for it.
+    weighs the first by g and the second by 1 - g. With one branch the missing output counts as zeros; the alignment
+    has no columns for it.
 
-    ``gather_tokens`` and ``scatter_tokens`` are identities at the two borders between the stages; a parallel plan
-    replaces them by an all-gather and a reduce-scatter.
+    ``gather_tokens`` is called before ``branches`` and ``scatter_tokens`` after it. Both return their input; tensor
+    parallelism replaces them by an all-gather and a reduce-scatter.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -44,15 +71,15 @@ class FusionBlock(nn.Module):
         classes = layer_mixers(config, layer)
         self.norm = ResidualRMSNorm(hidden, config.norm_eps, config.kernels.elementwise)
         self.backend = config.kernels.elementwise
-        self.gather_tokens: nn.Module = nn.Identity()
+        self.gather_tokens: Callable[[Tensor], Tensor] = _unchanged
         for mixer in classes:
-            if hasattr(self, mixer.module_name) or mixer.module_name in _PARTS:
+            if hasattr(self, mixer.module_name) or mixer.module_name in _LATER_ATTRIBUTES:
                 raise UserError(f"mixer {mixer.name}: module_name '{mixer.module_name}' is taken; choose another")
             self.add_module(mixer.module_name, mixer(config, layer))
         self._branches = [(mixer.module_name, mixer.adds_time_encoding) for mixer in classes]
-        alone: Present = "second" if classes[0].alone_is_second else "first"
-        self.present: Present = "both" if len(classes) == 2 else alone
-        self.scatter_tokens: nn.Module = nn.Identity()
+        alone: GivenBranches = "second" if classes[0].weighed_as_second else "first"
+        self.given_branches: GivenBranches = "both" if len(classes) == 2 else alone
+        self.scatter_tokens: Callable[[Tensor], Tensor] = _unchanged
         self.align = Alignment(len(classes), hidden) if config.use_alignment else None
         self.gate = FusionGate(config)
         self.out_proj = nn.Linear(hidden, hidden, bias=False)
@@ -72,8 +99,8 @@ class FusionBlock(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the residual stream after this layer and sums over each row's tokens and channels, ``[B]`` in fp32.
 
-        The sums are those of the gates (``gate``), of their binary entropies in nats (``entropy``) and of their
-        squares (``square``), and those of the layer metrics (``metric.field``).
+        Keys of the sums: ``gate`` (g), ``entropy`` (binary entropy of g in nats), ``square`` (g²), and ``METRIC.FIELD``
+        for every layer metric.
 
         Args:
             x_BSC: residual stream ``[B, S, C]``.
@@ -84,7 +111,7 @@ class FusionBlock(nn.Module):
         """
         u_BSC, x_BSC = self.norm(x_BSC)
         outputs_BSC = self.scatter_tokens(self.branches(self.gather_tokens(u_BSC), inputs, cache))
-        return self.mix(x_BSC, outputs_BSC, branch_scale_B2, inputs.mixer.padding_mask_BS, layer_metrics)
+        return self.combine(x_BSC, outputs_BSC, branch_scale_B2, inputs.mixer.padding_mask_BS, layer_metrics)
 
     def branches(self, u_BSC: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> Tensor:
         """Return the branches' concatenated outputs: ``[B, S, 2C]`` for two branches, ``[B, S, C]`` for one."""
@@ -96,7 +123,7 @@ class FusionBlock(nn.Module):
             outputs.append(getattr(self, name)(input_BSC, inputs.mixer, cache and cache[name]))
         return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
 
-    def mix(
+    def combine(
         self,
         x_BSC: Tensor,
         outputs_BSC: Tensor,
@@ -104,7 +131,7 @@ class FusionBlock(nn.Module):
         padding_mask_BS: Tensor | None = None,
         layer_metrics: tuple[str, ...] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add the gated branches and the MLP to the residual stream, token by token; both read the aligned outputs."""
+        """Return the residual stream plus the gated branches and the MLP of the aligned outputs, and the sums."""
         branches = len(self._branches)
         metric_sums: dict[str, Tensor] = {}
         if layer_metrics:
@@ -112,21 +139,25 @@ class FusionBlock(nn.Module):
             with torch.no_grad():
                 metric_sums = layer_metric_sums(layer_metrics, outputs, padding_mask_BS)
         if branch_scale_B2 is not None:
-            first = 1 if self.present == "second" else 0
-            scale_BSn = branch_scale_B2[:, None, first : first + branches].to(outputs_BSC.dtype)
+            start = 1 if self.given_branches == "second" else 0
+            scale_BSn = branch_scale_B2[:, None, start : start + branches].to(outputs_BSC.dtype)
             outputs_BSC = (outputs_BSC.unflatten(-1, (branches, -1)) * scale_BSn.unsqueeze(-1)).flatten(2)
         if self.align is not None:
             z_BSC = self.align(outputs_BSC)
         elif branches == 2:
             z_BSC = torch.add(*outputs_BSC.chunk(2, dim=-1)) / 2
         else:
-            z_BSC = outputs_BSC / 2
+            z_BSC = outputs_BSC / 2  # the mean of the output and of zeros for the missing branch
         mixed_BSC, (gate_B, entropy_B, square_B) = gate_mix(
-            self.gate(z_BSC), outputs_BSC, padding_mask_BS, present=self.present, backend=self.backend
+            self.gate(z_BSC), outputs_BSC, padding_mask_BS, given=self.given_branches, backend=self.backend
         )
         sums = {"gate": gate_B, "entropy": entropy_B, "square": square_B} | metric_sums
         return x_BSC + self.out_proj(mixed_BSC) + self.mlp(z_BSC), sums
 
 
-_PARTS = ("align", "gate", "out_proj", "mlp", "scatter_tokens", "present")
-"""Attributes that the constructor sets after the mixers, so that ``hasattr`` does not find them yet."""
+def _unchanged(x_BSC: Tensor) -> Tensor:
+    return x_BSC
+
+
+_LATER_ATTRIBUTES = ("align", "gate", "out_proj", "mlp", "scatter_tokens", "given_branches")
+"""Attributes that the constructor sets after the mixers; ``hasattr`` does not find them when a mixer is added."""

@@ -32,16 +32,7 @@ class DecodeCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        """Create an empty cache.
-
-        Args:
-            config: of the model.
-            rows: number of texts in the batch.
-            max_length: expected tokens of the longest text, pads included; memory is allocated for them once. Longer
-                texts are allowed.
-            dtype: of keys and values.
-            device: of the model.
-        """
+        """Create an empty cache; :meth:`FusionTreeModel.new_cache` describes the arguments."""
         capacity = max_length or 0
         self.positions_B = torch.zeros(rows, dtype=torch.int64, device=device)
         """Position of each row's next token, which is the number of tokens in its text."""

@@ -174,7 +174,7 @@ class ModelConfig(Section):
         named = [name for names in letters.values() if isinstance(names, list) for name in names]
         sections = {}
         for name in dict.fromkeys([*given, *named]):
-            section = None if name in _BUILT_IN else mixer_class(name).Section
+            section = None if name in _BUILT_IN else mixer_class(name).settings
             if section is not None:
                 sections[name] = _validated(section, given.get(name) or {}, f"mixers.{name}")
             elif name in given:
@@ -185,50 +185,9 @@ class ModelConfig(Section):
     def _check(self) -> Self:
         _check_letters(self.letters or {})
         if self.layer_pattern is not None:
-            letters = list(LETTERS | (self.letters or {}))
-            wrong = sorted(set(self.layer_pattern) - set(letters))
-            if wrong:
-                raise ValueError(
-                    f"layer_pattern '{self.layer_pattern}' has {wrong}; use the letters {', '.join(letters[:-1])} and "
-                    f"{letters[-1]}, or define others under letters"
-                )
-            if len(self.layer_pattern) != self.num_layers:
-                raise ValueError(
-                    f"layer_pattern '{self.layer_pattern}' names {len(self.layer_pattern)} layers and num_layers is "
-                    f"{self.num_layers}; give one letter per layer"
-                )
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide by num_heads {self.num_heads}; set head_dim or "
-                f"change one of them"
-            )
-        if self.attention_head_dim % 2:
-            raise ValueError(f"head_dim {self.attention_head_dim} is odd; rotary positions need an even head_dim")
-        if self.global_heads > self.num_heads:
-            raise ValueError(f"global_heads {self.global_heads} is more than num_heads {self.num_heads}")
-        if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide by num_kv_heads {self.kv_heads}")
-        group = self.num_heads // self.kv_heads
-        if self.local_heads % group or self.global_heads % group:
-            raise ValueError(
-                f"num_kv_heads {self.kv_heads} makes groups of {group} query heads, and {self.local_heads} local + "
-                f"{self.global_heads} global heads do not divide by {group}: a group would mix both kinds; change "
-                f"global_heads or num_kv_heads"
-            )
-        if self.d_inner % self.mamba.head_dim:
-            raise ValueError(
-                f"mamba.expand * hidden_size = {self.d_inner} does not divide by mamba.head_dim {self.mamba.head_dim}"
-            )
-        if self.mamba_heads % self.mamba.n_groups:
-            raise ValueError(
-                f"{self.mamba_heads} state space heads (expand * hidden_size / mamba.head_dim) do not divide by "
-                f"mamba.n_groups {self.mamba.n_groups}"
-            )
-        if self.d_inner % self.mamba.norm_groups:
-            raise ValueError(
-                f"mamba.expand * hidden_size = {self.d_inner} does not divide by mamba.norm_groups "
-                f"{self.mamba.norm_groups}"
-            )
+            self._check_pattern(self.layer_pattern)
+        self._check_heads()
+        self._check_mamba()
         if self.srte_encoding == "sincos" and self.hidden_size % 2:
             raise ValueError(f"hidden_size {self.hidden_size} is odd; srte_encoding sincos needs an even hidden_size")
         if self.mlp_size < 1:
@@ -248,6 +207,56 @@ class ModelConfig(Section):
             for problem in mixer_class(name).size_problems(self):
                 raise ValueError(f"mixer {name}: {problem}")
         return self
+
+    def _check_pattern(self, pattern: str) -> None:
+        letters = list(LETTERS | (self.letters or {}))
+        wrong = sorted(set(pattern) - set(letters))
+        if wrong:
+            raise ValueError(
+                f"layer_pattern '{pattern}' has {wrong}; use the letters {', '.join(letters[:-1])} and "
+                f"{letters[-1]}, or define others under letters"
+            )
+        if len(pattern) != self.num_layers:
+            raise ValueError(
+                f"layer_pattern '{pattern}' names {len(pattern)} layers and num_layers is "
+                f"{self.num_layers}; give one letter per layer"
+            )
+
+    def _check_heads(self) -> None:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide by num_heads {self.num_heads}; set head_dim or "
+                f"change one of them"
+            )
+        if self.attention_head_dim % 2:
+            raise ValueError(f"head_dim {self.attention_head_dim} is odd; rotary positions need an even head_dim")
+        if self.global_heads > self.num_heads:
+            raise ValueError(f"global_heads {self.global_heads} is more than num_heads {self.num_heads}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide by num_kv_heads {self.kv_heads}")
+        group = self.num_heads // self.kv_heads
+        if self.local_heads % group or self.global_heads % group:
+            raise ValueError(
+                f"num_kv_heads {self.kv_heads} makes groups of {group} query heads, and {self.local_heads} local + "
+                f"{self.global_heads} global heads do not divide by {group}: a group would mix both kinds; change "
+                f"global_heads or num_kv_heads"
+            )
+
+    def _check_mamba(self) -> None:
+        if self.d_inner % self.mamba.head_dim:
+            raise ValueError(
+                f"mamba.expand * hidden_size = {self.d_inner} does not divide by mamba.head_dim {self.mamba.head_dim}"
+            )
+        if self.mamba_heads % self.mamba.n_groups:
+            raise ValueError(
+                f"{self.mamba_heads} state space heads (expand * hidden_size / mamba.head_dim) do not divide by "
+                f"mamba.n_groups {self.mamba.n_groups}"
+            )
+        if self.d_inner % self.mamba.norm_groups:
+            raise ValueError(
+                f"mamba.expand * hidden_size = {self.d_inner} does not divide by mamba.norm_groups "
+                f"{self.mamba.norm_groups}"
+            )
 
 
 def _check_letters(letters: dict[str, list[str]]) -> None:

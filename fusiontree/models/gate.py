@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.fused_linear import project
+from fusiontree.ops.linear import project
 from fusiontree.ops.recompute import recomputed
 
 

@@ -9,16 +9,17 @@ from collections.abc import Callable
 from typing import NamedTuple, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.block import FusionBlock
 from fusiontree.models.cache import DecodeCache
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.head import LanguageModelHead
 from fusiontree.models.mixers.base import MixerInputs
 from fusiontree.models.norm import RMSNorm
 from fusiontree.models.srte import SharedTimeEncoding
 from fusiontree.models.token_layout import BlockInputs, lay_out_tokens
+from fusiontree.ops.cross_entropy import linear_cross_entropy
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.rotary import rotary_tables
 from fusiontree.utils.errors import UserError
@@ -43,6 +44,28 @@ class ModelOutput(NamedTuple):
     logits_BSV: Tensor | None
     layer_sums: LayerSums
     cache: DecodeCache | None
+
+
+class LanguageModelHead(nn.Module):
+    """Logits of hidden states, or their summed loss without ever holding all logits in memory.
+
+    With a tied embedding, ``weight`` is the embedding's parameter.
+    """
+
+    def __init__(self, vocab_size: int, channels: int, backend: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, channels))
+        self.backend = backend
+
+    def forward(self, hidden_BSC: Tensor, labels_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the logits ``[B, S, V]``, or with labels ``(loss_sum, z_sum)``.
+
+        Both sums are fp32 scalars over the tokens whose label is not negative: cross entropy in nats, and squared
+        log-partition.
+        """
+        if labels_BS is None:
+            return F.linear(hidden_BSC, self.weight)
+        return linear_cross_entropy(hidden_BSC.flatten(0, 1), self.weight, labels_BS.flatten(), backend=self.backend)
 
 
 class FusionTreeModel(nn.Module):

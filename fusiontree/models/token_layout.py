@@ -101,12 +101,7 @@ def lay_out_tokens(
 
 
 def check_padding_mask(padding_mask_BS: Tensor, shape: torch.Size) -> None:
-    """Check type and shape of a padding mask.
-
-    Raises:
-        TypeError: the mask is not boolean.
-        ValueError: its shape is not that of the tokens.
-    """
+    """Raise TypeError if a padding mask is not boolean, ValueError if its shape is not that of the tokens."""
     if padding_mask_BS.dtype is not torch.bool:
         raise TypeError(
             f"padding_mask_BS is {padding_mask_BS.dtype}; it must be torch.bool with True on real tokens: pass "

@@ -7,12 +7,12 @@ and logs the choice once. A backend requested by name that cannot run raises an 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
@@ -57,14 +57,14 @@ def triton_unavailable(device: torch.device) -> str | None:
     return None if find_spec("triton") is not None else "triton is not installed"
 
 
-def on_record(formula: Callable) -> Callable:
-    """Return ``formula`` as a function of one record that holds its arguments in order."""
+def loader(path: str) -> Callable[[], Callable]:
+    """Return a function that imports and returns ``module:function``, so that unused backends are not imported."""
 
-    @functools.wraps(formula)
-    def run(inputs: tuple[Any, ...]) -> Any:
-        return formula(*inputs)
+    def load() -> Callable:
+        module, _, name = path.partition(":")
+        return getattr(importlib.import_module(module), name)
 
-    return run
+    return load
 
 
 class Operation:
@@ -91,7 +91,8 @@ class Operation:
                     log.info("%s on %s: %s", self.shown, device_type, backend.name)
                     _chosen[self.shown] = backend.name
                     return backend.load()
-            raise UserError(f"no backend of {self.name} runs on {device_type}: {self.reasons(device)}")
+            reasons = "; ".join(f"{b.name}: {b.unavailable(device)}" for b in self.backends.values())
+            raise UserError(f"no backend of {self.name} runs on {device_type}: {reasons}")
         if wanted not in self.backends:
             raise UserError(f"kernels.{self.name}={wanted} is not a backend{nearest(wanted, self.backends)}")
         why = self.backends[wanted].unavailable(device)
@@ -100,7 +101,3 @@ class Operation:
             raise UserError(f"kernels.{self.name}={wanted} cannot run on {device_type}: {why}; here run {usable}")
         _chosen[self.shown] = wanted
         return self.backends[wanted].load()
-
-    def reasons(self, device: torch.device) -> str:
-        """Return the reason why each backend cannot run on ``device``."""
-        return "; ".join(f"{b.name}: {b.unavailable(device)}" for b in self.backends.values())

@@ -7,14 +7,13 @@ arithmetic of the layer's smaller matrix products.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
-from fusiontree.ops.dispatch import Backend, Operation, anywhere, triton_unavailable
+from fusiontree.ops.dispatch import Backend, Operation, anywhere, loader, triton_unavailable
 
 _KINDS = 64
 """Maximum number of input signatures that a formula is compiled for in one process."""
@@ -80,14 +79,10 @@ def with_kernel(shown: str, formula: Callable[..., Any], kernel: str, setting: s
         setting: name of the setting under ``model.kernels``.
     """
 
-    def load() -> Callable[..., Any]:
-        module, _, name = kernel.partition(":")
-        return getattr(importlib.import_module(module), name)
-
     return Operation(
         setting,
         [
-            Backend("triton", load, triton_unavailable),
+            Backend("triton", loader(kernel), triton_unavailable),
             Backend("compiled", lambda: compiled(formula), needs_gpu),
             Backend("reference", lambda: formula, anywhere),
         ],

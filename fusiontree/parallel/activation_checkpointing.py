@@ -109,33 +109,26 @@ def _keeping() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     match only the operations in ``KEPT``.
     """
     kept: deque[Any] = deque()
-    return _Keep(kept), _Replay(kept)
+    return _Kept(kept, replay=False), _Kept(kept, replay=True)
 
 
-class _Keep(TorchDispatchMode):
-    def __init__(self, kept: deque[Any]) -> None:
+class _Kept(TorchDispatchMode):
+    """Appends the results of the operations in ``KEPT`` to ``kept``, or with ``replay`` returns them instead."""
+
+    def __init__(self, kept: deque[Any], replay: bool) -> None:
         super().__init__()
-        self.kept = kept
+        self.kept, self.replay = kept, replay
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.replay and func in KEPT:
+            results, versions = self.kept.popleft()
+            assert versions == _versions(results), f"a kept result of {func} was overwritten after the forward"
+            return results
         out = func(*args, **(kwargs or {}))
         if func in KEPT:
             results = _detached(out)
             self.kept.append((results, _versions(results)))
         return out
-
-
-class _Replay(TorchDispatchMode):
-    def __init__(self, kept: deque[Any]) -> None:
-        super().__init__()
-        self.kept = kept
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in KEPT:
-            results, versions = self.kept.popleft()
-            assert versions == _versions(results), f"a kept result of {func} was overwritten after the forward"
-            return results
-        return func(*args, **(kwargs or {}))
 
 
 def _detached(out: Any) -> Any:

@@ -26,14 +26,8 @@ from fusiontree.models.mixers.attention import AttentionCore
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.attention import attention
 from fusiontree.ops.documents import Documents
-from fusiontree.parallel.collectives import (
-    all_gather,
-    begin_gather_tokens,
-    begin_left_halos,
-    begin_swap_with_mirror,
-    left_halos,
-    reduce_scatter,
-)
+from fusiontree.parallel.collectives import all_gather, reduce_scatter
+from fusiontree.parallel.exchanges import begin_gather_tokens, begin_left_halos, begin_swap_with_mirror, left_halos
 from fusiontree.parallel.layout import Layout
 
 _ALIGNED = 128
@@ -54,26 +48,16 @@ class PieceDocuments(Documents):
         length = positions_BT.shape[1] // ranks
         half = first_half(length)
         begin, mirror = rank * length, (ranks - 1 - rank) * length
-        piece = Documents.from_positions(positions_BT[:, begin : begin + length].contiguous())
         return cls(
-            piece.positions_BS,
-            piece.segments_BS,
-            piece.cu_seqlens,
-            piece.max_seqlen,
-            piece.tokens_before,
+            **vars(Documents.from_positions(positions_BT[:, begin : begin + length].contiguous())),
             own_half=Documents.from_positions(positions_BT[:, begin : begin + half].contiguous()),
             mirror_half=Documents.from_positions(positions_BT[:, mirror + half : mirror + length].contiguous()),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PieceDocuments:
         """Copy the tensors to ``device``."""
-        piece = super().to(device, non_blocking)
         return PieceDocuments(
-            piece.positions_BS,
-            piece.segments_BS,
-            piece.cu_seqlens,
-            piece.max_seqlen,
-            piece.tokens_before,
+            **vars(super().to(device, non_blocking)),
             own_half=self.own_half.to(device, non_blocking),
             mirror_half=self.mirror_half.to(device, non_blocking),
         )
@@ -150,12 +134,16 @@ class _PassStates(torch.autograd.Function):
         return mine[..., :-1].reshape(ctx.shape), mine[..., -1], None
 
 
-class LocalAttentionCP(AttentionCore):
-    """Attention of the local heads: left neighbours send the window's keys and values that precede the chunk."""
+class _ChunkAttention(AttentionCore):
+    """An attention core that communicates with the ranks that hold the other chunks of the sequences."""
 
     def __init__(self, core: AttentionCore, group: dist.ProcessGroup) -> None:
         super().__init__(core.window, core.backend)
         self.group = group
+
+
+class LocalAttentionCP(_ChunkAttention):
+    """Attention of the local heads: left neighbours send the window's keys and values that precede the chunk."""
 
     def begin(
         self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None
@@ -178,12 +166,8 @@ class LocalAttentionCP(AttentionCore):
         return finish
 
 
-class GlobalAttentionCP(AttentionCore):
+class GlobalAttentionCP(_ChunkAttention):
     """Attention of the global heads: keys and values of the full sequence, queries of two mirrored half chunks."""
-
-    def __init__(self, core: AttentionCore, group: dist.ProcessGroup) -> None:
-        super().__init__(core.window, core.backend)
-        self.group = group
 
     def begin(
         self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, documents: Documents | None

@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from fusiontree.models.mixers.split import Split
+
 Piece = tuple[tuple[int, ...], Tensor]
 """A rectangle of a parameter: its offset in the full parameter, and a view of the values in use."""
 
@@ -34,6 +36,11 @@ class ShardSpec:
     """Axis that is split; None means the parameter is replicated."""
     ranges: tuple[tuple[int, int], ...] = ()
     """``(start, stop)`` along ``axis`` of the full parameter, in the order in which the rank stores them."""
+
+    @classmethod
+    def of(cls, split: Split, shape: tuple[int, ...], rank: int, ranks: int) -> ShardSpec:
+        """Return the rank's shard of a parameter of ``shape``; a replicated parameter if units are too few."""
+        return cls(shape, split.axis, split.ranges(rank, ranks)) if split.is_owned(ranks) else cls(shape)
 
     @property
     def is_split(self) -> bool:

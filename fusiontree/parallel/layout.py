@@ -87,22 +87,30 @@ class Layout:
             torch.cuda.set_device(self.device)
         self.backend = "nccl" if self.device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_s)
-        if self.place.world_size == 1 and not rendezvous_given():
-            store = dist.HashStore()
-            dist.init_process_group(self.backend, store=store, rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(
-                self.backend, rank=self.place.rank, world_size=self.place.world_size, timeout=timeout
-            )
         world = self.place.world_size
+        alone = world == 1 and not rendezvous_given()
+        store = dist.HashStore() if alone else None
+        dist.init_process_group(self.backend, store=store, rank=self.place.rank, world_size=world, timeout=timeout)
         assert world % (tp * cp) == 0, f"{world} processes, tp {tp}, cp {cp}"
         self.tp_size, self.cp_size, self.dp_size = tp, cp, world // (tp * cp)
         self.shard_size = shard_size or world
         self._copies: dict[tuple[bool, bool], DeviceMesh] = {}
         self.mesh: DeviceMesh = self._mesh(dp=self.dp_size, cp=cp, tp=tp)
         self._dp_cp_mesh = self._mesh(dp_cp=self.dp_size * cp, tp=tp)["dp_cp"] if tp * cp > 1 else self.mesh["dp"]
-        self._row_mesh = self._mesh(dp=self.dp_size, row=cp * tp)["row"]
         self._world_mesh = self._mesh(world=world)
+        self.dp_rank, self.cp_rank, self.tp_rank = map(self.mesh.get_local_rank, ("dp", "cp", "tp"))
+        """Indices of this process's part of every batch, of its chunk of the sequences, and of its share of the heads
+        (between the mixers: of the chunk's tokens)."""
+        self.dp_group, self.cp_group, self.tp_group = map(self.mesh.get_group, ("dp", "cp", "tp"))
+        """Ranks, in order, that hold different sequences; chunks of the same sequences; heads of the same tokens."""
+        self.dp_cp_group, self.dp_cp_rank = self._dp_cp_mesh.get_group(), self._dp_cp_mesh.get_local_rank()
+        """Ranks that compute the same heads on different tokens; tp-split parameters are sharded over them."""
+        self.row_group = self._mesh(dp=self.dp_size, row=cp * tp)["row"].get_group()
+        """Ranks that hold the same sequences (cp x tp); sums over a sequence's tokens are reduced over them."""
+        self.world_group = self._world_mesh.get_group()
+        """All ranks (dp x cp x tp); parameters that tp does not split are sharded over them."""
+        self.is_main = self.place.is_main
+        """True on the one process that writes files and prints."""
         # For CPU code such as writing files: gloo stays off the GPU's stream, and NCCL's time-outs do not apply.
         self.cpu_group = dist.new_group(backend="gloo", timeout=timeout)
         # Checkpoint threads communicate while training does; on a common group their messages would mix.
@@ -110,61 +118,6 @@ class Layout:
 
     def _mesh(self, **axes: int) -> DeviceMesh:
         return init_device_mesh(self.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-
-    @property
-    def dp_rank(self) -> int:
-        """Index of this process's part of every global batch."""
-        return self.mesh.get_local_rank("dp")
-
-    @property
-    def cp_rank(self) -> int:
-        """Index of this process's chunk of its sequences."""
-        return self.mesh.get_local_rank("cp")
-
-    @property
-    def tp_rank(self) -> int:
-        """Index of this process's share of the heads and, between the mixers, of the chunk's tokens."""
-        return self.mesh.get_local_rank("tp")
-
-    @property
-    def dp_group(self) -> dist.ProcessGroup:
-        """Ranks that hold different sequences."""
-        return self.mesh.get_group("dp")
-
-    @property
-    def cp_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the chunks of the same sequences, in order."""
-        return self.mesh.get_group("cp")
-
-    @property
-    def tp_group(self) -> dist.ProcessGroup:
-        """Ranks that hold different heads of the same tokens, in order."""
-        return self.mesh.get_group("tp")
-
-    @property
-    def dp_cp_group(self) -> dist.ProcessGroup:
-        """Ranks that compute the same heads on different tokens; tp-split parameters are sharded over them."""
-        return self._dp_cp_mesh.get_group()
-
-    @property
-    def dp_cp_rank(self) -> int:
-        """This process's rank in :attr:`dp_cp_group`."""
-        return self._dp_cp_mesh.get_local_rank()
-
-    @property
-    def row_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the same sequences (cp x tp); sums over a sequence's tokens are reduced over them."""
-        return self._row_mesh.get_group()
-
-    @property
-    def world_group(self) -> dist.ProcessGroup:
-        """All ranks (dp x cp x tp); parameters that tp does not split are sharded over them."""
-        return self._world_mesh.get_group()
-
-    @property
-    def is_main(self) -> bool:
-        """True on the one process that writes files and prints."""
-        return self.place.is_main
 
     def parameter_group(self, tp_sharded: bool) -> dist.ProcessGroup:
         """Return the ranks to reduce a parameter's gradient over: dp x cp if tp splits it, else dp x cp x tp."""
@@ -188,7 +141,7 @@ class Layout:
             self._copies[key] = mesh["replicate", "shard"]
         return self._copies[key]
 
-    def sum_over_parts(self, square: torch.Tensor) -> torch.Tensor:
+    def sum_over_shards(self, square: torch.Tensor) -> torch.Tensor:
         """Sum the squares of the ranks' gradient shards, counting each element once; ``square`` is an fp64 scalar.
 
         Exactly one rank of the group summed over owns each gradient element: tp-split parameters are sharded over

@@ -8,46 +8,23 @@ Shape legend: B rows, S tokens of a chunk (s: this rank's 1/tp of them), C chann
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.block import FusionBlock
-from fusiontree.models.head import LanguageModelHead
 from fusiontree.models.mixers import mixer_of
 from fusiontree.models.mixers.mamba2 import CausalConv
-from fusiontree.models.mixers.split import Ranges
-from fusiontree.models.model import FusionTreeModel
+from fusiontree.models.mixers.split import Ranges, split_of
+from fusiontree.models.model import FusionTreeModel, LanguageModelHead
 from fusiontree.ops.cross_entropy import linear_cross_entropy
-from fusiontree.parallel.collectives import gather_stack, gather_tokens, scatter_tokens
+from fusiontree.parallel.collectives import gather_stack, scatter_tokens
+from fusiontree.parallel.exchanges import gather_tokens
 from fusiontree.parallel.global_tensor import ShardSpec
 from fusiontree.parallel.layout import Layout
-from fusiontree.parallel.tp_plan import shard_spec, split_of
-
-
-class GatherTokens(nn.Module):
-    """All-gather ``[B, s, C]`` to ``[B, S, C]``: the branches read all tokens of the chunk."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.group = group
-
-    def forward(self, x_BsC: Tensor) -> Tensor:
-        """Return all tokens of the chunk."""
-        return gather_tokens(x_BsC, self.group)
-
-
-class ScatterTokens(nn.Module):
-    """Reduce-scatter partial sums ``[B, S, C]`` to the sums of this rank's tokens, ``[B, s, C]``."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.group = group
-
-    def forward(self, x_BSC: Tensor) -> Tensor:
-        """Return this rank's tokens, summed over the heads of all ranks."""
-        return scatter_tokens(x_BSC, self.group)
 
 
 class VocabParallelEmbedding(nn.Embedding):
@@ -139,8 +116,8 @@ def apply_tensor_parallel(model: FusionTreeModel, layout: Layout) -> dict[str, S
     model.head = VocabParallelHead(model.head, group)
     for block in model.layers:
         assert isinstance(block, FusionBlock)
-        block.gather_tokens = GatherTokens(group)
-        block.scatter_tokens = ScatterTokens(group)
+        block.gather_tokens = partial(gather_tokens, group=group)  # the branches read all tokens of the chunk
+        block.scatter_tokens = partial(scatter_tokens, group=group)  # sums over the heads of all ranks
     replaced: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one parameter
     for module_name, module in list(model.named_modules()):
         for leaf, parameter in list(module.named_parameters(recurse=False)):
@@ -149,7 +126,7 @@ def apply_tensor_parallel(model: FusionTreeModel, layout: Layout) -> dict[str, S
             if split is None:
                 assert mixer_of(name, config) is None, f"the tp_plan of the mixer that owns {name} does not split it"
                 continue
-            spec = shard_spec(split, tuple(parameter.shape), rank, ranks)
+            spec = ShardSpec.of(split, tuple(parameter.shape), rank, ranks)
             if not spec.is_split:
                 _select_outputs(model, module_name, split.ranges(rank, ranks))
                 continue

@@ -18,10 +18,10 @@ from fusiontree.models.config import ModelConfig
 from fusiontree.models.flops import matrix_parameters
 from fusiontree.models.mixers import all_mixers, layer_mixers
 from fusiontree.models.mixers.base import Seconds
+from fusiontree.models.mixers.split import split_of
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.config import ParallelConfig
-from fusiontree.parallel.tp_plan import split_of
 from fusiontree.training.config import TrainingConfig
 
 GIB = 2**30

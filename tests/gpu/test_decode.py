@@ -15,9 +15,9 @@ from fusiontree.generation.sampling import SamplingConfig
 from fusiontree.models.cuda_graph import GraphedStep
 from fusiontree.ops.attention import cached_attention, decode_attention, key_bias
 from fusiontree.ops.conv import causal_conv1d
-from fusiontree.ops.ssd.recurrent_step import ssd_step
-from fusiontree.ops.ssd.reference import ssd_sequential
+from fusiontree.ops.ssd.reference import ssd_step
 from tests.helpers import tiny_model
+from tests.ops.sequential_scan import ssd_sequential
 
 pytestmark = [
     pytest.mark.gpu,

@@ -128,7 +128,7 @@ def tensors_of(cache: Any) -> list[torch.Tensor]:
     found = [cache.positions_B, cache.column_1]
     for layer in cache.layers:
         if "mamba" in layer:
-            found += layer["mamba"].before()
+            found += layer["mamba"].previous()
         if "attention" in layer:
             for part in (layer["attention"].local._kept, layer["attention"].everything._buffer):
                 found += list(part or ())

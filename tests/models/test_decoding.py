@@ -67,7 +67,7 @@ def test_the_prefill_fills_every_cache():
         assert ("mamba" not in layer) == (letter == "A")
         assert ("attention" not in layer) == (letter == "M")
         if "mamba" in layer:
-            conv_x, conv_bc, state = layer["mamba"].before()
+            conv_x, conv_bc, state = layer["mamba"].previous()
             assert conv_x.shape == (2, 3, 64) and conv_bc.shape == (2, 3, 64)
             assert state.shape == (2, 8, 8, 16) and state.dtype == torch.float32 and bool(state.abs().sum() > 0)
         if "attention" in layer:
@@ -132,7 +132,7 @@ def test_half_precision_caches_hold_half_precision_and_an_fp32_state(dtype):
     decoded = in_pieces(model, tokens(1, 12), [5] + [1] * 7, cache)
     assert decoded.dtype == dtype
     assert cache.layers[0]["attention"].local.kept.k_BTKD.dtype == dtype
-    assert cache.layers[0]["mamba"].before()[2].dtype == torch.float32
+    assert cache.layers[0]["mamba"].previous()[2].dtype == torch.float32
     torch.testing.assert_close(decoded, full, atol=0.1, rtol=0.1)
 
 
@@ -174,7 +174,7 @@ def test_pads_leave_nothing_in_the_cache():
     cache = model.new_cache(2)
     mask_BS = torch.tensor([[True] * 6, [False] * 4 + [True] * 2])
     model(tokens(2, 6), padding_mask_BS=mask_BS, cache=cache)
-    conv_x, conv_bc, _ = cache.layers[0]["mamba"].before()
+    conv_x, conv_bc, _ = cache.layers[0]["mamba"].previous()
     for inputs_BKC in (conv_x, conv_bc):
         assert not inputs_BKC[1, 0].any() and bool(inputs_BKC[1, 1:].any(1).all()) and bool(inputs_BKC[0].any(1).all())
     attention = cache.layers[0]["attention"]

@@ -111,17 +111,16 @@ def test_forward_sees_fp32_even_if_an_engine_casts_the_parameters():
     torch.testing.assert_close(values.A_H, -torch.exp(torch.full((4,), 0.5)))
 
 
-def test_the_scan_is_a_module_that_a_plan_can_replace():
+def test_the_scan_is_a_method_that_can_be_replaced():
     config, mixer, _ = mixer_pair(1)
     u_BSC = torch.randn(1, 6, config.hidden_size)
     seen = {}
 
-    class Double(nn.Module):
-        def forward(self, x_BSHP, dt_BSH, ssm, B_BSGN, C_BSGN, documents, initial_state_BHPN=None):
-            seen.update(x=x_BSHP, dt=dt_BSH, A=ssm.A_H)
-            return 2 * x_BSHP, initial_state_BHPN
+    def double(x_BSHP, ssm, B_BSGN, C_BSGN, documents, initial_state_BHPN=None):
+        seen.update(x=x_BSHP, dt=ssm.dt_BSH, A=ssm.A_H)
+        return 2 * x_BSHP, initial_state_BHPN
 
-    mixer.scan = Double()
+    mixer.scan = double
     mixer(u_BSC, MixerInputs())
     assert seen["x"].shape == (1, 6, config.mamba_heads, config.mamba.head_dim)
     assert seen["dt"].dtype == torch.float32 and bool((seen["dt"] > 0).all())

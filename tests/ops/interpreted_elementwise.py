@@ -62,7 +62,7 @@ def gates() -> None:
             name = f"gate {kind} {padded}"
             say(name, gate_triton.mix_and_sums(*inputs, kind), gate_reference.mix_and_sums(*inputs, kind))
             grads = (draw(2, 9, 40), draw(2), draw(2), draw(2))
-            fast, plain = gate_triton.gradients(*inputs, *grads, kind), gate_reference.gradients(*inputs, *grads, kind)
+            fast, plain = gate_triton.gradients(*inputs, grads, kind), gate_reference.gradients(*inputs, grads, kind)
             say(f"{name} gradient", fast, plain)
 
 

@@ -10,10 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusiontree.ops.dispatch import on_record
 from fusiontree.ops.documents import Documents
-from fusiontree.ops.ssd.chunked import ssd_chunked
-from fusiontree.ops.ssd.inputs import ScanInputs
+from fusiontree.ops.ssd.reference import ScanInputs, ssd_reference
 from fusiontree.ops.ssd.triton import ssd_triton
 
 RESULTS = ("y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "dinitial")
@@ -55,7 +53,7 @@ def case(
         return [y, state, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
 
     bar = 1e-5 if dtype == torch.float32 else 3e-3
-    formula = results(on_record(ssd_chunked), torch.float64)
+    formula = results(ssd_reference, torch.float64)
     for what, got, want in zip(RESULTS, results(ssd_triton, dtype), formula, strict=True):
         error = float((got.detach().double() - want.detach()).norm() / want.detach().norm().clamp(min=1e-9))
         print(f"{name}: {what} {error:.2e} {bar:.0e}", flush=True)

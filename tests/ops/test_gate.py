@@ -28,7 +28,7 @@ def test_mix_sums_and_gradients_follow_the_definition(kind, masked):
     counted = torch.rand(2, 5, generator=generator) > 0.4 if masked else torch.ones(2, 5, dtype=torch.bool)
 
     def flat(logits, branches):
-        mixed, sums = gate_mix(logits, branches, counted if masked else None, present=kind)
+        mixed, sums = gate_mix(logits, branches, counted if masked else None, given=kind)
         return [mixed, *sums]
 
     for value, expected in zip(flat(logits, branches), definition(logits, branches, counted, kind), strict=True):

@@ -8,7 +8,7 @@ import torch
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.ssd import ssd_scan
 from fusiontree.ops.ssd.exchange import Exchange
-from fusiontree.ops.ssd.reference import ssd_sequential
+from tests.ops.sequential_scan import ssd_sequential
 
 NAMES = ("x", "dt", "A", "B", "C", "D")
 

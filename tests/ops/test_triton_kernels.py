@@ -57,7 +57,7 @@ def test_tiles_of_the_scan_fit_what_a_gpu_has() -> None:
 
 
 def test_sizes_without_a_kernel_are_computed_and_complained_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    from fusiontree.ops.ssd.inputs import ScanInputs
+    from fusiontree.ops.ssd.reference import ScanInputs
     from fusiontree.ops.ssd.triton import ssd_triton
 
     for _ in range(2):
@@ -69,8 +69,8 @@ def test_sizes_without_a_kernel_are_computed_and_complained_of_once(caplog: pyte
 
 
 def test_sizes_without_a_kernel_go_to_the_next_backend(caplog: pytest.LogCaptureFixture) -> None:
-    from fusiontree.ops.ssd.chunked import ssd_chunked
+    from fusiontree.ops.ssd.reference import ssd_reference
     from fusiontree.ops.ssd.triton import _without_kernels
 
-    assert _without_kernels(24, 40, torch.device("cpu")).__wrapped__ is ssd_chunked
+    assert _without_kernels(24, 40, torch.device("cpu")) is ssd_reference
     assert "no kernel for mamba.head_dim 24 and d_state 40" in caplog.text and "backend reference" in caplog.text

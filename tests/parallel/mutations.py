@@ -127,7 +127,7 @@ MUTATIONS: dict[str, Mutation] = {
     "one key of the window lost": Mutation(CP2, context_parallel, "begin_left_halos", _window_key_lost),
     "gradient averaged": Mutation(CP2, FSDPModule, "set_gradient_divide_factor", _mean_gradient),
     "gradient averaged (ddp)": Mutation(Cell("ddp", 1, 2, 1), FlatBuffer, "land", _halved_sums),
-    "norm of one rank's part (ddp)": Mutation(Cell("ddp", 1, 1, 2), Layout, "sum_over_parts", _not_summed),
+    "norm of one rank's part (ddp)": Mutation(Cell("ddp", 1, 1, 2), Layout, "sum_over_shards", _not_summed),
     "tp tag removed (zero3)": Mutation(Cell("zero3", 1, 1, 2), ZeroEngine, "_partition", _without_tags),
     "gradient averaged (zero3)": Mutation(Cell("zero3", 1, 2, 1), ZeroEngine, "_sum_gradients", _left_out),
     "no gradient sum over tp (zero1)": Mutation(Cell("zero1", 1, 1, 2), ZeroEngine, "_sum_over_tp", _left_out),

@@ -209,7 +209,7 @@ def _scan(mixer: Any, length: int, layout: Layout) -> None:
     ssm = SSMValues(-torch.ones(heads), torch.ones(heads), torch.ones(1, length, heads))
     b = torch.ones(1, length, groups, 8)
     documents = Documents.from_positions(torch.arange(length)[None] + 1)
-    mixer.scan(torch.ones(1, length, heads, 8), ssm.dt_BSH, ssm, b, b, documents)
+    mixer.scan(torch.ones(1, length, heads, 8), ssm, b, b, documents)
 
 
 def main() -> None:

@@ -42,10 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 # fusiontree.ops.norm.reference
 def gated_rms_norm(y_BSC: Tensor, z_BSC: Tensor, weight_C: Tensor, *, groups: int, eps: float) -> Tensor:
-    """Return RMSNorm(y * silu(z)) in y's dtype; ``groups`` equal blocks of channels are normalized separately.
-
-    Source: Mamba-2's output norm (Dao and Gu 2024, section 7).
-    """
+    """Return RMSNorm(y * silu(z)) in y's dtype; ``groups`` equal blocks of channels are normalized separately."""
     compute = torch.promote_types(y_BSC.dtype, torch.float32)
     gated = y_BSC.to(compute) * F.silu(z_BSC.to(compute))
     grouped = gated.unflatten(-1, (groups, -1))
@@ -90,11 +87,11 @@ def shifted_products(
     return _activated(y_BSC, bias_C, activation).to(x_BSC.dtype)
 
 
-# fusiontree.ops.ssd.chunked
+# fusiontree.ops.ssd.reference
 class _ChunkMarks:
     """Masks of the chunks from document starts, broadcastable to [B, c, G, R, ...]."""
 
-    def __init__(self, segments_BS: Tensor | None, rows: int, chunk: int, padding: int, device: torch.device) -> None:
+    def __init__(self, segments_BS: Tensor | None, chunk: int, device: torch.device) -> None:
         causal_QQ = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
         if segments_BS is None:
             self.visible: Tensor = causal_QQ
@@ -102,9 +99,9 @@ class _ChunkMarks:
             self.continues: Tensor | float = 1.0
             self.passes_through: Tensor | float = 1.0
             return
-        if padding:
-            segments_BS = torch.cat([segments_BS, segments_BS[:, -1:].expand(-1, padding)], dim=1)
-        segments_BcQ = segments_BS.view(rows, -1, chunk)
+        padding = -segments_BS.shape[1] % chunk
+        segments_BS = torch.cat([segments_BS, segments_BS[:, -1:].expand(-1, padding)], dim=1)
+        segments_BcQ = segments_BS.unflatten(1, (-1, chunk))
         last_Bc = segments_BcQ[..., -1]
         # Segment 0 continues the tokens before this row or chunk, so the initial state belongs to it.
         previous_Bc = torch.cat([torch.zeros_like(last_Bc[:, :1]), last_Bc[:, :-1]], dim=1)
@@ -115,7 +112,7 @@ class _ChunkMarks:
         self.passes_through = (last_Bc == previous_Bc)[:, :, None, None]
 
 
-# fusiontree.ops.ssd.chunked
+# fusiontree.ops.ssd.reference
 def _pass_states(added_BcGRPN: Tensor, kept_BcGR: Tensor, initial_BGRPN: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the state before every chunk and after the last: h_c = kept_c h_{c-1} + added_c."""
     state = torch.zeros_like(added_BcGRPN[:, 0]) if initial_BGRPN is None else initial_BGRPN
@@ -126,11 +123,19 @@ def _pass_states(added_BcGRPN: Tensor, kept_BcGR: Tensor, initial_BGRPN: Tensor 
     return torch.stack(before, dim=1), state
 
 
-# fusiontree.ops.ssd.inputs
+# fusiontree.ops.ssd.reference
 StateExchange = Callable[[Tensor, Tensor], Tensor]
 
 
-# fusiontree.ops.ssd.chunked
+# fusiontree.ops.ssd.reference
+def _in_chunks(tensor: Tensor, chunk: int) -> Tensor:
+    """``[B, S, …]`` to ``[B, c, Q, …]``; padded steps have dt = 0, so they neither decay the state nor add to it."""
+    padding = -tensor.shape[1] % chunk
+    padded = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding)) if padding else tensor
+    return padded.unflatten(1, (-1, chunk))
+
+
+# fusiontree.ops.ssd.reference
 def scan_segments(
     x_BSHP: Tensor,
     dt_BSH: Tensor,
@@ -154,25 +159,15 @@ def scan_segments(
     rows, length, heads, width = x_BSHP.shape
     groups, size = B_BSGN.shape[2:]
     chunk = min(chunk_size, length)
-    padding = -length % chunk
-    chunks = (length + padding) // chunk
     compute = torch.promote_types(x_BSHP.dtype, torch.float32)
-
-    def in_chunks(tensor: Tensor, *rest: int) -> Tensor:
-        # Padding steps have dt = 0: they neither decay the state nor add to it.
-        padded = (
-            F.pad(tensor.to(compute), (0, 0) * (tensor.dim() - 2) + (0, padding)) if padding else tensor.to(compute)
-        )
-        return padded.view(rows, chunks, chunk, *rest)
-
-    x_BcGRQP = in_chunks(x_BSHP, groups, heads // groups, width).permute(0, 1, 3, 4, 2, 5)
-    dt_BcGRQ = in_chunks(dt_BSH, groups, heads // groups).permute(0, 1, 3, 4, 2)
-    B_BcGQN = in_chunks(B_BSGN, groups, size).transpose(2, 3)
-    C_BcGQN = in_chunks(C_BSGN, groups, size).transpose(2, 3)
+    x_BcGRQP = _in_chunks(x_BSHP.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
+    dt_BcGRQ = _in_chunks(dt_BSH.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
+    B_BcGQN = _in_chunks(B_BSGN.to(compute), chunk).transpose(2, 3)
+    C_BcGQN = _in_chunks(C_BSGN.to(compute), chunk).transpose(2, 3)
     xdt_BcGRQP = x_BcGRQP * dt_BcGRQ.unsqueeze(-1)
     log_decay_BcGRQ = (dt_BcGRQ * A_H.to(compute).view(groups, -1, 1)).cumsum(-1)
 
-    marks = _ChunkMarks(segments_BS, rows, chunk, padding, x_BSHP.device)
+    marks = _ChunkMarks(segments_BS, chunk, x_BSHP.device)
     # Within chunks.
     distance_BcGRQQ = log_decay_BcGRQ.unsqueeze(-1) - log_decay_BcGRQ.unsqueeze(-2)
     decay_BcGRQQ = distance_BcGRQQ.masked_fill(~marks.visible, float("-inf")).exp()
@@ -194,7 +189,7 @@ def scan_segments(
 
     from_start_BcGRQ = log_decay_BcGRQ.exp() * marks.continues
     y_BcGRQP = y_BcGRQP + (C_BcGQN.unsqueeze(3) @ before_BcGRPN.transpose(-1, -2)) * from_start_BcGRQ.unsqueeze(-1)
-    y_BSHP = y_BcGRQP.permute(0, 1, 4, 2, 3, 5).reshape(rows, chunks * chunk, heads, width)[:, :length]
+    y_BSHP = y_BcGRQP.permute(0, 1, 4, 2, 3, 5).reshape(rows, -1, heads, width)[:, :length]
     y_BSHP = y_BSHP + D_H.to(compute).unsqueeze(-1) * x_BSHP.to(compute)
     return y_BSHP.to(x_BSHP.dtype), final_BGRPN.reshape(rows, heads, width, size)
 
@@ -251,17 +246,17 @@ def sdpa(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None, sc
 
 
 # fusiontree.ops.gate.reference
-Present = Literal["both", "first", "second"]
+GivenBranches = Literal["both", "first", "second"]
 
 
 # fusiontree.ops.gate.reference
-def mix(logits_BSC: Tensor, branches_BSC: Tensor, present: Present) -> Tensor:
+def mix(logits_BSC: Tensor, branches_BSC: Tensor, given: GivenBranches) -> Tensor:
     """Return g first + (1 - g) second with g = sigmoid(logits); a missing branch counts as zeros."""
     gate = torch.sigmoid(logits_BSC)
-    if present == "both":
+    if given == "both":
         first_BSC, second_BSC = branches_BSC.chunk(2, dim=-1)
         return torch.lerp(second_BSC, first_BSC, gate)
-    return branches_BSC * (gate if present == "first" else 1 - gate)
+    return branches_BSC * (gate if given == "first" else 1 - gate)
 
 
 # fusiontree.models.srte
@@ -307,12 +302,12 @@ class FusionGate(nn.Module):
         return self.up(torch.tanh(self.down(z_BSC)))
 
 
-# fusiontree.models.mlp
+# fusiontree.models.block
 def _swiglu(gate_BSC: Tensor, up_BSC: Tensor) -> Tensor:
     return F.silu(gate_BSC) * up_BSC
 
 
-# fusiontree.models.mlp
+# fusiontree.models.block
 class MLP(nn.Module):
     """``down(gelu(up(z)))``, or SwiGLU (Shazeer 2020): ``down(silu(gate(z)) * up(z))``."""
 
@@ -592,8 +587,8 @@ class FusionTreeBlock(GradientCheckpointingLayer):
             z_BSC = self.align(ma_BSC)
         else:
             z_BSC = sum(outputs) / 2  # a missing mixer counts as zeros
-        present = {"F": "both", "M": "first", "A": "second"}[self.letter]
-        return x_BSC + self.out_proj(mix(self.gate(z_BSC), ma_BSC, present)) + self.mlp(z_BSC)
+        given = {"F": "both", "M": "first", "A": "second"}[self.letter]
+        return x_BSC + self.out_proj(mix(self.gate(z_BSC), ma_BSC, given)) + self.mlp(z_BSC)
 
 
 class FusionTreeCache:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.flops import visible_keys
-from fusiontree.models.fused_linear import project
 from fusiontree.models.mixers import MIXERS
 from fusiontree.models.mixers.base import Activations, ContextTools, Mixer, MixerInputs, Seconds
 from fusiontree.models.mixers.cache import NewTokens
@@ -22,6 +21,7 @@ from fusiontree.models.mixers.kv_cache import AttentionCache, GrowingCache, Ring
 from fusiontree.models.mixers.split import Block, Split, column, row
 from fusiontree.ops.attention import attention, cached_attention, decode_attention, key_bias
 from fusiontree.ops.documents import Documents
+from fusiontree.ops.linear import project
 from fusiontree.ops.recompute import recomputed
 from fusiontree.ops.rotary import rotate_and_cut
 
@@ -82,7 +82,7 @@ class LocalGlobalAttention(Mixer):
 
     name: ClassVar[str] = "attention"
     module_name: ClassVar[str] = "attention"
-    alone_is_second: ClassVar[bool] = True
+    weighed_as_second: ClassVar[bool] = True
     fused_projections = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

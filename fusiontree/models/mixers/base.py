@@ -103,18 +103,17 @@ class Mixer(nn.Module):
 
     - ``name``: its name in the configuration.
     - ``module_name``: name of its module in a block, ``layers.3.<module_name>``.
-    - ``Section``: its settings, read from ``model.mixers.<name>``; None means it has none.
+    - ``settings``: class of its settings, which are read from ``model.mixers.<name>``; None means it has none.
     - ``adds_time_encoding``: True to add the shared relative time encoding to its input.
-    - ``alone_is_second``: in a layer of this mixer alone, its output's weight is 1 - g instead of g, as if the missing
-      branch were the first.
+    - ``weighed_as_second``: True if the gate weighs its output by 1 - g instead of g in a layer of this mixer alone.
     - ``no_decay``: names of parameters that weight decay leaves out; norms and biases always are.
     """
 
     name: ClassVar[str]
     module_name: ClassVar[str]
-    Section: ClassVar[type[Section] | None] = None
+    settings: ClassVar[type[Section] | None] = None
     adds_time_encoding: ClassVar[bool] = False
-    alone_is_second: ClassVar[bool] = False
+    weighed_as_second: ClassVar[bool] = False
     no_decay: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -138,7 +137,7 @@ class Mixer(nn.Module):
 
     @classmethod
     def section(cls, config: ModelConfig) -> Any:
-        """Return the mixer's settings, an instance of ``Section``."""
+        """Return the mixer's settings, an instance of ``settings``."""
         return (config.mixers or {})[cls.name]
 
     @classmethod

@@ -58,12 +58,12 @@ class StateCache(MixerCache):
         self._kept: tuple[Tensor, ...] = ()
         self._fixed = False
 
-    def before(self) -> tuple[Tensor, ...]:
+    def previous(self) -> tuple[Tensor, ...]:
         """Return the tensors after the last token; empty if the cache is empty."""
         return self._kept
 
     def store(self, *tensors: Tensor) -> None:
-        """Keep the tensors after the last token. May overwrite tensors that :meth:`before` returned."""
+        """Keep the tensors after the last token. May overwrite tensors that :meth:`previous` returned."""
         if not self._fixed:
             self._kept = tuple(tensor.detach() for tensor in tensors)
             return

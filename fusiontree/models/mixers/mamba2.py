@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.fused_linear import project
 from fusiontree.models.mixers import MIXERS
 from fusiontree.models.mixers.base import (
     HALF,
@@ -33,6 +32,7 @@ from fusiontree.models.norm import GatedRMSNorm
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import fused
+from fusiontree.ops.linear import project
 from fusiontree.ops.recompute import recomputed
 from fusiontree.ops.ssd import StateExchange, ssd_scan
 
@@ -104,54 +104,15 @@ class CausalConv(nn.Module):
         return self.weight, self.bias
 
 
-class SSDScan(nn.Module):
-    """The scan as a module without parameters, so that a parallel plan can replace it.
-
-    ``state_exchange``: set under context parallelism. Returns the state before this rank's chunk; see
-    :func:`fusiontree.ops.ssd.ssd_scan`.
-    """
-
-    state_exchange: StateExchange | None = None
-
-    def __init__(self, chunk_size: int, backend: str) -> None:
-        super().__init__()
-        self.chunk_size = chunk_size
-        self.backend = backend
-
-    def forward(
-        self,
-        x_BSHP: Tensor,
-        dt_BSH: Tensor,
-        ssm: SSMValues,
-        B_BSGN: Tensor,
-        C_BSGN: Tensor,
-        documents: Documents | None,
-        initial_state_BHPN: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``y [B, S, H, P]`` and the final state ``[B, H, P, N]``; see :func:`fusiontree.ops.ssd.ssd_scan`."""
-        return ssd_scan(
-            x_BSHP,
-            dt_BSH,
-            ssm.A_H,
-            B_BSGN,
-            C_BSGN,
-            ssm.D_H,
-            chunk_size=min(self.chunk_size, x_BSHP.shape[1]),
-            documents=documents,
-            initial_state_BHPN=initial_state_BHPN,
-            state_exchange=self.state_exchange,
-            backend=self.backend,
-        )
-
-
 class Mamba2Mixer(Mixer):
     """Projections, convolution, scan, gated norm, output projection.
 
     The numbers of heads and groups are derived from the projections' outputs, so the same code runs on a tensor
     parallel rank's share of the heads.
 
-    ``left_context(inputs, n)``: set under context parallelism. Takes the inputs of both convolutions. Returns the
-    inputs (use these; they carry the gradient) and, for each, the ``n`` tokens that precede this rank's chunk.
+    Context parallelism sets two functions. ``left_context(inputs, n)`` takes the inputs of both convolutions and
+    returns them (use these; they carry the gradient) and, for each, the ``n`` tokens that precede this rank's chunk.
+    ``state_exchange`` returns the state before this rank's chunk; see :func:`fusiontree.ops.ssd.ssd_scan`.
     """
 
     name: ClassVar[str] = "mamba2"
@@ -160,6 +121,7 @@ class Mamba2Mixer(Mixer):
     no_decay: ClassVar[tuple[str, ...]] = ("ssm.A_log", "ssm.D", "ssm.dt_bias")
     fused_projections = False
     left_context: Callable[[Sequence[Tensor], int], tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None
+    state_exchange: StateExchange | None = None
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__(config, layer)
@@ -173,7 +135,7 @@ class Mamba2Mixer(Mixer):
         self.conv_x = CausalConv(config.d_inner, sizes.d_conv, kernels.conv)
         self.conv_bc = CausalConv(bc_channels, sizes.d_conv, kernels.conv)
         self.ssm = SSMParameters(config.mamba_heads, kernels.elementwise)
-        self.scan = SSDScan(sizes.chunk_size, kernels.ssd)
+        self.chunk_size, self.scan_backend = sizes.chunk_size, kernels.ssd
         self.norm = GatedRMSNorm(config.d_inner, sizes.norm_groups, config.norm_eps, config.kernels.elementwise)
         self.out_proj = nn.Linear(config.d_inner, config.hidden_size, bias=False)
 
@@ -186,22 +148,42 @@ class Mamba2Mixer(Mixer):
         ssm: SSMValues = self.ssm(dt_BSH)
         initial_x_BKC = initial_bc_BKC = initial_state_BHPN = None
         if cache is not None:
-            initial_x_BKC, initial_bc_BKC, initial_state_BHPN = cache.before() or (None, None, None)
+            initial_x_BKC, initial_bc_BKC, initial_state_BHPN = cache.previous() or (None, None, None)
         elif self.left_context is not None and self.look_back:
             (x_BSC, bc_BSC), (initial_x_BKC, initial_bc_BKC) = self.left_context((x_BSC, bc_BSC), self.look_back)
         x_BSHP = self.conv_x(x_BSC, documents, initial_x_BKC).unflatten(-1, (-1, self.head_dim))
         B_BSC, C_BSC = self.conv_bc(bc_BSC, documents, initial_bc_BKC).chunk(2, dim=-1)
         B_BSGN, C_BSGN = (part.unflatten(-1, (-1, self.d_state)) for part in (B_BSC, C_BSC))
-        y_BSHP, state_BHPN = self.scan(x_BSHP, ssm.dt_BSH, ssm, B_BSGN, C_BSGN, documents, initial_state_BHPN)
+        y_BSHP, state_BHPN = self.scan(x_BSHP, ssm, B_BSGN, C_BSGN, documents, initial_state_BHPN)
         if cache is not None:
             mask_BS = inputs.padding_mask_BS
             last_x_BKC = _last_inputs(initial_x_BKC, x_BSC, self.look_back, mask_BS)
             cache.store(last_x_BKC, _last_inputs(initial_bc_BKC, bc_BSC, self.look_back, mask_BS), state_BHPN)
         return self.out_proj(self.norm(y_BSHP.flatten(2), z_BSC))
 
+    def scan(
+        self,
+        x_BSHP: Tensor,
+        ssm: SSMValues,
+        B_BSGN: Tensor,
+        C_BSGN: Tensor,
+        documents: Documents | None,
+        initial_state_BHPN: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``y [B, S, H, P]`` and the final state ``[B, H, P, N]``; see :func:`fusiontree.ops.ssd.ssd_scan`."""
+        tensors = (x_BSHP, ssm.dt_BSH, ssm.A_H, B_BSGN, C_BSGN, ssm.D_H)
+        return ssd_scan(
+            *tensors,
+            chunk_size=min(self.chunk_size, x_BSHP.shape[1]),
+            documents=documents,
+            initial_state_BHPN=initial_state_BHPN,
+            state_exchange=self.state_exchange,
+            backend=self.scan_backend,
+        )
+
     def use_context_parallel(self, tools: ContextTools) -> None:
         """Exchange states between chunks, and give the convolutions their left context."""
-        self.scan.state_exchange = tools.state_exchange
+        self.state_exchange = tools.state_exchange
         self.left_context = tools.left_context
 
     @classmethod

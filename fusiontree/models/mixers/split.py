@@ -3,11 +3,18 @@
 A parameter consists of blocks along one axis: heads of q; z, x and dt of a packed projection. Each block is split into
 equal contiguous ranges that contain complete units (a head, a group); a rank takes one range of every block. Tensor
 parallelism, the memory estimate and the checkpoint converters all read these definitions.
+
+Parameters with heads or vocabulary are split. A block's norms, alignment, gate, output projection and MLP process only
+the rank's own tokens (sequence parallel), so tp does not split them: the engine shards them over all ranks and sums
+their gradients.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from fusiontree.models.config import ModelConfig
+from fusiontree.models.mixers import mixer_of
 
 Ranges = tuple[tuple[int, int], ...]
 """``(start, stop)`` along an axis of a parameter."""
@@ -72,3 +79,11 @@ def row(*blocks: Block) -> Split:
     Blocks of size 0 are left out.
     """
     return Split(1, tuple(block for block in blocks if block.size))
+
+
+def split_of(name: str, config: ModelConfig) -> Split | None:
+    """Return the split of a parameter of the model, or None if tensor parallelism does not split it."""
+    if name in ("embed.weight", "head.weight"):
+        return column(Block("vocabulary", config.vocab_size, config.vocab_size))
+    owner = mixer_of(name, config)
+    return owner[0].tp_plan(config).get(owner[1]) if owner else None

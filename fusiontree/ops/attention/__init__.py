@@ -4,43 +4,22 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fusiontree.ops.attention.decode import decode_attention, key_bias, roomy
 from fusiontree.ops.attention.flash import PACKAGES, load
-from fusiontree.ops.attention.reference import AttentionInputs, masked_attention
-from fusiontree.ops.dispatch import Backend, Operation, anywhere
+from fusiontree.ops.attention.reference import AttentionInputs, attention_reference, masked_attention
+from fusiontree.ops.attention.sdpa import attention_sdpa
+from fusiontree.ops.dispatch import Backend, Operation, anywhere, loader
 from fusiontree.ops.documents import Documents
+from fusiontree.ops.elementwise import needs_gpu
 from fusiontree.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 __all__ = ["ATTENTION", "AttentionInputs", "attention", "cached_attention", "decode_attention", "key_bias", "roomy"]
-
-
-def _reference() -> Callable:
-    from fusiontree.ops.attention.reference import attention_reference
-
-    return attention_reference
-
-
-def _sdpa() -> Callable:
-    from fusiontree.ops.attention.sdpa import attention_sdpa
-
-    return attention_sdpa
-
-
-def _flex() -> Callable:
-    from fusiontree.ops.attention.flex import attention_flex
-
-    return attention_flex
-
-
-def _flex_unavailable(device: torch.device) -> str | None:
-    return None if device.type == "cuda" else "its kernels are compiled for GPUs"
 
 
 def _package(name: str) -> Backend:
@@ -51,10 +30,10 @@ ATTENTION = Operation(
     "attention",
     [
         _package("flash4"),
-        Backend("flex", _flex, _flex_unavailable),
+        Backend("flex", loader("fusiontree.ops.attention.flex:attention_flex"), needs_gpu),
         _package("varlen"),
-        Backend("sdpa", _sdpa, anywhere),
-        Backend("reference", _reference, anywhere),
+        Backend("sdpa", lambda: attention_sdpa, anywhere),
+        Backend("reference", lambda: attention_reference, anywhere),
     ],
 )
 

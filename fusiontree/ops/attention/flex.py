@@ -6,6 +6,7 @@ Shape legend: B rows, S queries, T keys, H query heads, K key/value heads, D cha
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +20,9 @@ from fusiontree.ops.attention.sdpa import sdpa
 from fusiontree.ops.attention.split_causal import can_attend_in_parts, causal_suffix_attention
 
 
-@functools.lru_cache(maxsize=1)
-def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
-
-
-@functools.lru_cache(maxsize=1)
-def _compiled_mask() -> Any:
-    return torch.compile(create_block_mask, dynamic=False)
+@functools.cache
+def _compiled(function: Callable) -> Any:
+    return torch.compile(function, dynamic=False)
 
 
 # Masks for the positions of the latest batches, shared by layers with equal windows. A context parallel rank has three
@@ -51,7 +47,7 @@ def _block_mask(positions_BS: Tensor, keys: int, window: int | None) -> Any:
             seen = (distance >= 0) & (distance <= positions_BS[row, query])
             return seen & (distance < window) if window is not None else seen
 
-        masks[key] = _compiled_mask()(
+        masks[key] = _compiled(create_block_mask)(
             visible, positions_BS.shape[0], None, queries, keys, device=str(positions_BS.device)
         )
     return masks[key]
@@ -73,7 +69,7 @@ def attention_flex(inputs: AttentionInputs) -> Tensor:
     else:
         positions_BS = documents.positions_BS
     with _disable_current_modes():  # FlexAttention cannot be compiled under a TorchDispatchMode
-        out_BHSD = _compiled()(
+        out_BHSD = _compiled(flex_attention)(
             q_BHSD,
             k_BKTD,
             v_BKTD,

@@ -6,25 +6,19 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fusiontree.ops.cross_entropy.chunked import linear_cross_entropy_chunked
+from fusiontree.ops.cross_entropy.reference import linear_cross_entropy_reference
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
 
 GatherParts = Callable[[Tensor], Tensor]
 
 
-def _reference() -> Callable:
-    from fusiontree.ops.cross_entropy.reference import linear_cross_entropy_reference
-
-    return linear_cross_entropy_reference
-
-
-def _chunked() -> Callable:
-    from fusiontree.ops.cross_entropy.chunked import linear_cross_entropy_chunked
-
-    return linear_cross_entropy_chunked
-
-
 CROSS_ENTROPY = Operation(
-    "cross_entropy", [Backend("chunked", _chunked, anywhere), Backend("reference", _reference, anywhere)]
+    "cross_entropy",
+    [
+        Backend("chunked", lambda: linear_cross_entropy_chunked, anywhere),
+        Backend("reference", lambda: linear_cross_entropy_reference, anywhere),
+    ],
 )
 
 
@@ -57,11 +51,4 @@ def linear_cross_entropy(
         both over tokens with a label.
     """
     compute = CROSS_ENTROPY.choose(backend, hidden_NH.device.type)
-    return compute(
-        hidden_NH,
-        weight_VH,
-        labels_N,
-        vocab_start=vocab_start,
-        gather_parts=gather_parts,
-        chunk_tokens=chunk_tokens,
-    )
+    return compute(hidden_NH, weight_VH, labels_N, vocab_start, gather_parts, chunk_tokens)

@@ -18,7 +18,6 @@ def linear_cross_entropy_chunked(
     hidden_NH: Tensor,
     weight_VH: Tensor,
     labels_N: Tensor,
-    *,
     vocab_start: int = 0,
     gather_parts: Callable[[Tensor], Tensor] | None = None,
     chunk_tokens: int | None = None,

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fusiontree.ops.elementwise import with_kernel
 from fusiontree.ops.gate import reference
-from fusiontree.ops.gate.reference import Present
+from fusiontree.ops.gate.reference import GivenBranches
 from fusiontree.ops.recompute import mark_recomputable
 
-__all__ = ["Present", "gate_mix"]
+__all__ = ["GivenBranches", "gate_mix"]
 
 _KERNELS = "fusiontree.ops.gate.triton"
 MIX = with_kernel("gate mix, again", reference.mix, f"{_KERNELS}:mix")
@@ -26,7 +26,7 @@ def gate_mix(
     branches_BSC: Tensor,
     counted_BS: Tensor | None = None,
     *,
-    present: Present = "both",
+    given: GivenBranches = "both",
     backend: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Mix the branches by ``g = sigmoid(logits)`` and sum statistics of the gates.
@@ -37,34 +37,39 @@ def gate_mix(
         logits_BSC: the gate's logits; g is the weight of the first branch.
         branches_BSC: the branches' concatenated outputs: ``[B, S, 2C]`` for both, ``[B, S, C]`` for one.
         counted_BS: True on tokens included in the sums; None means all.
-        present: the branches that exist; a missing branch counts as zeros.
+        given: the branches that ``branches_BSC`` holds; a missing branch counts as zeros.
         backend: a name of :data:`MIX_AND_SUMS` or "auto".
 
     Returns:
         ``g first + (1 - g) second`` in the branches' dtype, and the sums of g, of its binary entropy (nats) and of g²
         over each row's counted tokens and all channels, [B] in fp32 or better.
     """
-    mixed_BSC, *sums = _GateMix.apply(logits_BSC, branches_BSC, counted_BS, present, backend)
-    mark_recomputable(mixed_BSC, partial(_mixed, present=present, backend=backend), logits_BSC, branches_BSC)
+    mixed_BSC, *sums = _GateMix.apply(logits_BSC, branches_BSC, counted_BS, given, backend)
+    mark_recomputable(mixed_BSC, partial(_mixed, given=given, backend=backend), logits_BSC, branches_BSC)
     return mixed_BSC, (sums[0], sums[1], sums[2])
 
 
-def _mixed(logits_BSC: Tensor, branches_BSC: Tensor, present: Present, backend: str) -> Tensor:
-    return MIX.choose(backend, logits_BSC.device.type)(logits_BSC, branches_BSC, present)
+def _mixed(logits_BSC: Tensor, branches_BSC: Tensor, given: GivenBranches, backend: str) -> Tensor:
+    return MIX.choose(backend, logits_BSC.device.type)(logits_BSC, branches_BSC, given)
 
 
 class _GateMix(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_BSC: Tensor, branches_BSC: Tensor, counted_BS: Tensor | None, present: Present, backend: str
+        ctx: Any,
+        logits_BSC: Tensor,
+        branches_BSC: Tensor,
+        counted_BS: Tensor | None,
+        given: GivenBranches,
+        backend: str,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(logits_BSC, branches_BSC, counted_BS)
-        ctx.present, ctx.backend = present, backend
+        ctx.given, ctx.backend = given, backend
         compute = MIX_AND_SUMS.choose(backend, logits_BSC.device.type)
-        return compute(logits_BSC, branches_BSC, counted_BS, present)
+        return compute(logits_BSC, branches_BSC, counted_BS, given)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits_BSC, branches_BSC, counted_BS = ctx.saved_tensors
         compute = GRADIENTS.choose(ctx.backend, logits_BSC.device.type)
-        return *compute(logits_BSC, branches_BSC, counted_BS, *grads, ctx.present), None, None, None
+        return *compute(logits_BSC, branches_BSC, counted_BS, grads, ctx.given), None, None, None

@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Present = Literal["both", "first", "second"]
-"""The branches that exist: both, or only the first or the second of them."""
+GivenBranches = Literal["both", "first", "second"]
+"""The branches of a layer: both, or only the first or the second."""
 
 
-def mix(logits_BSC: Tensor, branches_BSC: Tensor, present: Present) -> Tensor:
+def mix(logits_BSC: Tensor, branches_BSC: Tensor, given: GivenBranches) -> Tensor:
     """Return g first + (1 - g) second with g = sigmoid(logits); a missing branch counts as zeros."""
     gate = torch.sigmoid(logits_BSC)
-    if present == "both":
+    if given == "both":
         first_BSC, second_BSC = branches_BSC.chunk(2, dim=-1)
         return torch.lerp(second_BSC, first_BSC, gate)
-    return branches_BSC * (gate if present == "first" else 1 - gate)
+    return branches_BSC * (gate if given == "first" else 1 - gate)
 
 
 def sums(logits_BSC: Tensor, counted_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,38 +36,35 @@ def sums(logits_BSC: Tensor, counted_BS: Tensor | None) -> tuple[Tensor, Tensor,
 
 
 def mix_and_sums(
-    logits_BSC: Tensor, branches_BSC: Tensor, counted_BS: Tensor | None, present: Present
+    logits_BSC: Tensor, branches_BSC: Tensor, counted_BS: Tensor | None, given: GivenBranches
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return :func:`mix` and :func:`sums`."""
-    return mix(logits_BSC, branches_BSC, present), *sums(logits_BSC, counted_BS)
+    return mix(logits_BSC, branches_BSC, given), *sums(logits_BSC, counted_BS)
 
 
 def gradients(
     logits_BSC: Tensor,
     branches_BSC: Tensor,
     counted_BS: Tensor | None,
-    mixed_grad_BSC: Tensor,
-    gate_grad_B: Tensor,
-    entropy_grad_B: Tensor,
-    square_grad_B: Tensor,
-    present: Present,
+    grads: tuple[Tensor, ...],
+    given: GivenBranches,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of logits and branches through both :func:`mix` and :func:`sums`."""
-    gate_grad, entropy_grad, square_grad = (g[:, None, None] for g in (gate_grad_B, entropy_grad_B, square_grad_B))
+    """Return the gradients of logits and branches from ``grads``, those of the results of :func:`mix_and_sums`."""
+    gate_grad, entropy_grad, square_grad = (g[:, None, None] for g in grads[1:])
     logits, gate = _logits_and_gate(logits_BSC)
-    d_mixed = mixed_grad_BSC.to(gate.dtype)
+    d_mixed = grads[0].to(gate.dtype)
     # d softplus(l) - l g = -l dg, and dg = g (1 - g) dl.
     dgate = gate_grad + 2 * gate * square_grad - logits * entropy_grad
     if counted_BS is not None:
         dgate = dgate * counted_BS.unsqueeze(-1)
-    if present == "both":
+    if given == "both":
         first_BSC, second_BSC = branches_BSC.chunk(2, dim=-1)
         dgate = dgate + d_mixed * (first_BSC.to(gate.dtype) - second_BSC.to(gate.dtype))
         branches_grad = torch.cat(
             [(d_mixed * gate).to(branches_BSC.dtype), (d_mixed * (1 - gate)).to(first_BSC.dtype)], -1
         )
     else:
-        sign, share = (1.0, gate) if present == "first" else (-1.0, 1 - gate)
+        sign, share = (1.0, gate) if given == "first" else (-1.0, 1 - gate)
         dgate = dgate + sign * d_mixed * branches_BSC.to(gate.dtype)
         branches_grad = (d_mixed * share).to(branches_BSC.dtype)
     return (gate * (1 - gate) * dgate).to(logits_BSC.dtype), branches_grad

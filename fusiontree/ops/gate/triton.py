@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusiontree.ops.elementwise import compiled
 from fusiontree.ops.gate import reference
-from fusiontree.ops.gate.reference import Present
+from fusiontree.ops.gate.reference import GivenBranches
 
 _BLOCK = {"TOKENS": 4, "BC": 1024, "num_warps": 4}  # tokens and channels per program
 _KINDS = ("both", "first", "second")
@@ -91,24 +91,24 @@ def _mix_backward(
     tl.store(dlogits_ptr + own, (gate * (1.0 - gate) * dgate).to(dlogits_ptr.dtype.element_ty), mask=mask)
 
 
-def mix(logits_BSC: Tensor, branches_BSC: Tensor, present: Present) -> Tensor:
+def mix(logits_BSC: Tensor, branches_BSC: Tensor, given: GivenBranches) -> Tensor:
     """Compute :func:`fusiontree.ops.gate.reference.mix`; bitwise equal to the mix of :func:`mix_and_sums`."""
-    return mix_and_sums(logits_BSC, branches_BSC, None, present)[0]
+    return mix_and_sums(logits_BSC, branches_BSC, None, given)[0]
 
 
 def mix_and_sums(
-    logits_BSC: Tensor, branches_BSC: Tensor, counted_BS: Tensor | None, present: Present
+    logits_BSC: Tensor, branches_BSC: Tensor, counted_BS: Tensor | None, given: GivenBranches
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute :func:`fusiontree.ops.gate.reference.mix_and_sums`; float64 uses the compiled formula."""
     if logits_BSC.dtype == torch.float64:
-        return compiled(reference.mix_and_sums)(logits_BSC, branches_BSC, counted_BS, present)
+        return compiled(reference.mix_and_sums)(logits_BSC, branches_BSC, counted_BS, given)
     logits, branches = logits_BSC.contiguous(), branches_BSC.contiguous()
     mixed_BSC = torch.empty(logits.shape, dtype=branches.dtype, device=logits.device)
     grid = _grid(logits)
     sums = torch.empty(grid[1], grid[0], 3, dtype=torch.float32, device=logits.device)
     _mix_forward[grid](
         logits, branches, logits if counted_BS is None else counted_BS.contiguous(), mixed_BSC, sums,
-        *logits.shape[1:], branches.shape[2], kind=_KINDS.index(present), padded=counted_BS is not None, **_BLOCK,
+        *logits.shape[1:], branches.shape[2], kind=_KINDS.index(given), padded=counted_BS is not None, **_BLOCK,
     )  # fmt: skip
     gate_B, entropy_B, square_B = sums.sum(1).unbind(1)
     return mixed_BSC, gate_B, entropy_B, square_B
@@ -118,23 +118,19 @@ def gradients(
     logits_BSC: Tensor,
     branches_BSC: Tensor,
     counted_BS: Tensor | None,
-    mixed_grad_BSC: Tensor,
-    gate_grad_B: Tensor,
-    entropy_grad_B: Tensor,
-    square_grad_B: Tensor,
-    present: Present,
+    grads: tuple[Tensor, ...],
+    given: GivenBranches,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`fusiontree.ops.gate.reference.gradients`; float64 uses the compiled formula."""
     if logits_BSC.dtype == torch.float64:
-        grads = (mixed_grad_BSC, gate_grad_B, entropy_grad_B, square_grad_B)
-        return compiled(reference.gradients)(logits_BSC, branches_BSC, counted_BS, *grads, present)
+        return compiled(reference.gradients)(logits_BSC, branches_BSC, counted_BS, grads, given)
     logits, branches = logits_BSC.contiguous(), branches_BSC.contiguous()
     dlogits, dbranches = torch.empty_like(logits), torch.empty_like(branches)
     _mix_backward[_grid(logits)](
-        logits, branches, logits if counted_BS is None else counted_BS.contiguous(), mixed_grad_BSC.contiguous(),
-        gate_grad_B.float().contiguous(), entropy_grad_B.float().contiguous(), square_grad_B.float().contiguous(),
+        logits, branches, logits if counted_BS is None else counted_BS.contiguous(), grads[0].contiguous(),
+        *(grad_B.float().contiguous() for grad_B in grads[1:]),
         dlogits, dbranches, *logits.shape[1:], branches.shape[2],
-        kind=_KINDS.index(present), padded=counted_BS is not None, **_BLOCK,
+        kind=_KINDS.index(given), padded=counted_BS is not None, **_BLOCK,
     )  # fmt: skip
     return dlogits, dbranches
 

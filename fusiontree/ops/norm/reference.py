@@ -19,10 +19,7 @@ def residual_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Te
 
 
 def gated_rms_norm(y_BSC: Tensor, z_BSC: Tensor, weight_C: Tensor, *, groups: int, eps: float) -> Tensor:
-    """Return RMSNorm(y * silu(z)) in y's dtype; ``groups`` equal blocks of channels are normalized separately.
-
-    Source: Mamba-2's output norm (Dao and Gu 2024, section 7).
-    """
+    """Return RMSNorm(y * silu(z)) in y's dtype; ``groups`` equal blocks of channels are normalized separately."""
     compute = torch.promote_types(y_BSC.dtype, torch.float32)
     gated = y_BSC.to(compute) * F.silu(z_BSC.to(compute))
     grouped = gated.unflatten(-1, (groups, -1))

@@ -6,27 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fusiontree.ops.dispatch import Backend, Operation, anywhere, on_record, triton_unavailable
+from fusiontree.ops.dispatch import Backend, Operation, anywhere, loader, triton_unavailable
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import fused
-from fusiontree.ops.ssd.inputs import ScanInputs, StateExchange
 from fusiontree.ops.ssd.mamba_ssm import unavailable as mamba_ssm_unavailable
-from fusiontree.ops.ssd.recurrent_step import ssd_step
+from fusiontree.ops.ssd.reference import ScanInputs, StateExchange, ssd_reference, ssd_step
 from fusiontree.utils.environment import keep_tuning
 
 __all__ = ["SSD", "ScanInputs", "StateExchange", "ssd_scan"]
-
-
-def _reference() -> Callable:
-    from fusiontree.ops.ssd.chunked import ssd_chunked
-
-    return on_record(ssd_chunked)
-
-
-def _triton() -> Callable:
-    from fusiontree.ops.ssd.triton import ssd_triton
-
-    return ssd_triton
 
 
 def _mamba_ssm() -> Callable:
@@ -39,9 +26,9 @@ def _mamba_ssm() -> Callable:
 SSD = Operation(
     "ssd",
     [
-        Backend("triton", _triton, triton_unavailable),
+        Backend("triton", loader("fusiontree.ops.ssd.triton:ssd_triton"), triton_unavailable),
         Backend("mamba_ssm", _mamba_ssm, mamba_ssm_unavailable),
-        Backend("reference", _reference, anywhere),
+        Backend("reference", lambda: ssd_reference, anywhere),
     ],
 )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.ops.ssd.exchange import Exchange
-from fusiontree.ops.ssd.inputs import ScanInputs
+from fusiontree.ops.ssd.reference import ScanInputs
 
 _INT32 = 2**31
 
@@ -44,7 +44,9 @@ def ssd_mamba_ssm(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
             f"rows of {length} tokens need offsets of {largest} elements, beyond the 32 bits of mamba_ssm's kernels; "
             f"use shorter rows, fewer rows per micro-batch, or kernels.ssd=reference"
         )
-    return _Scan.apply(*inputs.for_kernels()._replace(chunk_size=_power_of_two(inputs.chunk_size)))
+    # The kernels need a power of two of at least 16; the padding does not change the result.
+    chunk_size = max(16, 1 << (inputs.chunk_size - 1).bit_length())
+    return _Scan.apply(*inputs.for_kernels()._replace(chunk_size=chunk_size))
 
 
 class _Scan(torch.autograd.Function):
@@ -184,8 +186,3 @@ def _pass_back(
     )
     shape = before_BcHPN.shape
     return dadded.view(shape), dchunk_decay, None if dinitial is None else dinitial.view(shape[:1] + shape[2:]).float()
-
-
-def _power_of_two(chunk_size: int) -> int:
-    """Round up to a power of two of at least 16, as the kernels need; padding does not change the result."""
-    return max(16, 1 << (chunk_size - 1).bit_length())

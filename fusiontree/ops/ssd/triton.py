@@ -16,9 +16,8 @@ import triton
 from torch import Tensor
 
 from fusiontree.ops.ssd import kernels, kernels_backward
-from fusiontree.ops.ssd.chunked import ssd_chunked
 from fusiontree.ops.ssd.exchange import Exchange
-from fusiontree.ops.ssd.inputs import ScanInputs
+from fusiontree.ops.ssd.reference import ScanInputs, ssd_reference
 from fusiontree.ops.ssd.sizes import STATES, WIDTHS, ScanSizes
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ def ssd_triton(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     if sizes is not None:
         return _Scan.apply(sizes, *inputs.for_kernels())
     if x_BSHP.dtype == torch.float64:
-        return ssd_chunked(*inputs)
+        return ssd_reference(inputs)
     return _without_kernels(x_BSHP.shape[-1], inputs.B_BSGN.shape[-1], x_BSHP.device)(inputs)
 
 
