@@ -85,14 +85,14 @@ def check_options(config: Config, args: argparse.Namespace) -> None:
     Raises:
         UserError: an option's value is wrong, or needs a GPU, a folder or a package that is missing.
     """
-    from fusiontree.parallel.layout import choose_device
+    from fusiontree.utils.device import choose_device
 
     if args.steps < 1 or args.warmup < 1:
         raise UserError(f"--steps {args.steps} and --warmup {args.warmup} must both be at least 1")
     if args.decode is not None and args.decode < 1:
         raise UserError(f"--decode {args.decode} must be at least 1 token")
     place = process_place()
-    device = choose_device(config.training.device, place)
+    device = choose_device(config.training.device, place.local_rank)
     if args.profile is not None:
         if device.type == "cpu":
             raise UserError("--profile traces the kernels of a GPU, and this run is on the CPU; leave it out")
@@ -136,7 +136,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     with Layout(training.device, tp=parallel.tp, cp=parallel.cp, shard_size=parallel.shard_size) as layout:
         at_full_length = training.model_copy(update={"curriculum": None})
         ranks = (layout.dp_rank, layout.dp_size)
-        data = TrainingData.for_training(config.data, at_full_length, model.vocab_size, *ranks)
+        data = TrainingData(config.data, at_full_length, model.vocab_size, *ranks)
         engine = build_engine(model, parallel, training, layout)
         settings = RunSettings(
             config=config,

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from fusiontree.cli.program import run_program
+from fusiontree.cli.program import add_device_options, run_program
 from fusiontree.data.format import ShardDamage
 from fusiontree.evaluation.config import EvaluationConfig, Task
 from fusiontree.utils.errors import UserError
@@ -56,13 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object to this file")
     parser.add_argument("--check", action="store_true", help="check options, checkpoint and data, then exit")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the weights (default auto: bfloat16 on a GPU, float32 on a CPU)",
-    )
+    add_device_options(parser)
     return parser
 
 
@@ -82,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from fusiontree.checkpoint.load import find_checkpoint, load_model
     from fusiontree.data.tokenizers import load_tokenizer
     from fusiontree.evaluation.tasks import Evaluation, table
-    from fusiontree.utils.device import choose_device
+    from fusiontree.utils.device import choose_device, choose_dtype
 
     if args.output and not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: the folder '{args.output.parent}' does not exist")
@@ -93,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         check_inputs(given)
         print(f"ok: {folder}")
         return 0
-    device, dtype = choose_device(args.device, args.dtype)
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
     model, resolved = load_model(folder, device, dtype)
     settings = evaluation_settings({**resolved.get("evaluation", {}), **given})
     seq_len = settings.seq_len or resolved["training"]["seq_len"]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusiontree.cli.program import run_program
+from fusiontree.cli.program import add_device_options, run_program
 from fusiontree.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -28,10 +28,25 @@ def build_parser() -> argparse.ArgumentParser:
         "model's distribution; filters apply in the order penalty, temperature, top-k, top-p, min-p.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="DIR", help="a run folder (its newest checkpoint) or one step"
     )
+    _add_prompts(parser)
+    _add_sampling(parser)
+    _add_execution(parser)
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
+        "--json", action="store_true", help="print one JSON object per prompt, with tokens and logprobs"
+    )
+    output.add_argument(
+        "--stream", action="store_true", help="print text while it is generated, one prompt after the other"
+    )
+    return parser
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the texts to continue and of their ends."""
+    add = parser.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times")
     add(
         "--prompt-file",
@@ -47,59 +62,37 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="maximum number of new tokens per prompt (default 256, less if the model's length is reached before)",
     )
+    stop = "end the output before this text; may be given several times"
+    add("--stop", action="append", default=[], metavar="TEXT", help=stop)
+    add("--allow-longer", action="store_true", help="allow texts longer than the model was trained for")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options of :class:`SamplingConfig` and the seed."""
+    add = parser.add_argument
     add("--greedy", action="store_true", help="always choose the most likely token")
     add("--temperature", type=float, default=1.0, help="below 1 sharpens, above 1 flattens (default 1)")
     add("--top-k", type=int, metavar="K", help="draw only from the K most likely tokens")
-    add(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="draw only from the most likely tokens that together have probability P",
-    )
-    add(
-        "--min-p",
-        type=float,
-        metavar="P",
-        help="draw only tokens with at least P times the probability of the most likely token",
-    )
-    add(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="R",
-        help="above 1: tokens already in the text become less likely",
-    )
+    top_p = "draw only from the most likely tokens that together have probability P"
+    add("--top-p", type=float, metavar="P", help=top_p)
+    min_p = "draw only tokens with at least P times the probability of the most likely token"
+    add("--min-p", type=float, metavar="P", help=min_p)
+    penalty = "above 1: tokens already in the text become less likely"
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help=penalty)
     add("--seed", type=int, default=0, help="prompt i (from 0) uses seed + i (default 0)")
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end the output before this text; may be given several times",
-    )
+
+
+def _add_execution(parser: argparse.ArgumentParser) -> None:
+    """Add the options of batches and device."""
+    add = parser.add_argument
     add("--batch-size", type=int, default=8, metavar="N", help="prompts decoded together (default 8)")
-    add("--allow-longer", action="store_true", help="allow texts longer than the model was trained for")
     add(
         "--graphs",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="on a GPU, record a step as a CUDA graph and replay it per token (default); the tokens are the same",
     )
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is one)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="of weights and cache (default auto: bfloat16 on a GPU, float32 on a CPU)",
-    )
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument(
-        "--json", action="store_true", help="print one JSON object per prompt, with tokens and logprobs"
-    )
-    output.add_argument(
-        "--stream", action="store_true", help="print text while it is generated, one prompt after the other"
-    )
-    return parser
+    add_device_options(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     from fusiontree.checkpoint.load import find_checkpoint, load_model
     from fusiontree.data.tokenizers import load_tokenizer
     from fusiontree.generation.decoding import check_request, generate
-    from fusiontree.utils.device import choose_device
+    from fusiontree.utils.device import choose_device, choose_dtype
 
     sampling = read_sampling(args)
     if args.batch_size < 1:
@@ -138,7 +131,8 @@ def run(args: argparse.Namespace) -> None:
     prompts = [*args.prompt, *(text for file in args.prompt_file for text in read_prompts(file))]
     if not prompts:
         raise UserError("there is nothing to continue; give --prompt TEXT or --prompt-file FILE")
-    device, dtype = choose_device(args.device, args.dtype)
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
 
     folder = find_checkpoint(args.checkpoint)
     model, _ = load_model(folder, device, dtype)  # also verifies the tokenizer's file
@@ -150,7 +144,8 @@ def run(args: argparse.Namespace) -> None:
         "allow_longer": args.allow_longer,
     }
     check_request(model.config, encoded, **options)  # all prompts, before the first batch
-    say(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {device}, {dtype}")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{folder}: {millions:.1f}M parameters, {device}, {dtype}", file=sys.stderr, flush=True)
 
     show = Printer(prompts, args.seed, json_lines=args.json, stream=args.stream)
     batch_size = 1 if args.stream else args.batch_size
@@ -174,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
         done.append(generation)
         for row, result in zip(rows, generation.rows, strict=True):
             show.row(row, len(encoded[row]), result)
-    say(summary(done))
+    print(summary(done), file=sys.stderr, flush=True)
 
 
 def read_sampling(args: argparse.Namespace) -> SamplingConfig:
@@ -275,11 +270,6 @@ def summary(done: Sequence[Generation]) -> str:
     graphed = sum(generation.graphed_steps for generation in done)
     how = f", {graphed} steps by CUDA graph" if graphed else ""
     return f"{line} in {decode_s:.2f} s ({later / decode_s:,.0f} tokens/s{how})"
-
-
-def say(message: str) -> None:
-    """Print a message to standard error, apart from the generated text."""
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

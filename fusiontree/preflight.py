@@ -54,13 +54,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: no launcher named a meeting point, or this process cannot reach it.
     """
-    from fusiontree.parallel.layout import choose_device
     from fusiontree.planning.network_check import Preflight, judge
+    from fusiontree.utils.device import choose_device
 
     place = process_place()
     if place.world_size % place.local_world_size:
         raise UserError(f"{place.world_size} processes are not {place.local_world_size} on each node")
-    device = choose_device(args.device, place)
+    device = choose_device(args.device, place.local_rank)
     fail_on_nccl_timeout()
     began, name = time.monotonic(), socket.gethostname()
     size_mb = args.size_mb or (256 if device.type == "cuda" else 4)

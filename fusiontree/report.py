@@ -45,11 +45,14 @@ def summary(run_dir: Path, goodput: Goodput) -> list[tuple[str, str]]:
     if train:
         last = train[-1]
         speeds = sorted(r["tokens_per_s"] for r in train)
-        lines.append(("reached", f"step {last['step']}, {short(last['tokens'])} tokens, loss {last['loss']:.4f}"))
+        lines.append(("reached", f"step {last['step']}, loss {last['loss']:.4f}"))
+        lines.append(("training tokens", f"{last['tokens']:,} seen"))
         lines.append(("median speed", f"{short(speeds[len(speeds) // 2])} tokens/s"))
     if validation:
         last = validation[-1]
         lines.append(("last validation", f"loss {last['validation_loss']:.4f} at step {last['step']}"))
+        if sizes := _validation_tokens(last):
+            lines.append(("validation tokens", sizes))
     lines.append(
         ("goodput", f"{goodput.share:.1%}: {clock(goodput.kept_s)} of {clock(goodput.wall_s)} became kept steps")
     )
@@ -58,6 +61,14 @@ def summary(run_dir: Path, goodput: Goodput) -> list[tuple[str, str]]:
     count = len(goodput.interruptions)
     lines.append(("starts", f"{len(goodput.sessions)} starts on {ranks} ranks, {count} interruptions"))
     return lines
+
+
+def _validation_tokens(record: dict[str, Any]) -> str:
+    """Return the tokens of each validation set; empty for a run of a version that did not record them."""
+    prefix = "validation_tokens/"
+    named = [f"{key.removeprefix(prefix)} {n:,}" for key, n in record.items() if key.startswith(prefix)]
+    unnamed = [f"{record['validation_tokens']:,}"] if "validation_tokens" in record else []
+    return ", ".join(named or unnamed)
 
 
 def text_report(run_dir: Path, goodput: Goodput) -> str:

@@ -123,7 +123,7 @@ def check_data(config: Config) -> None:
     from fusiontree.data.validation import ValidationData
 
     data, training, vocab_size = config.data, config.training, config.model.vocab_size
-    sources = TrainingData.for_training(data, training, vocab_size).sources
+    sources = TrainingData(data, training, vocab_size).sources
     ValidationData.for_training(data, training, vocab_size, 0, 1, sources)
 
 
@@ -169,7 +169,7 @@ def open_data(config: Config, layout: Layout) -> tuple[TrainingData, dict[str, V
 
     training, vocab_size = config.training, config.model.vocab_size
     ranks = (layout.dp_rank, layout.dp_size)
-    train_data = TrainingData.for_training(config.data, training, vocab_size, *ranks)
+    train_data = TrainingData(config.data, training, vocab_size, *ranks)
     return train_data, ValidationData.for_training(config.data, training, vocab_size, *ranks, train_data.sources)
 
 

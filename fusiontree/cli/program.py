@@ -50,3 +50,16 @@ def run_program(
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr, flush=True)
         return 130
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device`` and ``--dtype`` of a program that loads a checkpoint."""
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is one)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights (default auto: bfloat16 on a GPU, float32 on a CPU)",
+    )

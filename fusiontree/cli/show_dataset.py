@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fusiontree.cli.program import run_program
 from fusiontree.data.build.verify import document_of_dataset, verify_dataset
@@ -20,6 +23,7 @@ def inspect_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the dataset")
     parser.add_argument("--document", type=int, default=0, metavar="N", help="the document to show (default 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of text")
     return parser
 
 
@@ -32,7 +36,7 @@ def verify_parser() -> argparse.ArgumentParser:
 
 def inspect_main(argv: Sequence[str] | None = None) -> int:
     """Show a dataset; return the exit code: 0 done, 2 an option is wrong or there is no dataset."""
-    return run_program(inspect_parser, lambda args: inspect(args.folder, args.document), argv)
+    return run_program(inspect_parser, lambda args: inspect(args.folder, args.document, args.json), argv)
 
 
 def verify_main(argv: Sequence[str] | None = None) -> int:
@@ -74,14 +78,36 @@ def verify(folder: Path) -> int:
     return 1 if damaged else 0
 
 
-def inspect(folder: Path, number: int) -> int:
-    """Show a dataset's summary and one document."""
+def inspect(folder: Path, number: int, as_json: bool = False) -> int:
+    """Show a dataset's summary and document ``number``, as text or as one JSON object.
+
+    Raises:
+        UserError: there is no dataset, or it has fewer documents.
+    """
     info = read_dataset(folder)
-    print_summary(folder, info)
     try:
         shard, tokens = document_of_dataset(folder, info, number)
     except IndexError as error:
         raise UserError(f"--document {number}: the dataset has {info.documents:,} documents, from 0") from error
+    text = tokenizer_of(info.tokenizer, folder).decode(tokens)
+    if as_json:
+        document = {"number": number, "shard": shard, "tokens": len(tokens), "text": text}
+        print(json.dumps(dataset_facts(folder, info) | {"document": document}, ensure_ascii=False))
+        return 0
+    print_summary(folder, info)
     print(f"\ndocument {number} ({len(tokens):,} tokens, {shard}):\n")
-    print(tokenizer_of(info.tokenizer, folder).decode(tokens))
+    print(text)
     return 0
+
+
+def dataset_facts(folder: Path, info: DatasetInfo) -> dict[str, Any]:
+    """Return the facts of :func:`print_summary` as plain values; ``statistics`` is that of dataset.json."""
+    return {
+        "dataset": str(folder),
+        "documents": info.documents,
+        "tokens": info.tokens,
+        "shards": len(info.shards),
+        "dtype": info.dtype,
+        "tokenizer": asdict(info.tokenizer),
+        "statistics": info.statistics,
+    }

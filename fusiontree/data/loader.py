@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -24,13 +25,10 @@ from fusiontree.data.rows import RowReader, WantedRow, read_rows
 from fusiontree.data.sources.base import TokenSource, common_tokenizer, open_source
 from fusiontree.data.sources.prefetch import ShardPrefetcher
 from fusiontree.data.state import DataState, Order, SourceIdentity
-from fusiontree.data.validation import ValidationData
 from fusiontree.data.workers import OrderedWorkers
 from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.hashing import stable_hash
-
-__all__ = ["TrainingData", "ValidationData"]
 
 log = logging.getLogger(__name__)
 
@@ -43,27 +41,13 @@ class TrainingData:
     """The training rows of one data parallel rank."""
 
     def __init__(
-        self,
-        config: DataConfig,
-        *,
-        seq_len: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        curriculum: Sequence[Sequence[int]] | None,
-        seed: int,
-        vocab_size: int,
-        dp_rank: int = 0,
-        dp_size: int = 1,
+        self, config: DataConfig, training: TrainingConfig, vocab_size: int, dp_rank: int = 0, dp_size: int = 1
     ) -> None:
         """Open the datasets.
 
         Args:
             config: the ``data`` section.
-            seq_len: length of a row.
-            global_batch_size: rows per step, over all ranks.
-            micro_batch_size: rows per micro-batch of a rank.
-            curriculum: stages ``[row length, steps]`` before ``seq_len`` is reached.
-            seed: determines the order.
+            training: the ``training`` section: sizes of a batch, curriculum, and the seed that determines the order.
             vocab_size: of the model.
             dp_rank: part of each batch to read; equal for ranks that share rows.
             dp_size: number of parts.
@@ -73,13 +57,13 @@ class TrainingData:
                 datasets or the model, or its shards do not fit in the cache.
         """
         assert 0 <= dp_rank < dp_size
-        self.config, self.seq_len = config, seq_len
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.config, self.seq_len, seed = config, training.seq_len, training.seed
+        self.global_batch_size, self.micro_batch_size = training.global_batch_size, training.micro_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.lengths = LengthSchedule(seq_len, curriculum)
+        self.lengths = LengthSchedule(self.seq_len, training.curriculum)
         self.sources: list[TokenSource] = [open_source(dataset, config) for dataset in config.sources]
-        self.tokenizer = common_tokenizer(self.sources)
-        self.readers = [RowReader(source, seq_len, vocab_size) for source in self.sources]
+        common_tokenizer(self.sources)
+        self.readers = [RowReader(source, self.seq_len, vocab_size) for source in self.sources]
         self.mixture = Mixture([source.weight for source in config.sources], seed)
         self.orders = [
             RowOrder(
@@ -94,31 +78,14 @@ class TrainingData:
             SourceIdentity(source.place, given.weight, source.fingerprint, reader.rows)
             for given, source, reader in zip(config.sources, self.sources, self.readers, strict=True)
         )
-        self.order = Order(seed, seq_len, config.shuffle, config.shuffle_shards, tuple(identities))
-        rows_of_rank = -(-global_batch_size // dp_size)
-        self._step_bytes = rows_of_rank * seq_len * 3 * 8  # tokens, labels, positions
+        self.order = Order(seed, self.seq_len, config.shuffle, config.shuffle_shards, tuple(identities))
+        self._rows_of_rank = -(-self.global_batch_size // dp_size)
+        self._step_bytes = self._rows_of_rank * self.seq_len * 3 * 8  # tokens, labels, positions
         self._check_cache()
         self._position = DataState()
         self._recent: deque[DataState] = deque(maxlen=3)  # before and after each of the last two steps
         self._asked_row = 0
         self._last_state: dict[str, Any] = {}
-
-    @classmethod
-    def for_training(
-        cls, config: DataConfig, training: TrainingConfig, vocab_size: int, dp_rank: int = 0, dp_size: int = 1
-    ) -> TrainingData:
-        """Open the datasets as a run with these sections of the configuration does; arguments as in the constructor."""
-        return cls(
-            config,
-            seq_len=training.seq_len,
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
-            curriculum=training.curriculum,
-            seed=training.seed,
-            vocab_size=vocab_size,
-            dp_rank=dp_rank,
-            dp_size=dp_size,
-        )
 
     def _check_cache(self) -> None:
         """Check that the cache can hold all shards that are read at the same time."""
@@ -135,23 +102,9 @@ class TrainingData:
                 f"data.shuffle_shards or build smaller shards"
             )
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens in all datasets."""
-        return sum(sum(source.shard_tokens) for source in self.sources)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of everything that determines the order of rows."""
-        return self.order.fingerprint
-
     def save_tokenizer(self, folder: Path) -> list[Path]:
         """Write the tokenizer's files for a checkpoint into ``folder`` and return them."""
         return self.sources[0].save_tokenizer(folder)
-
-    def stage_length(self, step: int) -> int:
-        """Return the row length of a step (the first is 1)."""
-        return self.lengths.length(step)
 
     def steps(self, state: dict[str, Any] | None = None) -> Generator[tuple[StepBatch, dict[str, Any]]]:
         """Yield the batch of every step from ``state`` on, without end, each with the state to save after the step.
@@ -170,31 +123,29 @@ class TrainingData:
         self._asked_row = self._position.row
         skipped_here = self._position.skipped_rows
         threads = _FETCH_THREADS if self.config.prefetch_shards and any(s.cached for s in self.sources) else 0
-        with ShardPrefetcher(self._shards_ahead, threads) as prefetcher:
-            workers = OrderedWorkers(
-                self._read_step,
-                self._positions(self._position),
-                workers=self.config.num_workers,
-                ahead=max(1, min(self.config.prefetch_steps, _AHEAD_BYTES // self._step_bytes)),
-            )
-            try:
-                while True:
-                    began = time.perf_counter()
-                    batch, after = next(workers)
-                    wait_s = time.perf_counter() - began
-                    prefetcher.moved()
-                    for message in batch.damage:
-                        log.warning("skipped: %s", message)
-                    skipped_here += batch.skipped_rows
-                    self._check_skipped(skipped_here, batch.damage)
-                    self._position = replace(after, skipped_rows=self._position.skipped_rows)
-                    self._recent.append(self._position)
-                    rows = self.mixture.rows_before(after.row)
-                    self._last_state = self._position.state_dict(self.order, rows)
-                    epochs = tuple(count / order.total for count, order in zip(rows, self.orders, strict=True))
-                    yield replace(batch, wait_s=wait_s, epochs=epochs), self._last_state
-            finally:
-                workers.close()
+        prefetcher = ShardPrefetcher(self._shards_ahead, threads)
+        workers = OrderedWorkers(
+            self._read_step,
+            self._positions(self._position),
+            workers=self.config.num_workers,
+            ahead=max(1, min(self.config.prefetch_steps, _AHEAD_BYTES // self._step_bytes)),
+        )
+        with closing(prefetcher), closing(workers):
+            while True:
+                began = time.perf_counter()
+                batch, after = next(workers)
+                wait_s = time.perf_counter() - began
+                prefetcher.moved()
+                for message in batch.damage:
+                    log.warning("skipped: %s", message)
+                skipped_here += batch.skipped_rows
+                self._check_skipped(skipped_here, batch.damage)
+                self._position = replace(after, skipped_rows=self._position.skipped_rows)
+                self._recent.append(self._position)
+                rows = self.mixture.rows_before(after.row)
+                self._last_state = self._position.state_dict(self.order, rows)
+                epochs = tuple(count / order.total for count, order in zip(rows, self.orders, strict=True))
+                yield replace(batch, wait_s=wait_s, epochs=epochs), self._last_state
 
     def describe_row(self, number: int) -> str:
         """Return the origin of a row of the last two steps: dataset, shard and first token in the shard.
@@ -241,16 +192,15 @@ class TrainingData:
             position = self._after(position)
 
     def _after(self, position: DataState) -> DataState:
-        subrows = self.seq_len // self.stage_length(position.step + 1)
+        subrows = self.seq_len // self.lengths.length(position.step + 1)
         rows = self.global_batch_size
         return DataState(position.step + 1, position.row + rows, position.number + rows * subrows)
 
     def _read_step(self, before: DataState) -> tuple[StepBatch, DataState]:
         """Read this rank's part of the step after ``before``; depends on no other state of the loader."""
-        share = -(-self.global_batch_size // self.dp_size)
         # Ranks with fewer rows compute fillers: all ranks must take part in every micro-batch.
-        slots = -(-share // self.micro_batch_size) * self.micro_batch_size
-        length = self.stage_length(before.step + 1)
+        slots = -(-self._rows_of_rank // self.micro_batch_size) * self.micro_batch_size
+        length = self.lengths.length(before.step + 1)
         rows = RowsOfStep(slots, self.seq_len, length)
         wanted = self._wanted(before, rows.subrows)
         damages, tokens_hash = read_rows(rows, wanted, self.readers, self.config.on_damage)
@@ -262,7 +212,7 @@ class TrainingData:
 
     def _wanted(self, before: DataState, subrows: int) -> list[WantedRow]:
         """Return this rank's rows of the global batch after ``before``."""
-        share = -(-self.global_batch_size // self.dp_size)
+        share = self._rows_of_rank
         mine = range(self.dp_rank * share, min((self.dp_rank + 1) * share, self.global_batch_size))
         counts = self.mixture.rows_before(before.row + mine.start)
         wanted = []

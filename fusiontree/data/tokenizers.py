@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,34 +26,30 @@ SMALLEST_BPE = 257
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "[SEP]")
 
 
-class Tokenizer(Protocol):
-    """Interface of a tokenizer for building shards and generating text."""
+class Tokenizer(ABC):
+    """Encodes texts for building shards and decodes generated tokens."""
 
     info: TokenizerInfo
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the tokens of each text, without the end-of-document token."""
-        ...
-
+    @abstractmethod
     def encode_utf8(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """Return the tokens of each text, given as valid UTF-8."""
-        ...
+        """Return the tokens of each text, given as valid UTF-8, without the end-of-document token."""
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of one text."""
-        ...
+        """Return the tokens of one text; lone surrogates, which UTF-8 cannot hold, become ``?``."""
+        return self.encode_utf8([text.encode("utf-8", errors="replace")])[0].tolist()
 
+    @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, without end-of-document tokens."""
-        ...
 
     @property
     def eos_id(self) -> int:
         """The end-of-document token."""
-        ...
+        return self.info.eos_id
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """Byte tokenizer: UTF-8 bytes are tokens 0 to 255; token 256 ends a document."""
 
     info = TokenizerInfo(
@@ -63,29 +60,16 @@ class ByteTokenizer:
         sha256=hashlib.sha256(b"utf-8 bytes, eos 256").hexdigest(),
     )
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return each text's bytes; lone surrogates, which UTF-8 cannot hold, become ``?``."""
-        return [np.frombuffer(t.encode("utf-8", errors="replace"), np.uint8).astype(np.uint16) for t in texts]
-
     def encode_utf8(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return each text's bytes."""
         return [np.frombuffer(text, np.uint8).astype(np.uint16) for text in texts]
-
-    def encode(self, text: str) -> list[int]:
-        """Return a text's bytes."""
-        return self.encode_batch([text])[0].tolist()
-
-    @property
-    def eos_id(self) -> int:
-        """The end-of-document token."""
-        return self.info.eos_id
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text; invalid UTF-8 becomes the replacement character."""
         return bytes(t for t in tokens if t < 256).decode("utf-8", errors="replace")
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json`` of the tokenizers library."""
 
     def __init__(self, path: Path, name: str | None = None, eos: str | None = None, eos_id: int | None = None) -> None:
@@ -117,24 +101,11 @@ class HuggingFaceTokenizer:
             file=TOKENIZER_FILE,
         )
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the tokens of each text."""
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        # array converts a list of numbers four times as fast as numpy.
-        return [np.frombuffer(array("I", e.ids), dtype=np.uint32) for e in encodings]
-
     def encode_utf8(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return the tokens of each text, given as valid UTF-8."""
-        return self.encode_batch([text.decode("utf-8") for text in texts])
-
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of one text."""
-        return self.encode_batch([text])[0].tolist()
-
-    @property
-    def eos_id(self) -> int:
-        """The end-of-document token."""
-        return self.info.eos_id
+        encodings = self.backend.encode_batch_fast([text.decode("utf-8") for text in texts], add_special_tokens=False)
+        # array converts a list of numbers four times as fast as numpy.
+        return [np.frombuffer(array("I", e.ids), dtype=np.uint32) for e in encodings]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text, special tokens left out."""

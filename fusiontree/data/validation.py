@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 
 from fusiontree.data.batch import MicroBatch, RowsOfStep
 from fusiontree.data.config import DataConfig
@@ -76,15 +77,9 @@ class ValidationData:
         dp_size: int,
         sources: Sequence[TokenSource],
     ) -> dict[str, ValidationData]:
-        """Open the validation sets of a run by name, none if it does not validate; see the constructor.
+        """Open the validation sets of a run by name, none if it does not validate.
 
-        Args:
-            config: the ``data`` section.
-            training: the ``training`` section.
-            vocab_size: of the model.
-            dp_rank: part of the rows to read.
-            dp_size: number of parts.
-            sources: the training datasets.
+        Arguments and errors are those of the constructor; ``sources`` are the training datasets.
         """
         return {
             name: cls(
@@ -101,20 +96,21 @@ class ValidationData:
             for name in (config.validation_sets if training.validation.interval else ())
         }
 
-    def metrics(self, name: str, loss: float) -> dict[str, float]:
+    def metrics(self, name: str, loss: float, tokens: int) -> dict[str, float]:
         """Return the metrics of this dataset.
 
         Args:
             name: of the dataset, empty if it has none.
             loss: mean loss per token, in nats.
+            tokens: number of tokens that the loss is the mean of.
 
         Returns:
-            ``validation_loss``, and ``validation_bits_per_byte`` if the dataset records the bytes of its text, each
-            followed by ``/NAME`` if the dataset has a name. Bits per byte are the bits to encode the whole dataset,
-            ends of documents included, at the mean loss, divided by the bytes of its text.
+            ``validation_loss``, ``validation_tokens``, and ``validation_bits_per_byte`` if the dataset records the
+            bytes of its text, each followed by ``/NAME`` if the dataset has a name. Bits per byte are the bits to
+            encode the whole dataset, ends of documents included, at the mean loss, divided by the bytes of its text.
         """
         suffix = f"/{name}" if name else ""
-        values = {f"validation_loss{suffix}": loss}
+        values = {f"validation_loss{suffix}": loss, f"validation_tokens{suffix}": tokens}
         if self.source.bytes_per_token:
             values[f"validation_bits_per_byte{suffix}"] = loss / math.log(2) / self.source.bytes_per_token
         return values
@@ -133,7 +129,7 @@ class ValidationData:
             workers=self.config.num_workers,
             ahead=self.config.prefetch_steps,
         )
-        try:
+        with closing(workers):
             for micro_batch, damages in workers:
                 for message in damages:
                     log.warning("skipped in validation: %s", message)
@@ -144,8 +140,6 @@ class ValidationData:
                         f"the last was {damages[-1]}"
                     )
                 yield micro_batch
-        finally:
-            workers.close()
 
     def _read_micro_batch(self, index: int) -> tuple[MicroBatch, list[str]]:
         size = self.micro_batch_size

@@ -10,9 +10,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from fusiontree.data.batch import MicroBatch
+from fusiontree.data.batch import IGNORED, MicroBatch
 from fusiontree.data.tokenizers import Tokenizer
-from fusiontree.evaluation.synthetic import IGNORED, AnswerRows
+from fusiontree.evaluation.synthetic import AnswerRows
 from fusiontree.generation.text import REPLACEMENT
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.models.token_layout import documents_of_positions

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusiontree.data.batch import IGNORED
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.hashing import stable_hash
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)

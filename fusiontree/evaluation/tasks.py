@@ -162,42 +162,36 @@ class Evaluation:
         for length in self._lengths:
             for depth in config.depths:
                 arguments = (self._alphabet, length, depth, config.rows, config.needle_tokens, config.seed)
-                score = self._answers(needle_rows(*arguments))
-                control = self._answers(needle_rows(*arguments, with_needle=False))
-                yield {
-                    "length": length,
-                    "depth": depth,
-                    "rows": config.rows,
-                    "found": score.row_accuracy,
-                    **_answered(score),
-                    "nats_per_token_without_needle": control.nats_per_token,
-                    **self._chance(),
-                }
+                score = self._score(needle_rows(*arguments))
+                control = self._score(needle_rows(*arguments, with_needle=False))
+                labels = {"length": length, "depth": depth, "rows": config.rows, "found": score.row_accuracy}
+                yield self._answered(labels, score, nats_per_token_without_needle=control.nats_per_token)
 
     def _copy(self) -> Iterator[Record]:
         for length in self._lengths:
-            score = self._answers(copy_rows(self._alphabet, length, self.config.rows, self.config.seed))
-            yield {"length": length, "rows": self.config.rows, **_answered(score), **self._chance()}
+            rows = copy_rows(self._alphabet, length, self.config.rows, self.config.seed)
+            yield self._answered({"length": length, "rows": self.config.rows}, self._score(rows))
 
     def _recall(self) -> Iterator[Record]:
         config = self.config
         for length in self._lengths:
             rows = recall_rows(self._alphabet, length, config.recall_pairs, config.rows, config.seed)
-            score = self._answers(rows)
-            yield {
-                "length": length,
-                "pairs": config.recall_pairs,
-                "rows": config.rows,
-                **_answered(score),
-                **self._chance(),
-            }
+            labels = {"length": length, "pairs": config.recall_pairs, "rows": config.rows}
+            yield self._answered(labels, self._score(rows))
 
-    def _answers(self, rows: AnswerRows) -> AnswerScore:
+    def _score(self, rows: AnswerRows) -> AnswerScore:
         return score_answers(self.model, rows, self.config.batch_size)
 
-    def _chance(self) -> Record:
-        """Return the score of uniform guessing among the tokens."""
-        return {"alphabet": self._alphabet.numel(), "chance_nats_per_token": math.log(self._alphabet.numel())}
+    def _answered(self, labels: Record, score: AnswerScore, **control: float) -> Record:
+        """Return the record of a cell, with the score of uniform guessing among the tokens."""
+        return {
+            **labels,
+            "token_accuracy": score.token_accuracy,
+            "nats_per_token": score.nats_per_token,
+            **control,
+            "alphabet": self._alphabet.numel(),
+            "chance_nats_per_token": math.log(self._alphabet.numel()),
+        }
 
 
 def _corpus(score: CorpusScore) -> Record:
@@ -208,10 +202,6 @@ def _corpus(score: CorpusScore) -> Record:
         "bits_per_token": score.bits_per_token,
         "bits_per_byte": score.bits_per_byte,
     }
-
-
-def _answered(score: AnswerScore) -> Record:
-    return {"token_accuracy": score.token_accuracy, "nats_per_token": score.nats_per_token}
 
 
 def table(results: dict[str, list[Record]]) -> str:

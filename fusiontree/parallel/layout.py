@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fusiontree.utils.environment import ProcessPlace, process_place, rendezvous_given
-from fusiontree.utils.errors import UserError
+from fusiontree.utils.device import choose_device
+from fusiontree.utils.environment import process_place, rendezvous_given
 
 T = TypeVar("T")
 
@@ -35,27 +35,6 @@ def gather_objects(mine: T, group: dist.ProcessGroup | None) -> list[T]:
     everyone = [mine] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return everyone
-
-
-def choose_device(wanted: str, place: ProcessPlace) -> torch.device:
-    """Return this process's device for ``training.device`` = auto | cuda | cpu.
-
-    Raises:
-        UserError: a GPU is asked for and absent, or there are more local processes than GPUs.
-    """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        built = torch.version.cuda
-        reason = f"this torch ({torch.__version__}) is built without CUDA" if built is None else "no GPU is visible"
-        raise UserError(f"training.device is cuda, but {reason}; use training.device=cpu or a machine with a GPU")
-    count = torch.cuda.device_count()
-    if place.local_rank >= count:
-        raise UserError(
-            f"local rank {place.local_rank} has no GPU: this machine shows {count}; start at most {count} "
-            f"processes per node or set training.device=cpu"
-        )
-    return torch.device("cuda", place.local_rank)
 
 
 class Layout:
@@ -82,7 +61,7 @@ class Layout:
             shard_size: ranks that share one copy of the parameters under fsdp2; None means all.
         """
         self.place = process_place()
-        self.device = choose_device(device, self.place)
+        self.device = choose_device(device, self.place.local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.backend = "nccl" if self.device.type == "cuda" else "gloo"

@@ -141,7 +141,7 @@ class Trainer:
     def _train(self, stop: StopRequest) -> tuple[Outcome, str]:
         """Execute steps until the last one or a stop signal; return how they ended and why."""
         limit_s, is_first = self._slow_s, True  # kernels are compiled in the first step
-        self.batches.move(self.position.data)
+        self.batches.seek(self.position.data)
         while True:
             step = self.watchdog.step = self.position.step + 1
             self._finish(self.pipeline.submit(step, stop_wanted=stop.requested, limit_s=limit_s))
@@ -219,7 +219,7 @@ class Trainer:
             self.engine.barrier()
             self._load_state_dict(found[1])
             self._train_seconds = self.checkpoints.train_seconds
-        self.batches.move(self.position.data)
+        self.batches.seek(self.position.data)
         self.records.event("rewind", step=step, to_step=back, reason=reason, data=self.position.data)
         self.console.say(f"step {step}: {reason}; back to step {back}, continuing with the data after it")
         return True
@@ -230,7 +230,7 @@ class Trainer:
         if data is not None:
             self._finish(self.pipeline.drain())  # the data describes only rows from its present position
             self.position.data = data
-            self.batches.move(data)
+            self.batches.seek(data)
 
     def _validation_due(self, step: int) -> bool:
         training = self.settings.training
@@ -245,8 +245,8 @@ class Trainer:
             for name, data in self.validation_data.items():
                 loss, tokens = validate(self.engine, data, self.settings)
                 if not values:
-                    self._validated, values = (step, loss), data.metrics("", loss)
-                values |= data.metrics(name, loss)
+                    self._validated, values = (step, loss), data.metrics("", loss, tokens)
+                values |= data.metrics(name, loss, tokens)
                 self.console.validated(step, loss, tokens, name)
         self.records.metrics({"step": step, "tokens": self.pipeline.tokens, **values})
 

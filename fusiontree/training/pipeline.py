@@ -49,13 +49,13 @@ class BatchStream:
     """The batches of a run from a position in the data on."""
 
     def __init__(self, data: TrainingData) -> None:
-        """Read nothing before :meth:`move`."""
+        """Read nothing before :meth:`seek`."""
         self._data = data
         self._batches: Generator[tuple[StepBatch, dict[str, Any]]] | None = None
         self.position: dict[str, Any] | None = None
         """Position after the last batch, as a checkpoint stores it."""
 
-    def move(self, position: dict[str, Any] | None) -> None:
+    def seek(self, position: dict[str, Any] | None) -> None:
         """Continue at ``position``; None is the begin of the data."""
         if self._batches is not None:
             self._batches.close()  # ends its threads

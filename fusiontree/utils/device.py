@@ -17,35 +17,53 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _BF16_PEAK = {"H100": 989.4e12, "H200": 989.4e12, "GH200": 989.4e12, "A100": 312e12, "B200": 2250e12}
 
 
-def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Resolve ``--device`` and ``--dtype``.
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """Return the device that this process computes on.
 
     Args:
-        device: auto (a GPU if torch sees one), cpu, cuda or cuda:N.
-        dtype: auto (bfloat16 on a GPU, float32 on a CPU) or a name in ``DTYPES``.
+        wanted: auto (a GPU if there is one), cpu, cuda (the GPU with the number ``local_rank``) or cuda:N.
+        local_rank: number of this process among the processes of its node.
 
     Raises:
-        UserError: the device does not exist here, or the dtype is unknown.
+        UserError: the name is unknown, there is no GPU, or there are too few GPUs.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
+        device = torch.device(wanted)
     except RuntimeError:
-        raise UserError(f"device '{device}' is unknown; use auto, cpu, cuda or cuda:N") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise UserError(f"device '{device}' is not supported; use auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            built = "this torch has no CUDA" if torch.version.cuda is None else "no GPU is visible"
-            raise UserError(f"device is {device}, but {built}; use device cpu or a machine with a GPU")
-        if (chosen.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"device is {device}, but there are only {torch.cuda.device_count()} GPUs, from cuda:0 on")
-    if dtype == "auto":
-        return chosen, torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    if dtype not in DTYPES:
-        raise UserError(f"dtype '{dtype}' is unknown; use auto, {', '.join(DTYPES)}")
-    return chosen, DTYPES[dtype]
+        raise UserError(f"device '{wanted}' is unknown; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device '{wanted}' is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return device
+    cpu = "use device cpu (training.device or --device)"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        reason = f"this torch ({torch.__version__}) is built without CUDA" if built is None else "no GPU is visible"
+        raise UserError(f"device is {wanted}, but {reason}; {cpu} or a machine with a GPU")
+    count = torch.cuda.device_count()
+    index, way_out = local_rank, f"start at most {count} processes per node"
+    if device.index is not None:
+        index, way_out = device.index, f"use cuda:0 to cuda:{count - 1}"
+    if index >= count:
+        raise UserError(
+            f"device is {wanted}, but cuda:{index} is absent: this machine shows {count} GPUs; {way_out}, or {cpu}"
+        )
+    return torch.device("cuda", index)
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of weights on ``device``: for auto bfloat16 on a GPU and float32 on a CPU, else of that name.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if wanted not in DTYPES:
+        raise UserError(f"dtype '{wanted}' is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[wanted]
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

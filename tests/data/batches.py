@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from fusiontree.data.batch import FILLER, StepBatch
 from fusiontree.data.config import DataConfig
 from fusiontree.data.loader import TrainingData
+from fusiontree.training.config import TrainingConfig
 
 SEQ = 16
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "seq_len": SEQ,
     "global_batch_size": 6,
     "micro_batch_size": 2,
@@ -35,7 +36,9 @@ class GlobalBatch(NamedTuple):
 
 def open_data(config: DataConfig, rank: int = 0, size: int = 1, **kind: Any) -> TrainingData:
     """The data of one rank."""
-    return TrainingData(config, dp_rank=rank, dp_size=size, **(DEFAULTS | kind))
+    values = DEFAULTS | kind
+    vocab_size = values.pop("vocab_size")
+    return TrainingData(config, TrainingConfig(max_steps=1, **values), vocab_size, rank, size)
 
 
 def row_digests(batch: StepBatch) -> dict[int, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fusiontree.data.config import DataConfig
 from fusiontree.data.loader import TrainingData
+from fusiontree.training.config import TrainingConfig
 
 
 def memory_mb(field: str) -> float:
@@ -23,8 +24,8 @@ def main(folder: str, workers: int) -> None:
     config = DataConfig(train=folder, num_workers=workers)
     Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
     before, began = memory_mb("VmRSS"), time.perf_counter()
-    kind = {"seq_len": 4096, "global_batch_size": 256, "micro_batch_size": 1, "curriculum": None, "seed": 1}
-    data = TrainingData(config, vocab_size=264, dp_rank=1, dp_size=64, **kind)  # type: ignore[arg-type]
+    training = TrainingConfig(seq_len=4096, max_steps=1, global_batch_size=256, seed=1)
+    data = TrainingData(config, training, 264, dp_rank=1, dp_size=64)
     opened = time.perf_counter() - began
     step = random.Random(0).randrange(10_000, 19_000)
     position = data._position

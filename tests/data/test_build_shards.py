@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from fusiontree.cli.show_dataset import inspect_main
 from fusiontree.data.build.statistics import bigram_entropy
 from fusiontree.data.build.verify import document_of_dataset
 from fusiontree.data.format import read_dataset
@@ -63,6 +64,35 @@ def test_folder_to_shards_and_back(texts: Path, tmp_path: Path, capsys: pytest.C
     tar.write_bytes(content)
     assert main(["--verify", str(tmp_path / "d")]) == 1
     assert "shard-000001.tar, member" in capsys.readouterr().out
+
+
+def test_inspect_as_json_holds_the_facts_of_the_table(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "d"
+    assert build("--input", texts, "--include", "*.txt", "--output", folder, "--shard-mb", 0.0003) == 0
+    capsys.readouterr()
+    assert inspect_main([str(folder), "--document", "3", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    info = read_dataset(folder)
+    statistics = values["statistics"]
+    assert values["dataset"] == str(folder)
+    assert (values["documents"], values["tokens"], values["shards"]) == (12, info.tokens, len(info.shards))
+    assert values["dtype"] == "uint16"
+    tokenizer = values["tokenizer"]
+    assert (tokenizer["name"], tokenizer["vocab_size"], tokenizer["eos_id"]) == ("byte", 257, 256)
+    assert sum(statistics["length_histogram_log2"]) == 12
+    assert statistics["text_bytes"] == sum(len((f"text {i} äöü " * (i + 1)).encode()) for i in range(12))
+    shard, tokens = document_of_dataset(folder, info, 3)
+    assert values["document"] == {"number": 3, "shard": shard, "tokens": len(tokens), "text": texts_of(folder)[3]}
+    assert inspect_main([str(folder)]) == 0
+    table = capsys.readouterr().out
+    assert f"12 documents, {values['tokens']:,} tokens in {values['shards']} shards (uint16)" in table
+    assert f"{statistics['bytes_per_token']:.2f} bytes per token" in table
+    assert f"{statistics['bigram_entropy_nats']:.3f} nats" in table
+    assert inspect_main([str(folder), "--document", "12", "--json"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "--document 12: the dataset has 12 documents" in shown.err
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])

@@ -13,9 +13,9 @@ import torch
 
 from fusiontree.data.config import DataConfig
 from fusiontree.data.format import read_dataset
-from fusiontree.data.loader import ValidationData
 from fusiontree.data.sources import index
 from fusiontree.data.sources.index import open_shard
+from fusiontree.data.validation import ValidationData
 from fusiontree.utils.errors import UserError
 from tests.data.batches import SEQ, global_batches, open_data, row_digests
 from tests.data.datasets import random_dataset

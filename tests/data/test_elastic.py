@@ -93,7 +93,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
         "shuffle": draw(st.booleans()),
         "shuffle_shards": draw(st.integers(1, 4)),
         "seq_len": seq_len,
-        "curriculum": draw(st.lists(st.tuples(st.sampled_from(lengths), st.integers(1, 4)), max_size=3)),
+        "curriculum": draw(st.lists(st.tuples(st.sampled_from(lengths), st.integers(1, 4)).map(list), max_size=3)),
         "global_batch_size": draw(st.integers(1, 11)),
         "seed": draw(st.integers(0, 2**31)),
         "parts": draw(

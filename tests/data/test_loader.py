@@ -13,8 +13,9 @@ import pytest
 from fusiontree.data.batch import StepBatch
 from fusiontree.data.config import DataConfig
 from fusiontree.data.format import TokenizerInfo, read_dataset
-from fusiontree.data.loader import TrainingData, ValidationData
+from fusiontree.data.loader import TrainingData
 from fusiontree.data.order import LengthSchedule
+from fusiontree.data.validation import ValidationData
 from fusiontree.utils.errors import UserError
 from tests.data.batches import SEQ, global_batches, open_data
 from tests.data.datasets import random_dataset, write

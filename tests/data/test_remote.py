@@ -12,8 +12,8 @@ import pytest
 from pydantic import ValidationError
 
 from fusiontree.data.config import DataConfig
-from fusiontree.data.loader import ValidationData
 from fusiontree.data.sources.remote import CommandFolder, Retries, is_remote, local_folder
+from fusiontree.data.validation import ValidationData
 from fusiontree.utils.errors import UserError
 from tests.data.batches import SEQ, GlobalBatch, global_batches, open_data
 from tests.data.datasets import random_dataset

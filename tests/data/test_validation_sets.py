@@ -82,8 +82,9 @@ def test_bits_per_byte_need_the_bytes_of_the_text(tmp_path: Path) -> None:
     values["statistics"]["bytes_per_token"] = 4.0
     (with_bytes / "dataset.json").write_text(json.dumps(values))
     sets = open_sets(config_of({"a": str(without), "b": str(with_bytes)}, str(train)))
-    assert sets["a"].metrics("a", 2.0) == {"validation_loss/a": 2.0}
-    assert sets["b"].metrics("", 2.0) == {
+    assert sets["a"].metrics("a", 2.0, 7) == {"validation_loss/a": 2.0, "validation_tokens/a": 7}
+    assert sets["b"].metrics("", 2.0, 9) == {
         "validation_loss": 2.0,
+        "validation_tokens": 9,
         "validation_bits_per_byte": pytest.approx(2.0 / math.log(2) / 4.0),
     }

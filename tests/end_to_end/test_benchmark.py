@@ -28,16 +28,8 @@ def config(data: Path, tmp_path: Path) -> str:
 def lengths_of_rows(path: str, steps: int, *overrides: str) -> list[int]:
     """Tokens of the documents in the rows that ``steps`` steps after one of warm-up read, counted one by one."""
     config = load_config(path, overrides)
-    training = config.training
-    data = TrainingData(
-        config.data,
-        seq_len=training.seq_len,
-        global_batch_size=training.global_batch_size,
-        micro_batch_size=training.micro_batch_size,
-        curriculum=None,
-        seed=training.seed,
-        vocab_size=config.model.vocab_size,
-    )
+    training = config.training.model_copy(update={"curriculum": None})
+    data = TrainingData(config.data, training, config.model.vocab_size)
     lengths: list[int] = []
     stream = data.steps()
     for step in range(1 + steps):
@@ -104,7 +96,7 @@ def test_what_cannot_be_done_is_refused_before_any_step(
 
 
 def test_decoding_beyond_a_learned_table_is_refused(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusiontree.parallel.layout.choose_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr("fusiontree.utils.device.choose_device", lambda *_: torch.device("cuda"))
     args = benchmark.build_parser().parse_args(["--config", config, "--decode", "10"])
     benchmark.check_options(load_config(config, []), args)
     with pytest.raises(benchmark.UserError, match="max_position_embeddings=64"):

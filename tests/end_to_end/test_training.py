@@ -15,6 +15,7 @@ from fusiontree.data.loader import TrainingData
 from fusiontree.data.tokenizers import ByteTokenizer
 from fusiontree.supervision.restart_policy import failures_in_a_row
 from fusiontree.tracking.records import read_records
+from fusiontree.training.config import TrainingConfig
 from tests.data.datasets import documents, write
 from tests.end_to_end.runs import ROOT, environment, events, metrics, train, write_config
 
@@ -62,7 +63,7 @@ def test_every_validation_set_is_measured(reference: Path, data: Path, tmp_path:
     done = train(write_config(tmp_path, data), f"data.validation={sets}", processes=2)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
-    for key in ("validation_loss", "validation_bits_per_byte"):
+    for key in ("validation_loss", "validation_tokens", "validation_bits_per_byte"):
         assert metrics(run, key) == pytest.approx(metrics(reference, key), rel=1e-5)
         assert metrics(run, f"{key}/held_out") == metrics(run, key)
     assert len(metrics(run, "validation_loss/noise")) == 2
@@ -87,9 +88,7 @@ def test_two_ranks_equal_one_process(reference: Path, data: Path, tmp_path: Path
 def test_the_token_hash_is_that_of_the_rows_that_were_read(reference: Path, data: Path) -> None:
     """Exact to the last bit: float32 keeps 24 of its 32."""
     config = DataConfig(train=str(data / "train"), validation=str(data / "validation"))
-    rows = TrainingData(
-        config, seq_len=64, global_batch_size=8, micro_batch_size=2, curriculum=[], seed=0, vocab_size=264
-    )
+    rows = TrainingData(config, TrainingConfig(seq_len=64, max_steps=20, global_batch_size=8, micro_batch_size=2), 264)
     steps = rows.steps(None)
     expected = [f"{next(steps)[0].tokens_hash & 0xFFFF_FFFF:08x}" for _ in range(20)]
     steps.close()

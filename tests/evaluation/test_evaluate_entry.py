@@ -31,7 +31,7 @@ def model():
 def place(model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation")
     texts = [f"document {number} says {'abc'[number % 3] * 20}." for number in range(12)]
-    shards = [[np.append(tokens, 256) for tokens in ByteTokenizer().encode_batch(texts)]]
+    shards = [[np.append(tokens, 256) for tokens in ByteTokenizer().encode_utf8([text.encode() for text in texts])]]
     write(folder / "held_out", shards, ByteTokenizer.info)
     write(folder / "foreign", shards, replace(ByteTokenizer.info, name="other", sha256="0" * 64))
     (folder / "text.txt").write_text("fünf Wörter über den Gate-Mix " * 3)

@@ -16,6 +16,8 @@ from fusiontree.data.tokenizers import ByteTokenizer, save_tokenizer
 from fusiontree.generate import main
 from fusiontree.generation.decoding import generate
 from fusiontree.generation.sampling import SamplingConfig
+from fusiontree.utils.device import choose_device, choose_dtype
+from fusiontree.utils.errors import UserError
 from tests.helpers import save_checkpoint, tiny_model
 
 
@@ -213,3 +215,18 @@ def test_broken_weights_end_with_code_1(run_folder, model, tmp_path, capsys):
     save_checkpoint(tmp_path / "checkpoints", 1, tensors, values, [run_folder / "tokenizer_info.json"])
     assert main(["--checkpoint", str(tmp_path), "--prompt", "a", "--device", "cpu"]) == 1
     assert "not finite" in capsys.readouterr().err
+
+
+def test_a_process_takes_the_gpu_of_its_number_and_a_missing_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", local_rank=1) == torch.device("cuda", 1)
+    assert choose_device("cuda:0", local_rank=1) == torch.device("cuda", 0)
+    assert choose_device("cpu", local_rank=5) == torch.device("cpu")
+    with pytest.raises(UserError, match=r"cuda:2 is absent: this machine shows 2 GPUs; start at most 2 processes"):
+        choose_device("cuda", local_rank=2)
+    with pytest.raises(UserError, match=r"device is cuda:7, but .* use cuda:0 to cuda:1"):
+        choose_device("cuda:7")
+    assert choose_dtype("auto", torch.device("cuda", 1)) is torch.bfloat16
+    with pytest.raises(UserError, match="dtype 'int8' is unknown"):
+        choose_dtype("int8", torch.device("cpu"))

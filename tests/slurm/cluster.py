@@ -53,7 +53,7 @@ class SlurmCluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         host = socket.gethostname()
-        # Two clusters of two test processes must not number their jobs alike: the port of a job's ranks follows from it.
+        # Clusters of two test processes must not number their jobs alike: the port of a job's ranks follows from it.
         lines = f"""
 ClusterName=fusiontree
 SlurmctldHost={host}(127.0.0.1)

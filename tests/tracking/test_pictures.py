@@ -99,3 +99,24 @@ def test_the_page_of_a_run_without_steps_has_no_curves(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").unlink()
     assert report([str(tmp_path)]) == 0
     assert page_data((tmp_path / "report.html").read_text())["curves"] is None
+
+
+def test_report_names_the_tokens_of_training_and_of_each_validation_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path)
+    assert report([str(run)]) == 0
+    assert "validation tokens" not in capsys.readouterr().out, "make_run records none, as earlier versions did"
+    sizes = {"validation_loss": 2.0, "validation_tokens": 12_345}
+    for step, named, shown in (
+        (STEPS, {}, "12,345"),
+        (STEPS + 1, {"validation_tokens/web": 12_345, "validation_tokens/books": 678}, "web 12,345, books 678"),
+    ):
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "tokens": 150_000} | sizes | named) + "\n")
+        assert report([str(run)]) == 0
+        text, page = capsys.readouterr().out, (run / "report.html").read_text()
+        assert re.search(rf"^  validation tokens +{shown}$", text, re.MULTILINE)
+        assert re.search(r"^  training tokens +150,000 seen$", text, re.MULTILINE)
+        assert f"<dt>validation tokens</dt><dd>{shown}</dd>" in page
+        assert "<dt>training tokens</dt><dd>150,000 seen</dd>" in page

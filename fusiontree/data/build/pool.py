@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 from fusiontree.data.build.corpus import Corpus
@@ -102,13 +103,10 @@ def build_shards(
     Raises:
         UserError: a worker process was killed, or a document cannot be read or tokenized.
     """
-    cores = len(os.sched_getaffinity(0))
-    processes = options.processes or cores
+    processes = options.processes or len(os.sched_getaffinity(0))
     progress = BuildProgress("tokenizing", documents.bytes, report)
     finished: Records = {split: {} for split in options.splits}
     shards = _ShardDivider(options, documents, info)
-    # spawn: a forked child of a process with threads (tokenizers has them) can deadlock.
-    context = multiprocessing.get_context("spawn")
     pending: dict[Future[dict[str, Any]], ShardDocuments] = {}
 
     def collect(limit: int) -> None:
@@ -118,9 +116,7 @@ def build_shards(
                 finished[shard.split][shard.number] = future.result()
                 progress.add(shard.input_bytes, shard.bytes)
 
-    arguments = (min(cores, _THREADS),)
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=start_worker, initargs=arguments)
-    try:
+    with _worker_pool(processes) as pool:
         for shard in shards:
             folder = options.output / shard.split
             record = finished_record(folder, shard.number, shard.digest)
@@ -133,6 +129,23 @@ def build_shards(
             pending[pool.submit(write_shard, job)] = shard
             shard.documents = []
         collect(0)
+    progress.end()
+    return finished, shards.duplicates
+
+
+@contextmanager
+def _worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Start worker processes; kill them if the block raises.
+
+    Raises:
+        UserError: a worker process was killed.
+    """
+    # spawn: a forked child of a process with threads (tokenizers has them) can deadlock.
+    context = multiprocessing.get_context("spawn")
+    threads = min(len(os.sched_getaffinity(0)), _THREADS)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=start_worker, initargs=(threads,))
+    try:
+        yield pool
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process was killed, by the system if memory ran out; repeat the command to continue, with fewer "
@@ -144,5 +157,3 @@ def build_shards(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    progress.end()
-    return finished, shards.duplicates

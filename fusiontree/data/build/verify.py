@@ -18,13 +18,7 @@ def verify_shard(folder: Path, info: ShardInfo) -> list[ShardDamage]:
         shard = open_shard(folder, info)
     except ShardDamage as damage:
         return [damage]
-    found: list[ShardDamage] = []
-    for document in range(info.documents):
-        try:
-            shard.read_document(document)
-        except ShardDamage as damage:
-            found.append(damage)
-    found += _verify_tar(shard)
+    found = [*shard.damages(), *_verify_tar(shard)]
     shard.close()
     if not found and info.sha256 and sha256_file(shard.tar) != info.sha256:
         reason = "has other bytes than were written, outside of tokens and names: in a KEY.json or between members"

@@ -104,7 +104,7 @@ class CachedShards(ShardSource):
                 log.warning("attempt %d of %d failed: %s", attempt, self._retries.attempts, damage)
                 self._retries.wait(attempt)
                 continue
-            damaged = _first_damage(shard)
+            damaged = next(shard.damages(), None)
             shard.close()
             if damaged is None or attempt > 1:
                 return  # damaged at its origin: keep it, reads then report the damaged documents
@@ -132,15 +132,6 @@ class CachedShards(ShardSource):
                 if sha256_file(path) != info.sha256:
                     raise UserError(f"{self.place}/{info.file} is not the tokenizer that made the dataset")
             return save_tokenizer(info, Path(near), folder)
-
-
-def _first_damage(shard: Shard) -> ShardDamage | None:
-    for document in range(shard.info.documents):
-        try:
-            shard.read_document(document)
-        except ShardDamage as damage:
-            return damage
-    return None
 
 
 class _OpenCached:

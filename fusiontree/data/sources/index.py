@@ -11,6 +11,7 @@ import hashlib
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,14 @@ class Shard:
         if hashlib.sha256(data).digest() != self._hashes[document].tobytes():
             raise self._differs(document)
         return np.frombuffer(data, self.dtype)
+
+    def damages(self) -> Iterator[ShardDamage]:
+        """Read every document and yield the damage of each that is damaged."""
+        for document in range(self.info.documents):
+            try:
+                self.read_document(document)
+            except ShardDamage as damage:
+                yield damage
 
     def _verify(self, document: int) -> None:
         """Compare a document with its hash, unless it was already verified."""

@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from types import TracebackType
 
 from fusiontree.data.format import ShardDamage
 from fusiontree.data.sources.base import TokenSource
@@ -65,12 +64,8 @@ class ShardPrefetcher:
             with self._condition:
                 self._condition.wait_for(lambda before=seen: self._closed or self._moves != before, _RECHECK_S)  # type: ignore[misc]
 
-    def __enter__(self) -> ShardPrefetcher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the threads; a thread still in a transfer after two seconds is abandoned."""
         self._closed = True
         for thread in self._threads:
             thread.stop()

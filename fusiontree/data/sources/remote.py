@@ -153,10 +153,8 @@ class FsspecFolder:
             self._files.get_file(url, str(target))
         except FileNotFoundError as error:
             raise FileMissing(url) from error
-        except PermissionError as error:
-            raise UserError(f"{url}: access is refused ({error}); check the credentials") from error
         except Exception as error:
-            if getattr(error, "status", None) in (401, 403):
+            if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
                 raise UserError(f"{url}: access is refused ({error}); check the credentials") from error
             raise
 
