@@ -9,7 +9,7 @@
 # HOSTFILE          lines like "node-1 slots=8"; a node's number is its line, from 0 (Slurm: made from the allocation)
 # PROCESSES         ranks on this machine where there is no HOSTFILE (default: its GPUs, else 2)
 # MAX_RESTARTS      how often a failure may start the ranks again (default 3)
-# LOG_DIR           folder for one log file a rank (default under Slurm: logs in the run folder; else the terminal)
+# LOG_DIR           folder for one log file per rank (default under Slurm: logs in the run folder; else the terminal)
 # FUSIONTREE_PYTHON the python to run (default: .venv/bin/python beside the project, else python3)
 #
 # Exit codes: 0 the run is at its end; 75 it was saved after a signal, start it again to go on; 2 something given is

@@ -4,8 +4,9 @@
 # shellcheck shell=bash
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# A given python is taken as it is: inside a container it may stand at a path that this machine does not have.
 python=${FUSIONTREE_PYTHON:-$root/.venv/bin/python}
-[ -x "$python" ] || python=$(command -v "$python" || command -v python3)
+[ -n "${FUSIONTREE_PYTHON:-}" ] || [ -x "$python" ] || python=$(command -v python3)
 # A clone is used as it is; it need not be installed in the environment.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1

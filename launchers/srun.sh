@@ -8,7 +8,7 @@
 # LAUNCHER           srun (default): Slurm's own daemon on each node starts that node's ranks, and the exit code is theirs
 #                    torchrun, deepspeed: srun starts one launchers/torchrun.sh or launchers/deepspeed.sh on each node
 # PROCESSES          ranks on each node (default: --ntasks-per-node of the allocation, else its GPUs per node, else 1)
-# LOG_DIR            folder for one log file a rank; without it all ranks write to the terminal
+# LOG_DIR            folder for one log file per rank; without it all ranks write to the terminal
 # SRUN_ARGS          more arguments for srun: --container-image=…, --container-mounts=…, --cpu-bind=…
 # FUSIONTREE_PYTHON  the python to run (default: .venv/bin/python beside the project, else python3)
 set -euo pipefail

@@ -21,7 +21,7 @@
 #                --ntasks-per-node, with a range of nodes such as --nodes=1-2, so that a job that lost one goes on
 # PREFLIGHT=1    measure the links between the nodes before training, and stop at a dead one (python -m
 #                fusiontree.preflight)
-# Logs: RUN/logs, one file a rank; Slurm's own file has the job's story.
+# Logs: RUN/logs, one file per rank; Slurm's own file has the messages of this script.
 #
 # The exit code of a job tells what became of the run: 0 it reached training.max_steps; 75 it was saved and waits for
 # the next start (requeued, next of the chain, or queued again by you); 2 something given is wrong; anything else it

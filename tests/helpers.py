@@ -14,29 +14,13 @@ from fusiontree.checkpoint.saver import Saver
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.initialization import initialize_model
 from fusiontree.models.model import FusionTreeModel
+from tests.tiny import changed, tiny_section
 
-# A decays slowly, so that a state that leaks or is lost shows in the outputs.
-TINY: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "global_heads": 2,
-    "window_size": 5,
-    "max_position_embeddings": 64,
-    "gate_rank": 8,
-    "initializer_range": 0.06,  # a fan-in of 32 wants larger weights than one of thousands
-    "mamba": {
-        "head_dim": 8,
-        "d_state": 16,
-        "n_groups": 2,
-        "norm_groups": 2,
-        "chunk_size": 8,
-        "A_init_range": [0.01, 0.02],
-        "dt_init_range": [0.05, 0.5],
-    },
-}
+TINY = tiny_section(
+    vocab_size=64,
+    window_size=5,
+    mamba={"d_state": 16, "n_groups": 2, "norm_groups": 2, "chunk_size": 8, "dt_init_range": [0.05, 0.5]},
+)
 
 
 def tiny_config(**overrides: Any) -> ModelConfig:
@@ -44,7 +28,7 @@ def tiny_config(**overrides: Any) -> ModelConfig:
 
     ``layer_pattern`` sets ``num_layers`` too.
     """
-    values = {**TINY, **overrides, "mamba": {**TINY["mamba"], **overrides.get("mamba", {})}}
+    values = changed(TINY, **overrides)
     if overrides.get("layer_pattern") and "num_layers" not in overrides:
         values["num_layers"] = len(overrides["layer_pattern"])
     return ModelConfig.model_validate(values)

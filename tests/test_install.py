@@ -14,6 +14,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -21,6 +22,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CONSTRAINTS = ".ci/constraints-cpu.txt"
 SOURCE_ONLY = "deepspeed"  # is published without wheels; everything else must have one
+
+
+def setup_arguments() -> dict[str, Any]:
+    """Return the arguments that setup.py gives to ``setuptools.setup``."""
+    with patch("setuptools.setup") as setup:
+        runpy.run_path(str(ROOT / "setup.py"))
+    return setup.call_args.kwargs
 
 
 @functools.cache
@@ -54,9 +62,7 @@ def resolve(requirements: list[str], *options: str, **variables: str) -> subproc
 
 def development_requirements() -> list[str]:
     """Return what ``pip install '.[dev]'`` asks for, read from setup.py as it is now."""
-    with patch("setuptools.setup") as setup:
-        runpy.run_path(str(ROOT / "setup.py"))
-    given = setup.call_args.kwargs
+    given = setup_arguments()
     return given["install_requires"] + given["extras_require"]["dev"]
 
 

@@ -21,6 +21,7 @@ import yaml
 
 from fusiontree.tracking.goodput import account
 from fusiontree.tracking.records import read_records
+from tests.tiny import tiny_section
 from tools.build_shards import main as build_shards
 from tools.fault_injection import Fault, run_rank
 
@@ -32,20 +33,14 @@ PATIENCE_S = 180.0
 GRACE_S = 4.0
 """Time for the other ranks to leave by themselves after the first left with an error."""
 CONFIG: dict[str, Any] = {
-    "model": {
-        "vocab_size": 264,
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "global_heads": 2,
-        "window_size": 12,
-        "max_position_embeddings": 64,
-        "gate_rank": 8,
-        "drop_branch_prob": 0.1,
-        "load_balance_coeff": 0.05,
-        "mamba": {"head_dim": 8, "d_state": 8, "chunk_size": 16},
-    },
+    "model": tiny_section(
+        vocab_size=264,
+        window_size=12,
+        initializer_range=0.02,
+        drop_branch_prob=0.1,
+        load_balance_coeff=0.05,
+        mamba={"d_state": 8, "chunk_size": 16, "A_init_range": [1.0, 16.0]},
+    ),
     "training": {
         "seq_len": 64,
         "max_steps": STEPS,

@@ -68,7 +68,7 @@ def count_changes(then: Callable[[int], None]) -> None:
 
 
 def check(folder: Path) -> None:
-    """What a new start would do: collect what is partial, load the newest."""
+    """Do as a new start does: remove partial checkpoints and load the newest complete checkpoint."""
     checkpoints = folder / "checkpoints"
     committed = int((folder / STEP_SIGNAL).read_text()) if (folder / STEP_SIGNAL).exists() else 0
     damage: list[str] = []

@@ -91,7 +91,7 @@ def one_rank_fails(layout: Layout, folder: Path, saver: Saver) -> None:
 
 
 def damage_on_one_rank(layout: Layout, folder: Path, saver: Saver) -> None:
-    """What only one rank reads damaged makes all take the older checkpoint."""
+    """Damage that only one rank reads makes all ranks load the older checkpoint."""
     for step in (1, 2, 3):
         saver.save(step, state(layout, float(step)), {}, wait=True)
     layout.barrier()

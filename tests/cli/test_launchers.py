@@ -19,3 +19,11 @@ def test_launchers_answer_without_ranks(launcher: str, option: str, shown: str) 
     assert done.returncode == 0, done.stderr
     assert shown in done.stdout
     assert ("FUSIONTREE_PYTHON" in done.stdout) == (option == "--help")  # the launcher's own variables
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun"])
+def test_a_python_that_does_not_exist_is_not_replaced(launcher: str) -> None:
+    env = environment() | {"FUSIONTREE_PYTHON": "/nowhere/python"}
+    command = [str(ROOT / "launchers" / f"{launcher}.sh"), "--config", "quickstart", "--print-run-dir"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "/nowhere/python" in done.stderr

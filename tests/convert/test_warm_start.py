@@ -17,6 +17,7 @@ from tests.convert.checkpoints import convert
 from tests.convert.test_tool import refused
 from tests.end_to_end.runs import ROOT, write_config
 from tests.helpers import TINY
+from tests.tiny import changed
 
 MAMBA2 = ROOT / "configs" / "maps" / "mamba2.yaml"
 LLAMA = ROOT / "configs" / "maps" / "llama.yaml"
@@ -26,7 +27,7 @@ def configuration(folder: Path, **model: Any) -> Path:
     """A run's configuration with a tiny model."""
     path = write_config(folder, folder / "data")
     values = yaml.safe_load(path.read_text())
-    values["model"] = {**TINY, "tie_word_embeddings": True, **model, "mamba": {**TINY["mamba"], **model["mamba"]}}
+    values["model"] = changed(TINY, **{"tie_word_embeddings": True, **model})
     path.write_text(yaml.safe_dump(values))
     return path
 

@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class GlobalBatch(NamedTuple):
-    """What a step trained on, whoever read it."""
+    """The batch of a step, merged over the ranks that read it."""
 
     digest: str
     """Of every row: number, source, tokens, labels, positions."""

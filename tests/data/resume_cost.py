@@ -1,4 +1,4 @@
-"""What opening a dataset and resuming costs a process: prints seconds and megabytes above the imports."""
+"""Cost of opening a dataset and resuming, per process: prints seconds and megabytes above the imports."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ def test_four_processes_then_three(mixed: dict[str, Any], reference: list[Global
 def run_ranks(
     values: dict[str, Any], folder: Path, *, size: int, workers: int, steps: int, state: Any
 ) -> list[tuple[str, int]]:
-    """Run one process a rank and put what they saw together."""
+    """Run one process per rank and merge what they read."""
     import hashlib
 
     kind = {"curriculum": CURRICULUM}

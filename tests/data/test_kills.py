@@ -141,7 +141,7 @@ class Campaign:
             self.state = None
 
     def run(self, kills: int, kinds: list[str]) -> None:
-        """Kill so many times, then let the run end undisturbed."""
+        """Kill the run ``kills`` times, then let it end undisturbed."""
         for number in count():
             if sum(self.kills.values()) >= kills:
                 break

@@ -1,4 +1,4 @@
-"""What the loader promises beside the order: curriculum, refusals on resume, validation, errors in their turn."""
+"""The loader besides its order: curriculum, refusals on resume, validation, errors at the right step."""
 
 from __future__ import annotations
 

@@ -10,27 +10,21 @@ from pathlib import Path
 
 import yaml
 
+from tests.tiny import tiny_section
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 # Slow decay and a large initialisation make leaks of state or documents show in loss and gradient norm.
 CONFIG = {
-    "model": {
-        "vocab_size": 264,
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "global_heads": 2,
-        "window_size": 12,
-        "max_position_embeddings": 64,
-        "gate_rank": 8,
-        "initializer_range": 0.06,
-        "drop_branch_prob": 0.2,
-        "load_balance_coeff": 0.1,
-        "entropy_reg_coeff": 0.05,
-        "z_loss_coeff": 0.001,
-        "mamba": {"head_dim": 8, "d_state": 8, "chunk_size": 16, "A_init_range": [0.01, 0.02]},
-    },
+    "model": tiny_section(
+        vocab_size=264,
+        window_size=12,
+        drop_branch_prob=0.2,
+        load_balance_coeff=0.1,
+        entropy_reg_coeff=0.05,
+        z_loss_coeff=0.001,
+        mamba={"d_state": 8, "chunk_size": 16},
+    ),
     "training": {
         "seq_len": 64,
         "max_steps": 20,
@@ -49,7 +43,7 @@ CONFIG = {
 
 
 def environment() -> dict[str, str]:
-    """The environment of a user's shell: one thread a process, no launcher's variables."""
+    """The environment of a user's shell: one thread per process, no launcher's variables."""
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SLURM_")}
     return kept | {"OMP_NUM_THREADS": "1"}
@@ -96,7 +90,7 @@ def train(config: Path, *overrides: str, processes: int = 0, timeout: float = 24
 
 
 def metrics(run_dir: Path, key: str = "loss") -> list[float]:
-    """One value a logged step."""
+    """One value per logged step."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [record[key] for record in map(json.loads, lines) if key in record]
 

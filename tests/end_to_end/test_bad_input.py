@@ -1,4 +1,4 @@
-"""What a user may get wrong: one clear message, exit code 2, nothing overwritten."""
+"""Wrong input of a user ends with one clear message and exit code 2, and overwrites nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person reads when training is started from a shell or a job."""
+"""Output of training in a terminal and in a log file of a job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step queues for the device is not waited for before the next step is queued."""
+"""The host queues the next training step without waiting for the device to finish the previous step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training does when saving fails, when another run is there first, when the checkpoint is another model's."""
+"""Training with failing saves, in a run folder that is locked, and from the checkpoint of another model."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from fusiontree.utils.errors import UserError
 from tests.end_to_end.runs import ROOT, metrics, train
 from tests.helpers import tiny_config, tiny_model
 from tests.parallel.table import MODEL, REFERENCE, TOLERANCE, Cell
-from tests.parallel.test_parity import Table, check, check_seen
+from tests.parallel.test_parity import ParityTable, check, check_seen
 
 GUIDE = ROOT / "docs" / "extend" / "mixer.md"
 PLUGIN = ROOT / "docs" / "extend" / "gated_linear_attention.py"
@@ -50,21 +50,21 @@ def tokens(rows: int, length: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
+def table(tmp_path_factory: pytest.TempPathFactory) -> ParityTable:
     """Packed documents, slow decay, no Mamba: what is lost between chunks can only be the state of the new mixer.
 
     Ten steps with a larger norm_eps. A query may be orthogonal to the keys of a document's first tokens; the norm then
     divides by almost zero, and rounding of one process alone moves a gradient norm by 1e-4.
     """
     model = {**MODEL, "layer_pattern": "GLAB", "norm_eps": 1e-3, **SHAPE}
-    return Table(tmp_path_factory.mktemp("mixer"), model, steps=10, plugins=[str(PLUGIN)])
+    return ParityTable(tmp_path_factory.mktemp("mixer"), model, steps=10, plugins=[str(PLUGIN)])
 
 
 CELLS = [Cell("fsdp2", 1, 1, 2), Cell("fsdp2", 1, 2, 1, "full"), Cell("zero3", 2, 1, 1)]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.layout)
-def test_layouts_have_the_loss_and_gradient_norm_of_one_process(table: Table, cell: Cell) -> None:
+def test_layouts_have_the_loss_and_gradient_norm_of_one_process(table: ParityTable, cell: Cell) -> None:
     if cell.engine == "zero3":
         pytest.importorskip("deepspeed")
     table.run([REFERENCE])
@@ -73,7 +73,7 @@ def test_layouts_have_the_loss_and_gradient_norm_of_one_process(table: Table, ce
     check(table, [cell])
 
 
-def test_a_state_that_is_not_passed_on_is_seen(table: Table) -> None:
+def test_a_state_that_is_not_passed_on_is_seen(table: ParityTable) -> None:
     table.run([REFERENCE])
     check_seen(table, ["state not passed"])
 
@@ -81,7 +81,7 @@ def test_a_state_that_is_not_passed_on_is_seen(table: Table) -> None:
 # Saved, resumed, exported
 
 
-def test_a_run_is_saved_and_resumed(table: Table, tmp_path: Path) -> None:
+def test_a_run_is_saved_and_resumed(table: ParityTable, tmp_path: Path) -> None:
     table.run([REFERENCE])
     overrides = [f"run_dir={tmp_path / 'run'}", *REFERENCE.overrides()]
     for more in (["training.exit_at_step=6"], []):
@@ -92,7 +92,9 @@ def test_a_run_is_saved_and_resumed(table: Table, tmp_path: Path) -> None:
         assert resumed == pytest.approx(whole, rel=TOLERANCE)
 
 
-def test_a_checkpoint_is_exported_to_safetensors(table: Table, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_checkpoint_is_exported_to_safetensors(
+    table: ParityTable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     from safetensors import safe_open
 
     table.run([REFERENCE])

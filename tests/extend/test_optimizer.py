@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.config.load import load_config
@@ -20,8 +18,8 @@ from fusiontree.planning.cost_model import Hardware, estimate
 from fusiontree.train import main as train_main
 from fusiontree.utils.errors import UserError
 from tests.convert.checkpoints import all_tensors, convert, equal
-from tests.end_to_end.runs import CONFIG, ROOT, build_data, metrics
-from tests.parallel.launch import free_ports, run_ranks
+from tests.end_to_end.runs import ROOT, metrics
+from tests.parallel.launch import Job, Table
 from tests.parallel.table import MODEL, TRAINING
 
 pytestmark = [pytest.mark.xdist_group("extend_optimizer"), pytest.mark.timeout(900)]
@@ -47,7 +45,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two ranks: one per cell, and one that moves from fsdp2 with tp to zero3 and to ddp."""
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("lion")
-    data = build_data(folder)
     training = TRAINING | {
         "max_steps": STEPS,
         "validation": {"interval": 0},
@@ -56,14 +53,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     training |= {"optimizer": {"name": "lion", "beta2": 0.98}, "learning_rate": 5e-4}
     training |= {"weight_decay": 0.5, "max_grad_norm": 0.5}
-    values = {**CONFIG, "plugins": [LION], "model": MODEL, "training": training}
-    values |= {"data": {"train": str(data / "train")}, "checkpoint": {"save_interval": STOP, "keep_last": 0}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    jobs: list[Any] = [(str(folder / name), overrides, None) for name, overrides in CELLS.items()]
+    checkpoint = {"save_interval": STOP, "keep_last": 0}
+    sections = {"plugins": [LION], "model": MODEL, "training": training, "checkpoint": checkpoint}
+    jobs: list[Job] = [(str(folder / name), overrides, None) for name, overrides in CELLS.items()]
     for cell, stop in (("fsdp2-tp2", STOP), ("zero3", STOP + 3), ("ddp", STEPS)):
         jobs.append((str(folder / "moved"), [*CELLS[cell], f"training.exit_at_step={stop}"], None))
-    ports = ",".join(map(str, free_ports(len(jobs))))
-    run_ranks(["-m", "tests.parallel.worker", str(folder / "config.yaml"), json.dumps(jobs), ports], 2, folder, 800)
+    Table(folder, sections).train(2, jobs)
     return folder
 
 

@@ -60,7 +60,7 @@ BATCHES: dict[str, tuple[str, ...]] = {  # of the speed figures; the curves' glo
 
 
 def speed(out: Path, name: str) -> None:
-    """Time a layout at 32K tokens a row; rank 0 writes ``OUT/speed-NAME.json``."""
+    """Time a layout at 32K tokens per row; rank 0 writes ``OUT/speed-NAME.json``."""
     overrides = PARALLEL[name] + BATCHES[name]
     steps = "3" if name.endswith("128k") else "8"  # the allocator settles in the first few
     args = benchmark.build_parser().parse_args(

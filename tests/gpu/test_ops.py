@@ -409,7 +409,7 @@ def test_gate_mix(kind: str, padded: bool) -> None:
 
 
 def test_selective_checkpointing_keeps_the_gradients() -> None:
-    """What is recomputed is bit for bit what was dropped."""
+    """Recomputed activations equal the dropped activations bit for bit."""
     grads = []
     for mode in ("none", "selective", "full"):
         model = tiny_model(layer_pattern="FMA", window_size=16, head_dim=16).cuda().bfloat16()

@@ -69,7 +69,7 @@ def test_operations_a_token(make: Callable[[], Callable[[Tensor], Tensor]]) -> N
             train(part, length)
         counted.append(counter.get_total_flops() / length)
     assert counted[0] > 0
-    assert counted[1] <= 1.01 * counted[0], f"{counted} operations a token at 4,096 and 16,384 tokens"
+    assert counted[1] <= 1.01 * counted[0], f"{counted} operations per token at 4,096 and 16,384 tokens"
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_the_scan_is_a_method_that_can_be_replaced():
 
 
 def test_a_share_of_the_heads_computes_its_share():
-    """What tensor parallelism relies on: half the rows of every projection give half of the heads."""
+    """Half the rows of every projection give half of the heads, as tensor parallelism assumes."""
     config, whole, _ = mixer_pair(2)
     u_BSC = torch.randn(2, 9, config.hidden_size)
     total = torch.zeros(2, 9, config.hidden_size)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from fusiontree.ops.attention.split_causal import causal_suffix_attention
 from fusiontree.ops.documents import Documents
 from tests.ops.test_ssd import positions
 
+Attend = Callable[[AttentionInputs], torch.Tensor]
+
 
 def inputs(queries: int, keys: int, heads: int = 4, kv_heads: int = 2) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(0)
@@ -21,9 +25,10 @@ def inputs(queries: int, keys: int, heads: int = 4, kv_heads: int = 2) -> list[t
     return [torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
 
 
-def compare(tensors: list[torch.Tensor], **kind: object) -> None:
+def compare(tensors: list[torch.Tensor], attend: Attend = attention_sdpa, **kind: Any) -> None:
+    """Compare outputs and gradients of ``attend`` with the definition."""
     given = AttentionInputs(*tensors, **kind)
-    got, want = attention_sdpa(given), attention_reference(given)
+    got, want = attend(given), attention_reference(given)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     grads = [torch.autograd.grad(out.square().sum(), tensors) for out in (got, want)]
     for a, b in zip(*grads, strict=True):

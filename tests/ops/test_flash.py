@@ -1,4 +1,4 @@
-"""What the flash-attn packages are asked for is what attention means: windows, documents, keys before the queries."""
+"""Calls of the flash-attn packages compute attention as defined: windows, documents, keys before the queries."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils.checkpoint import checkpoint
 from fusiontree.ops import attention as rooms
 from fusiontree.ops.attention import ATTENTION, attention
 from fusiontree.ops.attention.flash import PACKAGES, load
-from fusiontree.ops.attention.reference import AttentionInputs, attention_reference
+from fusiontree.ops.attention.reference import AttentionInputs
 from fusiontree.ops.config import KernelsConfig
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel.activation_checkpointing import _keeping, checkpoint_activations
 from fusiontree.utils.errors import UserError
 from tests.helpers import tiny_model
 from tests.ops.flash_packages import Flash4, install, varlen_attn
-from tests.ops.test_attention import inputs
+from tests.ops.test_attention import compare, inputs
 from tests.ops.test_ssd import positions
 
 
@@ -34,42 +34,33 @@ def attend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     return load(request.param)
 
 
-def compare(attend: Any, tensors: list[Tensor], **kind: Any) -> None:
-    given = AttentionInputs(*tensors, **kind)
-    got, want = attend(given), attention_reference(given)
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-    grads = [torch.autograd.grad(out.square().sum(), tensors) for out in (got, want)]
-    for mine, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("starts", [None, [[0], [0]], [[0, 3, 16, 17, 40], [0]]])
 @pytest.mark.parametrize("window", [None, 1, 7, 16, 49, 50, 64])
 def test_windows_and_documents(attend: Any, window: int | None, starts: list[list[int]] | None) -> None:
     documents = None if starts is None else Documents.from_positions(positions(2, 50, starts))
-    compare(attend, inputs(50, 50), window=window, documents=documents)
-    compare(attend, inputs(50, 50, 6, 3), window=window, documents=documents, scale=0.3)
+    compare(inputs(50, 50), attend, window=window, documents=documents)
+    compare(inputs(50, 50, 6, 3), attend, window=window, documents=documents, scale=0.3)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 8])
 @pytest.mark.parametrize("halo", [1, 4, 7, 30])
 def test_keys_before_the_queries(attend: Any, window: int | None, halo: int) -> None:
     kind = {"window": window}
-    compare(attend, inputs(20, 20 + halo), documents=None, **kind)
+    compare(inputs(20, 20 + halo), attend, documents=None, **kind)
     for before in (0, 3, 100):  # of the one document's tokens lie before the piece, in every row
         p = torch.arange(before, before + 20).expand(2, -1).contiguous()
-        compare(attend, inputs(20, 20 + halo), documents=Documents.from_positions(p), **kind)
+        compare(inputs(20, 20 + halo), attend, documents=Documents.from_positions(p), **kind)
     p = positions(2, 20, [[0, 6, 15], [0]])
     for begins in ((3, 100), (0, 2), (100, 0)):  # differently in each row
         p[0, :6], p[1] = torch.arange(6) + begins[0], torch.arange(20) + begins[1]
-        compare(attend, inputs(20, 20 + halo), documents=Documents.from_positions(p), **kind)
+        compare(inputs(20, 20 + halo), attend, documents=Documents.from_positions(p), **kind)
 
 
 def test_slices_of_one_product(attend: Any) -> None:
     """As the projections give them: queries, keys and values side by side."""
     joint = torch.randn(2, 20, 8, 8, dtype=torch.float64, requires_grad=True)
     documents = Documents.from_positions(positions(2, 20, [[0, 6], [0]]))
-    compare(attend, list(joint.split([4, 2, 2], dim=2)), documents=documents, window=5)
+    compare(list(joint.split([4, 2, 2], dim=2)), attend, documents=documents, window=5)
 
 
 @pytest.fixture
@@ -120,7 +111,7 @@ def test_a_step_after_an_evaluation_of_the_same_rows(fake4: Flash4) -> None:
     documents = Documents.from_positions(positions(2, 20, [[0, 6], [0]]))
     with torch.inference_mode():
         load("flash4")(AttentionInputs(*(t.detach() for t in inputs(20, 23)), documents=documents))
-    compare(load("flash4"), inputs(20, 23), documents=documents)
+    compare(inputs(20, 23), load("flash4"), documents=documents)
 
 
 def test_torch_compile_sees_an_operation(fake4: Flash4) -> None:

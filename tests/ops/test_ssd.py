@@ -132,7 +132,7 @@ def test_low_precision_keeps_its_type_and_an_fp32_state() -> None:
 
 @pytest.mark.parametrize("passes", [True, False])
 def test_gradients_through_an_exchange_need_one_pass(passes: bool) -> None:
-    """What the GPU backend does between its kernels: one recursion backward, and a correction of the decays."""
+    """The operations of the GPU backend between its kernels: a backward recursion and a correction of the decays."""
     g = torch.Generator().manual_seed(2)
     rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     chunks, state = 5, (2, 3, 4, 2)

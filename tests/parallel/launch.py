@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import socket
@@ -10,14 +11,38 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from tests.end_to_end.runs import ROOT, environment
+import yaml
+
+from tests.end_to_end.runs import CONFIG, ROOT, build_data, environment
+
+Job = tuple[str, list[str], str | None]
+"""Run folder, overrides, and an option that the worker interprets."""
+
+
+class Table:
+    """Trains layouts on one configuration and dataset, several of one number of ranks in one start of processes."""
+
+    def __init__(self, folder: Path, sections: dict[str, Any], worker: str = "tests.parallel.worker") -> None:
+        """Build the data and write the configuration: the common one with ``sections`` in place of its own."""
+        self.folder, self.worker = folder, worker
+        data = build_data(folder)
+        paths = {"train": str(data / "train"), "validation": str(data / "validation")}
+        self.config = folder / "config.yaml"
+        self.config.write_text(yaml.safe_dump({**CONFIG, "data": paths, **sections}))
+
+    def train(self, ranks: int, jobs: list[Job]) -> None:
+        """Train each job in turn."""
+        ports = ",".join(map(str, free_ports(len(jobs))))
+        arguments = ["-m", self.worker, str(self.config), json.dumps(jobs), ports]
+        run_ranks(arguments, ranks, self.folder, timeout=180.0 * len(jobs))
 
 
 def run_ranks(arguments: list[str], ranks: int, folder: Path, timeout: float) -> None:
     """Run ``python *arguments`` as every rank of ``ranks``; fail with their outputs if one fails.
 
-    The port where they meet is theirs to choose unless ``MASTER_PORT`` is set by them.
+    ``MASTER_PORT`` is a free port; a program that meets several times sets further ports itself.
     """
     place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     place["MASTER_PORT"] = str(free_ports(1)[0])
@@ -45,7 +70,7 @@ def run_ranks(arguments: list[str], ranks: int, folder: Path, timeout: float) ->
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on, and that nobody is given by the system until they are used.
+    """Return ports without a listener that the system does not give to outgoing connections.
 
     Systems give out ports from 32768 on; the last of many jobs takes its port minutes after it was found.
     """

@@ -10,32 +10,25 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from tests.end_to_end.runs import CONFIG
+from tests.tiny import changed
 
 STEPS = 20
 TOLERANCE = 1e-5
 """Relative, of loss and gradient norm at every step."""
 
 ROWS = 8
-MODEL: dict[str, Any] = {
-    **CONFIG["model"],
-    "num_layers": 4,
-    "layer_pattern": "FMAF",
-    "num_heads": 8,
-    "num_kv_heads": 4,
-    "global_heads": 4,
-    "head_dim": 8,
-    "window_size": 20,
-    "srte_encoding": "learnable",
-    "mamba": {
-        "head_dim": 8,
-        "d_state": 8,
-        "n_groups": 2,
-        "norm_groups": 4,
-        "chunk_size": 8,
-        "A_init_range": [0.01, 0.02],
-        "dt_init_range": [0.05, 0.5],
-    },
-}
+MODEL = changed(
+    CONFIG["model"],
+    num_layers=4,
+    layer_pattern="FMAF",
+    num_heads=8,
+    num_kv_heads=4,
+    global_heads=4,
+    head_dim=8,
+    window_size=20,
+    srte_encoding="learnable",
+    mamba={"n_groups": 2, "norm_groups": 4, "chunk_size": 8, "dt_init_range": [0.05, 0.5]},
+)
 TRAINING: dict[str, Any] = {
     **CONFIG["training"],
     "max_steps": STEPS,
@@ -50,9 +43,9 @@ class Cell(NamedTuple):
     """One layout of the table."""
 
     engine: str
-    dp: int
-    cp: int
-    tp: int
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
     checkpointing: str = "none"
     accumulation: int = 2
     extra: tuple[str, ...] = ()

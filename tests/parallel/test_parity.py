@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fusiontree.checkpoint.load import load_model
 from fusiontree.engines.config import ENGINES
-from tests.end_to_end.runs import CONFIG, build_data, metrics
-from tests.parallel.launch import free_ports, run_ranks
+from tests.end_to_end.runs import metrics
+from tests.parallel.launch import Job, Table
 from tests.parallel.mutations import MUTATIONS
 from tests.parallel.table import FAST, GROUPS, MODEL, NOISE, REFERENCE, STEPS, TOLERANCE, TRAINING, Cell
 
@@ -23,39 +21,27 @@ MUTATED_STEPS = 5
 pytestmark = [pytest.mark.xdist_group("parity"), pytest.mark.timeout(3600)]
 
 
-class Table:
-    """Runs cells, several of one size in one start of processes, and keeps their run folders."""
+class ParityTable(Table):
+    """Runs cells and compares them with their reference."""
 
     def __init__(
         self, folder: Path, model: dict[str, Any] = MODEL, steps: int = STEPS, plugins: Sequence[str] = ()
     ) -> None:
-        self.folder = folder
-        data = build_data(folder)
-        values = {
-            **CONFIG,
-            "plugins": list(plugins),
-            "model": model,
-            "training": {**TRAINING, "max_steps": steps, "validation": {**TRAINING["validation"], "interval": steps}},
-            "checkpoint": {"save_interval": 0},
-        }
-        values["data"] = {"train": str(data / "train"), "validation": str(data / "validation")}
-        self.config = folder / "config.yaml"
-        self.config.write_text(yaml.safe_dump(values))
+        training = {**TRAINING, "max_steps": steps, "validation": {**TRAINING["validation"], "interval": steps}}
+        sections = {"plugins": list(plugins), "model": model, "training": training}
+        super().__init__(folder, {**sections, "checkpoint": {"save_interval": 0}})
 
     def run(self, cells: list[Cell], mutations: list[str] | None = None) -> None:
         """Train the cells, which are of one number of ranks, each under its mutation; finished cells are not run."""
         names: list[str | None] = list(mutations) if mutations else [None] * len(cells)
-        jobs = [
+        jobs: list[Job] = [
             (str(self.run_dir(c, m)), c.overrides() + ([f"training.exit_at_step={MUTATED_STEPS}"] if m else []), m)
             for c, m in zip(cells, names, strict=True)
         ]
         jobs = [job for job in jobs if not Path(job[0]).exists()]
-        if not jobs:
-            return
-        (ranks,) = {cell.ranks for cell in cells}
-        ports = ",".join(map(str, free_ports(len(jobs))))
-        arguments = ["-m", "tests.parallel.worker", str(self.config), json.dumps(jobs), ports]
-        run_ranks(arguments, ranks, self.folder, timeout=180.0 * len(jobs))
+        if jobs:
+            (ranks,) = {cell.ranks for cell in cells}
+            self.train(ranks, jobs)
 
     def run_dir(self, cell: Cell, mutation: str | None = None) -> Path:
         """Where a cell's run is."""
@@ -80,13 +66,13 @@ class Table:
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    table = Table(tmp_path_factory.mktemp("parity"))
+def table(tmp_path_factory: pytest.TempPathFactory) -> ParityTable:
+    table = ParityTable(tmp_path_factory.mktemp("parity"))
     table.run([REFERENCE, NOISE])
     return table
 
 
-def check(table: Table, cells: list[Cell]) -> None:
+def check(table: ParityTable, cells: list[Cell]) -> None:
     table.run(sorted({cell.reference for cell in cells}))
     noise = table.error(NOISE)
     lines = [f"{'noise floor (other accumulation)':60s} {noise:.1e}"]
@@ -103,7 +89,7 @@ def check(table: Table, cells: list[Cell]) -> None:
 
 
 @pytest.mark.parametrize("ranks", sorted({cell.ranks for cell in FAST}))
-def test_the_layouts_of_the_fast_table_agree(table: Table, ranks: int) -> None:
+def test_the_layouts_of_the_fast_table_agree(table: ParityTable, ranks: int) -> None:
     cells = [cell for cell in FAST if cell.ranks == ranks]
     table.run(cells)
     check(table, cells)
@@ -116,12 +102,12 @@ def test_the_fast_table_has_every_engine_along_every_axis() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
-def test_every_layout_agrees(table: Table, group: str) -> None:
+def test_every_layout_agrees(table: ParityTable, group: str) -> None:
     table.run(GROUPS[group])
     check(table, GROUPS[group])
 
 
-def check_seen(table: Table, names: list[str]) -> None:
+def check_seen(table: ParityTable, names: list[str]) -> None:
     """Each safeguard taken away moves loss or gradient norm at least ten times the tolerance within a few steps."""
     table.run([MUTATIONS[name].cell for name in names], names)
     errors = {name: table.error(MUTATIONS[name].cell, name) for name in names}
@@ -130,11 +116,11 @@ def check_seen(table: Table, names: list[str]) -> None:
     assert not unseen, errors
 
 
-def test_mistakes_of_the_fast_table_are_seen(table: Table) -> None:
+def test_mistakes_of_the_fast_table_are_seen(table: ParityTable) -> None:
     check_seen(table, ["no gradient sum of sequence parallel weights", "state not passed", "gradient averaged (ddp)"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", sorted({mutation.cell.ranks for mutation in MUTATIONS.values()}))
-def test_every_mistake_is_seen(table: Table, ranks: int) -> None:
+def test_every_mistake_is_seen(table: ParityTable, ranks: int) -> None:
     check_seen(table, [name for name, mutation in MUTATIONS.items() if mutation.cell.ranks == ranks])

@@ -1,4 +1,4 @@
-"""What a layout sends, holds and computes, counted."""
+"""Counts the bytes that a layout sends and holds, and its operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank of the parity table: trains every cell it is given, one after the other, in one process.
+"""One rank of a table of layouts: trains every job it is given, one after the other, in one process.
 
 ``python -m tests.parallel.worker CONFIG JSON PORTS`` with a JSON list of [run_dir, overrides, mutation or null] and a
 free port for each; the rank comes from the environment.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from fusiontree.config.load import load_config
 from fusiontree.parallel.validate import check_layout
@@ -17,15 +19,16 @@ from fusiontree.utils.environment import process_place
 from tests.parallel.mutations import mutated
 
 
-def main() -> None:
+def run_jobs(around: Callable[[str | None], AbstractContextManager[None]]) -> None:
+    """Train the jobs of the command line, each inside ``around`` of its third entry."""
     config_file, jobs, ports = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3].split(",")
-    for attempt, (run_dir, overrides, mutation) in enumerate(jobs):
-        os.environ["MASTER_PORT"] = ports[attempt]  # each cell's processes meet anew
+    for attempt, (run_dir, overrides, option) in enumerate(jobs):
+        os.environ["MASTER_PORT"] = ports[attempt]  # each job's processes meet anew
         config = load_config(config_file, [*overrides, f"run_dir={run_dir}"])
         check_layout(config.model, config.parallel, config.training, process_place().world_size)
-        with mutated(mutation):
+        with around(option):
             assert train(config) == 0, run_dir
 
 
 if __name__ == "__main__":
-    main()
+    run_jobs(mutated)

@@ -16,7 +16,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "munged")
 
 
 def missing_programs() -> list[str]:
-    """What would have to be installed before a cluster can start; root is needed too."""
+    """Return the programs for a cluster that this machine lacks, and root if this process is not root."""
     missing = [p for p in PROGRAMS if shutil.which(p) is None and not Path("/usr/sbin", p).exists()]
     return missing + ([] if os.geteuid() == 0 else ["root"])
 

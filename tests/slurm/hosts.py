@@ -15,7 +15,7 @@ from types import TracebackType
 
 
 def missing_for_hosts() -> list[str]:
-    """What keeps this machine from making the hosts."""
+    """Return the programs and rights for making the hosts that this machine lacks."""
     missing = [program for program in ("ip", "bridge", "tc", "unshare") if shutil.which(program) is None]
     if os.geteuid() != 0:
         missing.append("root")

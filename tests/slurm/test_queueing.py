@@ -1,4 +1,4 @@
-"""What slurm/pretrain.sh and slurm/evaluate.sh check before they queue, chains of jobs, and an evaluation job."""
+"""Checks of slurm/pretrain.sh and slurm/evaluate.sh before they queue, chains of jobs, and an evaluation job."""
 
 from __future__ import annotations
 

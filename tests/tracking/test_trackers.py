@@ -198,7 +198,7 @@ def test_the_real_wandb_offline(tmp_path: Path, records: Records, monkeypatch: p
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard's own reader shows of an event folder."""
+    """Read an event folder with TensorBoard's own reader."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0})

@@ -117,7 +117,7 @@ SPIKE = Fault("spike", rank=0, entry=33, section="forward", amount=40.0)  # two 
 
 @pytest.mark.slow
 def test_a_spike_is_skipped_on_all_ranks(tmp_path: Path, corpus: Path) -> None:
-    fault = Fault("spike", rank=1, entry=17, section="forward", amount=40.0)  # one micro batch a step and rank
+    fault = Fault("spike", rank=1, entry=17, section="forward", amount=40.0)  # one micro-batch per step and rank
     assert go(tmp_path, corpus, fault, policy="skip") == [0, 0]
     (event,) = events(tmp_path, "step_skipped")
     assert event["step"] == 17

@@ -1,4 +1,4 @@
-"""What lived at the start is not looked through again; what came after is collected."""
+"""Objects that exist at the start are exempt from garbage collection; later objects are collected."""
 
 from __future__ import annotations
 
