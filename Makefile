@@ -44,7 +44,7 @@ $(BIN)/uv:
 	$(BIN)/pip install --quiet uv
 
 quickstart: install
-	$(BIN)/fusiontree quickstart
+	$(BIN)/python -m fusiontree.cli quickstart
 
 # Tests start processes of their own; one thread each keeps two cores busy without fighting.
 test: install

@@ -21,7 +21,7 @@ from fusiontree.cli.program import run_program
 from fusiontree.config.load import config_values, dump_config, load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
-from fusiontree.supervision.signals import STOP_SIGNALS, leave_when_warned
+from fusiontree.supervision.signals import STOP_SIGNALS, exit_on_sigusr1
 from fusiontree.tracking.console import NOTICE, Console
 from fusiontree.training.run_folder import check_run_folder
 from fusiontree.utils.environment import flight_record, keep_flight_record, process_place
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         check_data(config)
         print(f"ok: {args.config}, run_dir {config.run_dir}")
         return 0
-    leave_when_warned(75)
+    exit_on_sigusr1(75)
     return train(config)
 
 
@@ -136,10 +136,10 @@ def train(config: Config) -> int:
     """
     from fusiontree.engines.build import build_engine
     from fusiontree.parallel.layout import Layout
-    from fusiontree.supervision.restart_policy import wait_or_refuse
+    from fusiontree.supervision.restart_policy import apply_restart_policy
     from fusiontree.training.loop import Outcome
 
-    wait_or_refuse(Path(config.run_dir), config.supervision)
+    apply_restart_policy(Path(config.run_dir), config.supervision)
     keep_flight_record()
     parallel = config.parallel
     with Layout(config.training.device, tp=parallel.tp, cp=parallel.cp, shard_size=parallel.shard_size) as layout:
@@ -249,7 +249,7 @@ def build_trainer(
         HealthMonitor(engine, settings, records, watchdog),
         PeerWatch(engine, watchdog),
     ]
-    saver = Saver(settings.run_dir / "checkpoints", config.checkpoint, layout.checkpoint_group, lock.refusal)
+    saver = Saver(settings.run_dir / "checkpoints", config.checkpoint, layout.checkpoint_group, lock.lost_reason)
     return Trainer(settings, engine, train_data, validation_data, saver, records, watchdog, console, observers)
 
 

@@ -16,8 +16,8 @@ ROOMS: dict[str, set[str]] = {
     "optim": {"utils"},
     "data": {"utils"},
     "models": {"ops", "utils"},
-    "parallel": {"models", "ops", "utils"},
-    "engines": {"optim", "parallel", "utils"},
+    "parallel": {"data.batch", "models", "ops", "utils"},
+    "engines": {"data.batch", "models", "optim", "parallel", "utils"},
     "checkpoint": {"models", "parallel", "utils"},
     "convert": {"checkpoint", "models", "ops", "optim", "parallel", "utils"},  # ops: formulas of the assembled export
     "tracking": {"utils"},

@@ -15,12 +15,15 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fusiontree.data.batch import MicroBatch
+from fusiontree.engines.base import ModelOutput
 from fusiontree.supervision.watchdog import Watchdog
 from fusiontree.train import main
 from fusiontree.training.loop import Trainer
@@ -69,17 +72,16 @@ class Injector:
         if self._slow and name == "wait for data":
             time.sleep(self.fault.amount)
 
-    def forward(self, original: Any, inputs: Any) -> Any:
+    def forward(self, original: Callable[..., ModelOutput], micro: MicroBatch, *rest: Any) -> ModelOutput:
         """Run an engine's forward; a nan or spike fault changes its loss."""
-        outputs = original(inputs)
-        if inputs.branch_scale_LB2 is None:  # validation
-            return outputs
+        outputs = original(micro, *rest)
+        assert outputs.loss_sum is not None
         if self._nan:
             self._nan = False
             self._note("forward")
             return outputs._replace(loss_sum=outputs.loss_sum * math.nan)
         if self._spike or self._bad_tokens:
-            tokens = zlib.crc32(inputs.input_ids_BS.numpy().tobytes())
+            tokens = zlib.crc32(micro.input_ids_BS.numpy().tobytes())
             if self._spike:
                 self._spike = False
                 self._bad_tokens.add(tokens)
@@ -142,7 +144,7 @@ def install(fault: Fault, folder: Path) -> None:
 
     def init(self: Trainer, settings: Any, engine: Any, *rest: Any) -> None:
         forward, injector.engine = engine.forward, engine
-        engine.forward = lambda inputs: injector.forward(forward, inputs)
+        engine.forward = partial(injector.forward, forward)
         plain_init(self, settings, engine, *rest)
 
     watchdog: Any = Watchdog

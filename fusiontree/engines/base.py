@@ -10,10 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from fusiontree.data.batch import MicroBatch
+from fusiontree.models.model import ModelOutput
+
+__all__ = ["Engine", "ModelOutput", "StepResult"]
 
 
 class StepResult:
@@ -41,29 +46,6 @@ class StepResult:
     def skipped(self) -> str | None:
         """Why the step changed nothing, or None."""
         return None if math.isfinite(self.grad_norm) else self._unless_finite
-
-
-class StepInputs(NamedTuple):
-    """One micro batch of whole rows on the CPU, the same on all ranks that share its rows."""
-
-    input_ids_BS: Tensor
-    labels_BS: Tensor
-    positions_BS: Tensor
-    row_weight_B: Tensor
-    branch_scale_LB2: Tensor | None
-    layer_metrics: tuple[str, ...] = ()
-    """Names of layer metrics whose sums to return."""
-
-
-class StepOutputs(NamedTuple):
-    """Results of the model on a micro-batch. Token sums cover this rank's tokens; layer sums cover full sequences."""
-
-    loss_sum: Tensor
-    z_sum: Tensor
-    sums_LB: dict[str, Tensor]
-    """Sums over each row's tokens and channels, by name: ``gate``, ``entropy``, ``square`` and layer metrics."""
-    count_B: Tensor
-    row_weight_B: Tensor
 
 
 class Engine(Protocol):
@@ -100,8 +82,19 @@ class Engine(Protocol):
         """Number of processes."""
         ...
 
-    def forward(self, inputs: StepInputs) -> StepOutputs:
-        """Run the model on one micro batch and return what the loss is made of."""
+    def forward(
+        self, micro: MicroBatch, branch_scale_LB2: Tensor | None = None, layer_metrics: tuple[str, ...] = ()
+    ) -> ModelOutput:
+        """Run the model on a micro-batch.
+
+        Args:
+            micro: full rows, the same on all ranks that share them (cp x tp).
+            branch_scale_LB2: factors of each layer's and row's branch outputs; None drops no branch.
+            layer_metrics: names of layer metrics whose sums to return.
+
+        Returns:
+            The model's output. Token sums cover this rank's tokens, layer sums full rows.
+        """
         ...
 
     def sum_over_rows(self, values: Tensor) -> Tensor:
@@ -116,7 +109,7 @@ class Engine(Protocol):
         """Sum ``values`` over all ranks, in place: for what all must agree on, and what each of them counts."""
         ...
 
-    def evaluate(self, inputs: StepInputs) -> Tensor:
+    def evaluate(self, micro: MicroBatch) -> Tensor:
         """Return the summed cross entropy of this rank's tokens, without gradients and without branch dropout."""
         ...
 

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fusiontree.engines.base import StepInputs, StepOutputs, StepResult
-from fusiontree.engines.nonfinite_watch import GradientWatch
+from fusiontree.data.batch import MicroBatch
+from fusiontree.engines.base import StepResult
+from fusiontree.models.model import FusionTreeModel, ModelOutput
 from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.batch_sharding import shard_inputs, sum_over_row
 from fusiontree.parallel.layout import Layout
@@ -45,6 +46,36 @@ class LossScale:
             self.good_steps = 0
 
 
+class GradientWatch:
+    """Watches the gradient that arrives at the embedding's output, once per micro-batch.
+
+    After the reduction a NaN of one rank is a NaN of all. A rank's own backward pass ends at the embedding's output, so
+    nearly every NaN of the pass is in its gradient. Only :meth:`finite` waits for the device.
+    """
+
+    def __init__(self, embedding: nn.Module) -> None:
+        """Watch ``embedding``, the module that turns token ids into vectors."""
+        self._now: list[Tensor] = []
+        self._last: list[Tensor] = []
+        embedding.register_forward_hook(self._forward)
+
+    def _forward(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self._note)
+
+    def _note(self, gradient: Tensor) -> None:
+        # A sum is not finite when an element is not, and needs no memory of the gradient's size.
+        self._now.append(gradient.sum(dtype=torch.float32))
+
+    def end_step(self) -> None:
+        """Note that the step's last backward pass is over."""
+        self._last, self._now = self._now, []
+
+    def finite(self) -> list[bool]:
+        """Return for each micro-batch of the last step whether its gradient was finite on this rank."""
+        return [bool(total.isfinite()) for total in self._last]
+
+
 class CommonEngine:
     """This process among all, the call of the model, the loss scale, and the small values of the state."""
 
@@ -52,7 +83,12 @@ class CommonEngine:
         """Take the model, on the meta device, of this process of ``layout``."""
         self.layout = layout
         self.device: torch.device = layout.device
-        self.module: Any = model.module
+        self.rank, self.world_size = layout.place.rank, layout.place.world_size
+        self.dp_rank, self.dp_size, self.is_main = layout.dp_rank, layout.dp_size, layout.is_main
+        self.gather_text, self.barrier = layout.gather_text, layout.barrier
+        self.sum_over_rows, self.sum_over_tokens = layout.sum_over_rows, layout.sum_over_tokens
+        self.sum_over_ranks = layout.sum_over_ranks
+        self.module: FusionTreeModel = model.module
         self.specs = model.specs
         self.optimizer_spec = OPTIMIZERS.get(training.optimizer.name)
         self.loss_scale = LossScale() if training.precision == "fp16" else None
@@ -66,17 +102,22 @@ class CommonEngine:
         """Return the optimizer's ``step`` of each tensor."""
         raise NotImplementedError
 
-    def _call(self, module: Any, inputs: StepInputs) -> StepOutputs:
-        """Send this rank's chunk of ``inputs`` to its device and call the model on it."""
-        output = module(**shard_inputs(*inputs, layout=self.layout))
-        sums_LB, count_B = sum_over_row(output.layer_sums, self.layout)
-        return StepOutputs(
-            loss_sum=output.loss_sum,
-            z_sum=output.z_sum,
-            sums_LB=sums_LB,
-            count_B=count_B,
-            row_weight_B=inputs.row_weight_B.to(self.device, non_blocking=True),
-        )
+    def _call(
+        self,
+        model: Callable[..., ModelOutput],
+        micro: MicroBatch,
+        branch_scale_LB2: Tensor | None = None,
+        layer_metrics: tuple[str, ...] = (),
+    ) -> ModelOutput:
+        """Call ``model``, which wraps :attr:`module`, on this rank's chunk of a micro-batch."""
+        output = model(**shard_inputs(micro, branch_scale_LB2, layer_metrics, self.layout))
+        return output._replace(layer_sums=sum_over_row(output.layer_sums, self.layout))
+
+    def _loss_sum(self, model: Callable[..., ModelOutput], micro: MicroBatch) -> Tensor:
+        """Return the summed cross entropy of this rank's tokens."""
+        loss_sum = self._call(model, micro).loss_sum
+        assert loss_sum is not None, "a micro-batch has labels"
+        return loss_sum
 
     def _result(self, read_norm: Callable[[], float]) -> StepResult:
         """Return the result of a step, given the function that waits for its gradient norm."""
@@ -85,8 +126,8 @@ class CommonEngine:
         self._unread = StepResult(read_norm, unless_finite=why)
         return self._unread
 
-    def _adapted_scale(self) -> float | None:
-        """Return the loss scale after the last step, for which it waits; None without loss scaling."""
+    def _update_loss_scale(self) -> float | None:
+        """Wait for the last step, adapt the loss scale to it and return the scale; None without loss scaling."""
         if self.loss_scale is None:
             return None
         if self._unread is not None:
@@ -102,7 +143,7 @@ class CommonEngine:
         """Return the optimizer's step count and the loss scale."""
         values: dict[str, Any] = {"optimizer_step": int(self._step_counts()[0])}
         if self.loss_scale:
-            self._adapted_scale()
+            self._update_loss_scale()
             values["loss_scale"] = asdict(self.loss_scale)
         return values
 
@@ -113,48 +154,3 @@ class CommonEngine:
         self._unread = None
         if self.loss_scale and "loss_scale" in values:
             self.loss_scale = LossScale(**values["loss_scale"])
-
-    @property
-    def dp_rank(self) -> int:
-        """Index of this rank's part of every global batch."""
-        return self.layout.dp_rank
-
-    @property
-    def dp_size(self) -> int:
-        """Number of parts of a global batch."""
-        return self.layout.dp_size
-
-    @property
-    def rank(self) -> int:
-        """Rank of this process."""
-        return self.layout.place.rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.layout.place.world_size
-
-    @property
-    def is_main(self) -> bool:
-        """True on the one process that writes files and prints."""
-        return self.layout.is_main
-
-    def gather_text(self, text: str) -> list[str]:
-        """Return every rank's text, in rank order."""
-        return self.layout.gather_text(text)
-
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        self.layout.barrier()
-
-    def sum_over_rows(self, values: Tensor) -> Tensor:
-        """Sum ``values`` over the ranks that read different sequences."""
-        return self.layout.sum_over_rows(values)
-
-    def sum_over_tokens(self, values: Tensor) -> Tensor:
-        """Sum ``values`` over the ranks that hold different tokens."""
-        return self.layout.sum_over_tokens(values)
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Sum ``values`` over all ranks."""
-        return self.layout.sum_over_ranks(values)

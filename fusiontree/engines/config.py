@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypedDict, Unpack
 
 from fusiontree.optim.config import OPTIMIZERS, OptimizerSettings
 from fusiontree.utils.registry import Registry
@@ -65,6 +65,17 @@ class Transfer(NamedTuple):
     """Neighbouring ranks that the collective's group is spread over; decides which links it uses."""
 
 
+class EngineParts(TypedDict):
+    """Arguments of an engine."""
+
+    materialize: Callable[[ShardGroup], None]
+    """Gives a shard group memory and initial values."""
+    decays: Decays
+    """Tells from name and parameter whether weight decay applies."""
+    parallel: ParallelConfig
+    training: TrainingConfig
+
+
 class EngineSpec:
     """One kind of engine."""
 
@@ -117,25 +128,13 @@ class EngineSpec:
         """Return the collectives of parameters and gradients in one step."""
         raise NotImplementedError
 
-    def build(
-        self,
-        model: DistributedModel,
-        layout: Layout,
-        *,
-        materialize: Callable[[ShardGroup], None],
-        decays: Decays,
-        parallel: ParallelConfig,
-        training: TrainingConfig,
-    ) -> Engine:
+    def build(self, model: DistributedModel, layout: Layout, **parts: Unpack[EngineParts]) -> Engine:
         """Return the engine with an initialized model.
 
         Args:
             model: the model on the meta device.
             layout: this process among all.
-            materialize: gives a shard group memory and initial values.
-            decays: tells from name and parameter whether weight decay applies.
-            parallel: the ``parallel`` section.
-            training: the ``training`` section.
+            **parts: by keyword; see :class:`EngineParts`.
         """
         raise NotImplementedError
 
@@ -143,17 +142,6 @@ class EngineSpec:
 _SPECIAL_SETTINGS = {"shard_size": None, "zero3_persistence_threshold": 0, "reshard_after_forward": True}
 """Settings of ``parallel`` that not every engine has, with the value that does nothing."""
 ENGINES: Registry[EngineSpec] = Registry("engine")
-
-
-def sharded_traffic(sizes: Sizes, parallel: ParallelConfig) -> list[Transfer]:
-    """Return the collectives of parameters that are gathered and reduced block by block in every pass."""
-    gathers = 2 if parallel.reshard_after_forward else 1
-    block_by_block = sizes.passes * sizes.on_rank * (gathers * sizes.element + 4)
-    transfers = [Transfer(block_by_block, sizes.shard_ranks, sizes.shard_ranks)]
-    copies = sizes.ranks // sizes.shard_ranks
-    if copies > 1:  # the shards of the gradient are summed over the copies
-        transfers.append(Transfer(sizes.passes * sizes.on_rank / sizes.shard_ranks * 8, copies, sizes.ranks))
-    return transfers
 
 
 class FullyShardedSpec(EngineSpec):
@@ -168,7 +156,7 @@ class FullyShardedSpec(EngineSpec):
         yield from super().problems(parallel, optimizer, ranks)
         size = parallel.shard_size
         if size is not None and (ranks % size or size % parallel.tp):
-            fitting = [n for n in divisors(ranks) if n % parallel.tp == 0]
+            fitting = [n for n in range(parallel.tp, ranks + 1, parallel.tp) if ranks % n == 0]
             yield (
                 f"parallel.shard_size {size} must divide the {ranks} processes and be a multiple of parallel.tp "
                 f"{parallel.tp}; use one of {fitting}"
@@ -185,29 +173,26 @@ class FullyShardedSpec(EngineSpec):
 
     def traffic(self, sizes: Sizes, parallel: ParallelConfig) -> list[Transfer]:
         """Gather for forward and, unless kept, for backward; scatter gradients in fp32; in every pass."""
-        return sharded_traffic(sizes, parallel)
+        gathers = 2 if parallel.reshard_after_forward else 1
+        block_by_block = sizes.passes * sizes.on_rank * (gathers * sizes.element + 4)
+        transfers = [Transfer(block_by_block, sizes.shard_ranks, sizes.shard_ranks)]
+        copies = sizes.ranks // sizes.shard_ranks
+        if copies > 1:  # the shards of the gradient are summed over the copies
+            transfers.append(Transfer(sizes.passes * sizes.on_rank / sizes.shard_ranks * 8, copies, sizes.ranks))
+        return transfers
 
-    def build(
-        self,
-        model: DistributedModel,
-        layout: Layout,
-        *,
-        materialize: Callable[[ShardGroup], None],
-        decays: Decays,
-        parallel: ParallelConfig,
-        training: TrainingConfig,
-    ) -> Engine:
+    def build(self, model: DistributedModel, layout: Layout, **parts: Unpack[EngineParts]) -> Engine:
         """Return a :class:`TorchEngine`."""
         from fusiontree.engines.torch_engine import TorchEngine
 
         return TorchEngine(
             model,
             layout,
-            materialize=materialize,
-            decays=decays,
-            training=training,
+            materialize=parts["materialize"],
+            decays=parts["decays"],
+            training=parts["training"],
             shard=self.shard,
-            reshard_after_forward=parallel.reshard_after_forward,
+            reshard_after_forward=parts["parallel"].reshard_after_forward,
         )
 
 
@@ -270,32 +255,15 @@ class ZeroSpec(EngineSpec):
     def traffic(self, sizes: Sizes, parallel: ParallelConfig) -> list[Transfer]:
         """Stage 3 as ``fsdp2``; stage 2 reduces in every pass, stage 1 after the last."""
         if self.stage == 3:
-            return sharded_traffic(sizes, parallel)
+            return FullyShardedSpec().traffic(sizes, parallel)
         passes = 1 if self.stage == 1 else sizes.passes
         return [Transfer(passes * sizes.on_rank * 8, sizes.ranks, sizes.ranks)]
 
-    def build(
-        self,
-        model: DistributedModel,
-        layout: Layout,
-        *,
-        materialize: Callable[[ShardGroup], None],
-        decays: Decays,
-        parallel: ParallelConfig,
-        training: TrainingConfig,
-    ) -> Engine:
+    def build(self, model: DistributedModel, layout: Layout, **parts: Unpack[EngineParts]) -> Engine:
         """Return a :class:`ZeroEngine`."""
         from fusiontree.engines.zero.engine import ZeroEngine
 
-        return ZeroEngine(
-            model,
-            layout,
-            stage=self.stage,
-            materialize=materialize,
-            decays=decays,
-            training=training,
-            parallel=parallel,
-        )
+        return ZeroEngine(model, layout, stage=self.stage, **parts)
 
 
 ENGINES.register("fsdp2", FullyShardedSpec())
@@ -312,8 +280,3 @@ def known_engine(name: str) -> str:
     """
     ENGINES.get(name)
     return name
-
-
-def divisors(number: int) -> list[int]:
-    """Return the divisors of ``number`` in ascending order."""
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fusiontree.engines.base import StepInputs, StepOutputs, StepResult
+from fusiontree.data.batch import MicroBatch
+from fusiontree.engines.base import StepResult
 from fusiontree.engines.common import PRECISION, CommonEngine
 from fusiontree.engines.parameters.base import Decays, NamedPiece, Placement
 from fusiontree.engines.parameters.local import LocalParameters
 from fusiontree.engines.parameters.replicated import ReplicatedParameters
 from fusiontree.engines.parameters.sharded import ShardedParameters
+from fusiontree.models.model import ModelOutput
 from fusiontree.optim.build import build_optimizer, fill_states, parameter_groups, scaled_step
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import DistributedModel, ShardGroup, shard_groups_leaves_first
@@ -62,7 +64,7 @@ class TorchEngine(CommonEngine):
                 parameters = {name: p for name, p in group.named_parameters() if name not in taken}
                 taken |= parameters.keys()
                 dtype = torch.float32 if group.keep_fp32 else PRECISION[training.precision]
-                placement = local if is_unsharded(mesh) else shared
+                placement = local if is_local(mesh) else shared
                 placement.take(group, parameters, dtype, mesh, block=groups[-1])
             for placement in self.placements:
                 placement.end_block()
@@ -82,19 +84,21 @@ class TorchEngine(CommonEngine):
             fill_states(optimizer, leaf.tensor, leaf.states)
         return optimizer
 
-    def forward(self, inputs: StepInputs) -> StepOutputs:
+    def forward(
+        self, micro: MicroBatch, branch_scale_LB2: Tensor | None = None, layer_metrics: tuple[str, ...] = ()
+    ) -> ModelOutput:
         """Run the model on one micro-batch."""
         for placement in self.placements:
             placement.begin(training=True)
-        return self._call(self._root, inputs)
+        return self._call(self._root, micro, branch_scale_LB2, layer_metrics)
 
     @torch.no_grad()
-    def evaluate(self, inputs: StepInputs) -> Tensor:
+    def evaluate(self, micro: MicroBatch) -> Tensor:
         """Return the summed cross entropy of this rank's tokens."""
         for placement in self.placements:
             placement.begin(training=False)
         self.module.eval()
-        loss_sum = self._call(self._root, inputs).loss_sum
+        loss_sum = self._loss_sum(self._root, micro)
         self.module.train()
         for placement in self.placements:
             placement.end_evaluation()
@@ -102,7 +106,7 @@ class TorchEngine(CommonEngine):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss``; gradients are reduced in fp32 over the ranks."""
-        scale = self._adapted_scale()
+        scale = self._update_loss_scale()
         if scale is not None:
             loss = loss * scale
         for placement in self.placements:
@@ -122,7 +126,7 @@ class TorchEngine(CommonEngine):
             placement.wait_gradients()
         norm = self._global_norm()
         for placement in self.placements:
-            placement.hand_over()
+            placement.set_gradients()
         divisor = torch.ones_like(norm)
         if self.loss_scale:
             norm = norm / self.loss_scale.scale
@@ -172,9 +176,9 @@ class TorchEngine(CommonEngine):
         """Take back :meth:`state_dict`; the tensors were filled in place before."""
         super().load_state_dict(values)
         for placement in self.placements:
-            placement.changed()
+            placement.mark_stale()
 
 
-def is_unsharded(mesh: DeviceMesh) -> bool:
+def is_local(mesh: DeviceMesh) -> bool:
     """Return True if this rank is alone with the parameters that are shared over ``mesh``."""
     return mesh.size() == 1

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusiontree.data.batch import MicroBatch
 from fusiontree.models.model import LayerSums
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel.collectives import sum_identity
@@ -19,31 +20,24 @@ from fusiontree.utils.device import send
 
 
 def shard_inputs(
-    input_ids_BS: Tensor,
-    labels_BS: Tensor,
-    positions_BS: Tensor,
-    row_weight_B: Tensor,
-    branch_scale_LB2: Tensor | None,
-    layer_metrics: tuple[str, ...] = (),
-    *,
-    layout: Layout,
+    micro: MicroBatch, branch_scale_LB2: Tensor | None, layer_metrics: tuple[str, ...], layout: Layout
 ) -> dict[str, Any]:
     """Return the keyword arguments of the model's forward: this rank's chunk of each sequence, on its device.
 
     The batch is on the CPU and equal on all ranks of ``layout.row_group``.
     """
     device = layout.device
-    length = input_ids_BS.shape[1] // layout.cp_size
+    length = micro.input_ids_BS.shape[1] // layout.cp_size
     piece = slice(layout.cp_rank * length, (layout.cp_rank + 1) * length)
 
     # Document boundaries are computed on the CPU: on the device, reading them would synchronize.
     if layout.cp_size > 1:
-        documents: Documents = PieceDocuments.from_row(positions_BS, layout.cp_rank, layout.cp_size)
+        documents: Documents = PieceDocuments.from_row(micro.positions_BS, layout.cp_rank, layout.cp_size)
     else:
-        documents = Documents.from_positions(positions_BS)
+        documents = Documents.from_positions(micro.positions_BS)
     return {
-        "input_ids_BS": send(input_ids_BS[:, piece], device, non_blocking=True),
-        "labels_BS": send(labels_BS[:, piece], device, non_blocking=True),
+        "input_ids_BS": send(micro.input_ids_BS[:, piece], device, non_blocking=True),
+        "labels_BS": send(micro.labels_BS[:, piece], device, non_blocking=True),
         "documents": documents.to(device, non_blocking=True),
         "branch_scale_LB2": None if branch_scale_LB2 is None else send(branch_scale_LB2, device, non_blocking=True),
         "layer_metrics": layer_metrics,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fusiontree.engines.config import ENGINES, divisors
+from fusiontree.engines.config import ENGINES
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers import distinct_mixers
 from fusiontree.models.mixers.base import Mixer
@@ -33,9 +33,10 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, training: Trainin
             f"fusiontree[{package}] or use parallel.engine=fsdp2"
         )
     if world_size % (tp * cp):
+        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise UserError(
             f"{world_size} processes do not divide by parallel.tp {tp} x parallel.cp {cp} = {tp * cp}; start a "
-            f"multiple of {tp * cp}, or set tp x cp to one of {divisors(world_size)}"
+            f"multiple of {tp * cp}, or set tp x cp to one of {fitting}"
         )
     for mixer in distinct_mixers(model) if cp > 1 else []:
         if mixer.use_context_parallel is Mixer.use_context_parallel:

@@ -1,4 +1,4 @@
-"""How fast this process's device is, measured alone: no other rank is waited for."""
+"""Measures the speed of this process's device, without other ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is looked at beside training: nodes at the start, copies of parameters and the ranks' speed now and then."""
+"""Checks beside training: nodes at the start, copies of parameters and the ranks' speed at intervals."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class RunMonitors:
 
         Args:
             step: the step that ended.
-            own_s: what this rank needed before the step's first collective.
-            step_s: the whole step.
+            own_s: time of this rank before the step's first collective.
+            step_s: time of the step.
 
         Raises:
             UserError: copies of a parameter differ.

@@ -1,7 +1,7 @@
-"""Is every node fit for the run? Asked before the first step, where a slow or wrong one costs least.
+"""Checks every node before the first step, when a slow or wrongly installed node costs least.
 
-Every rank says what it is and measures what it can alone; the link is measured together. What differs where nothing
-may (code, packages, configuration) stops the run; what is slower than on most ranks is named by rank and host.
+Every rank reports its software and measures its device and memory alone; all ranks measure the link together. Different
+code, packages or configurations stop the run; ranks that are slower than most are named with their host.
 """
 
 from __future__ import annotations

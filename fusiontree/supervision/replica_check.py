@@ -1,8 +1,8 @@
-"""Parameters that several ranks hold must stay equal: they are hashed and compared now and then.
+"""Compares the copies of parameters that several ranks hold, by their hashes, at intervals.
 
 Copies drift apart when a gradient is summed over too few ranks, when a device computes wrongly, or when memory flips a
-bit; the loss shows none of it for days. Every rank hashes what it holds; parts with the same name, offset and shape
-are copies of each other, whatever layout made them so.
+bit; the loss does not show it for days. Every rank hashes its shards; shards with the same name, offset and shape are
+copies of each other in every layout.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def find_differences(engine: Engine) -> list[str]:
     """Compare all copies of parameters; all ranks call this together.
 
     Returns:
-        One sentence a parameter whose copies differ, naming the ranks that are in the minority (all of them where
+        One sentence per parameter whose copies differ, naming the ranks that are in the minority (all of them where
         there is none); the same on every rank. Empty when all is well.
     """
     held: dict[int, str] = {}

@@ -1,7 +1,7 @@
-"""How often a run was started, and when starting it again is no use.
+"""Counts the starts of a run, and delays or refuses starts after failures in a row.
 
-A scheduler or launcher starts a dead run again and again. That is right after a lost node, and a waste when each start
-dies at the same place: then the starts wait longer and longer, and in the end they refuse.
+A scheduler or launcher restarts a dead run again and again. That is right after a lost node, but wasteful if each start
+dies at the same place: then each start waits longer than the previous start, and after a number of failures it refuses.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def failures_in_a_row(events: list[dict[str, Any]]) -> int:
     for event in events:
         kind = event["event"]
         if kind in ("start", "resume"):
-            failed += 1  # until it shows something for it
+            failed += 1  # until it saves a checkpoint or ends well
         elif kind == "save" or kind in _ENDS:
             failed = 0
     return failed
 
 
-def wait_or_refuse(run_dir: Path, config: SupervisionConfig, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Before a start: wait when the last ones failed without progress, refuse when too many did.
+def apply_restart_policy(run_dir: Path, config: SupervisionConfig, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Wait before a start if the last starts failed without progress; refuse it if too many did.
 
     Every rank reads the same events and comes to the same answer.
 
@@ -56,7 +56,7 @@ def wait_or_refuse(run_dir: Path, config: SupervisionConfig, sleep: Callable[[fl
             f"supervision.max_failed_starts allows; the last one: {explain(read_reports(run_dir))}. Mend the cause; "
             f"supervision.max_failed_starts=0 tries again"
         )
-    if failed >= 2:  # one death may happen to anybody
+    if failed >= 2:  # a single failure needs no delay
         seconds = min(config.restart_backoff_s * 2 ** (failed - 2), _LONGEST_WAIT_S)
         log.warning("the last %d starts died without progress: waiting %.0f s before the next", failed, seconds)
         sleep(seconds)

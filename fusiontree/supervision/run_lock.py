@@ -1,11 +1,11 @@
-"""One writer a run folder: a second launch on it is refused while the first one lives.
+"""The run lock: a second launch on a run folder is refused while the first process lives.
 
-RUN/lease.json says who writes, and counts up while that process lives. Whether the holder still lives is asked of the
-machine where both run on one; of a holder on another machine, the counter is watched for a while: no clock is compared,
-so a clock that is wrong or jumps changes nothing. A requeued Slurm job takes its own earlier lease over at once.
+RUN/lease.json names the holder, which increments a counter in it while it lives. On the holder's own machine, the
+kernel says whether the process lives; on another machine, the counter is watched for some seconds. Clocks are not
+compared, so a wrong clock does no harm. A requeued Slurm job takes the lock of its own earlier start at once.
 
-A holder that was thought dead and was not (a suspended job, a file system that hung) finds another's name in the file
-and saves no more.
+A holder that seemed dead but was not (a suspended job, a hung file system) finds another holder in the file and then
+saves no more checkpoints.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class RunLock:
             return None  # nobody can be seen there; whoever asks meets the same file system
         return found[0] if found and found[0].token != self.me.token else None
 
-    def refusal(self) -> str | None:
+    def lost_reason(self) -> str | None:
         """Return why this process must not write a checkpoint any more, or None."""
         other = self.taken_by()
         return (

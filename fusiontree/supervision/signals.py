@@ -35,8 +35,8 @@ class StopRequest:
         self.signal_name = signal.Signals(number).name
 
 
-def leave_when_warned(code: int) -> None:
-    """Until :class:`StopRequest` listens, end the process at once on SIGUSR1: there is nothing to save yet.
+def exit_on_sigusr1(code: int) -> None:
+    """Exit at once on SIGUSR1 until :class:`StopRequest` handles it: there is nothing to save yet.
 
     Schedulers warn with SIGUSR1. SIGTERM keeps its meaning: launchers end the peers of a failed process with it.
 

@@ -1,8 +1,8 @@
-"""Which rank holds up the others.
+"""Finds stragglers: ranks that slow the others down.
 
-In a synchronous step all ranks take equally long: the fast ones wait in collectives. So two things are measured that
-no other rank is part of: the time a rank needs between the end of a step and the first collective of the next (its
-data, its Python), and a small fixed matrix product (its device).
+In a synchronous step all ranks take equally long, as fast ranks wait in collectives. So two times are measured that do
+not depend on other ranks: from the end of a step to the first collective of the next step (data loading and host work),
+and of a small fixed matrix product (the device).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from fusiontree.engines.base import Engine
 from fusiontree.supervision.device_speed import Probe
 
 _WORTH_NAMING = 0.05
-"""Own work that costs the run less than this share of a step is nobody's trouble."""
+"""Differences of host work below this share of a step are not reported."""
 
 
 class StragglerWatch:
-    """Collects a rank's own times and compares them with the others' now and then."""
+    """Collects this rank's times and, when asked, compares them with those of other ranks."""
 
     def __init__(self, engine: Engine, factor: float) -> None:
         """Prepare; a rank is slow at ``factor`` times the middle rank's time."""
@@ -52,11 +52,11 @@ class StragglerWatch:
 
 
 def slow_ranks(ranks: list[dict[str, Any]], factor: float) -> list[dict[str, Any]]:
-    """Return a record for every rank that is slow in its own work, or whose device is.
+    """Return a record for every rank whose host work or device is slow.
 
     Args:
-        ranks: of every rank its host, seconds of own work a step (``own_s``), of a step and of the matrix product.
-        factor: how many times the middle one's time is slow.
+        ranks: of every rank its host, seconds of host work per step (``own_s``), of a step and of the matrix product.
+        factor: a rank is slow at this many times the median.
     """
     step_s = median(rank["step_s"] for rank in ranks)
     slow = []

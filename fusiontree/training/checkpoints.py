@@ -68,7 +68,7 @@ class RunCheckpoints:
         self.saver.wait()
         self.report()
 
-    def wait_after_error(self, patience_s: float) -> None:
+    def wait_for_last_save(self, patience_s: float) -> None:
         """Wait at most ``patience_s`` seconds for the save in progress: it may be the newest state of the run."""
         self.saver.wait(patience_s)
         self.report(ending=True)

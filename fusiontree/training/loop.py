@@ -1,13 +1,11 @@
 """The training loop.
 
-The loop knows an engine by its protocol, batches by their fields and files by their functions, not how the model is
-sharded. A step is in step.py; how steps are queued and read is in pipeline.py.
+The loop does not know how the model is sharded. step.py has a step; pipeline.py queues steps and reads their results.
 """
 
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -32,7 +30,7 @@ from fusiontree.training.pipeline import BatchStream, FinishedStep, StepPipeline
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.spikes import Rewinds, SpikeFilter
 from fusiontree.training.step import TrainStep
-from fusiontree.training.validation import validate
+from fusiontree.training.validation import Validation
 from fusiontree.utils import gc_control
 from fusiontree.utils.errors import UserError
 
@@ -85,7 +83,7 @@ class Trainer:
             console: shows messages and validations.
             observers: see every finished step, in this order.
         """
-        self.settings, self.engine, self.validation_data = settings, engine, validation_data
+        self.settings, self.engine = settings, engine
         self.saver, self.records, self.watchdog = saver, records, watchdog
         self.console, self.observers = console, observers
         self.position = Position()
@@ -95,7 +93,7 @@ class Trainer:
         self.checkpoints = RunCheckpoints(saver, engine, records, settings.values)
         step = TrainStep(settings, engine, train_data, watchdog, self.spikes)
         self.pipeline = StepPipeline(step, engine, train_data, watchdog, self.spikes, self.batches.next)
-        self._validated: tuple[int, float] = (-1, math.nan)
+        self.validation = Validation(engine, validation_data, records, console)
         self._train_seconds = 0.0
         self._slow_s = settings.config.supervision.slow_timeout_s
 
@@ -110,7 +108,7 @@ class Trainer:
             with self.watchdog, StopRequest() as stop:
                 return self._run(stop)
         except BaseException as error:
-            self.checkpoints.wait_after_error(patience_s=60)
+            self.checkpoints.wait_for_last_save(patience_s=60)
             self._end("failed", in_short(error))
             raise
         finally:
@@ -153,7 +151,7 @@ class Trainer:
             is_last = queued.stop or step >= self.settings.last_step
             is_saved = is_last or _due(step, self.settings.config.checkpoint.save_interval)
             is_validated = self._validation_due(step)
-            if is_first or is_saved or is_validated or any(o.needs_pause(step) for o in self.observers):
+            if is_first or is_saved or is_validated or any(o.needs_drain(step) for o in self.observers):
                 with self.watchdog.section("end of the step", limit_s):
                     finished = self.pipeline.drain()
                 self._finish(finished)
@@ -161,7 +159,8 @@ class Trainer:
                 gc_control.freeze()
             limit_s, is_first = self.settings.config.supervision.hang_timeout_s, False
             if is_validated:
-                self._validate()
+                with self.watchdog.section("validate", self._slow_s):
+                    self.validation.run(step, self.pipeline.tokens)
             if is_saved:
                 self._save(wait=is_last)
             self.checkpoints.report()
@@ -220,6 +219,8 @@ class Trainer:
             self._load_state_dict(found[1])
             self._train_seconds = self.checkpoints.train_seconds
         self.batches.seek(self.position.data)
+        for observer in self.observers:
+            observer.on_rewind(back)
         self.records.event("rewind", step=step, to_step=back, reason=reason, data=self.position.data)
         self.console.say(f"step {step}: {reason}; back to step {back}, continuing with the data after it")
         return True
@@ -233,27 +234,13 @@ class Trainer:
             self.batches.seek(data)
 
     def _validation_due(self, step: int) -> bool:
-        training = self.settings.training
-        interval = training.validation.interval
-        return _due(step, interval) or (interval > 0 and step == training.max_steps)
-
-    def _validate(self) -> None:
-        if not self.validation_data:
-            return
-        step, values = self.position.step, dict[str, float]()
-        with self.watchdog.section("validate", self._slow_s):
-            for name, data in self.validation_data.items():
-                loss, tokens = validate(self.engine, data, self.settings)
-                if not values:
-                    self._validated, values = (step, loss), data.metrics("", loss, tokens)
-                values |= data.metrics(name, loss, tokens)
-                self.console.validated(step, loss, tokens, name)
-        self.records.metrics({"step": step, "tokens": self.pipeline.tokens, **values})
+        interval = self.settings.training.validation.interval
+        return _due(step, interval) or (interval > 0 and step == self.settings.training.max_steps)
 
     def _save(self, *, wait: bool) -> None:
         with self.watchdog.section("save", self._slow_s):
-            files = self.settings.extra_files
-            self.checkpoints.save(self.position.step, self._state_dict(), files, self._train_seconds, wait=wait)
+            values, files = self._state_dict(), self.settings.extra_files
+            self.checkpoints.save(self.position.step, values, files, self._train_seconds, wait=wait)
 
     def _resume(self) -> None:
         starts = 0
@@ -268,7 +255,7 @@ class Trainer:
         origin: dict[str, Any] = {"world_size": self.engine.world_size, "restarts": starts}
         if found is None:
             self.records.truncate_metrics(0)
-            self.rewinds.load(0)
+            self.rewinds.restore(0)
             self.records.event("start", step=0, **origin)
             return
         folder, state = found
@@ -284,12 +271,12 @@ class Trainer:
             "data": self.position.data,
             "skipped_in_a_row": self.position.skipped_in_a_row,
             "spikes": self.spikes.state_dict(),
-            "rewinds": self.rewinds.done,
+            "rewinds": self.rewinds.applied,
             "engine": self.engine.state_dict(),
             "rng": {"torch_cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()},
         }
-        if self._validated[0] == self.position.step:
-            values["validation_loss"] = self._validated[1]
+        if self.validation.last is not None and self.validation.last[0] == self.position.step:
+            values["validation_loss"] = self.validation.last[1]
         return values
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
@@ -300,7 +287,7 @@ class Trainer:
         self.position = Position(state["step"], state["data"], state["skipped_in_a_row"])
         self.pipeline.tokens = state["tokens"]
         self.spikes.load_state_dict(state.get("spikes"))
-        self.rewinds.load(state.get("rewinds", 0))
+        self.rewinds.restore(state.get("rewinds", 0))
         self.position.data = self.rewinds.data_after(self.position.step) or self.position.data
         self.records.truncate_metrics(self.position.step)
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from fusiontree.engines.base import ModelOutput
 
 
 @dataclass(frozen=True)
@@ -42,45 +43,30 @@ class LossTerms:
     load_balance: Tensor
     entropy: Tensor
 
-    def stack(self) -> Tensor:
-        """Return the five terms as one detached fp32 vector."""
-        terms = (self.total, self.lm, self.z, self.load_balance, self.entropy)
-        return torch.stack([term.detach().float() for term in terms])
 
-
-def loss_terms(
-    loss_sum: Tensor,
-    z_sum: Tensor,
-    gate_sum_LB: Tensor,
-    entropy_sum_LB: Tensor,
-    count_B: Tensor,
-    row_weight_B: Tensor,
-    weights: LossWeights,
-    counts: GlobalCounts,
-) -> LossTerms:
-    """Combine a micro batch's sums into its share of the loss.
+def loss_terms(output: ModelOutput, row_weight_B: Tensor, weights: LossWeights, counts: GlobalCounts) -> LossTerms:
+    """Combine a micro-batch's sums into its share of the loss.
 
     The load balance term is a hinge on each row's mean gate (all its tokens and channels) in each layer: zero within
     ``gate_target ± gate_margin``, linear outside. The entropy term is the gates' mean binary entropy in nats. Both
     are averaged over layers and the global batch's rows.
 
     Args:
-        loss_sum: cross entropy summed over valid tokens.
-        z_sum: squared log-partition summed over valid tokens.
-        gate_sum_LB: gates summed over a row's tokens and channels.
-        entropy_sum_LB: entropies of the gates, summed in the same way.
-        count_B: number of gates per row and layer.
+        output: the model's output, given labels.
         row_weight_B: 0 for filler rows, else 1.
         weights: coefficients.
         counts: global denominators.
     """
+    assert output.loss_sum is not None and output.z_sum is not None, "a micro-batch has labels"
+    sums_LB, count_B = output.layer_sums
+    gate_sum_LB, entropy_sum_LB = sums_LB["gate"], sums_LB["entropy"]
     layers = gate_sum_LB.shape[0]
     per_row = 1.0 / count_B.clamp(min=1)
     share_B = row_weight_B / (layers * counts.rows)
     distance_LB = (gate_sum_LB * per_row - weights.gate_target).abs() - weights.gate_margin
     load_balance = (distance_LB.clamp(min=0) * share_B).sum()
     entropy = (entropy_sum_LB * per_row * share_B).sum()
-    lm = loss_sum / counts.tokens
-    z = z_sum / counts.tokens
+    lm = output.loss_sum / counts.tokens
+    z = output.z_sum / counts.tokens
     total = lm + weights.z_loss * z + weights.load_balance * load_balance + weights.entropy * entropy
     return LossTerms(total, lm, z, load_balance, entropy)

@@ -19,15 +19,18 @@ class Observer:
     def on_start(self, step: int) -> None:
         """Prepare; the run continues after ``step``."""
 
-    def needs_pause(self, step: int) -> bool:
-        """Return True to see ``step`` before the next step is queued, because :meth:`after_step` reads parameters.
+    def needs_drain(self, step: int) -> bool:
+        """Return True to drain the pipeline after ``step``, because :meth:`after_step` reads parameters.
 
-        A pause costs the time in which the host prepares the next step.
+        The device then waits while the host prepares the next step.
         """
         return False
 
+    def on_rewind(self, step: int) -> None:
+        """Note that the run returned to the checkpoint of ``step`` and continues after it."""
+
     def after_step(self, step: FinishedStep) -> None:
-        """Look at a finished step. Unless a pause was asked for, the next step is queued on the device.
+        """Look at a finished step. Unless the pipeline was drained, the next step is queued on the device.
 
         Raises:
             UserError: the run must not go on.
@@ -67,7 +70,7 @@ class HealthMonitor(Observer):
         """Examine every rank's node."""
         self._monitors.at_start(self._settings.run_dir, self._settings.values)
 
-    def needs_pause(self, step: int) -> bool:
+    def needs_drain(self, step: int) -> bool:
         """Return True where ranks or copies of parameters are compared."""
         return self._monitors.due(step)
 
@@ -85,7 +88,7 @@ class StepLog(Observer):
     ) -> None:
         """Write nothing yet."""
         self._engine, self._settings, self._records, self._watchdog = engine, settings, records, watchdog
-        self._console, self._step = console, 0
+        self._console = console
 
     def on_start(self, step: int) -> None:
         """Open the experiment trackers."""
@@ -93,11 +96,12 @@ class StepLog(Observer):
         self._records.open_trackers(settings.config.logging, settings.run_dir, settings.values, step)
         self._console.start(step)
 
+    def on_rewind(self, step: int) -> None:
+        """Set the progress back."""
+        self._console.start(step)
+
     def after_step(self, step: FinishedStep) -> None:
         """Show the step, and write its metrics if it is logged."""
-        if step.number <= self._step:  # the run went back to a checkpoint
-            self._console.start(step.number - 1)
-        self._step = step.number
         loss = step.token_sums.lm if step.skipped is None else None
         self._console.after_step(step.number, loss, step.tokens, list(step.batch.epochs))
         if not self._settings.is_logged(step.number):

@@ -1,10 +1,17 @@
-"""Learning rate as a function of the step alone, so that resuming needs no scheduler state."""
+"""Functions of the step number: learning rate and dropped branches. A resume needs no state of them.
+
+Shape legend: L layers, B rows.
+"""
 
 from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
 from fusiontree.training.config import TrainingConfig
+from fusiontree.utils.hashing import stable_uniform
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -28,3 +35,28 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
         fall = min(1.0, max(0.0, (step - (config.max_steps - decay)) / decay))
         return peak * (1 - (1 - floor) * fall)
     return peak
+
+
+def branch_scale(rows: list[int], *, layers: int, probability: float, seed: int, step: int) -> Tensor | None:
+    """Return the factors ``[L, B, 2]`` of the (first, second) branch outputs, or None if nothing can be dropped.
+
+    A row loses one branch of a layer with ``probability``, each branch equally often, never both. The factor is 0 or 1;
+    the other branch is not rescaled, as the gate mixes and does not sum. It depends on seed, step, row and layer alone,
+    so every layout drops the same branches.
+
+    Args:
+        rows: global numbers of the batch's rows.
+        layers: number of blocks.
+        probability: chance of a drop for each row and layer.
+        seed: the run's seed.
+        step: optimizer step.
+    """
+    if not probability:
+        return None
+    scale_LB2 = torch.ones(layers, len(rows), 2)
+    for layer in range(layers):
+        for index, row in enumerate(rows):
+            draw = stable_uniform("branch_dropout", seed, step, row, layer)
+            if draw < probability:
+                scale_LB2[layer, index, 0 if draw < probability / 2 else 1] = 0.0
+    return scale_LB2

@@ -112,12 +112,12 @@ class Rewinds:
         """Read nothing yet; ``limit`` is how many may go back to the same step."""
         self.file = run_dir / "rewinds.json"
         self.limit = limit
-        self.done = 0
+        self.applied = 0
         self._all: list[Rewind] = []
 
-    def load(self, done: int) -> None:
-        """Read the file; a checkpoint that knows ``done`` of the rewinds was loaded."""
-        self.done = done
+    def restore(self, applied: int) -> None:
+        """Read the file; a checkpoint that was saved after ``applied`` of the rewinds was loaded."""
+        self.applied = applied
         self._all = []
         if self.file.is_file():
             self._all = [Rewind(**values) for values in json.loads(self.file.read_text(encoding="utf-8"))]
@@ -135,7 +135,7 @@ class Rewinds:
                 f"training.spikes.max_in_a_row allows: look at the losses, lower the learning rate, resume from an "
                 f"earlier checkpoint, or set training.spikes.policy=off"
             )
-        return [*self._all[: self.done], Rewind(step, to_step, data)]
+        return [*self._all[: self.applied], Rewind(step, to_step, data)]
 
     def write(self, rewinds: list[Rewind]) -> None:
         """Make ``rewinds`` the run's; on the main rank, before anything goes back."""
@@ -143,9 +143,9 @@ class Rewinds:
             json.dump([asdict(rewind) for rewind in rewinds], file)
 
     def data_after(self, step: int) -> dict[str, Any] | None:
-        """Return where the data goes on after ``step``, if a rewind says so; it counts as done then."""
+        """Return where the data goes on after ``step``, if a rewind says so; it then counts as applied."""
         found = None
-        while self.done < len(self._all) and self._all[self.done].to_step == step:
-            found = self._all[self.done].data
-            self.done += 1
+        while self.applied < len(self._all) and self._all[self.applied].to_step == step:
+            found = self._all[self.applied].data
+            self.applied += 1
         return found

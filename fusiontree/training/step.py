@@ -18,11 +18,10 @@ from torch import Tensor
 
 from fusiontree.data.batch import MicroBatch, StepBatch
 from fusiontree.data.loader import TrainingData
-from fusiontree.engines.base import Engine, StepInputs, StepResult
+from fusiontree.engines.base import Engine, StepResult
 from fusiontree.supervision.watchdog import Watchdog
-from fusiontree.training.branch_dropout import branch_scale
 from fusiontree.training.losses import GlobalCounts, loss_terms
-from fusiontree.training.schedule import learning_rate
+from fusiontree.training.schedule import branch_scale, learning_rate
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.spikes import SpikeFilter
 from fusiontree.training.step_sums import RowSums, StepCounts, TokenSums, read_step_counts
@@ -159,17 +158,9 @@ class TrainStep:
         losses: list[Tensor] = []
         for index, micro in enumerate(batch.micro_batches):
             with self.watchdog.section(f"forward of micro batch {index}", limit_s):
-                out = engine.forward(step_inputs(micro, self.settings, number))
-            terms = loss_terms(
-                out.loss_sum,
-                out.z_sum,
-                out.sums_LB["gate"],
-                out.sums_LB["entropy"],
-                out.count_B,
-                out.row_weight_B,
-                self.settings.loss_weights,
-                counts,
-            )
+                out = engine.forward(micro, self._branch_scale(micro, number), self.settings.layer_metrics(number))
+            row_weight_B = send(micro.row_weight_B, engine.device, non_blocking=True)
+            terms = loss_terms(out, row_weight_B, self.settings.loss_weights, counts)
             token_terms += TokenSums.pack(terms.lm, terms.z)
             if index == last:  # before the backward pass, so that nobody waits for it to end
                 with self.watchdog.section("sum of the loss over the ranks", limit_s):
@@ -177,10 +168,20 @@ class TrainStep:
             with self.watchdog.section(f"backward of micro batch {index}", limit_s):
                 engine.backward(terms.total, last=index == last)
             losses.append(terms.lm.detach())
-            packed = RowSums.pack(terms.load_balance, terms.entropy, out.sums_LB, out.count_B, out.row_weight_B)
-            row_terms.append(packed)
-            names = tuple(out.sums_LB)
+            row_terms.append(RowSums.pack(terms.load_balance, terms.entropy, *out.layer_sums, row_weight_B))
+            names = tuple(out.layer_sums.sums_LB)
         return losses, lambda: TokenSums(*read()), sum(row_terms[1:], row_terms[0]), names
+
+    def _branch_scale(self, micro: MicroBatch, step: int) -> Tensor | None:
+        """Return the factors of the branch outputs ``[L, B, 2]`` in a training step."""
+        model = self.settings.config.model
+        return branch_scale(
+            micro.rows_B.tolist(),
+            layers=model.num_layers,
+            probability=model.drop_branch_prob,
+            seed=self.settings.training.seed,
+            step=step,
+        )
 
 
 def count(batch: StepBatch, stop_wanted: bool) -> StepCounts:
@@ -192,25 +193,3 @@ def count(batch: StepBatch, stop_wanted: bool) -> StepCounts:
         tokens_hash=batch.tokens_hash,
         stop_requests=int(stop_wanted),
     )
-
-
-def step_inputs(micro: MicroBatch, settings: RunSettings, step: int | None) -> StepInputs:
-    """Return a micro-batch as the engine takes it.
-
-    Args:
-        micro: the micro-batch.
-        settings: the run's configuration.
-        step: the training step, which decides on branches to drop and layer metrics to compute; None does neither.
-    """
-    scale: Tensor | None = None
-    layer_metrics: tuple[str, ...] = ()
-    if step is not None:
-        layer_metrics = settings.layer_metrics(step)
-        scale = branch_scale(
-            micro.rows_B.tolist(),
-            layers=settings.config.model.num_layers,
-            probability=settings.config.model.drop_branch_prob,
-            seed=settings.training.seed,
-            step=step,
-        )
-    return StepInputs(micro.input_ids_BS, micro.labels_BS, micro.positions_BS, micro.row_weight_B, scale, layer_metrics)

@@ -8,8 +8,8 @@ import torch
 
 from fusiontree.data.validation import ValidationData
 from fusiontree.engines.base import Engine
-from fusiontree.training.settings import RunSettings
-from fusiontree.training.step import step_inputs
+from fusiontree.tracking.console import Console
+from fusiontree.tracking.records import Records
 
 
 class ValidationLoss(NamedTuple):
@@ -21,11 +21,33 @@ class ValidationLoss(NamedTuple):
     """Labels that count, over all ranks."""
 
 
-def validate(engine: Engine, data: ValidationData, settings: RunSettings) -> ValidationLoss:
-    """Return the loss on the validation data; all ranks call this together."""
+class Validation:
+    """Computes the loss on every validation set; shows and records it. The loss on the first set is the run's."""
+
+    def __init__(self, engine: Engine, sets: dict[str, ValidationData], records: Records, console: Console) -> None:
+        """Validate on ``sets``, datasets by name."""
+        self.engine, self.sets, self.records, self.console = engine, sets, records, console
+        self.last: tuple[int, float] | None = None
+        """Step and loss of the last validation."""
+
+    def run(self, step: int, tokens: int) -> None:
+        """Validate after ``step``, at which the run has seen ``tokens``; all ranks call this together."""
+        values: dict[str, float] = {}
+        for name, data in self.sets.items():
+            loss, labels = validate(self.engine, data)
+            if not values:
+                self.last, values = (step, loss), data.metrics("", loss, labels)
+            values |= data.metrics(name, loss, labels)
+            self.console.validated(step, loss, labels, name)
+        if values:
+            self.records.metrics({"step": step, "tokens": tokens, **values})
+
+
+def validate(engine: Engine, data: ValidationData) -> ValidationLoss:
+    """Return the loss on one dataset; all ranks call this together."""
     sums = torch.zeros(2, dtype=torch.float64)
     for micro in data.micro_batches():
-        sums[0] += engine.evaluate(step_inputs(micro, settings, step=None)).double().cpu()
+        sums[0] += engine.evaluate(micro).double().cpu()
         sums[1] += (micro.labels_BS >= 0).sum()
     on_device = sums.to(engine.device)
     loss_sum = float(engine.sum_over_tokens(on_device[:1].clone()))

@@ -17,21 +17,23 @@ from fusiontree.checkpoint.load import read_state
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.checkpoint.saver import Saver
 from fusiontree.config.load import load_config
-from fusiontree.engines.base import Engine, StepInputs
+from fusiontree.data.batch import MicroBatch
+from fusiontree.engines.base import Engine
 from fusiontree.engines.build import build_engine
 from fusiontree.models.mixers.mamba2 import SSMParameters
 from fusiontree.parallel.layout import Layout
+from tests.engines import batches
 
 LENGTH = 64
 
 
-def micro_batch(number: int, layers: int) -> StepInputs:
+def micro_batch(number: int) -> MicroBatch:
     """Two rows, each of two documents."""
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(0, 250, (2, LENGTH + 1), generator=generator)
     start = 11 + number % 20
     positions = torch.cat([torch.arange(start), torch.arange(LENGTH - start)]).expand(2, -1)
-    return StepInputs(tokens[:, :-1], tokens[:, 1:].clone(), positions, torch.ones(2), torch.ones(layers, 2, 2))
+    return batches.micro_batch(tokens[:, :-1], positions, tokens[:, 1:].clone())
 
 
 def dtypes_seen(engine: Any) -> dict[str, str]:
@@ -46,7 +48,7 @@ def dtypes_seen(engine: Any) -> dict[str, str]:
                 seen[kind] = "+".join(sorted({*filter(None, seen.get(kind, "").split("+")), str(value.dtype)}))
 
     handles = [m.register_forward_pre_hook(lambda m, i: note(m, i, None)) for m in engine.module.modules()]
-    engine.evaluate(micro_batch(0, len(engine.module.layers)))
+    engine.evaluate(micro_batch(0))
     for handle in handles:
         handle.remove()
     return seen
@@ -55,7 +57,7 @@ def dtypes_seen(engine: Any) -> dict[str, str]:
 def train_step(engine: Engine, numbers: list[int], layers: int, factor: float = 1.0) -> Any:
     """One step over some micro batches of this rank; ``factor`` scales the loss of rank 0's first."""
     for index, number in enumerate(numbers):
-        outputs = engine.forward(micro_batch(10 * number + engine.dp_rank, layers))
+        outputs = engine.forward(micro_batch(10 * number + engine.dp_rank), torch.ones(layers, 2, 2))
         loss = outputs.loss_sum / (2 * LENGTH * engine.dp_size * len(numbers))
         if index == 0 and engine.rank == 0:
             loss = loss * factor
@@ -77,24 +79,22 @@ def main() -> None:
         saver = Saver(Path(output), CheckpointConfig(keep_last=0), layout.checkpoint_group)
         saver.save(1, engine.state_tensors(), {"engine": engine.state_dict()}, wait=True)
         assert not saver.poll()[0].error
-        found["evaluated"] = float(engine.sum_over_tokens(engine.evaluate(micro_batch(engine.dp_rank, layers)).clone()))
+        found["evaluated"] = float(engine.sum_over_tokens(engine.evaluate(micro_batch(engine.dp_rank)).clone()))
         found["dtypes"] = dtypes_seen(engine)
         result = train_step(engine, [1, 2], layers, factor=float("nan"))
         found["skipped"] = result.skipped
         found["finite"] = engine.gather_text(str(engine.finite_passes()))
         found["steps after the skip"] = engine.state_dict()["optimizer_step"]
-        engine.backward(engine.forward(micro_batch(99, layers)).loss_sum, last=True)
+        engine.backward(engine.forward(micro_batch(99)).loss_sum, last=True)
         engine.discard()
-        engine.backward(engine.forward(micro_batch(98, layers)).loss_sum, last=False)
+        engine.backward(engine.forward(micro_batch(98)).loss_sum, last=False)
         engine.discard()
         found["norms"] = [train_step(engine, [number, number + 1], layers).grad_norm for number in range(3, 7)]
         found["steps"] = engine.state_dict()["optimizer_step"]
         held = torch.tensor([view.numel() for _, _, view in engine.parameter_pieces()]).sum()
         gathered = sum(p.numel() for p in engine.module.parameters()) if parallel.engine == "zero3" else 0
         found["held"] = [int(text) for text in engine.gather_text(str(int(held) + gathered))]
-        found["evaluated after"] = float(
-            engine.sum_over_tokens(engine.evaluate(micro_batch(engine.dp_rank, layers)).clone())
-        )
+        found["evaluated after"] = float(engine.sum_over_tokens(engine.evaluate(micro_batch(engine.dp_rank)).clone()))
         if engine.is_main:
             Path(output, "found.json").write_text(json.dumps(found))
         engine.barrier()

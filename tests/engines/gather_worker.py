@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from fusiontree.config.root import Config
-from fusiontree.engines.base import StepInputs
+from fusiontree.data.batch import MicroBatch
 from fusiontree.engines.build import build_engine
 from fusiontree.parallel.collectives import REDUCE_SCATTER
 from fusiontree.parallel.layout import Layout
+from tests.engines.batches import micro_batch
 from tests.parallel.table import MODEL, TRAINING
 
 LAYERS = 4
@@ -38,7 +39,7 @@ def main() -> None:
         }
     )
     ids = torch.arange(32).remainder(250)[None]
-    inputs = StepInputs(ids, ids.roll(-1, 1), torch.arange(32)[None], torch.ones(1), None)
+    inputs = micro_batch(ids)
     notes: list[str] = []
     with Layout("cpu", tp=1, cp=1) as layout:
         engine: Any = build_engine(config.model, config.parallel, config.training, layout)
@@ -85,7 +86,7 @@ def main() -> None:
         engine.barrier()
 
 
-def joint_nodes(engine: Any, inputs: StepInputs) -> int:
+def joint_nodes(engine: Any, inputs: MicroBatch) -> int:
     """Return how many joint matrix products a forward pass leaves to the backward pass."""
     pending, seen = [engine.forward(inputs).loss_sum.grad_fn], set()
     while pending:

@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 from fusiontree.checkpoint.save_plan import pieces_of
 from fusiontree.config.root import Config
-from fusiontree.engines.base import StepInputs
 from fusiontree.engines.build import build_engine
 from fusiontree.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 from fusiontree.parallel.layout import Layout
 from fusiontree.supervision.replica_check import find_differences
+from tests.engines.batches import micro_batch
 from tests.parallel.table import MODEL, TRAINING
 
 
@@ -56,7 +56,7 @@ def main() -> None:
         }
     )
     ids = torch.arange(32).remainder(250)[None]
-    inputs = StepInputs(ids, ids.roll(-1, 1), torch.arange(32)[None], torch.ones(1), None)
+    inputs = micro_batch(ids)
     found: dict[str, Any] = {}
     with Layout("cpu") as layout:
         engine: Any = build_engine(config.model, config.parallel, config.training, layout)

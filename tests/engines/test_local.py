@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from fusiontree.checkpoint.save_plan import pieces_of
 from fusiontree.engines import build, torch_engine
-from fusiontree.engines.base import StepInputs
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.layout import Layout
 from fusiontree.training.config import TrainingConfig
+from tests.engines.batches import micro_batch
 from tests.helpers import tiny_config
 
 
@@ -28,7 +28,7 @@ def train(
     training = TrainingConfig.model_validate(values | {"max_grad_norm": 0.5, "activation_checkpointing": "selective"})
     model = tiny_config(tie_word_embeddings=tied)
     with Layout("cpu") as layout, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_engine, "is_unsharded", lambda mesh: own)
+        patch.setattr(torch_engine, "is_local", lambda mesh: own)
         engine = build.build_engine(model, ParallelConfig(engine=engine_name), training, layout)
         assert isinstance(engine, torch_engine.TorchEngine)
         assert isinstance(engine.module.layers[0], FSDPModule) is (not own and engine_name == "fsdp2")
@@ -37,7 +37,7 @@ def train(
             for micro in range(2):
                 g = torch.Generator().manual_seed(2 * step + micro)
                 ids = torch.randint(0, 64, (1, 16), generator=g)
-                inputs = StepInputs(ids, ids.roll(-1, 1), torch.arange(16)[None] % 11, torch.ones(1), None)
+                inputs = micro_batch(ids, torch.arange(16)[None] % 11)
                 loss = engine.forward(inputs).loss_sum / 32
                 seen.append(float(loss.detach()))
                 engine.backward(loss * (float("nan") if poison and step == 1 else 1.0), last=micro == 1)
@@ -77,9 +77,9 @@ def test_equals_fully_shard_over_one_rank(precision: str, rtol: float, tied: boo
 def test_blocks_are_kept_from_forward_to_backward_where_asked(reshard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"seq_len": 16, "max_steps": 3, "global_batch_size": 1, "micro_batch_size": 1}
     training = TrainingConfig.model_validate(values)
-    monkeypatch.setattr(torch_engine, "is_unsharded", lambda mesh: False)
+    monkeypatch.setattr(torch_engine, "is_local", lambda mesh: False)
     ids = torch.arange(16)[None]
-    inputs = StepInputs(ids, ids.roll(-1, 1), ids, torch.ones(1), None)
+    inputs = micro_batch(ids)
     with Layout("cpu") as layout:
         parallel = ParallelConfig(reshard_after_forward=reshard)
         engine: Any = build.build_engine(tiny_config(), parallel, training, layout)
@@ -104,12 +104,12 @@ def test_an_engine_that_is_given_up_gives_back_its_memory(own: bool, precision: 
         pytest.skip("fully_shard's memory is torch's")
     values = {"seq_len": 16, "max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "precision": precision}
     with Layout("cpu") as layout, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_engine, "is_unsharded", lambda mesh: own)
+        patch.setattr(torch_engine, "is_local", lambda mesh: own)
         trainer: Any = build.build_engine(
             tiny_config(), ParallelConfig(engine=engine), TrainingConfig.model_validate(values), layout
         )
         ids = torch.arange(16)[None]
-        loss = trainer.forward(StepInputs(ids, ids, ids, torch.ones(1), None)).loss_sum
+        loss = trainer.forward(micro_batch(ids, labels_BS=ids)).loss_sum
         trainer.backward(loss, last=True)
         assert trainer.step(1e-3).grad_norm > 0
         held = [weakref.ref(p) for p in (*trainer.module.parameters(), *trainer.optimizer.state)]

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusiontree.config.root import Config
-from fusiontree.engines.base import StepInputs
 from fusiontree.engines.build import build_engine
 from fusiontree.models.mixers.mamba2 import SSMValues
 from fusiontree.ops.documents import Documents
@@ -28,6 +27,7 @@ from fusiontree.parallel import context_parallel
 from fusiontree.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 from fusiontree.parallel.layout import Layout
 from fusiontree.utils.environment import process_place
+from tests.engines.batches import micro_batch
 from tests.parallel.table import MODEL, TRAINING
 
 SHAPE = {"layer_pattern": "FF", "num_layers": 2, "srte_encoding": "sincos", "max_position_embeddings": 4096}
@@ -169,7 +169,7 @@ def measure(engine_name: str, dp: int, cp: int, tp: int, seq_len: int, checkpoin
     positions = torch.arange(seq_len)
     positions[seq_len // 3 :] -= seq_len // 3
     ids = torch.arange(seq_len).remainder(250)[None]
-    inputs = StepInputs(ids, ids.roll(-1, 1), positions[None], torch.ones(1), None)
+    inputs = micro_batch(ids, positions[None])
     with Layout("cpu", tp=tp, cp=cp) as layout:
         recorder = Recorder(layout)
         with by_part(recorder):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusiontree.supervision.config import SupervisionConfig
-from fusiontree.supervision.restart_policy import count_starts, failures_in_a_row, wait_or_refuse
+from fusiontree.supervision.restart_policy import apply_restart_policy, count_starts, failures_in_a_row
 from fusiontree.tracking.crash_report import write_report
 from fusiontree.utils.errors import UserError
 
@@ -36,7 +36,7 @@ def test_starts_without_a_new_checkpoint_are_counted(kinds: list[str], failed: i
 def waits(folder: Path, starts: int, config: SupervisionConfig = CONFIG) -> list[float]:
     (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events(*["resume"] * starts)))
     slept: list[float] = []
-    wait_or_refuse(folder, config, slept.append)
+    apply_restart_policy(folder, config, slept.append)
     return slept
 
 

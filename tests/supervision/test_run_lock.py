@@ -28,7 +28,7 @@ def test_a_second_launch_is_refused_until_the_first_ends(tmp_path: Path) -> None
     first.acquire()
     with pytest.raises(UserError, match=f"being written to by process {first.me.pid} on {first.me.host}"):
         second.acquire()
-    assert first.refusal() is None
+    assert first.lost_reason() is None
     first.release()
     assert not (tmp_path / RUN_LOCK).exists()
     second.acquire()
@@ -102,11 +102,11 @@ def test_a_holder_that_was_thought_dead_must_not_save(tmp_path: Path) -> None:
     suspended._stop.set()
     here = lease(tmp_path)
     here.acquire()
-    refusal = suspended.refusal()
+    refusal = suspended.lost_reason()
     assert refusal is not None and f"taken over by process {here.me.pid}" in refusal
     suspended.release()
     assert json.loads((tmp_path / RUN_LOCK).read_text())["token"] == here.me.token
-    assert here.refusal() is None
+    assert here.lost_reason() is None
 
 
 def test_a_broken_lease_file_stops_nobody(tmp_path: Path) -> None:

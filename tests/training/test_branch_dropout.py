@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from fusiontree.training.branch_dropout import branch_scale
+from fusiontree.training.schedule import branch_scale
 
 
 def test_depends_on_the_row_not_on_its_place_in_the_batch() -> None:

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from fusiontree.models.model import LayerSums, ModelOutput
 from fusiontree.training.losses import GlobalCounts, LossWeights, loss_terms
 
 WEIGHTS = LossWeights(load_balance=0.5, entropy=0.25, z_loss=0.125, gate_target=0.5, gate_margin=0.1)
@@ -12,16 +13,9 @@ WEIGHTS = LossWeights(load_balance=0.5, entropy=0.25, z_loss=0.125, gate_target=
 def terms_of(gate_LBT: torch.Tensor, weight_B: torch.Tensor, counts: GlobalCounts):
     entropy = -(gate_LBT * gate_LBT.log() + (1 - gate_LBT) * (1 - gate_LBT).log())
     count_B = torch.full((gate_LBT.shape[1],), float(gate_LBT.shape[2]))
-    return loss_terms(
-        torch.tensor(12.0),
-        torch.tensor(8.0),
-        gate_LBT.sum(-1),
-        entropy.sum(-1),
-        count_B,
-        weight_B,
-        WEIGHTS,
-        counts,
-    )
+    sums = LayerSums({"gate": gate_LBT.sum(-1), "entropy": entropy.sum(-1)}, count_B)
+    output = ModelOutput(torch.tensor(12.0), torch.tensor(8.0), None, sums, None)
+    return loss_terms(output, weight_B, WEIGHTS, counts)
 
 
 def test_hand_computed_value() -> None:

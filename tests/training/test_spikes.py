@@ -82,7 +82,7 @@ def test_a_resumed_filter_judges_alike() -> None:
 
 def test_rewinds_happen_again_after_a_resume_from_any_checkpoint(tmp_path: Path) -> None:
     rewinds = Rewinds(tmp_path, limit=2)
-    rewinds.load(0)
+    rewinds.restore(0)
     rewinds.write(rewinds.plan(15, 10, {"row": 60}, "spike"))
     for checkpoint_knows, steps, expected in (
         (0, [10], [{"row": 60}]),  # killed right after going back
@@ -90,16 +90,16 @@ def test_rewinds_happen_again_after_a_resume_from_any_checkpoint(tmp_path: Path)
         (1, [12, 13], [None, None]),  # saved behind it
     ):
         again = Rewinds(tmp_path, limit=2)
-        again.load(checkpoint_knows)
+        again.restore(checkpoint_knows)
         assert [again.data_after(step) for step in steps] == expected
 
 
 def test_going_back_to_the_same_place_too_often_ends_the_run(tmp_path: Path) -> None:
     rewinds = Rewinds(tmp_path, limit=2)
     for row in (60, 80):
-        rewinds.load(rewinds.done)
+        rewinds.restore(rewinds.applied)
         rewinds.write(rewinds.plan(15, 10, {"row": row}, "spike"))
-        rewinds.load(rewinds.done)
+        rewinds.restore(rewinds.applied)
         assert rewinds.data_after(10) == {"row": row}
     with pytest.raises(UserError, match="went back to step 10 2 times already"):
         rewinds.plan(15, 10, {"row": 99}, "spike")

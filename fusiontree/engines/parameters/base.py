@@ -24,7 +24,7 @@ class Placement:
 
     Building: ``take`` for each shard group, ``end_block`` after the groups of a block, ``finish`` once. Then per step
     ``begin`` before each forward pass, ``begin_backward`` and ``end_backward`` around each backward pass,
-    ``wait_gradients``, ``gradients``, ``hand_over`` and ``discard``. Methods that a placement does not need do
+    ``wait_gradients``, ``gradients``, ``set_gradients`` and ``discard``. Methods that a placement does not need do
     nothing. All ranks call each method together, as it may communicate.
     """
 
@@ -89,13 +89,17 @@ class Placement:
         """Return this rank's shards of the reduced gradient."""
         raise NotImplementedError
 
-    def hand_over(self) -> None:
-        """Give the gradients to the optimizer's tensors."""
+    def set_gradients(self) -> None:
+        """Give the gradients to the optimizer's tensors.
+
+        A parameter without a gradient, which nothing in the model uses, gets zeros: in a flat buffer the optimizer
+        cannot leave it out, so every engine must apply its weight decay.
+        """
 
     def discard(self) -> None:
         """Clear the gradients; the step is over, and may have changed the parameters."""
 
-    def changed(self) -> None:
+    def mark_stale(self) -> None:
         """The optimizer's tensors may have been written to."""
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -71,11 +71,11 @@ class LocalParameters(Placement):
         """Return the gradients as the backward passes made or summed them."""
         return list(self._gradients.values())
 
-    def hand_over(self) -> None:
+    def set_gradients(self) -> None:
         """Give the gradients to the optimizer's parameters, in fp32."""
-        while self._gradients:
-            master, gradient = self._gradients.popitem()
-            master.grad = gradient.float()
+        for master in self._masters.values():
+            gradient = self._gradients.pop(master, None)
+            master.grad = torch.zeros_like(master) if gradient is None else gradient.float()
 
     def discard(self) -> None:
         """Clear the gradients; the step is over."""

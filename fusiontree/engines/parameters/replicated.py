@@ -105,7 +105,7 @@ class ReplicatedParameters(Placement):
             self._started = self._awaited = 0
             self._before(0)
 
-    def changed(self) -> None:
+    def mark_stale(self) -> None:
         """Note that the masters may have changed."""
         self._stale = True
 
@@ -168,7 +168,7 @@ class ReplicatedParameters(Placement):
         """Return this rank's shard of each buffer's gradient."""
         return [flat.gradient for flat in self.buffers if flat.gradient is not None]
 
-    def hand_over(self) -> None:
+    def set_gradients(self) -> None:
         """Give the gradients to the optimizer's tensors."""
         for flat in self.buffers:
             if flat.gradient is not None:
@@ -180,14 +180,14 @@ class ReplicatedParameters(Placement):
         self._travelling.clear()
         for flat in self.buffers:
             flat.discard()
-        self.changed()
+        self.mark_stale()
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield this rank's slices of the masters and of their states."""
         for flat in self.buffers:
             for kind, part, values in flat.state():
                 yield f"{kind}.{part.name}", as_global(self.specs[part.name], values, part.start)
-        self.changed()  # the caller may write to them
+        self.mark_stale()  # the caller may write to them
 
     def parameter_pieces(self) -> Iterator[NamedPiece]:
         """Yield the full values that the last forward pass used."""

@@ -102,11 +102,11 @@ class ShardedParameters(Placement):
         """Return this rank's shards of the gradient."""
         return [_shard(p.grad) for p in self._parameters.values() if p.grad is not None]
 
-    def hand_over(self) -> None:
+    def set_gradients(self) -> None:
         """Give the shards of the gradient to the optimizer's tensors."""
         for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                self._shards[name].grad = _shard(parameter.grad)
+            shard = self._shards[name]
+            shard.grad = torch.zeros_like(shard) if parameter.grad is None else _shard(parameter.grad)
 
     def discard(self) -> None:
         """Clear the gradients."""

@@ -1,28 +1,25 @@
-"""DeepSpeed, made ready: its device, its silence, the groups it asks for and the configuration it is given.
+"""DeepSpeed's configuration, the process groups that it asks for, and the check that it does what it was asked for.
 
 Seen with DeepSpeed 0.19.8: a mistyped key of its configuration gives stage 0 without a word, its bf16 mode casts fp32
 parameters and accumulates in bf16, and on a CPU it compiles a communication library at start. So DeepSpeed is given
 fp32 parameters and always runs in fp32: the lower precision of the forward pass is made by
-:mod:`fusiontree.engines.mixed_precision` and :mod:`fusiontree.engines.zero.gather`.
+:mod:`fusiontree.engines.mixed_precision` (stages 1 and 2) and :mod:`fusiontree.engines.zero.gather` (stage 3).
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fusiontree.parallel.layout import Layout
-from fusiontree.utils.environment import tell_deepspeed
 
 
 class ParallelGroups:
     """The groups of a layout under the names that DeepSpeed calls (its ``mpu``).
 
-    To DeepSpeed "data parallel" is whoever holds other tokens (dp x cp), "model parallel" is tp.
+    DeepSpeed's "data parallel" ranks are those with other tokens (dp x cp); its "model parallel" ranks are those of tp.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -33,11 +30,11 @@ class ParallelGroups:
         return self._data
 
     def get_data_parallel_rank(self) -> int:
-        """Place among them."""
+        """Rank in that group."""
         return dist.get_rank(self._data)
 
     def get_data_parallel_world_size(self) -> int:
-        """How many they are."""
+        """Size of that group."""
         return dist.get_world_size(self._data)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
@@ -45,11 +42,11 @@ class ParallelGroups:
         return self._model
 
     def get_model_parallel_rank(self) -> int:
-        """Place among them."""
+        """Rank in that group."""
         return dist.get_rank(self._model)
 
     def get_model_parallel_world_size(self) -> int:
-        """How many they are."""
+        """Size of that group."""
         return dist.get_world_size(self._model)
 
     get_tensor_model_parallel_group = get_model_parallel_group
@@ -57,26 +54,8 @@ class ParallelGroups:
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
 
-def start_deepspeed(layout: Layout) -> Any:
-    """Import DeepSpeed for the layout's device and let it use the layout's process group; return the module."""
-    tell_deepspeed(layout.place.local_rank, layout.device.type)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    # Torch warns at each call of collectives that DeepSpeed knows by their old names.
-    warnings.filterwarnings("ignore", message=".*`torch.distributed.*is deprecated", category=FutureWarning)
-    # Otherwise DeepSpeed tries out with the compiler what it could build, and builds an all-reduce for CPUs.
-    deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.comm.comm.cdb = None  # of an engine before, whose process groups may have ended
-    deepspeed.init_distributed(dist_backend=layout.backend, auto_mpi_discovery=False, verbose=False)
-    found = deepspeed.accelerator.get_accelerator().device_name()
-    assert found == layout.device.type, f"DeepSpeed computes on {found}, the layout on {layout.device.type}"
-    return deepspeed
-
-
 def reduces_itself(stage: int, offload: str) -> bool:
-    """Tell whether gradients are reduced by :mod:`fusiontree.engines.zero.reduce` instead of DeepSpeed."""
+    """Return True if gradients are reduced by :mod:`fusiontree.engines.zero.reduce` instead of DeepSpeed."""
     return stage == 3 and offload == "none"
 
 
@@ -95,16 +74,16 @@ def deepspeed_config(
     Args:
         stage: 1 | 2 | 3.
         max_grad_norm: global norm to clip to; 0 never clips.
-        offload: none | optimizer | all: what waits in CPU memory (all: parameters too, stage 3).
+        offload: none | optimizer | all: what is kept in CPU memory (all: parameters too, stage 3).
         zero3_persistence_threshold: elements; stage 3 keeps smaller parameters gathered.
         largest: elements of the largest parameter. A gradient that does not fit the bucket would be reduced in the
             precision of the forward pass.
         block: elements of the largest block, whose gradients stage 3 reduces together.
-        pin_memory: page-lock what waits in CPU memory.
+        pin_memory: page-lock that CPU memory.
     """
-    # Stage 3 on the device's memory alone is reduced by zero_reduce, which needs neither buffer nor streams of
-    # DeepSpeed's: its collectives run beside the computation anyway, and memory that belongs to the computation's own
-    # stream is free again as soon as the host says so.
+    # zero/reduce.py reduces the gradients of stage 3 without offload. It needs neither DeepSpeed's buffer nor its
+    # streams: its collectives overlap with the computation anyway, and memory that belongs to the computation's own
+    # stream is free again as soon as the host frees it.
     ours = reduces_itself(stage, offload)
     zero: dict[str, Any] = {
         "stage": stage,
@@ -118,9 +97,9 @@ def deepspeed_config(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
     if stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": 0,  # zero_gather looks ahead
+            "stage3_prefetch_bucket_size": 0,  # zero/gather.py prefetches
             "stage3_param_persistence_threshold": zero3_persistence_threshold,
-            "stage3_max_live_parameters": 1_000_000_000,  # bounds DeepSpeed's looking ahead alone
+            "stage3_max_live_parameters": 1_000_000_000,  # bounds DeepSpeed's prefetching only
             "stage3_max_reuse_distance": 0,  # a parameter is released when its module is done
         }
         if offload == "all":
