@@ -7,17 +7,18 @@ gradients. The simplest engine of data parallelism, for models that fit a device
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fusiontree.data.batch import MicroBatch
 from fusiontree.engines.base import StepResult
 from fusiontree.engines.common import CommonEngine
 from fusiontree.engines.config import ENGINES, EngineSpec, Sizes, StateMemory, Transfer
 from fusiontree.engines.parameters.base import Decays, NamedPiece, as_global
+from fusiontree.models.model import ModelOutput
 from fusiontree.optim.build import build_optimizer, fill_states, new_states, parameter_groups, scaled_step
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.layout import Layout
@@ -88,21 +89,23 @@ class AllReduceEngine(CommonEngine):
             fill_states(self.optimizer, parameter, new_states(self.optimizer_spec, parameter))
         self._watch_gradients()
 
-    def forward(self, *inputs: Any, **options: Any) -> Any:
+    def forward(
+        self, micro: MicroBatch, branch_scale_LB2: Tensor | None = None, layer_metrics: tuple[str, ...] = ()
+    ) -> ModelOutput:
         """Run the model on this rank's chunk of one micro-batch."""
-        return self._call(self.module, *inputs, **options)
+        return self._call(self.module, micro, branch_scale_LB2, layer_metrics)
 
     @torch.no_grad()
-    def evaluate(self, *inputs: Any) -> Tensor:
+    def evaluate(self, micro: MicroBatch) -> Tensor:
         """Return the summed cross entropy of this rank's tokens."""
         self.module.eval()
-        loss_sum: Any = self._call(self.module, *inputs).loss_sum
+        loss_sum = self._loss_sum(self.module, micro)
         self.module.train()
         return loss_sum
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss`` to that of earlier micro-batches."""
-        scale = self._adapted_scale()
+        scale = self._update_loss_scale()
         (loss if scale is None else loss * scale).backward()
 
     @torch.no_grad()
@@ -111,11 +114,11 @@ class AllReduceEngine(CommonEngine):
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         for parameter, mesh in self._mesh.items():
             if parameter.grad is None:
-                continue
+                parameter.grad = torch.zeros_like(parameter)  # weight decay applies all the same
             if mesh.size() > 1:
                 dist.all_reduce(parameter.grad, group=mesh.get_group("replicate"))
             square += parameter.grad.double().square().sum() / mesh.size()  # each copy counts its part
-        norm = self.layout.sum_over_parts(square).sqrt()
+        norm = self.layout.sum_over_shards(square).sqrt()
         divisor = torch.ones_like(norm)
         if self.loss_scale:
             norm, divisor = norm / self.loss_scale.scale, divisor * self.loss_scale.scale
