@@ -1,9 +1,9 @@
 """The one training entry: ``python -m fusiontree.train --config FILE [section.key=value …]``.
 
-torchrun, deepspeed, srun and plain python all start it; rank and world size are read from environment
-variables that they set.
-Functions import torch and what needs it only when they are called: ``--help``, ``--check`` and a wrong setting answer
-at once.
+It can be started by torchrun, deepspeed, srun or plain python. It reads rank and world size from the environment
+variables that these launchers set.
+This module imports torch, and modules that need torch, inside functions, so that ``--help`` and errors in settings
+appear without that delay.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Help(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line of the training entry."""
+    """Return the parser of this program's command line."""
     parser = argparse.ArgumentParser(
         prog="python -m fusiontree.train",
         description="Train a FusionTree model. Starting again with the same run_dir resumes it.",
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--world-size",
         type=int,
         metavar="N",
-        help="with --check: number of processes to check for (default: that of this start)",
+        help="with --check: check the layout for N processes (default: the processes of this launch)",
     )
     parser.add_argument("--print-run-dir", action="store_true", help="check all but the data, print run_dir and exit")
     parser.add_argument("--quiet", action="store_true", help="print warnings, validations and the end of the run only")
@@ -78,8 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the entry and return the exit code.
 
-    0 the run reached its end (or ``exit_at_step``); 75 it saved and stopped on a signal, start it again to go on;
-    2 something the user gave is wrong.
+    0: the run reached ``max_steps`` or ``exit_at_step``. 75: a signal stopped the run; the same command resumes it.
+    2: an argument, a setting or an input file is invalid.
     """
     return run_program(build_parser, run, argv)
 
@@ -88,12 +88,12 @@ def run(args: argparse.Namespace) -> int:
     """Check, print or train as asked; return the exit code of :func:`main`.
 
     Raises:
-        UserError: something the user gave is wrong.
+        UserError: an argument, a setting or an input file is invalid.
     """
     place = process_place()
     level = NOTICE if args.quiet else logging.INFO
     logging.basicConfig(level=level if place.is_main else logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("fusiontree.ops.dispatch").setLevel(logging.WARNING)  # the console names the backends in one line
+    logging.getLogger("fusiontree.ops.dispatch").setLevel(logging.WARNING)  # the console summarizes the backends
     config = load_config(args.config, args.overrides)
     if args.print_config:
         print(dump_config(config), end="")
@@ -131,8 +131,8 @@ def train(config: Config) -> int:
     """Train as configured; return the exit code of :func:`main`.
 
     Raises:
-        UserError: the configuration asks for what is not there (a GPU, a dataset, a backend), or another process
-            trains in the run folder.
+        UserError: a GPU, dataset or backend that the configuration names is missing, or another process trains in
+            the run folder.
     """
     from fusiontree.engines.build import build_engine
     from fusiontree.parallel.layout import Layout
@@ -150,8 +150,8 @@ def train(config: Config) -> int:
             trainer = build_trainer(config, layout, engine, train_data, validation_data, tokenizer_files, lock)
             outcome = trainer.run()
         if outcome is Outcome.INTERRUPTED:
-            # The first rank to leave makes srun end the others with SIGTERM, and launchers repeat the signal that they
-            # pass on; all ranks are to leave with their own code.
+            # When the first rank exits, srun sends SIGTERM to the others, and launchers may forward a signal more than
+            # once. Ignore stop signals, so that every rank exits with code 75.
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             layout.barrier()
@@ -219,7 +219,7 @@ def build_trainer(
     tokenizer_files: list[Path],
     lock: RunLock,
 ) -> Trainer:
-    """Return the trainer of a run with its observers, in the order in which they see a step."""
+    """Return the trainer of a run; its observers are called in the order of the list below."""
     from fusiontree.checkpoint.saver import Saver
     from fusiontree.cli.start_summary import start_summary
     from fusiontree.models.flops import training_flops_per_token

@@ -47,8 +47,8 @@ def scan(
     """Run the recurrence from a state of zero; the state restarts where ``segments_BS`` increases.
 
     Returns:
-        The outputs ``[B, S, H, V]``, the last state ``[B, H, K, V]``, and the factor by which a state before the first
-        token would have decayed at each token, ``[B, S, H, K]``: 0 once a document has started.
+        The outputs ``[B, S, H, V]``, the final state ``[B, H, K, V]``, and the decay of a nonzero initial state up to
+        each token, ``[B, S, H, K]``: 0 from the first document start on.
     """
     outputs, state_BHKV = [], q_BSHK.new_zeros(*k_BSHK[:, 0].shape, v_BSHV.shape[-1])
     kept_BHK, kept = torch.ones_like(q_BSHK[:, 0]), []
@@ -60,7 +60,7 @@ def scan(
         between = (total[:, :, None] - total[:, None, :]).masked_fill(~same, -math.inf).exp()
         scores = torch.einsum("bihk,bjhk,bijhk->bijh", q, k, between)
         continues = (segments == previous_B[:, None])[..., None, None]
-        decay = torch.where(continues, total.exp(), 0.0)  # of the state before the chunk
+        decay = torch.where(continues, total.exp(), 0.0)  # decay of the state before the chunk
         y = torch.einsum("bijh,bjhv->bihv", scores, v) + torch.einsum("bihk,bhkv->bihv", q * decay, state_BHKV)
         state_BHKV = state_BHKV * decay[:, -1, :, :, None]
         state_BHKV = state_BHKV + torch.einsum("bjhk,bjhv->bhkv", k * between[:, -1], v)
@@ -71,7 +71,7 @@ def scan(
 
 
 class Decay(Fp32Parameters):
-    """The decay per head and key channel. Its bias stays in fp32: bfloat16 has no numbers between 0.996 and 1."""
+    """Decay per head and key channel. Its bias is a logit: bfloat16 would change 1 - decay by up to 1.6% at 0.999."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class GatedLinearAttention(Mixer):
     # step 4: parallelism
     @classmethod
     def tp_plan(cls, config: ModelConfig) -> dict[str, Split]:
-        """Split heads: the outputs of the projections, the inputs of the last."""
+        """Split by heads: the inputs of ``out_proj``, and the outputs of all other projections."""
         sizes = cls.section(config)
         keys = Block("keys", sizes.heads * sizes.key_dim, sizes.heads)
         values = Block("values", sizes.heads * sizes.value_dim, sizes.heads)
@@ -173,7 +173,7 @@ class GatedLinearAttention(Mixer):
     def initial_values(
         cls, name: str, shape: tuple[int, ...], config: ModelConfig, generator: torch.Generator
     ) -> Tensor | None:
-        """Draw decays with uniform logarithms of 1 - decay, so that heads remember for different times."""
+        """Draw 1 - decay log-uniformly, so that key channels have different memory lengths."""
         if name != "decay.bias":
             return None
         low, high = (math.log(1 - decay) for decay in cls.section(config).decay_range)
@@ -190,13 +190,13 @@ class GatedLinearAttention(Mixer):
     # step 6: costs
     @classmethod
     def flops(cls, config: ModelConfig, layer: int, lengths: Sequence[int]) -> float:
-        """Return the recurrence's FLOPs: per element of the state one decay and a multiply-add to write and to read."""
+        """Return the recurrence's FLOPs: per state element, 1 for the decay, 2 for the update and 2 for the readout."""
         sizes = cls.section(config)
         return 5.0 * sizes.heads * sizes.key_dim * sizes.value_dim
 
     @classmethod
     def activations(cls, config: ModelConfig, tp: int) -> Activations:
-        """Count what autograd keeps of the scan, in units of 16 bits; the scan itself is in fp32."""
+        """Count what autograd keeps, in 16-bit elements; tensors of the scan are fp32 and count twice."""
         sizes = cls.section(config)
         keys, values = sizes.heads * sizes.key_dim / tp, sizes.heads * sizes.value_dim / tp
         between = 2 * sizes.chunk_size * keys

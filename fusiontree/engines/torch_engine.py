@@ -1,4 +1,4 @@
-"""Engines ``fsdp2`` and ``ddp``: PyTorch alone, each set of parameters in the placement that fits it."""
+"""Engines ``fsdp2`` and ``ddp``, which need only PyTorch; placements keep parameters local, sharded or replicated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fusiontree.utils.device import copy_to_host
 
 
 class TorchEngine(CommonEngine):
-    """Trains a model whose parameters are local where no other rank shares them, else sharded or replicated."""
+    """Keeps parameters that no other rank shares local, and shards (fsdp2) or replicates (ddp) all others."""
 
     def __init__(
         self,
@@ -42,9 +42,9 @@ class TorchEngine(CommonEngine):
 
         Args:
             model: the model on the meta device.
-            layout: this process among all; gives the ranks that share a parameter.
-            materialize: gives a group memory and initial values.
-            decays: tells from name and parameter whether weight decay applies.
+            layout: the process groups of this rank; determines the ranks that share a parameter.
+            materialize: allocates and initializes the parameters of a shard group.
+            decays: returns whether weight decay applies, given a parameter's name and the parameter.
             training: precision, optimizer and clipping.
             shard: True shards shared parameters over all data parallel ranks (fsdp2), False replicates them (ddp).
             reshard_after_forward: gather a block's parameters again for its backward pass instead of keeping them.
@@ -105,7 +105,7 @@ class TorchEngine(CommonEngine):
         return loss_sum
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of ``loss``; gradients are reduced in fp32 over the ranks."""
+        """Accumulate the gradient of ``loss``; ``last`` marks the step's final micro-batch. Reductions are in fp32."""
         scale = self._update_loss_scale()
         if scale is not None:
             loss = loss * scale
@@ -117,9 +117,9 @@ class TorchEngine(CommonEngine):
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepResult:
-        """Clip by the global norm, apply the gradient, clear it; the device decides by itself whether to skip.
+        """Clip by the global norm, apply the gradient and clear it; a non-finite norm changes no parameter.
 
-        With an optimizer that scales gradients everything is queued and nothing is waited for: the host is free to
+        An optimizer with ``scales_gradients`` clips and skips on the device. The host then waits for nothing and can
         prepare the next step.
         """
         for placement in self.placements:
@@ -159,26 +159,26 @@ class TorchEngine(CommonEngine):
     def parameter_pieces(self) -> Iterator[NamedPiece]:
         """Yield name, offset and values of this rank's shard of each parameter.
 
-        Where other ranks hold copies, these are the values that the last forward pass used.
+        Replicated parameters yield the values that the last forward pass used, which may precede the last update.
         """
         order = {name: index for index, name in enumerate(self.specs)}
         pieces = [piece for placement in self.placements for piece in placement.parameter_pieces()]
         yield from sorted(pieces, key=lambda piece: order[piece[0]])
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Live tensors: ``model.NAME``, ``optimizer.STATE.NAME``."""
+        """Return the training state itself, not copies, as ``model.NAME`` and ``optimizer.STATE.NAME``."""
         return dict(item for placement in self.placements for item in placement.state_tensors())
 
     def _step_counts(self) -> list[Tensor]:
         return [state["step"] for state in self.optimizer.state.values()]
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Take back :meth:`state_dict`; the tensors were filled in place before."""
+        """Restore the values of :meth:`state_dict`; fill :meth:`state_tensors` in place before this call."""
         super().load_state_dict(values)
         for placement in self.placements:
             placement.mark_stale()
 
 
 def is_local(mesh: DeviceMesh) -> bool:
-    """Return True if this rank is alone with the parameters that are shared over ``mesh``."""
+    """Return True if ``mesh`` has a single rank, so that no other rank holds its parameters."""
     return mesh.size() == 1

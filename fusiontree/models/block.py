@@ -1,6 +1,6 @@
 """One layer: branches read the same input in parallel, a gate mixes their outputs.
 
-Shape legend: B rows, S tokens, C channels.
+Shape legend: B rows, S tokens, C channels, n branches of the layer; 2 stands for the first and second branch.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def _swiglu(gate_BSC: Tensor, up_BSC: Tensor) -> Tensor:
 class FusionBlock(nn.Module):
     """A residual block in two stages: :meth:`branches` mixes the tokens, :meth:`combine` acts on each token alone.
 
-    The layer's letter in ``layer_pattern`` names the mixers of its one or two branches. With two branches the gate
-    weighs the first by g and the second by 1 - g. With one branch the missing output counts as zeros; the alignment
-    has no columns for it.
+    The layer's letter in ``layer_pattern`` selects the mixers of its one or two branches. With two branches the gate
+    multiplies the first output by g and the second by 1 - g. With one branch the output of the missing branch is
+    treated as zero, and the weights of the alignment have no columns for it.
 
-    ``gather_tokens`` is called before ``branches`` and ``scatter_tokens`` after it. Both return their input; tensor
-    parallelism replaces them by an all-gather and a reduce-scatter.
+    ``gather_tokens`` is called before ``branches`` and ``scatter_tokens`` after it. Without tensor parallelism both
+    return their input unchanged; tensor parallelism replaces them by an all-gather and a reduce-scatter.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -97,16 +97,16 @@ class FusionBlock(nn.Module):
         cache: LayerCache | None = None,
         layer_metrics: tuple[str, ...] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the residual stream after this layer and sums over each row's tokens and channels, ``[B]`` in fp32.
+        """Return the residual stream after this layer, and statistics summed over each row, ``[B]`` in fp32.
 
-        Keys of the sums: ``gate`` (g), ``entropy`` (binary entropy of g in nats), ``square`` (g²), and ``METRIC.FIELD``
-        for every layer metric.
+        The sums run over tokens and channels. Their keys: ``gate`` (g), ``entropy`` (binary entropy of g in nats),
+        ``square`` (g²), and ``METRIC.FIELD`` for every layer metric.
 
         Args:
             x_BSC: residual stream ``[B, S, C]``.
             inputs: documents, positions and padding of the tokens.
-            branch_scale_B2: factors of each row's (first, second) branch outputs; 0 drops a branch.
-            cache: the branches' caches for decoding; updated.
+            branch_scale_B2: factors of the first and second branch's output in each row; 0 drops the branch.
+            cache: decoding caches of the branches, updated in place; None in training.
             layer_metrics: names of layer metrics to compute.
         """
         u_BSC, x_BSC = self.norm(x_BSC)
@@ -131,7 +131,7 @@ class FusionBlock(nn.Module):
         padding_mask_BS: Tensor | None = None,
         layer_metrics: tuple[str, ...] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the residual stream plus the gated branches and the MLP of the aligned outputs, and the sums."""
+        """Return ``x + out_proj(gated mix of outputs) + mlp(aligned outputs)``, and the sums of :meth:`forward`."""
         branches = len(self._branches)
         metric_sums: dict[str, Tensor] = {}
         if layer_metrics:

@@ -1,6 +1,7 @@
 """The training loop.
 
-The loop does not know how the model is sharded. step.py has a step; pipeline.py queues steps and reads their results.
+The loop does not know how the model is sharded. step.py implements one step; pipeline.py queues steps on the device and
+reads their results one step later.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ class Trainer:
         """Resume if there is a checkpoint, train, validate, save; return how it ended.
 
         Raises:
-            UserError: too many steps in a row had to be skipped, data or checkpoint do not fit the run, or ranks
-                differ in what must be equal.
+            UserError: too many consecutive steps were skipped, data or checkpoint do not match the configuration, or
+                ranks have different values where all must be equal.
         """
         try:
             with self.watchdog, StopRequest() as stop:
@@ -128,8 +129,8 @@ class Trainer:
             outcome, reason = self._train(stop)
             if self.checkpoints.saved_step != self.position.step and outcome is not Outcome.INTERRUPTED:
                 raise UserError(
-                    f"{reason}, but the last checkpoint could not be written (see save_failed in events.jsonl); mend "
-                    f"that and start the same command again: it resumes from the newest checkpoint there is"
+                    f"{reason}, but the last checkpoint could not be written (see save_failed in events.jsonl); fix "
+                    f"the cause and run the same command again: it resumes from the newest complete checkpoint"
                 )
         self._end(outcome.value, reason)
         where = f"at step {self.position.step}/{max_steps}; everything is in {self.settings.run_dir}"
@@ -138,7 +139,7 @@ class Trainer:
 
     def _train(self, stop: StopRequest) -> tuple[Outcome, str]:
         """Execute steps until the last one or a stop signal; return how they ended and why."""
-        limit_s, is_first = self._slow_s, True  # kernels are compiled in the first step
+        limit_s, is_first = self._slow_s, True  # the first step compiles kernels: allow it more time
         self.batches.seek(self.position.data)
         while True:
             step = self.watchdog.step = self.position.step + 1
@@ -201,7 +202,7 @@ class Trainer:
             check_skips(step.number, self.position.skipped_in_a_row, reason, self.settings.training)
 
     def _rewind(self, step: int, reason: str) -> bool:
-        """Return to the newest checkpoint and continue with the data after ``step``; False without a checkpoint."""
+        """Load the newest checkpoint and continue with the data after ``step``; return False if there is none."""
         data_after = self.batches.position
         assert data_after is not None
         with self.watchdog.section("rewind", self._slow_s):
@@ -211,7 +212,7 @@ class Trainer:
                 return False
             self.pipeline.forget()
             back = found[1]["step"]
-            # Only the position in the data moves on: step and schedule are the checkpoint's.
+            # Step number and schedules return to the checkpoint's; only the position in the data does not.
             rewinds = self.rewinds.plan(step, back, data_after | {"step": back}, reason)
             if self.engine.is_main:
                 self.rewinds.write(rewinds)
@@ -226,10 +227,10 @@ class Trainer:
         return True
 
     def _repeat_rewinds(self, step: int) -> None:
-        """Continue with other data where a rewind of an earlier start did so after ``step``."""
+        """If an earlier launch rewound to ``step``, continue with the data that it continued with."""
         data = self.rewinds.data_after(step)
         if data is not None:
-            self._finish(self.pipeline.drain())  # the data describes only rows from its present position
+            self._finish(self.pipeline.drain())  # before seek: train_data describes only recent rows
             self.position.data = data
             self.batches.seek(data)
 
@@ -264,7 +265,7 @@ class Trainer:
         self.console.say(f"resumed at step {self.position.step} from {folder}")
 
     def _state_dict(self) -> dict[str, Any]:
-        """Return the small values of a checkpoint: all that a resume needs beside the engine's tensors."""
+        """Return the small values of a checkpoint: everything that a resume needs except the engine's tensors."""
         values = {
             "config": self.settings.values,
             "tokens": self.pipeline.tokens,
@@ -280,7 +281,7 @@ class Trainer:
         return values
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back :meth:`_state_dict`; metrics of later steps are moved aside."""
+        """Restore the values of :meth:`_state_dict`; move metrics of later steps out of the metrics file."""
         self.engine.load_state_dict(state["engine"])
         rng = torch.frombuffer(bytearray(base64.b64decode(state["rng"]["torch_cpu"])), dtype=torch.uint8)
         torch.set_rng_state(rng)
