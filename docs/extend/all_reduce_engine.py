@@ -87,7 +87,7 @@ class AllReduceEngine(CommonEngine):
         self.optimizer = build_optimizer(training.optimizer, groups_of_optimizer)
         for parameter in self.parameters.values():
             fill_states(self.optimizer, parameter, new_states(self.optimizer_spec, parameter))
-        self._watch_gradients()
+        self._watch_nonfinite()
 
     def forward(
         self, micro: MicroBatch, branch_scale_LB2: Tensor | None = None, layer_metrics: tuple[str, ...] = ()

@@ -51,23 +51,23 @@ def scan(
         each token, ``[B, S, H, K]``: 0 from the first document start on.
     """
     outputs, state_BHKV = [], q_BSHK.new_zeros(*k_BSHK[:, 0].shape, v_BSHV.shape[-1])
-    kept_BHK, kept = torch.ones_like(q_BSHK[:, 0]), []
+    carry_BHK, carries = torch.ones_like(q_BSHK[:, 0]), []
     previous_B = torch.zeros_like(segments_BS[:, 0])
     parts = (tensor.split(chunk_size, dim=1) for tensor in (q_BSHK, k_BSHK, v_BSHV, log_decay_BSHK, segments_BS))
     for q, k, v, log_decay, segments in zip(*parts, strict=True):
-        total = log_decay.cumsum(1)  # logarithm of the decay from the chunk's start to each token
-        same = (segments[:, :, None] == segments[:, None, :]).tril()[..., None, None]  # [B, query, key, 1, 1]
-        between = (total[:, :, None] - total[:, None, :]).masked_fill(~same, -math.inf).exp()
-        scores = torch.einsum("bihk,bjhk,bijhk->bijh", q, k, between)
+        cumulative = log_decay.cumsum(1)  # logarithm of the decay from the chunk's start to each token
+        same_document = (segments[:, :, None] == segments[:, None, :]).tril()[..., None, None]  # [B, query, key, 1, 1]
+        pair_decay = (cumulative[:, :, None] - cumulative[:, None, :]).masked_fill(~same_document, -math.inf).exp()
+        scores = torch.einsum("bihk,bjhk,bijhk->bijh", q, k, pair_decay)
         continues = (segments == previous_B[:, None])[..., None, None]
-        decay = torch.where(continues, total.exp(), 0.0)  # decay of the state before the chunk
+        decay = torch.where(continues, cumulative.exp(), 0.0)  # decay of the state before the chunk
         y = torch.einsum("bijh,bjhv->bihv", scores, v) + torch.einsum("bihk,bhkv->bihv", q * decay, state_BHKV)
         state_BHKV = state_BHKV * decay[:, -1, :, :, None]
-        state_BHKV = state_BHKV + torch.einsum("bjhk,bjhv->bhkv", k * between[:, -1], v)
-        kept.append(kept_BHK[:, None] * decay)
-        kept_BHK, previous_B = kept[-1][:, -1], segments[:, -1]
+        state_BHKV = state_BHKV + torch.einsum("bjhk,bjhv->bhkv", k * pair_decay[:, -1], v)
+        carries.append(carry_BHK[:, None] * decay)
+        carry_BHK, previous_B = carries[-1][:, -1], segments[:, -1]
         outputs.append(y)
-    return torch.cat(outputs, 1), state_BHKV, torch.cat(kept, 1)
+    return torch.cat(outputs, 1), state_BHKV, torch.cat(carries, 1)
 
 
 class Decay(Fp32Parameters):
@@ -121,15 +121,15 @@ class GatedLinearAttention(Mixer):
         )
         q_BSHK = q_BSHK * self.key_dim**-0.5
         v_BSHV = v_BSC.unflatten(-1, (-1, self.value_dim))
-        y_BSHV, state_BHKV, kept_BSHK = scan(q_BSHK, k_BSHK, v_BSHV, log_decay_BSHK, segments_BS, self.chunk_size)
-        before_BHKV = None
+        y_BSHV, state_BHKV, carry_BSHK = scan(q_BSHK, k_BSHK, v_BSHV, log_decay_BSHK, segments_BS, self.chunk_size)
+        initial_BHKV = None
         if cache is not None and cache.previous():
-            (before_BHKV,) = cache.previous()
+            (initial_BHKV,) = cache.previous()
         elif self.state_exchange is not None:
-            before_BHKV = self.state_exchange(state_BHKV, kept_BSHK[:, -1])
-        if before_BHKV is not None:
-            y_BSHV = y_BSHV + torch.einsum("bshk,bhkv->bshv", q_BSHK * kept_BSHK, before_BHKV)
-            state_BHKV = state_BHKV + kept_BSHK[:, -1, :, :, None] * before_BHKV
+            initial_BHKV = self.state_exchange(state_BHKV, carry_BSHK[:, -1])
+        if initial_BHKV is not None:
+            y_BSHV = y_BSHV + torch.einsum("bshk,bhkv->bshv", q_BSHK * carry_BSHK, initial_BHKV)
+            state_BHKV = state_BHKV + carry_BSHK[:, -1, :, :, None] * initial_BHKV
         if cache is not None:
             cache.store(state_BHKV)
         return self.out_proj(self.norm(y_BSHV.flatten(2).to(u_BSC.dtype), self.gate_proj(u_BSC)))
@@ -199,9 +199,9 @@ class GatedLinearAttention(Mixer):
         """Count what autograd keeps, in 16-bit elements; tensors of the scan are fp32 and count twice."""
         sizes = cls.section(config)
         keys, values = sizes.heads * sizes.key_dim / tp, sizes.heads * sizes.value_dim / tp
-        between = 2 * sizes.chunk_size * keys
+        pair_decays = 2 * sizes.chunk_size * keys
         states = keys * sizes.value_dim / sizes.chunk_size
-        return Activations(3 * keys + 2 * values + 2 * (12 * keys + 3 * values + between + states), values)
+        return Activations(3 * keys + 2 * values + 2 * (12 * keys + 3 * values + pair_decays + states), values)
 
     # step 7: decoding
     @classmethod

@@ -94,7 +94,7 @@ class CommonEngine:
         self.loss_scale = LossScale() if training.precision == "fp16" else None
         self._unread: StepResult | None = None  # of the last step, which the loss scale has not yet adapted to
 
-    def _watch_gradients(self) -> None:
+    def _watch_nonfinite(self) -> None:
         """Watch this rank's gradient per micro-batch; call when the modules have their final forward."""
         self._watch = GradientWatch(self.module.embed)
 

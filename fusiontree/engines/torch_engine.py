@@ -73,7 +73,7 @@ class TorchEngine(CommonEngine):
             root = placement.finish(root)
         self._root = root
         self.optimizer = self._build_optimizer(training)
-        self._watch_gradients()
+        self._watch_nonfinite()
 
     def _build_optimizer(self, training: TrainingConfig) -> torch.optim.Optimizer:
         leaves = [leaf for placement in self.placements for leaf in placement.leaves()]

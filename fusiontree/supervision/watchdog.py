@@ -134,7 +134,7 @@ class Watchdog:
 
     def _write_crash(self, error: BaseException) -> None:
         section = self._failed_in or "between sections"
-        values = {**self._state("crash", section), "error": in_short(error)}
+        values = {**self._state("crash", section), "error": summarize_error(error)}
         try:
             write_report(self.run_dir, self.rank, values)
             with (self.run_dir / FOLDER / f"rank-{self.rank}.stacks.txt").open("w") as file:
@@ -143,7 +143,7 @@ class Watchdog:
             _complain(f"the report of the error could not be written: {problem}")
 
 
-def in_short(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     """Return an error in a line: its kind and message; of a long message its first and last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     text = lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"

@@ -20,7 +20,7 @@ from fusiontree.data.validation import ValidationData
 from fusiontree.engines.base import Engine
 from fusiontree.supervision.restart_policy import count_starts
 from fusiontree.supervision.signals import StopRequest
-from fusiontree.supervision.watchdog import Watchdog, in_short
+from fusiontree.supervision.watchdog import Watchdog, summarize_error
 from fusiontree.tracking.console import NOTICE, Console
 from fusiontree.tracking.crash_report import collect_reports, explain
 from fusiontree.tracking.records import Records, read_records
@@ -96,7 +96,7 @@ class Trainer:
         self.pipeline = StepPipeline(step, engine, train_data, watchdog, self.spikes, self.batches.next)
         self.validation = Validation(engine, validation_data, records, console)
         self._train_seconds = 0.0
-        self._slow_s = settings.config.supervision.slow_timeout_s
+        self._section_timeout_s = settings.config.supervision.slow_timeout_s
 
     def run(self) -> Outcome:
         """Resume if there is a checkpoint, train, validate, save; return how it ended.
@@ -110,20 +110,20 @@ class Trainer:
                 return self._run(stop)
         except BaseException as error:
             self.checkpoints.wait_for_last_save(patience_s=60)
-            self._end("failed", in_short(error))
+            self._end("failed", summarize_error(error))
             raise
         finally:
             gc_control.unfreeze()
 
     def _run(self, stop: StopRequest) -> Outcome:
-        with self.watchdog.section("resume", self._slow_s):
+        with self.watchdog.section("resume", self._section_timeout_s):
             self._resume()
             self.saver.prepare(self.engine.state_tensors())
         max_steps = self.settings.training.max_steps
         if self.position.step >= max_steps:
             outcome, reason = Outcome.FINISHED, "already finished"
         else:
-            with self.watchdog.section("health check", self._slow_s):
+            with self.watchdog.section("health check", self._section_timeout_s):
                 for observer in self.observers:
                     observer.on_start(self.position.step)
             outcome, reason = self._train(stop)
@@ -139,35 +139,35 @@ class Trainer:
 
     def _train(self, stop: StopRequest) -> tuple[Outcome, str]:
         """Execute steps until the last one or a stop signal; return how they ended and why."""
-        limit_s, is_first = self._slow_s, True  # the first step compiles kernels: allow it more time
+        limit_s, is_first = self._section_timeout_s, True  # the first step compiles kernels: allow it more time
         self.batches.seek(self.position.data)
         while True:
             step = self.watchdog.step = self.position.step + 1
-            self._finish(self.pipeline.submit(step, stop_wanted=stop.requested, limit_s=limit_s))
+            self._process(self.pipeline.submit(step, stop_wanted=stop.requested, limit_s=limit_s))
             queued = self.pipeline.queued
             if queued.spike and self.settings.training.spikes.policy == "rewind" and self._rewind(step, queued.spike):
-                limit_s = self._slow_s
+                limit_s = self._section_timeout_s
                 continue
             self.position.step, self.position.data = step, self.batches.position
             is_last = queued.stop or step >= self.settings.last_step
             is_saved = is_last or _due(step, self.settings.config.checkpoint.save_interval)
             is_validated = self._validation_due(step)
-            if is_first or is_saved or is_validated or any(o.needs_drain(step) for o in self.observers):
+            if is_first or is_saved or is_validated or any(o.needs_finished_step(step) for o in self.observers):
                 with self.watchdog.section("end of the step", limit_s):
                     finished = self.pipeline.drain()
-                self._finish(finished)
+                self._process(finished)
             if is_first:
                 gc_control.freeze()
             limit_s, is_first = self.settings.config.supervision.hang_timeout_s, False
             if is_validated:
-                with self.watchdog.section("validate", self._slow_s):
+                with self.watchdog.section("validate", self._section_timeout_s):
                     self.validation.run(step, self.pipeline.tokens)
             if is_saved:
                 self._save(wait=is_last)
             self.checkpoints.report()
             if is_last:
                 return self._outcome(queued.stop, stop)
-            self._repeat_rewinds(step)
+            self._apply_recorded_rewind(step)
 
     def _outcome(self, interrupted: bool, stop: StopRequest) -> tuple[Outcome, str]:
         if self.position.step >= self.settings.training.max_steps:
@@ -176,7 +176,7 @@ class Trainer:
             return Outcome.INTERRUPTED, f"stopped by {stop.signal_name or 'a signal on another rank'}"
         return Outcome.STOPPED, "stopped at training.exit_at_step"
 
-    def _finish(self, step: FinishedStep | None) -> None:
+    def _process(self, step: FinishedStep | None) -> None:
         """Count a finished step and show it to the observers.
 
         Raises:
@@ -205,7 +205,7 @@ class Trainer:
         """Load the newest checkpoint and continue with the data after ``step``; return False if there is none."""
         data_after = self.batches.position
         assert data_after is not None
-        with self.watchdog.section("rewind", self._slow_s):
+        with self.watchdog.section("rewind", self._section_timeout_s):
             self.checkpoints.wait()
             found = self.checkpoints.load_newest()
             if found is None:
@@ -226,11 +226,11 @@ class Trainer:
         self.console.say(f"step {step}: {reason}; back to step {back}, continuing with the data after it")
         return True
 
-    def _repeat_rewinds(self, step: int) -> None:
+    def _apply_recorded_rewind(self, step: int) -> None:
         """If an earlier launch rewound to ``step``, continue with the data that it continued with."""
         data = self.rewinds.data_after(step)
         if data is not None:
-            self._finish(self.pipeline.drain())  # before seek: train_data describes only recent rows
+            self._process(self.pipeline.drain())  # before seek: train_data describes only recent rows
             self.position.data = data
             self.batches.seek(data)
 
@@ -239,7 +239,7 @@ class Trainer:
         return _due(step, interval) or (interval > 0 and step == self.settings.training.max_steps)
 
     def _save(self, *, wait: bool) -> None:
-        with self.watchdog.section("save", self._slow_s):
+        with self.watchdog.section("save", self._section_timeout_s):
             values, files = self._state_dict(), self.settings.extra_files
             self.checkpoints.save(self.position.step, values, files, self._train_seconds, wait=wait)
 

@@ -19,7 +19,7 @@ class Observer:
     def on_start(self, step: int) -> None:
         """Prepare; the run continues after ``step``."""
 
-    def needs_drain(self, step: int) -> bool:
+    def needs_finished_step(self, step: int) -> bool:
         """Return True to drain the pipeline after ``step``, because :meth:`after_step` reads parameters.
 
         The device then waits while the host prepares the next step.
@@ -70,7 +70,7 @@ class HealthMonitor(Observer):
         """Examine every rank's node."""
         self._monitors.at_start(self._settings.run_dir, self._settings.values)
 
-    def needs_drain(self, step: int) -> bool:
+    def needs_finished_step(self, step: int) -> bool:
         """Return True where ranks or copies of parameters are compared."""
         return self._monitors.due(step)
 

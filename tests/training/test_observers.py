@@ -74,8 +74,8 @@ def test_the_pipeline_is_drained_where_copies_or_ranks_are_compared(ranks: int) 
     parts.engine.world_size = ranks
     settings = run_settings(straggler_interval=4, replica_check_interval=6)
     monitor = HealthMonitor(parts.engine, settings, parts.records, parts.watchdog)
-    assert [step for step in range(1, 13) if monitor.needs_drain(step)] == ([4, 6, 8, 12] if ranks > 1 else [])
-    assert not Observer().needs_drain(4)
+    assert [step for step in range(1, 13) if monitor.needs_finished_step(step)] == ([4, 6, 8, 12] if ranks > 1 else [])
+    assert not Observer().needs_finished_step(4)
 
 
 def test_peer_watch_gives_the_watchdog_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_a_rewind_loads_the_checkpoint_then_tells_all_observers() -> None:
     trainer: Any = Trainer.__new__(Trainer)
     for name in ("batches", "watchdog", "checkpoints", "pipeline", "rewinds", "engine", "records", "console"):
         setattr(trainer, name, getattr(parts, name))
-    trainer.observers, trainer._slow_s = [parts.first, parts.second], 0.0
+    trainer.observers, trainer._section_timeout_s = [parts.first, parts.second], 0.0
     trainer._load_state_dict = parts.load
 
     def load(state: dict[str, Any]) -> None:

@@ -87,7 +87,7 @@ class ZeroEngine(CommonEngine):
         self._slices = list(self._zero.slices(self._names, layout.dp_cp_rank))
         for flat in self._zero.masters:
             fill_states(self._zero.torch_optimizer, flat, new_states(self.optimizer_spec, flat))
-        self._watch_gradients()
+        self._watch_nonfinite()
 
     def _config(self, training: TrainingConfig, parallel: ParallelConfig) -> dict[str, Any]:
         return deepspeed_config(
