@@ -92,7 +92,7 @@ def check_options(config: Config, args: argparse.Namespace) -> None:
     if args.decode is not None and args.decode < 1:
         raise UserError(f"--decode {args.decode} must be at least 1 token")
     place = process_place()
-    device = choose_device(config.training.device, place.local_rank)
+    device = choose_device(config.training.device, place.local_rank, "training.device")
     if args.profile is not None:
         if device.type == "cpu":
             raise UserError("--profile traces the kernels of a GPU, and this run is on the CPU; leave it out")

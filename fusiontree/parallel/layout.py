@@ -61,7 +61,7 @@ class Layout:
             shard_size: ranks that share one copy of the parameters under fsdp2; None means all.
         """
         self.place = process_place()
-        self.device = choose_device(device, self.place.local_rank)
+        self.device = choose_device(device, self.place.local_rank, "training.device")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.backend = "nccl" if self.device.type == "cuda" else "gloo"

@@ -17,12 +17,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _BF16_PEAK = {"H100": 989.4e12, "H200": 989.4e12, "GH200": 989.4e12, "A100": 312e12, "B200": 2250e12}
 
 
-def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+def choose_device(wanted: str, local_rank: int = 0, option: str = "--device") -> torch.device:
     """Return the device that this process computes on.
 
     Args:
         wanted: auto (a GPU if there is one), cpu, cuda (the GPU with the number ``local_rank``) or cuda:N.
         local_rank: number of this process among the processes of its node.
+        option: option or setting of ``wanted``, which errors name.
 
     Raises:
         UserError: the name is unknown, there is no GPU, or there are too few GPUs.
@@ -37,18 +38,18 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"device '{wanted}' is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cpu":
         return device
-    cpu = "use device cpu (training.device or --device)"
+    cpu = f"use {option}{'=' if '.' in option else ' '}cpu"
     if not torch.cuda.is_available():
         built = torch.version.cuda
         reason = f"this torch ({torch.__version__}) is built without CUDA" if built is None else "no GPU is visible"
-        raise UserError(f"device is {wanted}, but {reason}; {cpu} or a machine with a GPU")
+        raise UserError(f"{option} is {wanted}, but {reason}; {cpu} or a machine with a GPU")
     count = torch.cuda.device_count()
     index, way_out = local_rank, f"start at most {count} processes per node"
     if device.index is not None:
         index, way_out = device.index, f"use cuda:0 to cuda:{count - 1}"
     if index >= count:
         raise UserError(
-            f"device is {wanted}, but cuda:{index} is absent: this machine shows {count} GPUs; {way_out}, or {cpu}"
+            f"{option} is {wanted}, but cuda:{index} is absent: this machine shows {count} GPUs; {way_out}, or {cpu}"
         )
     return torch.device("cuda", index)
 

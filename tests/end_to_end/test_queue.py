@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,10 +38,10 @@ def test_a_step_is_read_while_the_device_has_the_next(
 
         return read
 
-    def forward(self: torch_engine.TorchEngine, inputs: object) -> object:
+    def forward(self: torch_engine.TorchEngine, *arguments: Any) -> object:
         nonlocal forwards
         forwards += 1
-        return original(self, inputs)
+        return original(self, *arguments)
 
     original = torch_engine.TorchEngine.forward
     monkeypatch.setattr(torch_engine.TorchEngine, "forward", forward)
