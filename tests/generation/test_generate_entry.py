@@ -190,7 +190,7 @@ def test_a_gpu_that_is_not_there_is_an_error(call):
     code, _, err = call("--prompt", "a", "--device", "cuda:0")
     assert code == 2
     assert "device is cuda:0, but" in err
-    assert "use device cpu" in err
+    assert "use --device cpu" in err
 
 
 @pytest.mark.parametrize("arguments", [["--promt", "a"], ["--max-new", "3"], ["--json", "--stream"], ["positional"]])
