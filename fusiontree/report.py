@@ -44,23 +44,28 @@ def summary(run_dir: Path, goodput: Goodput) -> list[tuple[str, str]]:
     lines = [("state", ended or "no end recorded: it is running, or it was killed")]
     if train:
         last = train[-1]
-        speeds = sorted(r["tokens_per_s"] for r in train)
-        lines.append(("reached", f"step {last['step']}, loss {last['loss']:.4f}"))
-        lines.append(("training tokens", f"{last['tokens']:,} seen"))
-        lines.append(("median speed", f"{short(speeds[len(speeds) // 2])} tokens/s"))
+        speeds = sorted(r["tokens_per_s"] for r in train if r.get("tokens_per_s"))
+        lines.append(("reached", f"step {last['step']}, loss {_loss(last['loss'])}"))
+        lines.append(("training tokens", f"{last.get('tokens', 0):,} seen"))
+        if speeds:
+            lines.append(("median speed", f"{short(speeds[len(speeds) // 2])} tokens/s"))
     if validation:
         last = validation[-1]
-        lines.append(("last validation", f"loss {last['validation_loss']:.4f} at step {last['step']}"))
+        lines.append(("last validation", f"loss {_loss(last['validation_loss'])} at step {last['step']}"))
         if sizes := _validation_tokens(last):
             lines.append(("validation tokens", sizes))
     lines.append(
-        ("goodput", f"{goodput.share:.1%}: {clock(goodput.kept_s)} of {clock(goodput.wall_s)} became kept steps")
+        ("goodput", f"{goodput.share:.1%}: {clock(goodput.kept_s)} of {clock(goodput.busy_s)} became kept steps")
     )
     lines += [(name, clock(seconds)) for name, seconds, _ in goodput.shares()[1:]]
     ranks = ", ".join(str(s.world_size) for s in goodput.sessions)
     count = len(goodput.interruptions)
     lines.append(("starts", f"{len(goodput.sessions)} starts on {ranks} ranks, {count} interruptions"))
     return lines
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _validation_tokens(record: dict[str, Any]) -> str:
@@ -81,7 +86,7 @@ def text_report(run_dir: Path, goodput: Goodput) -> str:
     ]
     counts = Counter(fault["event"] for fault in goodput.faults)
     lines += [f"  {count} x {kind}" for kind, count in sorted(counts.items())]
-    lines += [f"    {f['time']} {_describe(f)}" for f in goodput.faults[-_SHOWN:]]
+    lines += [f"    {f.get('time', '')} {_describe(f)}" for f in goodput.faults[-_SHOWN:]]
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
 from fusiontree.supervision.signals import STOP_SIGNALS, exit_on_sigusr1
 from fusiontree.tracking.console import NOTICE, Console
+from fusiontree.training.lost_checkpoints import check_nothing_lost
 from fusiontree.training.run_folder import check_run_folder
 from fusiontree.utils.environment import flight_record, keep_flight_record, process_place
 from fusiontree.utils.errors import UserError
@@ -102,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
     for name in config.logging.layer_metrics:
         LAYER_METRICS.get(name)
     check_run_folder(Path(config.run_dir), config_values(config))
+    if place.is_main and (loss := check_nothing_lost(Path(config.run_dir), config.checkpoint)):
+        log.warning(loss)
     if args.print_run_dir:
         print(config.run_dir)
         return 0

@@ -311,7 +311,7 @@ class FaultyRun:
         steps = [r for r in metrics if "loss" in r]
         if [r["step"] for r in steps] != list(range(1, STEPS + 1)):
             return f"steps logged: {[r['step'] for r in steps]}"
-        skipped = [r["step"] for r in steps if not math.isfinite(r["loss"])]
+        skipped = [r["step"] for r in steps if r["loss"] is None]
         poisoned = {note["step"]: note["rank"] for note in self.fired() if note["kind"] == "nan"}
         if len(skipped) > 1 or not set(skipped) <= poisoned.keys():
             return f"steps {skipped} were skipped, poisoned were {poisoned}"
@@ -323,11 +323,8 @@ class FaultyRun:
         for mine, wanted in zip(metrics, reference, strict=True):
             for key in ("step", "tokens_hash", "tokens", "loss", "lm_loss", "grad_norm", "validation_loss"):
                 a, b = mine.get(key), wanted.get(key)
-                same = a == b or (
-                    isinstance(a, float)
-                    and isinstance(b, float)
-                    and (math.isclose(a, b, rel_tol=1e-5) or (math.isnan(a) and math.isnan(b)))
-                )
+                close = isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-5)
+                same = a == b or close  # None where a number is not finite
                 if not same:
                     return f"step {mine['step']}: {key} is {a}, the reference has {b}"
         return self._missing_event(events)

@@ -19,3 +19,10 @@ class CheckpointConfig(Section):
         "Copy the state to CPU memory (this rank's part of it) and write it while training continues.",
         alias="async",
     )
+    resume_step: int | None = setting(
+        None,
+        "Accept that later checkpoints, which the run's records know of, are gone, if the newest one there is of this "
+        "step; 0: there is none. Has no effect while no checkpoint is missing.",
+        unit="steps",
+        ge=0,
+    )

@@ -48,6 +48,21 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(f for f in checkpoints.iterdir() if _STEP.match(f.name) and (f / MANIFEST).is_file())
 
 
+def incomplete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Return the checkpoint folders without a manifest, oldest first: a save never leaves one, so they are damaged."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(f for f in checkpoints.iterdir() if _STEP.match(f.name) and not (f / MANIFEST).is_file())
+
+
+def damaged_steps(checkpoints: Path) -> set[int]:
+    """Return the steps of damaged checkpoints: those set aside, and those without a manifest."""
+    aside = checkpoints.glob(f"{_DAMAGED}step-*") if checkpoints.is_dir() else ()
+    found = (re.match(rf"{_DAMAGED}step-(\d{{8}})(-\d+)?$", folder.name) for folder in aside)
+    steps = {int(match.group(1)) for match in found if match}
+    return steps | {folder_step(folder) for folder in incomplete_checkpoints(checkpoints)}
+
+
 def remove_partial(checkpoints: Path) -> list[Path]:
     """Delete leftovers of killed saves and return the deleted folders."""
     left = [f for f in checkpoints.glob(f"{_PARTIAL}*") if f.is_dir()] if checkpoints.is_dir() else []

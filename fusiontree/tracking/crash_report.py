@@ -37,12 +37,23 @@ def read_reports(run_dir: Path) -> list[dict[str, Any]]:
     """Return the reports in the run folder, ordered by rank."""
     found = []
     for file in (run_dir / FOLDER).glob("rank-*.json"):
+        if not (number := file.stem.removeprefix("rank-")).isdecimal():
+            continue
+        unknown = {"rank": int(number), "kind": "hang", "section": "unknown: its report cannot be read"}
         try:
-            found.append(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            rank = int(file.stem.removeprefix("rank-"))
-            found.append({"rank": rank, "kind": "hang", "section": "unknown: its report cannot be read"})
+            report = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            report = None
+        found.append({**report, "rank": int(number)} if _is_whole(report) else unknown)
     return sorted(found, key=lambda report: report["rank"])
+
+
+def _is_whole(report: Any) -> bool:
+    """Return whether a report has what :func:`explain` reads."""
+    if not isinstance(report, dict):
+        return False
+    required = {"kind", "section"} | ({"error", "unix_time"} if report.get("kind") == "crash" else set())
+    return required <= report.keys()
 
 
 def collect_reports(run_dir: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,17 +67,23 @@ def read_curves(run_dir: Path) -> RunCurves:
     validation = [r for r in records if "validation_loss" in r]
     if not train:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} has no logged step to plot")
+    loss_N = [_number(r.get("lm_loss")) for r in train]
     return RunCurves(
         step_N=[r["step"] for r in train],
-        loss_N=[r["lm_loss"] for r in train],
-        smoothed_N=smooth([r["lm_loss"] for r in train]),
-        lr_N=[r["lr"] for r in train],
-        tokens_per_s_N=[r["tokens_per_s"] for r in train],
-        gate_NL=[r["gates"]["mean"] for r in train],
+        loss_N=loss_N,
+        smoothed_N=smooth(loss_N),
+        lr_N=[_number(r.get("lr")) for r in train],
+        tokens_per_s_N=[_number(r.get("tokens_per_s")) for r in train],
+        gate_NL=[[_number(gate) for gate in r.get("gates", {}).get("mean", ())] for r in train],
         validation_step_V=[r["step"] for r in validation],
-        validation_loss_V=[r["validation_loss"] for r in validation],
-        resumes=[e.get("to_step", e["step"]) for e in read_records(run_dir / "events.jsonl") if _continues(e)],
+        validation_loss_V=[_number(r["validation_loss"]) for r in validation],
+        resumes=[e.get("to_step", e.get("step", 0)) for e in read_records(run_dir / "events.jsonl") if _continues(e)],
     )
+
+
+def _number(value: Any) -> float:
+    """Return a recorded number; null, of a number that was not finite, is NaN."""
+    return value if isinstance(value, int | float) else math.nan
 
 
 def smooth(values: list[float]) -> list[float]:

@@ -23,6 +23,8 @@ class Session:
     last_sign: float = 0.0
     saves: list[tuple[int, float]] = field(default_factory=list)
     """Step and training seconds of this session so far, at every save."""
+    is_done: bool = False
+    """It reached its last step; until the next start nothing was to do."""
     end: str | None = None
     """Reason recorded by the session itself: finished, stopped or interrupted. None: it recorded no end."""
     cause: str | None = None
@@ -53,24 +55,33 @@ class Goodput:
     wall_s: float
     kept_s: float
     saving_s: float
+    idle_s: float
+    """Part of ``wall_s`` between an end that the user asked for and the next start."""
     sessions: list[Session]
     interruptions: list[Interruption]
     faults: list[dict[str, Any]]
 
     @property
     def share(self) -> float:
-        """Kept training time over wall time."""
-        return self.kept_s / self.wall_s if self.wall_s else 0.0
+        """Kept training time over busy time."""
+        return self.kept_s / self.busy_s if self.busy_s else 0.0
+
+    @property
+    def busy_s(self) -> float:
+        """Wall time without the idle time."""
+        return self.wall_s - self.idle_s
 
     def shares(self) -> list[tuple[str, float, str]]:
         """Return the uses of the wall time: name, seconds and a colour; the seconds add up to ``wall_s``."""
-        lost = min(sum(i.lost_s for i in self.interruptions), max(0.0, self.wall_s - self.kept_s - self.saving_s))
-        rest = max(0.0, self.wall_s - self.kept_s - self.saving_s - lost)
+        lost = min(sum(i.lost_s for i in self.interruptions), max(0.0, self.busy_s - self.kept_s - self.saving_s))
+        rest = max(0.0, self.busy_s - self.kept_s - self.saving_s - lost)
+        idle = [("idle after an end", self.idle_s, "#d5dae0")] if self.idle_s else []
         return [
             ("kept steps", self.kept_s, "#009E73"),
             ("saving", self.saving_s, "#56B4E9"),
             ("lost to interruptions", lost, "#D55E00"),
             ("starting, validating, other", rest, "#9aa5b1"),
+            *idle,
         ]
 
 
@@ -82,25 +93,38 @@ FAULTS = (
 """Endings of the names of events that the report counts and shows; trackers add NAME_failed and NAME_offline."""
 
 
+_TIMED = frozenset({"unix_time"})
+_FIELDS: dict[str, frozenset[str]] = {
+    "start": _TIMED | {"step", "world_size"},
+    "resume": _TIMED | {"step", "world_size"},
+    "save": _TIMED | {"step", "train_seconds", "seconds"},
+    "rewind": _TIMED | {"to_step", "reason"},
+    **dict.fromkeys(("hang", "crash", "failed", "finished", "stopped", "interrupted"), _TIMED | {"reason"}),
+}
+"""What the report reads of an event; an event without it is left out."""
+
+
 def account(run_dir: Path) -> Goodput:
     """Read a run's events and sum up its wall time.
 
     Raises:
         UserError: the folder holds no events.
     """
-    events = read_records(run_dir / "events.jsonl")
+    events = [e for e in read_records(run_dir / "events.jsonl") if _FIELDS.get(e["event"], _TIMED) <= e.keys()]
     if not events:
         raise UserError(f"'{run_dir}' holds no events.jsonl, so it is no run folder, or the run never started")
     sessions: list[Session] = []
     interruptions: list[Interruption] = []
     saved_at: dict[int, float] = {}
-    saving = 0.0
+    saving = idle = 0.0
     times = timeline(events)
     for now, event in zip(times, events, strict=True):
         kind = event["event"]
         if kind in ("start", "resume"):
             step = event["step"]
-            if sessions:
+            if sessions and sessions[-1].is_done:
+                idle += now - sessions[-1].last_sign
+            elif sessions:
                 lost = now - max(saved_at.get(step, 0.0), sessions[-1].began)
                 interruptions.append(Interruption(step, _why_ended(sessions[-1]), lost, now))
             sessions.append(Session(now, step, event["world_size"]))
@@ -122,6 +146,7 @@ def account(run_dir: Path) -> Goodput:
             session.cause = event["reason"]
         elif kind in ("finished", "stopped", "interrupted"):
             session.end = event["reason"]
+            session.is_done = kind != "interrupted"
     kept, until_step = 0.0, 1 << 62
     for session in reversed(sessions):
         kept += session.kept(until_step)
@@ -132,6 +157,7 @@ def account(run_dir: Path) -> Goodput:
         wall_s=times[-1],
         kept_s=kept,
         saving_s=saving,
+        idle_s=idle,
         sessions=sessions,
         interruptions=interruptions,
         faults=[event for event in events if event["event"].endswith(FAULTS)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import logging
 import secrets
 import time
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.tracking.config import LoggingConfig
+from fusiontree.tracking.json_lines import format_line, parse_line
 from fusiontree.tracking.tracker_process import TrackerProcess
 from fusiontree.utils.files import atomic_write
 
@@ -20,19 +21,38 @@ _CLOCK_JUMP_S = 10.0
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSONL file; a last line that a crash cut off is omitted."""
-    if not path.is_file():
-        return []
-    records = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines):
-        try:
-            if line:
-                records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines) - 2:
-                raise
+    """Return the records of a JSONL file: events have a name, metrics a step.
+
+    A last line that a crash cut off is omitted. Damaged lines, or a file that cannot be read, cost one warning: records
+    are no precondition of a run.
+    """
+    records, damaged = parse_records(path)
+    if damaged:
+        _warn(f"{path}: {len(damaged)} damaged lines are left out; the first is line {damaged[0][0]}")
     return records
+
+
+def parse_records(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, bytes]]]:
+    """Return the records of a JSONL file, and number and bytes of each damaged line; see :func:`read_records`."""
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    except OSError as error:
+        _warn(f"{path} cannot be read ({error.strerror}); the run goes on as if it were empty")
+        return [], []
+    records, damaged = [], []
+    for number, line in enumerate(lines, start=1):
+        record = parse_line(line, "event" if path.name.startswith("events") else "step")
+        if record is not None:
+            records.append(record)
+        elif line.strip() and number < len(lines):  # the last line has no end: a crash cut it off
+            damaged.append((number, line))
+    return records, damaged
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Warn once per process: several readers meet the same damage."""
+    log.warning("%s", message)
 
 
 class Records:
@@ -68,23 +88,38 @@ class Records:
             if tracker.note:
                 self.event(f"{name}_offline", reason=tracker.note)
 
-    def truncate_metrics(self, step: int) -> None:
-        """Move lines after ``step`` to metrics.discarded.jsonl, as training repeats these steps."""
+    def truncate_metrics(self, step: int) -> int:
+        """Move lines after ``step`` to metrics.discarded.jsonl, as training repeats these steps.
+
+        Damaged lines move to metrics.damaged.txt. Where the files cannot be written, it warns and changes nothing.
+
+        Returns:
+            The last step that was moved; ``step`` if there is none.
+        """
         if not self.enabled:
-            return
-        records = read_records(self.metrics_path)
+            return step
+        records, damaged = parse_records(self.metrics_path)
         later = [r for r in records if r["step"] > step]
-        if later:
-            with self.metrics_path.with_name("metrics.discarded.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(r) + "\n" for r in later)
-        with atomic_write(self.metrics_path) as file:
-            file.writelines(json.dumps(r) + "\n" for r in records if r["step"] <= step)
+        try:
+            if damaged:
+                _warn(f"{self.metrics_path}: {len(damaged)} damaged lines are now in metrics.damaged.txt")
+                with self.metrics_path.with_name("metrics.damaged.txt").open("ab") as raw:
+                    raw.writelines(line + b"\n" for _, line in damaged)
+            if later:
+                with self.metrics_path.with_name("metrics.discarded.jsonl").open("a", encoding="utf-8") as file:
+                    file.writelines(format_line(r) for r in later)
+            if later or damaged:
+                with atomic_write(self.metrics_path) as file:
+                    file.writelines(format_line(r) for r in records if r["step"] <= step)
+        except OSError as error:
+            _warn(f"{self.metrics_path} keeps lines after step {step}: {error}")
+        return max((r["step"] for r in later), default=step)
 
     def metrics(self, values: dict[str, Any]) -> None:
-        """Append one logged step."""
+        """Append one logged step, with the time."""
         if not self.enabled:
             return
-        self._append(self.metrics_path, values)
+        self._append(self.metrics_path, values | {"unix_time": round(time.time(), 3)})
         for tracker in self._trackers:
             if problem := tracker.failure():
                 self.event(f"{tracker.name}_failed", reason=problem)
@@ -125,7 +160,7 @@ class Records:
         """Append a line; lines that cannot be written now are kept in order for the next call."""
         lines = self._unwritten.setdefault(path, [])
         if values is not None:
-            lines.append(json.dumps(values) + "\n")
+            lines.append(format_line(values))
         try:
             with path.open("ab", buffering=0) as file:  # a buffer would be written again on closing
                 end = file.tell() if path in self._whole else _end_of_lines(path)

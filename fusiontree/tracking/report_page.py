@@ -31,7 +31,8 @@ def write_page(run_dir: Path, summary: Sequence[tuple[str, str]], goodput: Goodp
     title = run_dir.resolve().name
     interruptions = [(str(i.step), clock(i.lost_s), i.cause) for i in goodput.interruptions]
     faults = [
-        (f["time"], f["event"], str(f.get("step", "")), f.get("reason", f.get("folder", ""))) for f in goodput.faults
+        (f.get("time", ""), f["event"], str(f.get("step", "")), f.get("reason", f.get("folder", "")))
+        for f in goodput.faults
     ]
     data = {
         "curves": _curves(run_dir),

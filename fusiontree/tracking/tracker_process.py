@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.tracking.config import LoggingConfig
+from fusiontree.tracking.json_lines import parse_line
 from fusiontree.tracking.tensorboard_tracker import TensorboardTracker
 from fusiontree.tracking.tracker import TRACKERS
 from fusiontree.tracking.wandb_tracker import WandbTracker
@@ -108,7 +109,8 @@ def follow(path: Path, after_step: int) -> Iterator[dict[str, Any] | None]:
                 data = file.read()
                 whole = data[: data.rfind(b"\n") + 1]
                 position += len(whole)
-                fresh = [json.loads(line) for line in whole.splitlines() if line]
+                parsed = (parse_line(line) for line in whole.split(b"\n"))
+                fresh = [record for record in parsed if record is not None]
         for record in fresh:
             if record["step"] > last or (record["step"] == last and "validation_loss" in record):
                 last = record["step"]

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusiontree.checkpoint.folders import complete_checkpoints, remove_partial, set_aside
+from fusiontree.checkpoint.folders import (
+    MANIFEST,
+    complete_checkpoints,
+    incomplete_checkpoints,
+    remove_partial,
+    set_aside,
+)
 from fusiontree.checkpoint.load import check_model, load_newest
 from fusiontree.checkpoint.saver import Saver, SaveResult
 from fusiontree.engines.base import Engine
@@ -129,6 +135,10 @@ class RunCheckpoints:
                 for folder in complete_checkpoints(self.saver.checkpoints):
                     if folder > found[0]:
                         self._set_aside(folder)
+        if self.engine.is_main:
+            for folder in incomplete_checkpoints(self.saver.checkpoints):
+                self._report_damage(f"skipped a damaged checkpoint: {folder} has no {MANIFEST}")
+                self._set_aside(folder)
         self.engine.barrier()
         return found
 

@@ -25,6 +25,7 @@ from fusiontree.tracking.console import NOTICE, Console
 from fusiontree.tracking.crash_report import collect_reports, explain
 from fusiontree.tracking.records import Records, read_records
 from fusiontree.training.checkpoints import RunCheckpoints
+from fusiontree.training.lost_checkpoints import check_nothing_lost
 from fusiontree.training.nonfinite import check_skips
 from fusiontree.training.observers import Observer
 from fusiontree.training.pipeline import BatchStream, FinishedStep, StepPipeline
@@ -95,6 +96,7 @@ class Trainer:
         step = TrainStep(settings, engine, train_data, watchdog, self.spikes)
         self.pipeline = StepPipeline(step, engine, train_data, watchdog, self.spikes, self.batches.next)
         self.validation = Validation(engine, validation_data, records, console)
+        self._order = train_data.order.fingerprint
         self._train_seconds = 0.0
         self._section_timeout_s = settings.config.supervision.slow_timeout_s
 
@@ -246,6 +248,8 @@ class Trainer:
     def _resume(self) -> None:
         starts = 0
         if self.engine.is_main:
+            if loss := check_nothing_lost(self.settings.run_dir, self.settings.config.checkpoint):
+                self.records.event("checkpoints_lost", reason=loss)
             starts = count_starts(read_records(self.records.events_path))
             self.checkpoints.remove_partial()
             if reports := collect_reports(self.settings.run_dir):
@@ -253,9 +257,9 @@ class Trainer:
                 self.records.event(kind, reason=explain(reports), ranks=reports)
         self.engine.barrier()
         found = self.checkpoints.load_newest()
-        origin: dict[str, Any] = {"world_size": self.engine.world_size, "restarts": starts}
+        origin: dict[str, Any] = {"world_size": self.engine.world_size, "restarts": starts, "data": self._order}
         if found is None:
-            self.records.truncate_metrics(0)
+            self._discard_metrics(0)
             self.rewinds.restore(0)
             self.records.event("start", step=0, **origin)
             return
@@ -263,6 +267,12 @@ class Trainer:
         self._load_state_dict(state)
         self.records.event("resume", step=self.position.step, folder=folder.name, **origin)
         self.console.say(f"resumed at step {self.position.step} from {folder}")
+
+    def _discard_metrics(self, step: int) -> None:
+        """Move the metrics of steps after ``step`` aside and say which steps are computed again."""
+        last = self.records.truncate_metrics(step)
+        if last > step:
+            self.console.say(f"steps {step + 1} to {last} were computed before and are computed again", NOTICE)
 
     def _state_dict(self) -> dict[str, Any]:
         """Return the small values of a checkpoint: everything that a resume needs except the engine's tensors."""
@@ -290,7 +300,7 @@ class Trainer:
         self.spikes.load_state_dict(state.get("spikes"))
         self.rewinds.restore(state.get("rewinds", 0))
         self.position.data = self.rewinds.data_after(self.position.step) or self.position.data
-        self.records.truncate_metrics(self.position.step)
+        self._discard_metrics(self.position.step)
 
     def _end(self, outcome: str, reason: str) -> None:
         for observer in self.observers:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusiontree.report import main
-from fusiontree.tracking.crash_report import write_report
+from fusiontree.tracking.crash_report import explain, read_reports, write_report
 from fusiontree.tracking.goodput import account, timeline
 
 
@@ -113,3 +113,33 @@ def test_a_fall_back_over_two_sessions_is_not_kept_and_no_time_is_lost_twice(tmp
     assert goodput.kept_s == 18 + 19
     assert [i.lost_s for i in goodput.interruptions] == [10, 10, 10]
     assert sum(seconds for _, seconds, _ in goodput.shares()) == pytest.approx(goodput.wall_s)
+
+
+def test_time_after_the_end_is_idle_and_not_lost(tmp_path: Path) -> None:
+    """A run that is extended a day after it finished has lost nothing."""
+    events = [
+        (0.0, "start", {"step": 0, "world_size": 1}),
+        (20.0, "save", {"step": 10, "seconds": 1.0, "train_seconds": 18.0}),
+        (20.0, "finished", {"step": 10, "reason": "finished"}),
+        (86_400.0, "resume", {"step": 10, "world_size": 1}),
+        (86_420.0, "save", {"step": 20, "seconds": 1.0, "train_seconds": 19.0}),
+        (86_420.0, "finished", {"step": 20, "reason": "finished"}),
+    ]
+    goodput = account(write(tmp_path, events))
+    assert goodput.interruptions == []
+    assert (goodput.idle_s, goodput.busy_s, goodput.kept_s) == (86_380.0, 40.0, 37.0)
+    assert goodput.share == pytest.approx(37 / 40)
+    assert sum(seconds for _, seconds, _ in goodput.shares()) == pytest.approx(goodput.wall_s)
+
+
+def test_damaged_events_are_left_out_of_the_report(tmp_path: Path) -> None:
+    write(tmp_path, EVENTS)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"event": "save"}\n{"event": "resume", "unix_time": 3}\n{"half\n')
+    (tmp_path / "hangs").mkdir()
+    (tmp_path / "hangs" / "rank-0.json").write_text("[]")
+    (tmp_path / "hangs" / "rank-x.json").write_text("{}")
+    (tmp_path / "hangs" / "rank-1.json").write_text('{"kind": "crash"}')
+    assert account(tmp_path).kept_s == 105
+    assert [report["rank"] for report in read_reports(tmp_path)] == [0, 1]
+    assert "cannot be read" in explain(read_reports(tmp_path))

@@ -72,3 +72,48 @@ def test_what_a_full_disk_refused_is_written_later(tmp_path: Path, monkeypatch: 
     records.metrics({"step": 4})
     records.close()
     assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+BROKEN = b'{"step": 1}\n{"broken\n\xff\xfe\x00\n[1]\n{"loss": 2}\n{"step": "x"}\n{"step": 2}\n'
+
+
+def test_damaged_lines_cost_a_warning_and_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(BROKEN)
+    assert [r["step"] for r in read_records(file)] == [1, 2]
+    assert "5 damaged lines are left out; the first is line 2" in caplog.text
+    assert Records(tmp_path, enabled=True).truncate_metrics(1) == 2
+    assert file.read_text() == '{"step": 1}\n'
+    assert (tmp_path / "metrics.damaged.txt").read_bytes() == b"".join(BROKEN.splitlines(keepends=True)[1:-1])
+
+
+def test_an_unreadable_record_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (tmp_path / name).mkdir()
+        assert read_records(tmp_path / name) == []
+        assert f"{name} cannot be read" in caplog.text
+    (tmp_path / "events.jsonl").rmdir()
+    deep = b"[" * 100_000 + b"\n"
+    (tmp_path / "events.jsonl").write_bytes(b'{"step": 3}\n' + deep + b'{"event": "start"}\n')
+    assert read_records(tmp_path / "events.jsonl") == [{"event": "start"}]
+
+
+def test_nothing_to_move_rewrites_nothing(tmp_path: Path) -> None:
+    records = Records(tmp_path, enabled=True)
+    records.metrics({"step": 1})
+    before = (tmp_path / "metrics.jsonl").stat()
+    assert records.truncate_metrics(1) == 1
+    after = (tmp_path / "metrics.jsonl").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_lines_are_strict_json_with_the_time(tmp_path: Path) -> None:
+    values = {"step": 1, "loss": float("nan"), "gates": {"mean": [0.5, float("inf")]}, "epochs": (-float("inf"), 1)}
+    Records(tmp_path, enabled=True).metrics(values)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert record.pop("unix_time") > 1e9
+    assert record == {"step": 1, "loss": None, "gates": {"mean": [0.5, None]}, "epochs": [None, 1]}
