@@ -15,16 +15,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.program import run_program
+from fusiontree.cli.run_checks import check_data, check_trackers, notes
 from fusiontree.config.load import config_values, dump_config, load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
+from fusiontree.supervision.limits import time_limits
 from fusiontree.supervision.signals import STOP_SIGNALS, exit_on_sigusr1
 from fusiontree.tracking.console import NOTICE, Console
 from fusiontree.training.lost_checkpoints import check_nothing_lost
-from fusiontree.training.run_folder import check_run_folder
+from fusiontree.training.run_folder import check_run_folder, check_same_data, report_changes
 from fusiontree.utils.environment import flight_record, keep_flight_record, process_place
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.layer_metrics import LAYER_METRICS
@@ -95,11 +97,14 @@ def run(args: argparse.Namespace) -> int:
     level = NOTICE if args.quiet else logging.INFO
     logging.basicConfig(level=level if place.is_main else logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("fusiontree.ops.dispatch").setLevel(logging.WARNING)  # the console summarizes the backends
+    if args.world_size is not None and (args.world_size < 1 or not (args.check or args.print_run_dir)):
+        raise UserError(f"--world-size {args.world_size}: give a number above 0, together with --check")
     config = load_config(args.config, args.overrides)
     if args.print_config:
         print(dump_config(config), end="")
         return 0
-    check_layout(config.model, config.parallel, config.training, args.world_size or place.world_size)
+    world_size = args.world_size or place.world_size
+    check_layout(config.model, config.parallel, config.training, world_size)
     for name in config.logging.layer_metrics:
         LAYER_METRICS.get(name)
     check_run_folder(Path(config.run_dir), config_values(config))
@@ -108,26 +113,16 @@ def run(args: argparse.Namespace) -> int:
     if args.print_run_dir:
         print(config.run_dir)
         return 0
+    if place.is_main:
+        for note in notes(config, world_size):
+            log.warning("note: %s", note)
     if args.check:
-        check_data(config)
+        check_data(config, world_size)
+        check_trackers(config)
         print(f"ok: {args.config}, run_dir {config.run_dir}")
         return 0
     exit_on_sigusr1(75)
     return train(config)
-
-
-def check_data(config: Config) -> None:
-    """Open the datasets as training would.
-
-    Raises:
-        UserError: one is missing or empty, or its tokenizer does not fit the model's vocabulary.
-    """
-    from fusiontree.data.loader import TrainingData
-    from fusiontree.data.validation import ValidationData
-
-    data, training, vocab_size = config.data, config.training, config.model.vocab_size
-    sources = TrainingData(data, training, vocab_size).sources
-    ValidationData.for_training(data, training, vocab_size, 0, 1, sources)
 
 
 def train(config: Config) -> int:
@@ -145,12 +140,19 @@ def train(config: Config) -> int:
     apply_restart_policy(Path(config.run_dir), config.supervision)
     keep_flight_record()
     parallel = config.parallel
-    with Layout(config.training.device, tp=parallel.tp, cp=parallel.cp, shard_size=parallel.shard_size) as layout:
+    with Layout(
+        config.training.device,
+        time_limits(config).collective_s,
+        tp=parallel.tp,
+        cp=parallel.cp,
+        shard_size=parallel.shard_size,
+    ) as layout:
         train_data, validation_data = open_data(config, layout)
         with lock_run_folder(config, layout) as lock:
-            tokenizer_files = write_run_folder(config, layout, train_data)
+            tokenizer_files, changes = write_run_folder(config, layout, train_data)
             engine = build_engine(config.model, parallel, config.training, layout)
             trainer = build_trainer(config, layout, engine, train_data, validation_data, tokenizer_files, lock)
+            report_changes(trainer.records, trainer.console, changes)
             outcome = trainer.run()
         if outcome is Outcome.INTERRUPTED:
             # When the first rank exits, srun sends SIGTERM to the others, and launchers may forward a signal more than
@@ -173,6 +175,7 @@ def open_data(config: Config, layout: Layout) -> tuple[TrainingData, dict[str, V
     training, vocab_size = config.training, config.model.vocab_size
     ranks = (layout.dp_rank, layout.dp_size)
     train_data = TrainingData(config.data, training, vocab_size, *ranks)
+    check_same_data(Path(config.run_dir), config_values(config), train_data.order)
     return train_data, ValidationData.for_training(config.data, training, vocab_size, *ranks, train_data.sources)
 
 
@@ -201,16 +204,23 @@ def lock_run_folder(config: Config, layout: Layout) -> Iterator[RunLock]:
             lock.release()
 
 
-def write_run_folder(config: Config, layout: Layout, train_data: TrainingData) -> list[Path]:
-    """Write configuration and tokenizer into the run folder, on the main rank; return the tokenizer's files there."""
+def write_run_folder(
+    config: Config, layout: Layout, train_data: TrainingData
+) -> tuple[list[Path], dict[str, tuple[Any, Any]]]:
+    """Write configuration and tokenizer into the run folder, on the main rank.
+
+    Returns:
+        The tokenizer's files there, and the settings that changed since the last start.
+    """
     from fusiontree.training.run_folder import write_config
 
     files: list[Path] = []
+    changes: dict[str, tuple[Any, Any]] = {}
     if layout.is_main:
-        write_config(Path(config.run_dir), dump_config(config))
+        changes = write_config(Path(config.run_dir), dump_config(config))
         files = train_data.save_tokenizer(Path(config.run_dir))
     layout.barrier()
-    return files
+    return files, changes
 
 
 def build_trainer(

@@ -38,7 +38,7 @@ fi
 if [ -z "${HOSTFILE:-}" ]; then
     where=(--hostfile /dev/null --num_accelerators "$PROCESSES" --master_port "${MASTER_PORT:-29500}")
 elif [ -n "${NODE_RANK:-}" ]; then
-    : "${MASTER_ADDR:?NODE_RANK is $NODE_RANK: set MASTER_ADDR to the address of the first node}"
+    stop_without "NODE_RANK is $NODE_RANK; every node needs the first one's address" MASTER_ADDR
     where=(--hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK")
     where+=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
 else

@@ -26,14 +26,20 @@ answer_alone() {
 
 # Sets NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and, where it is known, PROCESSES (ranks on each node).
 place_in_slurm() {
+    stop_unless_number NNODES NODE_RANK MASTER_PORT PROCESSES SLURM_JOB_NUM_NODES SLURM_NODEID SLURM_JOB_ID
+    # An IPv6 address may be written as in a URL.
+    MASTER_ADDR=${MASTER_ADDR:-} MASTER_ADDR=${MASTER_ADDR#[} MASTER_ADDR=${MASTER_ADDR%]}
+    [ -n "$MASTER_ADDR" ] || unset MASTER_ADDR
     [ -n "${SLURM_JOB_ID:-}" ] || return 0
     NNODES=${NNODES:-${SLURM_JOB_NUM_NODES:-1}}
     NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
     if [ -z "${MASTER_ADDR:-}" ]; then
         # Ranks meet on the first node. A node's name need not be an address; what Slurm reaches it by is.
         local first
+        stop_without "Slurm does not say which nodes job $SLURM_JOB_ID has" SLURM_JOB_NODELIST
         first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
         MASTER_ADDR=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+        stop_without "the address of the first node '$first' of job $SLURM_JOB_ID is not known" MASTER_ADDR
     fi
     # The port follows from the job, so that two jobs on one node do not meet each other; ports from 32768 on are those
     # that the system gives to outgoing connections.
@@ -48,12 +54,39 @@ count_processes() {
     export PROCESSES
 }
 
-# Prints this node's address on the network that leads to another one.
+# stop_without MESSAGE NAME… ends the script with code 2 where one of the variables is not set or empty.
+stop_without() {
+    local name
+    for name in "${@:2}"; do
+        [ -z "${!name:-}" ] || continue
+        echo "error: $1: set $name" >&2
+        exit 2
+    done
+}
+
+# stop_unless_number NAME… ends the script with code 2 where one of the variables is set and no number from 0.
+stop_unless_number() {
+    local name
+    for name in "$@"; do
+        case ${!name:-0} in *[!0-9]*)
+            echo "error: $name is '${!name}', not a number; set it to one or unset it" >&2
+            exit 2
+            ;;
+        esac
+    done
+}
+
+# Prints this node's address on the network that leads to another one, IPv4 or IPv6.
 address_towards() {
     "$python" -c 'import socket, sys
-with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-    probe.connect((sys.argv[1], 9))  # sends nothing; chooses the route
-    print(probe.getsockname()[0])' "$1"
+host = sys.argv[1].strip("[]")
+try:
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing; chooses the route
+        print(probe.getsockname()[0])
+except OSError as error:
+    sys.exit(f"error: no route to the first node at MASTER_ADDR={host}: {error}")' "$1"
 }
 
 # find_run_dir WORLD_SIZE ARGUMENTS… sets run_dir; a wrong configuration or layout ends the script here, once, rather

@@ -26,8 +26,8 @@ find_run_dir "$((${NNODES:-1} * PROCESSES))" "$@"
 if [ "${NNODES:-1}" = 1 ]; then
     where=(--standalone)
 else
-    : "${MASTER_ADDR:?NNODES is $NNODES: set MASTER_ADDR to the address of the first node}"
-    : "${NODE_RANK:?NNODES is $NNODES: set NODE_RANK to the number of this node, from 0}"
+    stop_without "NNODES is $NNODES; every node needs the first one's address and its own number, from 0" \
+        MASTER_ADDR NODE_RANK
     MASTER_PORT=${MASTER_PORT:-29500}
     # The first node keeps the rendezvous. Nodes that lose each other for a while meet there again.
     first=$([ "$NODE_RANK" = 0 ] && echo true || echo false)
@@ -35,7 +35,8 @@ else
         --rdzv-id "fusiontree-${SLURM_JOB_ID:-0}"
         --rdzv-conf "is_host=$first,join_timeout=${JOIN_TIMEOUT:-1800},read_timeout=${JOIN_TIMEOUT:-1800}")
     # Any node may become the ranks' meeting point, and the name of a host need not be an address that its peers know.
-    where+=(--local-addr "$(address_towards "$MASTER_ADDR")")
+    address=$(address_towards "$MASTER_ADDR") || exit 2
+    where+=(--local-addr "$address")
     unset MASTER_ADDR MASTER_PORT # torchrun tells its ranks where they meet
 fi
 

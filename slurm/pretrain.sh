@@ -49,7 +49,8 @@ overrides=("${arguments[@]:1}")
 cd "$root" || exit 2
 
 # Every number of nodes that the job may get must fit the layout.
-for world in $(world_sizes); do
+worlds=$(world_sizes) || exit 2
+for world in $worlds; do
     if ! ask fusiontree.train --check --world-size "$world" --config "$config" ${overrides[@]+"${overrides[@]}"}; then
         echo "error: not started; mend the above first" >&2
         exit 2

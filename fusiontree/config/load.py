@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -16,14 +17,26 @@ from fusiontree.config.moved import present_name, under_present_names
 from fusiontree.config.packaged import find_file, hint_for
 from fusiontree.config.plugins import load_plugins
 from fusiontree.config.root import Config
+from fusiontree.utils.environment import expand_path
 from fusiontree.utils.errors import UserError, nearest
+from fusiontree.utils.files import read_text
 from fusiontree.utils.settings import Section
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads ``3e-4`` as a number and refuses a key given twice."""
+    """YAML that reads ``3e-4`` as a number, ``010``, ``1:30`` and dates as texts, and refuses a key given twice."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in ("int", "float", "timestamp")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F_]+|0b[01_]+)$"),
+    list("-+0123456789"),
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -35,12 +48,17 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
+    seen: set[str] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise UserError(f"key '{key}' is given twice (line {key_node.start_mark.line + 1}); remove one")
-        seen.add(key)
+        line = key_node.start_mark.line + 1
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue  # what the mapping itself says replaces what is merged into it
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"a key is a list or a mapping (line {line}); keys are names")
+        if key_node.value in seen:
+            raise UserError(f"key '{key_node.value}' is given twice (line {line}); remove one")
+        seen.add(key_node.value)
+        key_node.tag = "tag:yaml.org,2002:str"  # a name such as on, 2 or null is a text, too
     return loader.construct_mapping(node, deep=True)
 
 
@@ -48,13 +66,19 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def parse_yaml(text: str, place: str) -> Any:
-    """Parse YAML text; ``place`` names its origin in errors."""
+    """Parse YAML text; ``place`` names its origin in errors.
+
+    Raises:
+        UserError: the text is no YAML, nests too deeply, or gives a key twice.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{place}: not valid YAML: {error}") from error
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{place}: not valid YAML: it nests too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of more than 4300 digits
+        raise UserError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -68,10 +92,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         UserError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a value
             has the wrong type or range.
     """
-    path = find_file(Path(path))
+    path = find_file(Path(expand_path(str(path))))
     if not path.is_file():
         raise UserError(f"config file '{path}' does not exist{hint_for(path)}")
-    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    values = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise UserError(f"config file '{path}' is empty or no mapping; it needs sections such as model, training, data")
     values = under_present_names(values, str(path))
@@ -105,6 +129,8 @@ def build_config(values: dict[str, Any], place: str) -> Config:
         UserError: a plugin cannot be imported, or a setting is wrong; lists every problem, one per line.
     """
     values = under_present_names(values, place)
+    if wrong := list(_not_finite(values)):
+        raise UserError("\n".join(f"{place}: '{name}' is {value}; write a finite number" for name, value in wrong))
     plugins = values.get("plugins")
     if isinstance(plugins, list) and all(isinstance(name, str) for name in plugins):
         load_plugins(plugins)
@@ -113,6 +139,15 @@ def build_config(values: dict[str, Any], place: str) -> Config:
     except ValidationError as error:
         lines = [f"{place}: {_explain(problem)}" for problem in error.errors()]
         raise UserError("\n".join(lines)) from None
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Yield dotted name and value of every number that is not finite or exceeds 64 bits, also where any is allowed."""
+    if (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= 1 << 63):
+        yield name, value
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield from _not_finite(inner, f"{name}.{key}".lstrip("."))
 
 
 def _explain(problem: Any) -> str:

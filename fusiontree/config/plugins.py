@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from fusiontree.utils.environment import expand_path
 from fusiontree.utils.errors import UserError
 
 
@@ -20,7 +21,7 @@ def load_plugins(names: Sequence[str]) -> None:
     """
     for name in names:
         try:
-            _import_file(Path(name)) if name.endswith(".py") else _import_module(name)
+            _import_file(Path(expand_path(name))) if name.endswith(".py") else _import_module(name)
         except UserError:
             raise
         except Exception as error:

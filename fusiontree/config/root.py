@@ -14,13 +14,13 @@ from fusiontree.parallel.config import ParallelConfig
 from fusiontree.supervision.config import SupervisionConfig
 from fusiontree.tracking.config import LoggingConfig
 from fusiontree.training.config import TrainingConfig
-from fusiontree.utils.settings import Section, setting
+from fusiontree.utils.settings import PathText, Section, setting
 
 
 class Config(Section):
     """A run: one YAML file with these sections, then ``section.key=value`` overrides."""
 
-    run_dir: str = setting(..., "Folder of the run; starting again with the same folder resumes it.")
+    run_dir: PathText = setting(..., "Folder of the run; starting again with the same folder resumes it.")
     plugins: list[str] = setting(
         list,
         "Python modules (dotted names, or paths that end in .py) to import first; they register mixers, optimizers, "

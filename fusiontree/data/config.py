@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Tag, model_validator
 
-from fusiontree.utils.settings import Section, setting
+from fusiontree.utils.environment import expand_path
+from fusiontree.utils.settings import PathText, Section, setting
+
+LONGEST_WAIT_S = 60.0
+"""Longest wait between two attempts to read."""
 
 
 class DatasetConfig(Section):
     """A dataset of any type."""
 
-    path: str = setting(..., "Folder or URL of the dataset; other types than shards say what it is.")
+    path: PathText = setting(..., "Folder or URL of the dataset; other types than shards say what it is.")
     type: str = setting("shards", "Type of token source: shards, megatron, or a type that a plugin registers.")
     options: dict[str, Any] = setting({}, "Options of this type.")
 
@@ -27,6 +32,12 @@ class SourceConfig(DatasetConfig):
     )
 
 
+def _place(path: str) -> str:
+    """Return a path by which two spellings of one folder, such as a link or a relative path, are equal."""
+    is_folder = not path.startswith("pipe:") and "://" not in path.removeprefix("file://")
+    return os.path.realpath(path.removeprefix("file://")) if is_folder else path.rstrip("/")
+
+
 def _form(value: Any) -> str:
     """Return the tag of the form in which ``data.validation`` is given; only its errors are then reported."""
     if isinstance(value, DatasetConfig) or (isinstance(value, dict) and "path" in value):
@@ -35,11 +46,11 @@ def _form(value: Any) -> str:
 
 
 Dataset = Annotated[
-    Annotated[str, Tag("<path>")] | Annotated[DatasetConfig, Tag("<dataset>")],
+    Annotated[PathText, Tag("<path>")] | Annotated[DatasetConfig, Tag("<dataset>")],
     Discriminator(lambda value: _form(value).replace("<named>", "<dataset>")),
 ]
 ValidationSets = Annotated[
-    Annotated[str, Tag("<path>")]
+    Annotated[PathText, Tag("<path>")]
     | Annotated[DatasetConfig, Tag("<dataset>")]
     | Annotated[dict[str, Dataset], Tag("<named>")],
     Discriminator(_form),
@@ -49,11 +60,11 @@ ValidationSets = Annotated[
 class DataConfig(Section):
     """Token shards made by ``fusiontree data build``, or other token sources.
 
-    The path of a dataset is a folder, a URL that fsspec knows (s3:// http:// https:// gs:// hf:// …), or
-    ``pipe:COMMAND`` with ``{name}`` where the command takes a file's name.
+    The path of a dataset is a folder (``~`` and ``$NAME`` are replaced), a URL that fsspec knows (s3:// http:// https://
+    gs:// hf:// …), or ``pipe:COMMAND`` with ``{name}`` where the command takes a file's name.
     """
 
-    train: str | list[SourceConfig] = setting(
+    train: PathText | list[SourceConfig] = setting(
         ..., "Dataset folder or URL, or a list of {path, weight, type, options} to mix."
     )
     validation: ValidationSets | None = setting(
@@ -84,6 +95,9 @@ class DataConfig(Section):
     )
     prefetch_shards: int = setting(16, "Number of shards to fetch from URLs ahead of use.", ge=0)
     fetch_attempts: int = setting(6, "Attempts to read from a URL or a failing disk before the run stops.", ge=1)
+    fetch_stall_s: float = setting(
+        60.0, "A transfer from a URL that receives no data for this long has failed.", unit="seconds", gt=0
+    )
     fetch_wait_s: float = setting(
         1.0, "Wait before the second attempt; doubles with each further attempt, up to a minute.", unit="seconds", ge=0
     )
@@ -102,23 +116,35 @@ class DataConfig(Section):
 
     @property
     def cache_folder(self) -> Path:
-        """``cache_dir`` with ``~`` expanded."""
-        return Path(self.cache_dir).expanduser()
+        """``cache_dir`` with ``~`` and ``$NAME`` replaced, on this node: they may differ between nodes."""
+        return Path(expand_path(self.cache_dir))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a dataset is at a URL or behind a command."""
+        paths = [dataset.path for dataset in (*self.sources, *self.validation_sets.values())]
+        return any(path.startswith("pipe:") or ("://" in path and not path.startswith("file://")) for path in paths)
+
+    @property
+    def longest_read_s(self) -> float:
+        """Seconds for which a read is retried before the run stops: the waits, and silence in attempts of URLs."""
+        waits = self.fetch_attempts - 1
+        growing = [min(LONGEST_WAIT_S, self.fetch_wait_s * 2.0**number) for number in range(min(waits, 64))]
+        waits_s = sum(growing) + (waits - len(growing)) * (growing[-1] if growing else 0.0)
+        return waits_s + (self.fetch_attempts * self.fetch_stall_s if self.is_remote else 0.0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.sources:
             raise ValueError("train is an empty list; name a dataset folder")
-        trained = [(d.path.rstrip("/"), d.type, d.options) for d in self.sources]
+        trained = [(_place(d.path), d.type, d.options) for d in self.sources]
         for source in trained:
-            if not source[0]:
-                raise ValueError("train names no dataset; give its folder")
             if trained.count(source) > 1:
                 raise ValueError(f"train lists '{source[0]}' twice; list it once with the sum of the weights")
         for name, dataset in self.validation_sets.items():
             if not re.fullmatch(r"[\w.-]*", name) or (isinstance(self.validation, dict) and not name):
                 raise ValueError(f"validation set '{name}': use letters, digits and the characters _ . - in its name")
-            if (dataset.path.rstrip("/"), dataset.type, dataset.options) in trained:
+            if (_place(dataset.path), dataset.type, dataset.options) in trained:
                 raise ValueError(f"validation '{dataset.path}' is trained on; hold out another dataset")
         for path in [d.path for d in (*self.sources, *self.validation_sets.values())]:
             if not path.startswith("pipe:"):

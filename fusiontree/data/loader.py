@@ -58,7 +58,9 @@ class TrainingData:
         """
         assert 0 <= dp_rank < dp_size
         self.config, self.seq_len, seed = config, training.seq_len, training.seed
-        self.global_batch_size, self.micro_batch_size = training.global_batch_size, training.micro_batch_size
+        self.global_batch_size = training.global_batch_size
+        self._rows_of_rank = -(-self.global_batch_size // dp_size)
+        self.micro_batch_size = min(training.micro_batch_size, self._rows_of_rank)  # more would only add fillers
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.lengths = LengthSchedule(self.seq_len, training.curriculum)
         self.sources: list[TokenSource] = [open_source(dataset, config) for dataset in config.sources]
@@ -79,7 +81,6 @@ class TrainingData:
             for given, source, reader in zip(config.sources, self.sources, self.readers, strict=True)
         )
         self.order = Order(seed, self.seq_len, config.shuffle, config.shuffle_shards, tuple(identities))
-        self._rows_of_rank = -(-self.global_batch_size // dp_size)
         self._step_bytes = self._rows_of_rank * self.seq_len * 3 * 8  # tokens, labels, positions
         self._check_cache()
         self._position = DataState()

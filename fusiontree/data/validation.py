@@ -62,8 +62,9 @@ class ValidationData:
                 )
         self.config = config
         self.reader = RowReader(self.source, seq_len, vocab_size)
-        self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
         self.rows = min(max_rows or self.reader.rows, self.reader.rows)
+        self.micro_batch_size = min(micro_batch_size, -(-self.rows // dp_size))  # more would only add fillers
+        self.dp_rank, self.dp_size = dp_rank, dp_size
         self.skipped_rows = 0
         self._order = RowOrder(self.reader.rows_of_shards, seed=0, group_size=1, shuffle=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fusiontree.utils.settings import Section, setting
+from fusiontree.utils.settings import PathText, Section, setting
 
 Task = Literal["perplexity", "text", "needle", "copy", "recall"]
 
@@ -18,10 +18,10 @@ class EvaluationConfig(Section):
         "(repeat random tokens), recall (answer for many pairs).",
         min_length=1,
     )
-    data: str | None = setting(
+    data: PathText | None = setting(
         None, "Dataset folder for perplexity. Absent means every dataset of the run's data.validation."
     )
-    text: list[str] = setting([], "UTF-8 files for the task text.")
+    text: list[PathText] = setting([], "UTF-8 files for the task text.")
     seq_len: int | None = setting(
         None, "Row length of perplexity and text. Absent means training.seq_len.", unit="tokens", ge=2
     )

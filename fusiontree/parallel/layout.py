@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fusiontree.utils.device import choose_device
-from fusiontree.utils.environment import process_place, rendezvous_given
+from fusiontree.utils.environment import check_meeting_point, process_place, rendezvous_given
 
 T = TypeVar("T")
 
@@ -61,6 +61,7 @@ class Layout:
             shard_size: ranks that share one copy of the parameters under fsdp2; None means all.
         """
         self.place = process_place()
+        check_meeting_point(self.place)
         self.device = choose_device(device, self.place.local_rank, "training.device")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

@@ -139,7 +139,8 @@ def estimate(
     split, whole, block = count_parameters(model, tp)
     on_rank = split / tp + whole
     """Parameters of one tensor parallel rank before any engine shards them."""
-    passes = max(1, -(-training.global_batch_size // (dp * training.micro_batch_size)))
+    micro_batch_size = min(training.micro_batch_size, -(-training.global_batch_size // max(1, dp)))
+    passes = max(1, -(-training.global_batch_size // (dp * micro_batch_size)))
     shard_ranks = parallel.shard_size or gpus
     sizes = Sizes(
         on_rank=on_rank,
@@ -153,7 +154,7 @@ def estimate(
     )
     engine = ENGINES.get(parallel.engine)
     memory = engine.memory(sizes, parallel)
-    tokens = training.micro_batch_size * training.seq_len / cp
+    tokens = micro_batch_size * training.seq_len / cp
     recomputed = model.num_layers if training.recompute_layers is None else training.recompute_layers
     activations = half * _activation_elements(model, training.activation_checkpointing, tokens, tp, recomputed)
     total = sum(memory) + activations

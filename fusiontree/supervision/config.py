@@ -31,7 +31,11 @@ class SupervisionConfig(Section):
         10.0, "Wait before a start after two that failed so; doubles with each further one.", unit="seconds", ge=0
     )
     hang_timeout_s: float = setting(
-        110.0, "A step that lasts longer ends the process with its stacks; 0 never.", unit="seconds", ge=0
+        110.0,
+        "A step that lasts longer ends the process with its stacks; 0 never. For remote datasets the time is added for "
+        "which reading is retried.",
+        unit="seconds",
+        ge=0,
     )
     slow_timeout_s: float = setting(
         1800.0, "The same for starting, the first step (kernels compile), validating and saving.", unit="seconds", ge=0

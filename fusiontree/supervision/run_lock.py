@@ -1,8 +1,9 @@
 """The run lock: a second launch on a run folder is refused while the first process lives.
 
-RUN/lease.json names the holder, which increments a counter in it while it lives. On the holder's own machine, the
-kernel says whether the process lives; on another machine, the counter is watched for some seconds. Clocks are not
-compared, so a wrong clock does no harm. A requeued Slurm job takes the lock of its own earlier start at once.
+RUN/lease.json names the holder, which increments a counter in it while it lives. In the same boot and pid namespace,
+the kernel says whether the process lives; anywhere else, the counter is watched for some seconds. An equal host name
+proves nothing: containers and machines named localhost share it. Clocks are not compared, so a wrong clock does no
+harm. A requeued Slurm job takes the lock of its own earlier start at once.
 
 A holder that seemed dead but was not (a suspended job, a hung file system) finds another holder in the file and then
 saves no more checkpoints.
@@ -30,6 +31,7 @@ RUN_LOCK = "lease.json"
 GUARD = ".lease.lock"
 BEAT_S = 10.0
 _MISSED = 3.5
+_UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,12 @@ class RunLock:
     def _lives(self, holder: Holder, beat: int) -> bool:
         if holder.job and holder.job == self.me.job and holder.restart < self.me.restart:
             return False  # Slurm ends a job before it starts it again
-        if holder.host == self.me.host:
-            if holder.machine == self.me.machine:
-                return bool(holder.started) and _started(holder.pid) == holder.started
-            if holder.machine.split()[0] != self.me.machine.split()[0]:
-                return False  # the machine was started anew since
+        if holder.machine == self.me.machine != _UNKNOWN and holder.started:
+            if _started(holder.pid) == holder.started:
+                return True
+            if holder.host == self.me.host:
+                return False
+            # Copies of one virtual machine share boot and namespace; only the counter can tell.
         patience = _MISSED * self.beat_s
         self._say(f"{self.run_dir} was written to by {holder}: watching for {patience:.0f} s whether it still lives")
         end = time.monotonic() + patience
@@ -180,7 +183,7 @@ def _machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
-        return "unknown"
+        return _UNKNOWN
 
 
 def _started(pid: int) -> str:

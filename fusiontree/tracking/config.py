@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from fusiontree.utils.errors import UserError
-from fusiontree.utils.settings import Section, setting, warn_of_former_name
+from fusiontree.utils.settings import PathText, Section, setting, warn_of_former_name
 
 
 class WandbConfig(Section):
@@ -24,7 +24,7 @@ class WandbConfig(Section):
 class TensorboardConfig(Section):
     """TensorBoard."""
 
-    folder: str | None = setting(None, "Folder of the event files; absent means RUN/tensorboard.")
+    folder: PathText | None = setting(None, "Folder of the event files; absent means RUN/tensorboard.")
 
 
 class LoggingConfig(Section):

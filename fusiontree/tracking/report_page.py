@@ -78,7 +78,12 @@ def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def _config(path: Path) -> str:
     """Return the configuration: one collapsible table per section."""
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict):
+        return "<section><h2>Configuration</h2><p>config.yaml is damaged.</p></section>"
     sections: dict[str, dict[str, Any]] = {"run": {}}
     for name, value in values.items():
         if isinstance(value, dict):

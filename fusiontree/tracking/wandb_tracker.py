@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.tracking.config import LoggingConfig
+from fusiontree.tracking.experiment_id import experiment_id
 from fusiontree.tracking.tracker import TRACKERS, TrackerStart, require_package
 from fusiontree.utils.environment import wandb_server
 
@@ -33,7 +34,7 @@ class WandbTracker:
         may hang.
         """
         require_package("wandb")
-        section, identity = config.wandb, run_dir.resolve().name
+        section = config.wandb
         mode, note = section.mode, None
         if mode == "online" and (problem := unreachable(wandb_server(), REACH_S)):
             mode = "offline"
@@ -44,8 +45,8 @@ class WandbTracker:
         options = {
             "project": section.project,
             "entity": section.entity,
-            "name": section.name or identity,
-            "id": identity,
+            "name": section.name or run_dir.resolve().name,
+            "id": experiment_id(run_dir),
             "resume": "allow",
             "mode": mode,
             "dir": str(run_dir.resolve()),

@@ -62,7 +62,9 @@ class TrainingConfig(Section):
     lr_scheduler: Literal["cosine", "linear", "wsd", "constant"] = setting(
         "cosine", "Shape after warm-up; wsd is constant, then falls linearly over decay_steps."
     )
-    decay_steps: int | None = setting(None, "wsd: length of the fall. Absent means a tenth of max_steps.", ge=1)
+    decay_steps: int | None = setting(
+        None, "wsd: length of the fall. Absent means a tenth of max_steps, at most all after warm-up.", ge=1
+    )
     weight_decay: float = setting(
         0.1, "Decoupled decay of matrices; norms, biases and A_log, D, dt_bias get none.", ge=0
     )
@@ -98,6 +100,13 @@ class TrainingConfig(Section):
     def _check(self) -> Self:
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
+        after_warmup = self.max_steps - self.warmup_steps
+        if self.lr_scheduler == "wsd" and (self.decay_steps or 0) > after_warmup:
+            raise ValueError(
+                f"decay_steps {self.decay_steps} is more than the {after_warmup} steps after warm-up (max_steps "
+                f"{self.max_steps}, warmup_steps {self.warmup_steps}), so that the rate would jump; use at most "
+                f"{after_warmup}"
+            )
         for length, steps in self.curriculum or []:
             if length < 2 or steps < 1:
                 raise ValueError(f"curriculum stage [{length}, {steps}] needs a row length >= 2 and steps >= 1")

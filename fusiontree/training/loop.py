@@ -98,7 +98,7 @@ class Trainer:
         self.validation = Validation(engine, validation_data, records, console)
         self._order = train_data.order.fingerprint
         self._train_seconds = 0.0
-        self._section_timeout_s = settings.config.supervision.slow_timeout_s
+        self._section_timeout_s = settings.limits.slow_s
 
     def run(self) -> Outcome:
         """Resume if there is a checkpoint, train, validate, save; return how it ended.
@@ -160,7 +160,7 @@ class Trainer:
                 self._process(finished)
             if is_first:
                 gc_control.freeze()
-            limit_s, is_first = self.settings.config.supervision.hang_timeout_s, False
+            limit_s, is_first = self.settings.limits.step_s, False
             if is_validated:
                 with self.watchdog.section("validate", self._section_timeout_s):
                     self.validation.run(step, self.pipeline.tokens)

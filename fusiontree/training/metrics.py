@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,31 +15,71 @@ from fusiontree.training.settings import RunSettings
 from fusiontree.utils.layer_metrics import layer_metric_values
 
 
-def step_metrics(step: FinishedStep, settings: RunSettings, world_size: int, device: torch.device) -> dict[str, Any]:
-    """Return the metrics of a step.
+class Interval:
+    """Losses and times of the steps since the last logged one; a logged line has their means."""
+
+    def __init__(self) -> None:
+        """Start without steps."""
+        self._steps: list[tuple[float, ...]] = []
+
+    def add(self, step: FinishedStep) -> None:
+        """Take a finished step in."""
+        sums, rows = step.token_sums, step.row_sums
+        self._steps.append((sums.lm, sums.z, rows.load_balance, rows.entropy, step.device_s, step.batch.wait_s))
+
+    def clear(self) -> None:
+        """Forget all steps."""
+        self._steps.clear()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def means(self) -> tuple[float, ...]:
+        """Return the means of loss, z-loss, load balance loss, entropy, seconds on the device and seconds of waiting.
+
+        A loss that is not finite is left out of its mean, which is NaN if none is finite.
+        """
+        return tuple(_mean(values) for values in zip(*self._steps, strict=True))
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def step_metrics(
+    step: FinishedStep, settings: RunSettings, world_size: int, device: torch.device, interval: Interval | None = None
+) -> dict[str, Any]:
+    """Return the metrics of a logged step.
 
     Args:
         step: the step.
         settings: the run's configuration.
         world_size: number of processes.
         device: this rank's device, for its peak memory.
+        interval: the steps over which losses, times and rates are averaged, this one included; None means it alone.
     """
-    token_sums, row_sums, counts = step.token_sums, step.row_sums, step.counts
+    if interval is None:
+        interval = Interval()
+        interval.add(step)
+    lm_loss, z_loss, load_balance, entropy, step_s, wait_s = interval.means()
+    row_sums, counts = step.row_sums, step.counts
     weights, training = settings.loss_weights, settings.training
-    loss = token_sums.lm + weights.z_loss * token_sums.z
+    loss = lm_loss + weights.z_loss * z_loss
     # All tokens of the global batch count, as the device computes all of them.
-    tokens_per_s = training.global_batch_size * training.seq_len / step.device_s
+    tokens_per_s = training.global_batch_size * training.seq_len / step_s
     flops_per_s = tokens_per_s / world_size * settings.flops_per_token(document_lengths(step.batch))
     per_row = 1.0 / max(counts.rows, 1)
     means_L = {name: [total * per_row for total in total_L] for name, total_L in row_sums.layers.items()}
     return {
         "step": step.number,
         "tokens": step.tokens,
-        "loss": loss + weights.load_balance * row_sums.load_balance + weights.entropy * row_sums.entropy,
-        "lm_loss": token_sums.lm,
-        "load_balance_loss": row_sums.load_balance,
-        "entropy_loss": row_sums.entropy,
-        "z_loss": token_sums.z,
+        "averaged_steps": len(interval),
+        "loss": loss + weights.load_balance * load_balance + weights.entropy * entropy,
+        "lm_loss": lm_loss,
+        "load_balance_loss": load_balance,
+        "entropy_loss": entropy,
+        "z_loss": z_loss,
         "grad_norm": step.grad_norm,
         "lr": step.learning_rate,
         "seq_len": step.batch.seq_len,
@@ -50,8 +91,8 @@ def step_metrics(step: FinishedStep, settings: RunSettings, world_size: int, dev
         "tokens_per_s": tokens_per_s,
         "tokens_per_s_per_gpu": tokens_per_s / world_size,
         "mfu": flops_per_s / settings.peak_flops if settings.peak_flops else None,
-        "step_time_s": step.device_s,
-        "data_wait_s": step.batch.wait_s,
+        "step_time_s": step_s,
+        "data_wait_s": wait_s,
         "peak_memory_gib": peak_memory_gib(device),
     }
 

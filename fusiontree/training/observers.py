@@ -7,7 +7,7 @@ from fusiontree.supervision.monitors import RunMonitors
 from fusiontree.supervision.watchdog import Watchdog
 from fusiontree.tracking.console import Console
 from fusiontree.tracking.records import Records
-from fusiontree.training.metrics import step_metrics
+from fusiontree.training.metrics import Interval, step_metrics
 from fusiontree.training.pipeline import FinishedStep
 from fusiontree.training.settings import RunSettings
 from fusiontree.utils.peers import Peers, host_address
@@ -76,7 +76,7 @@ class HealthMonitor(Observer):
 
     def after_step(self, step: FinishedStep) -> None:
         """Note the rank's times and compare ranks where it is due."""
-        with self._watchdog.section("checks", self._settings.config.supervision.slow_timeout_s):
+        with self._watchdog.section("checks", self._settings.limits.slow_s):
             self._monitors.after_step(step.number, step.own_s, step.host_s)
 
 
@@ -89,6 +89,7 @@ class StepLog(Observer):
         """Write nothing yet."""
         self._engine, self._settings, self._records, self._watchdog = engine, settings, records, watchdog
         self._console = console
+        self._interval = Interval()
 
     def on_start(self, step: int) -> None:
         """Open the experiment trackers."""
@@ -98,17 +99,20 @@ class StepLog(Observer):
 
     def on_rewind(self, step: int) -> None:
         """Set the progress back."""
+        self._interval.clear()
         self._console.start(step)
 
     def after_step(self, step: FinishedStep) -> None:
         """Show the step, and write its metrics if it is logged."""
         loss = step.token_sums.lm if step.skipped is None else None
         self._console.after_step(step.number, loss, step.tokens, list(step.batch.epochs))
+        self._interval.add(step)
         if not self._settings.is_logged(step.number):
             return
-        with self._watchdog.section("log", self._settings.config.supervision.slow_timeout_s):
-            values = step_metrics(step, self._settings, self._engine.world_size, self._engine.device)
+        with self._watchdog.section("log", self._settings.limits.slow_s):
+            values = step_metrics(step, self._settings, self._engine.world_size, self._engine.device, self._interval)
             self._records.metrics(values)
+        self._interval.clear()
         self._console.logged(values)
 
     def on_end(self, step: int, outcome: str, reason: str) -> None:

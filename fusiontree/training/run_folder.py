@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fusiontree.checkpoint.folders import complete_checkpoints
 from fusiontree.supervision.run_lock import GUARD, RUN_LOCK
+from fusiontree.tracking.console import NOTICE, Console
+from fusiontree.tracking.records import Records, read_records
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import atomic_write
+
+if TYPE_CHECKING:
+    from fusiontree.data.state import Order
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 
@@ -19,8 +29,8 @@ CONFIG = "config.yaml"
 _IDENTITY = (
     ("model", None),
     ("training", ("seed", "seq_len", "global_batch_size", "curriculum", "gate_target", "gate_margin")),
-    ("data", ("train",)),
 )
+"""The datasets are compared by their content instead, see :func:`check_same_data`: they may move."""
 
 
 def _identity(values: dict[str, Any]) -> dict[str, Any]:
@@ -54,9 +64,9 @@ def check_run_folder(run_dir: Path, values: dict[str, Any]) -> None:
                 f"run_dir '{run_dir}' holds {shown} but no {CONFIG}, so it is no run to resume; name another folder"
             )
         return
-    saved, wanted = _identity(yaml.safe_load(saved_file.read_text(encoding="utf-8"))), _identity(values)
+    saved, wanted = _identity(_saved_values(run_dir)), _identity(values)
     differing = [k for k in sorted(saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]
-    if differing:
+    if saved and differing:
         lines = "\n".join(f"  {k}: {saved.get(k)!r} in the folder, {wanted.get(k)!r} now" for k in differing)
         raise UserError(
             f"run_dir '{run_dir}' belongs to another run:\n{lines}\n"
@@ -64,12 +74,97 @@ def check_run_folder(run_dir: Path, values: dict[str, Any]) -> None:
         )
 
 
-def write_config(run_dir: Path, text: str) -> None:
-    """Write the resolved configuration, keeping an earlier and different one beside it."""
+def check_same_data(run_dir: Path, values: dict[str, Any], order: Order) -> None:
+    """Check that the opened datasets are those of the run, wherever they are now; writes nothing.
+
+    Args:
+        run_dir: the run folder.
+        values: the configuration as plain values.
+        order: of the rows of the opened datasets.
+
+    Raises:
+        UserError: the newest checkpoint continues in other datasets; or the run, which has saved none, began with
+            other datasets.
+    """
+    from fusiontree.checkpoint.load import read_state
+    from fusiontree.checkpoint.manifest import CheckpointDamage
+    from fusiontree.data.state import DataState
+
+    for folder in reversed(complete_checkpoints(run_dir / "checkpoints")):
+        try:
+            state = read_state(folder)
+        except CheckpointDamage:
+            continue  # the resume goes back to an older one, too
+        if state.get("data") is not None:
+            DataState().load_state_dict(state["data"], order)
+        return
+    before = _saved_values(run_dir).get("data", {}).get("train")
+    now = values["data"]["train"]
+    if before in (None, now):
+        return
+    begun = [event.get("data") for event in read_records(run_dir / "events.jsonl") if event["event"] == "start"]
+    if begun[-1:] != [order.fingerprint]:
+        raise UserError(
+            f"run_dir '{run_dir}' belongs to another run:\n  data.train: {before!r} in the folder, {now!r} now, with "
+            f"other tokens\nname another run_dir, or set this back to resume it; nothing was written"
+        )
+
+
+def write_config(run_dir: Path, text: str) -> dict[str, tuple[Any, Any]]:
+    """Write the resolved configuration, keeping an earlier and different one beside it.
+
+    Returns:
+        Dotted name -> (value before, value now) of every setting that both have and that changed.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     file = run_dir / CONFIG
-    if file.is_file() and file.read_text(encoding="utf-8") != text:
-        number = sum(1 for _ in run_dir.glob("config.before-*.yaml"))
-        file.rename(run_dir / f"config.before-{number + 1}.yaml")
+    before = _saved_values(run_dir) if file.exists() else {}
+    if file.exists() and file.read_bytes() != text.encode():
+        number = 1
+        while (aside := run_dir / f"config.before-{number}.yaml").exists():
+            number += 1
+        file.rename(aside)
     with atomic_write(file) as out:
         out.write(text)
+    return _changes(before, yaml.safe_load(text) or {})
+
+
+def report_changes(records: Records, console: Console, changes: dict[str, tuple[Any, Any]]) -> None:
+    """Record and show the settings that changed since the last start, as :func:`write_config` returned them."""
+    if changes:
+        records.event("config_changed", changes={name: list(pair) for name, pair in changes.items()})
+        shown = [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
+        more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+        console.say(f"changed since the last start: {', '.join(shown[:8])}{more}", NOTICE)
+
+
+def _saved_values(run_dir: Path) -> dict[str, Any]:
+    """Return the configuration in the folder; empty, with a warning, if it is damaged: checkpoints have it too."""
+    file = run_dir / CONFIG
+    if not file.exists():
+        return {}
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        values = error
+    if isinstance(values, dict) and all(isinstance(values.get(name), dict) for name in ("model", "training", "data")):
+        return values
+    reason = " ".join(str(values).split())[:200] if isinstance(values, Exception) else "it holds no run's settings"
+    _warn(f"{file} is damaged ({reason}); it is kept beside the new one, and the checkpoints' configuration counts")
+    return {}
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    log.warning("%s", message)
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    changed: dict[str, tuple[Any, Any]] = {}
+    for key in before.keys() & now.keys():
+        old, new, name = before[key], now[key], f"{prefix}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed |= _changes(old, new, f"{name}.")
+        elif old != new:
+            changed[name] = (old, new)
+    return dict(sorted(changed.items()))

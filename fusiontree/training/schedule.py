@@ -31,7 +31,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     if config.lr_scheduler == "linear":
         return peak * (1 - (1 - floor) * progress)
     if config.lr_scheduler == "wsd":
-        decay = config.decay_steps or max(1, config.max_steps // 10)
+        decay = config.decay_steps or max(1, min(config.max_steps // 10, span))
         fall = min(1.0, max(0.0, (step - (config.max_steps - decay)) / decay))
         return peak * (1 - (1 - floor) * fall)
     return peak

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.config.root import Config
+from fusiontree.supervision.limits import TimeLimits, time_limits
 from fusiontree.training.config import TrainingConfig
 from fusiontree.training.losses import LossWeights
 
@@ -36,6 +37,11 @@ class RunSettings:
     def training(self) -> TrainingConfig:
         """The section ``training``."""
         return self.config.training
+
+    @cached_property
+    def limits(self) -> TimeLimits:
+        """Time limits of sections."""
+        return time_limits(self.config)
 
     @property
     def last_step(self) -> int:

@@ -120,7 +120,13 @@ class Rewinds:
         self.applied = applied
         self._all = []
         if self.file.is_file():
-            self._all = [Rewind(**values) for values in json.loads(self.file.read_text(encoding="utf-8"))]
+            try:
+                self._all = [Rewind(**values) for values in json.loads(self.file.read_text(encoding="utf-8"))]
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(
+                    f"{self.file} cannot be read ({error}); it says where the run left out data after loss spikes. "
+                    f"Restore it, or delete it to train on that data"
+                ) from error
 
     def plan(self, step: int, to_step: int, data: dict[str, Any], reason: str) -> list[Rewind]:
         """Return the run's rewinds with one more, from ``step`` back to the checkpoint of ``to_step``.

@@ -6,7 +6,10 @@ torchrun, deepspeed and Slurm each use their own variables for a process's rank.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
+
+from fusiontree.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -25,40 +28,156 @@ class ProcessPlace:
 
 
 def process_place() -> ProcessPlace:
-    """Return this process's place, from torchrun's or deepspeed's variables, else from Slurm's, else alone.
+    """Return this process's place: from torchrun's or deepspeed's variables, else from Slurm's or MPI's, else alone.
+
+    An empty variable counts as one that is not set. A variable of another program, such as the tasks of a batch script
+    that is itself no task, is not taken for a launcher's.
 
     Raises:
-        ValueError: the variables contradict each other.
+        UserError: the variables of a launcher are incomplete, contradict each other or are no numbers.
     """
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        place = ProcessPlace(
-            rank=int(env["RANK"]),
-            world_size=int(env["WORLD_SIZE"]),
-            local_rank=int(env.get("LOCAL_RANK", "0")),
-            local_world_size=int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"]),
-        )
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "MASTER_ADDR" in env:
-        place = ProcessPlace(
-            rank=int(env["SLURM_PROCID"]),
-            world_size=int(env["SLURM_NTASKS"]),
-            local_rank=int(env["SLURM_LOCALID"]),
-            local_world_size=_tasks_of_node(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"])),
-        )
-    else:
-        place = ProcessPlace(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    place = _torchrun_place() or _slurm_place() or _mpi_place() or ProcessPlace(0, 1, 0, 1)
     if not 0 <= place.rank < place.world_size:
-        raise ValueError(f"RANK={place.rank} is outside WORLD_SIZE={place.world_size}; check the launcher's variables")
+        raise UserError(f"rank {place.rank} is outside a world of {place.world_size}; {_CHECK}")
+    if not 0 <= place.local_rank < place.local_world_size <= place.world_size:
+        raise UserError(
+            f"local rank {place.local_rank} of {place.local_world_size} processes on this node does not fit a world of "
+            f"{place.world_size}; {_CHECK}"
+        )
     return place
 
 
-def _tasks_of_node(counts: str, node: int) -> int:
-    """Return a node's number of tasks from Slurm's list of them, such as ``4(x2),3``."""
-    tasks = []
+def check_meeting_point(place: ProcessPlace) -> None:
+    """Check that the processes of a job know where to meet.
+
+    Raises:
+        UserError: MASTER_ADDR or MASTER_PORT is not set, though there are several processes, or the port is none.
+    """
+    for name in ("MASTER_ADDR", "MASTER_PORT") if place.world_size > 1 else ():
+        if _text(name) is None:
+            raise UserError(
+                f"this is one of {place.world_size} processes, and the environment variable {name} is not set, so they "
+                f"cannot meet; start them with launchers/torchrun.sh, launchers/deepspeed.sh or launchers/srun.sh"
+            )
+    meeting_point()
+
+
+_CHECK = "check the launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, SLURM_*, OMPI_*)"
+
+
+def _text(name: str) -> str | None:
+    """Return a variable; None if it is not set or empty."""
+    return os.environ.get(name, "").strip() or None
+
+
+def _number(name: str, *others: str) -> int | None:
+    """Return the first variable of these that is set, as a number from 0; None if none is set.
+
+    Raises:
+        UserError: it is no such number.
+    """
+    for known in (name, *others):
+        text = _text(known)
+        if text is not None:
+            if not re.fullmatch(r"[0-9]+", text):
+                raise UserError(f"the environment variable {known} is '{text}', not a number from 0; set or unset it")
+            return int(text)
+    return None
+
+
+def _torchrun_place() -> ProcessPlace | None:
+    """Return the place by RANK and WORLD_SIZE, None if neither says that there are several processes."""
+    rank, world_size = _number("RANK"), _number("WORLD_SIZE")
+    if rank is None or world_size is None:
+        given, missing = ("RANK", "WORLD_SIZE") if world_size is None else ("WORLD_SIZE", "RANK")
+        value = rank if world_size is None else world_size
+        if value is not None and value > (0 if given == "RANK" else 1):
+            raise UserError(
+                f"the environment variable {given} is {value} and {missing} is not set; start the processes with a "
+                f"launcher, or unset {given} to run one process"
+            )
+        return None
+    local_rank = _number("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+    if local_rank is None:
+        if world_size > 1:
+            raise UserError(
+                f"RANK is {rank} of WORLD_SIZE {world_size}, and LOCAL_RANK is not set, so the GPU of this process is "
+                f"unknown; set LOCAL_RANK to its number on its node, from 0"
+            )
+        local_rank = 0
+    return ProcessPlace(rank, world_size, local_rank, _number("LOCAL_WORLD_SIZE", "LOCAL_SIZE") or world_size)
+
+
+def _slurm_place() -> ProcessPlace | None:
+    """Return the place in a step that srun started; None in a batch script or an allocation's shell."""
+    rank, counts = _number("SLURM_PROCID"), _text("SLURM_STEP_TASKS_PER_NODE")
+    if rank is None or counts is None:
+        return None
+    tasks = _tasks_of_nodes(counts)
+    node, local_rank = _number("SLURM_NODEID"), _number("SLURM_LOCALID")
+    world_size = _number("SLURM_STEP_NUM_TASKS") or sum(tasks)
+    if world_size == 1:
+        return None
+    if node is None or local_rank is None or node >= len(tasks):
+        raise UserError(
+            f"this is task {rank} of {world_size} of a Slurm step, and SLURM_NODEID, SLURM_LOCALID and "
+            f"SLURM_STEP_TASKS_PER_NODE '{counts}' do not say which of its node; start it with srun"
+        )
+    return ProcessPlace(rank, world_size, local_rank, tasks[node])
+
+
+def _mpi_place() -> ProcessPlace | None:
+    """Return the place by the variables of Open MPI's or MPICH's mpirun; None outside them."""
+    world_size = _number("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") or 1
+    if world_size == 1:
+        return None
+    rank = _number("OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    local_rank = _number("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+    if rank is None or local_rank is None:
+        raise UserError(
+            f"mpirun started {world_size} processes, and the variables of their ranks are incomplete; start them with "
+            f"launchers/torchrun.sh"
+        )
+    return ProcessPlace(
+        rank, world_size, local_rank, _number("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS") or world_size
+    )
+
+
+def _tasks_of_nodes(counts: str) -> list[int]:
+    """Return each node's number of tasks from Slurm's list of them, such as ``4(x2),3``."""
+    tasks: list[int] = []
     for part in counts.split(","):
-        count, _, times = part.rstrip(")").partition("(x")
-        tasks += [int(count)] * int(times or "1")
-    return tasks[node]
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise UserError(f"SLURM_STEP_TASKS_PER_NODE is '{counts}', no list such as 4(x2),3; start with srun")
+        tasks += [int(match.group(1))] * int(match.group(2) or 1)
+    return tasks
+
+
+def expand_path(text: str) -> str:
+    """Return a path or URL of a user with ``~``, ``$NAME`` and ``${NAME}`` replaced, the one rule for all paths.
+
+    A relative path stays relative to the working directory. What exists under its literal name is meant literally; a
+    ``pipe:`` command is the shell's to expand.
+
+    Raises:
+        UserError: the path is empty, or names a variable that is not set or a user that does not exist.
+    """
+    if not text.strip():
+        raise UserError("the path is empty; give a folder, a file, or leave the setting out")
+    if text.startswith("pipe:") or (text[0] != "~" and "$" not in text) or os.path.exists(text):
+        return text
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1) or match.group(2)
+        if not os.environ.get(name):
+            raise UserError(f"'{text}' names the variable {name}, which is not set; export it or write the path")
+        return os.environ[name]
+
+    expanded = os.path.expanduser(re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, text))
+    if expanded.startswith("~"):
+        raise UserError(f"'{text}' names the home of a user that does not exist; write the path")
+    return expanded
 
 
 def child_environment(**changes: str) -> dict[str, str]:
@@ -73,17 +192,27 @@ def environment_with_defaults(**defaults: str) -> dict[str, str]:
 
 def rendezvous_given() -> bool:
     """True if a launcher set the address where the ranks meet (``MASTER_ADDR`` and ``MASTER_PORT``)."""
-    return "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+    return _text("MASTER_ADDR") is not None and _text("MASTER_PORT") is not None
 
 
 def slurm_job() -> tuple[str, int]:
-    """Return the Slurm job's id and how often it was requeued; ``("", 0)`` outside Slurm."""
-    return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    """Return the Slurm job's id, with the cluster's name, and how often it was requeued; ``("", 0)`` outside Slurm."""
+    job, cluster = _text("SLURM_JOB_ID"), _text("SLURM_CLUSTER_NAME")
+    return f"{job}@{cluster}" if job and cluster else job or "", _number("SLURM_RESTART_COUNT") or 0
 
 
 def meeting_point() -> tuple[str, int] | None:
-    """Return address and port where the job's processes meet, or None if no launcher set them."""
-    return (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if rendezvous_given() else None
+    """Return address and port where the job's processes meet, or None if no launcher set them.
+
+    Raises:
+        UserError: the port is no number from 1 to 65535.
+    """
+    address, port = _text("MASTER_ADDR"), _text("MASTER_PORT")
+    if address is None or port is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
+        raise UserError(f"the environment variable MASTER_PORT is '{port}', not a port from 1 to 65535")
+    return address.strip("[]"), int(port)  # brackets of an IPv6 address belong to URLs
 
 
 def fail_on_nccl_timeout() -> None:

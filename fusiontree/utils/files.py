@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from fusiontree.utils.errors import UserError
+
 
 def fsync_directory(path: Path) -> None:
     """Make renames and new entries of a directory durable."""
@@ -24,6 +26,22 @@ def write_json(path: Path, values: Any, indent: int = 1) -> None:
     """Write ``values`` as JSON by :func:`atomic_write`."""
     with atomic_write(path) as file:
         json.dump(values, file, indent=indent)
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a UTF-8 file that a user named.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"'{path}' is not UTF-8: byte {error.object[error.start]:#04x} at position {error.start}; save it as UTF-8"
+        ) from error
 
 
 @contextmanager

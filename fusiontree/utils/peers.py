@@ -20,8 +20,9 @@ def host_address() -> str:
     if point is None:
         return f"{name} 127.0.0.1"
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(point)  # sends nothing; chooses the route
+        family, kind, _, _, address = socket.getaddrinfo(*point, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:  # IPv4 or IPv6, as the meeting point's address is
+            probe.connect(address)  # sends nothing; chooses the route
             return f"{name} {probe.getsockname()[0]}"
     except OSError:
         return f"{name} 127.0.0.1"

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from fusiontree.utils.environment import expand_path
 
 log = logging.getLogger(__name__)
+
+
+PathText = Annotated[str, AfterValidator(expand_path)]
+"""A path or URL in the configuration; see :func:`expand_path`."""
 
 
 class Section(BaseModel):
@@ -23,6 +29,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid",
+        allow_inf_nan=False,
         strict=True,
         frozen=True,
         validate_default=True,

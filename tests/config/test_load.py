@@ -133,3 +133,76 @@ def test_every_setting_is_described() -> None:
 def test_num_heads_is_respected(file: Path) -> None:
     """A prototype ignored this key of its config."""
     assert load_config(file, ["model.num_heads=2"]).model.num_heads == 2
+
+
+def test_merge_keys_merge_and_what_is_written_wins(file: Path) -> None:
+    """Usual YAML: anchors, merges of one or several mappings, nested; a key in two merged mappings is no mistake."""
+    text = BASE.replace("training: {seq_len: 64, max_steps: 10, global_batch_size: 4, learning_rate: 3e-4}", "")
+    inner = "{<<: {seq_len: 32, learning_rate: 1e-3}, max_steps: 7, global_batch_size: 4}"
+    for section in (
+        f"training: {inner}",
+        "training: {<<: [{seq_len: 32, max_steps: 7}, {max_steps: 9, global_batch_size: 4}], learning_rate: 1e-3}",
+        "training:\n  <<: {<<: {seq_len: 16, global_batch_size: 4}, seq_len: 32, max_steps: 7}\n  learning_rate: 1e-3",
+    ):
+        file.write_text(f"{text}\n{section}\n")
+        training = load_config(file).training
+        assert (training.seq_len, training.max_steps, training.learning_rate) == (32, 7, 1e-3)
+    file.write_text(f"{text}\ntraining: {{<<: {{seq_len: 1}}, seq_len: 2, seq_len: 3}}\n")
+    assert "key 'seq_len' is given twice (line " in error_of(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"run_dir: caf\xe9\n", "is not UTF-8: byte 0xe9 at position 12"),
+        (BASE.encode("utf-16"), "is not UTF-8"),
+        (b"run_dir: \x00\n", "not valid YAML"),
+        (b"run_dir: [a\n", "not valid YAML"),
+        (b"run_dir: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
+        (b"run_dir: *x\n", "not valid YAML"),
+        (b"? [a, b]\n: 1\n", "a key is a list or a mapping (line 1)"),
+        (b"a: &a [*a]\n", "not valid YAML"),
+        (b"[" * 1200, "not valid YAML"),
+        (b"n: " + b"9" * 5000, "not valid YAML"),
+        (b"", "is empty or no mapping"),
+        (b"- a\n", "is empty or no mapping"),
+        (b"just words", "is empty or no mapping"),
+        (b"1: 2\nnull: 3\n", "unknown key"),
+    ],
+)
+def test_a_file_that_is_no_configuration_gives_one_error(file: Path, content: bytes, named: str) -> None:
+    file.write_bytes(content)
+    assert named in error_of(file)
+
+
+def test_what_cannot_be_read_is_named(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    assert "folder.yaml' does not exist" in error_of(tmp_path / "folder.yaml")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    assert "does not exist" in error_of(tmp_path / "loop.yaml")
+    file.write_bytes(b"\xef\xbb\xbf" + BASE.encode())  # Windows editors begin a file so
+    assert load_config(file).training.seq_len == 64
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("training.max_steps=010", "'training.max_steps' is '010'"),
+        ("supervision.restart_backoff_s=1:30", "'supervision.restart_backoff_s' is '1:30'"),
+        (f"training.max_steps={10**30}", "'training.max_steps' is 1000000"),
+        ("run_dir=", "'run_dir' is None"),
+        ("training.=3", "unknown key"),
+        ("data.train=[", "not valid YAML"),
+        ("training=null", "'training' is None"),
+        ("training.max_steps=true", "'training.max_steps' is True"),
+    ],
+)
+def test_values_are_never_read_as_something_else(file: Path, override: str, named: str) -> None:
+    assert named in error_of(file, override)
+
+
+def test_words_that_yaml_reads_otherwise_stay_words(file: Path) -> None:
+    assert load_config(file, ["run_dir=2024-01-01"]).run_dir == "2024-01-01"
+    sets = load_config(file, ["data.validation={on: a, 2024: b, null: c}"]).data.validation_sets
+    assert list(sets) == ["on", "2024", "null"]
+    assert load_config(file, ["training.max_steps=1_000"]).training.max_steps == 1000

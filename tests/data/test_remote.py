@@ -211,9 +211,8 @@ def test_names_do_not_reach_the_shell(tmp_path: Path) -> None:
 
 
 def test_a_silent_command_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusiontree.data.sources.remote._STALL_S", 0.2)
     with pytest.raises(OSError, match="sent no data for"):
-        CommandFolder("pipe:sleep 60; echo {name}").download("x", tmp_path / "out")
+        CommandFolder("pipe:sleep 60; echo {name}", stall_s=0.2).download("x", tmp_path / "out")
 
 
 def test_what_is_missing_is_said(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

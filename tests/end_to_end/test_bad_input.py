@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusiontree.train import main
-from tests.end_to_end.runs import train, write_config
+from tests.end_to_end.runs import events, metrics, train, write_config
 
 
 def refused(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str) -> str:
@@ -79,6 +79,52 @@ def test_an_empty_or_unfinished_dataset_is_named(
     info = json.loads((data / "train" / "dataset.json").read_text())
     (copy / "dataset.json").write_text(json.dumps(info | {"shards": info["shards"][:1]}))
     assert "was changed after it was written" in refused(capsys, config, f"data.train={copy}", "--check")
+
+
+def check_refuses(capsys: pytest.CaptureFixture[str], config: Path, *overrides: str) -> str:
+    return refused(capsys, config, "--check", *overrides)
+
+
+def test_check_opens_all_that_training_opens(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, data)
+    assert "'nosuch' does not exist" in check_refuses(capsys, config, "data.validation=nosuch")
+    assert "type of token source" in check_refuses(capsys, config, "data.train=[{path: x, weight: 1, type: y}]")
+    assert "nothing" in check_refuses(capsys, config, "plugins=[nothing.py]")
+    copy = shutil.copytree(data / "train", tmp_path / "copy")
+    last = max(copy.glob("*.tar"))
+    last.write_bytes(last.read_bytes()[:-512])
+    assert f"{last} has" in check_refuses(capsys, config, f"data.train={copy}")
+    last.unlink()
+    assert f"{last}: No such file" in check_refuses(capsys, config, f"data.train={copy}")
+    assert main(["--config", str(config), "--check", f"data.train={copy}", "data.on_damage=skip"]) == 0
+    validation = shutil.copytree(data / "validation", tmp_path / "validation")
+    next(validation.glob("*.index")).unlink()
+    assert ".index: No such file" in check_refuses(capsys, config, f"data.validation={validation}")
+    first = sorted(p for p in (data / "train").glob("*.tar"))
+    damaged = shutil.copytree(data / "train", tmp_path / "damaged")
+    for tar in first:
+        (damaged / tar.name).write_bytes(bytes(tar.stat().st_size))
+    assert "shard-" in check_refuses(capsys, config, f"data.train={damaged}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_knows_the_run_and_its_moved_data(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
+    config, run = write_config(tmp_path, data), tmp_path / "run"
+    quick = ("training.warmup_steps=0", "training.validation.interval=0", "supervision.health_check=off")
+    assert main(["--config", str(config), *quick, "training.max_steps=2"]) == 0
+    moved = shutil.copytree(data / "train", tmp_path / "moved")
+    again = ("--config", str(config), *quick, f"data.train={moved}", "training.max_steps=3")
+    assert main([*again, "--check"]) == 0
+    other = check_refuses(capsys, config, f"data.train={data / 'validation'}", "data.validation=null", *quick)
+    assert "is another dataset or was rebuilt" in other
+    assert main([*again]) == 0  # resumes where it was
+    assert events(run)[-4:] == ["config_changed", "resume", "save", "finished"]
+    assert metrics(run, "step") == [1, 2, 3]
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    before = snapshot(run)
+    assert "step 2, 3 were saved" in refused(capsys, config, *quick, f"data.train={moved}", "--check")
+    assert "step 2, 3 were saved" in refused(capsys, config, *quick, f"data.train={moved}")
+    assert snapshot(run) == before
 
 
 def test_check_says_ok_and_writes_nothing(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:

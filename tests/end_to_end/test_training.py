@@ -173,6 +173,18 @@ def test_relaunches_of_a_finished_run_are_no_failures(reference: Path, data: Pat
     assert len(metrics(tmp_path / "run")) == 20
 
 
+def test_a_store_that_is_silent_longer_than_a_step_may_hang_is_waited_for(
+    reference: Path, data: Path, tmp_path: Path
+) -> None:
+    """The scene: reading was to be retried for minutes, and the watchdog ended the job ("hung in 'wait for data'")."""
+    store = f"data.train='pipe:sleep 2; cat {data / 'train'}/{{name}}'"
+    settings = ["data.allow_pipe=true", f"data.cache_dir={tmp_path / 'cache'}", "data.prefetch_shards=0"]
+    settings += ["data.shuffle_shards=1", "data.num_workers=0", "supervision.hang_timeout_s=1.5"]
+    done = train(write_config(tmp_path, data), store, *settings, "training.max_steps=8", "training.warmup_steps=0")
+    assert done.returncode == 0, done.stderr
+    assert max(metrics(tmp_path / "run", "data_wait_s")[1:]) > 1.5  # a shard was waited for after the first step
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_learns(data: Path, tmp_path: Path, precision: str) -> None:
     done = train(write_config(tmp_path, data), f"training.precision={precision}", "training.max_steps=12")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fusiontree.supervision import run_lock
 from fusiontree.supervision.run_lock import RUN_LOCK, RunLock
 from fusiontree.utils.errors import UserError
 
@@ -66,18 +67,56 @@ def test_a_holder_on_another_machine_is_watched(tmp_path: Path) -> None:
     assert "node7" in said[0]
 
 
-def test_a_machine_that_was_started_anew_and_a_container_of_the_same_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"machine": "another-boot 1"},  # another machine, or the same one started anew
+        {"machine": "{boot} another-namespace"},  # another container
+        {"machine": "unknown"},  # a system without /proc
+        {"started": ""},
+        {"host": "clone", "pid": 1 << 22},  # copies of one virtual machine
+    ],
+)
+def test_a_live_holder_with_the_same_host_name_keeps_the_lock(tmp_path: Path, other: dict[str, object]) -> None:
+    """The scene: containers named localhost; the lock of a live run was taken after 0.7 s."""
     here = lease(tmp_path)
-    boot, namespace = here.me.machine.split()
-    lease(tmp_path, machine=f"another-boot {namespace}")._write()
-    began = time.monotonic()
-    here.acquire()
-    assert time.monotonic() - began < 3 * BEAT
-    here.release()
-    other = lease(tmp_path, machine=f"{boot} another-namespace")
-    other.acquire()
+    boot = here.me.machine.split()[0]
+    changes = {key: value.format(boot=boot) if isinstance(value, str) else value for key, value in other.items()}
+    holder = lease(tmp_path, **changes)
+    holder.acquire()
     with pytest.raises(UserError, match="being written to"):
-        lease(tmp_path).acquire()
+        here.acquire()
+    assert holder.lost_reason() is None
+    holder._stop.set()  # it dies without a word
+    said: list[str] = []
+    after = RunLock(tmp_path, beat_s=BEAT, say=said.append)
+    began = time.monotonic()
+    after.acquire()
+    assert time.monotonic() - began >= 3 * BEAT
+    assert "watching for" in said[0]
+    after.release()
+
+
+def test_two_machines_of_unknown_identity_exclude_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_machine", lambda: "unknown")
+    monkeypatch.setattr(run_lock, "_started", lambda pid: "")
+    holder, second = lease(tmp_path), lease(tmp_path)
+    holder.acquire()
+    with pytest.raises(UserError, match="being written to"):
+        second.acquire()
+    holder.release()
+
+
+def test_the_same_job_number_of_another_cluster_is_another_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "b")
+    here = lease(tmp_path)
+    assert here.me.job == "12@b"
+    other = lease(tmp_path, machine="there 1", job="12@a", restart=0)
+    other.acquire()
+    with pytest.raises(UserError, match="job 12@a"):
+        here.acquire()
     other.release()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, call
@@ -20,8 +21,10 @@ def finished(number: int, skipped: str | None = None) -> Any:
         number=number,
         skipped=skipped,
         tokens=8 * number,
-        token_sums=SimpleNamespace(lm=2.5),
-        batch=SimpleNamespace(epochs=(0.5,)),
+        token_sums=SimpleNamespace(lm=2.5, z=0.0),
+        row_sums=SimpleNamespace(load_balance=0.0, entropy=0.0),
+        batch=SimpleNamespace(epochs=(0.5,), wait_s=0.0),
+        device_s=0.2,
         own_s=0.1,
         host_s=0.2,
     )
@@ -29,7 +32,8 @@ def finished(number: int, skipped: str | None = None) -> Any:
 
 def run_settings(**supervision: Any) -> Any:
     config = SimpleNamespace(supervision=SupervisionConfig(**supervision), logging="logging section")
-    return SimpleNamespace(config=config, run_dir="run", values={}, is_logged=lambda step: step % 2 == 0)
+    limits = SimpleNamespace(slow_s=9.0)
+    return SimpleNamespace(config=config, limits=limits, run_dir="run", values={}, is_logged=lambda step: step % 2 == 0)
 
 
 def test_step_log_shows_every_step_and_records_logged_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +51,27 @@ def test_step_log_shows_every_step_and_records_logged_steps(monkeypatch: pytest.
         call.logged({"step": 4}),
         call.after_step(5, None, 40, [0.5]),
     ]
+
+
+def test_logged_losses_and_times_are_means_since_the_last_logged_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, tuple[float, ...]]] = []
+    parts = MagicMock()
+    log = StepLog(parts.engine, run_settings(), parts.records, parts.watchdog, parts.console)
+    monkeypatch.setattr(observers, "step_metrics", lambda *args: seen.append((len(args[-1]), args[-1].means())) or {})
+    for number, lm in ((1, 2.0), (2, 4.0), (3, float("nan")), (4, 5.0), (6, float("inf"))):
+        step = finished(number)
+        step.token_sums.lm, step.device_s, step.batch.wait_s = lm, 0.5 * number, 0.25
+        log.after_step(step)
+    assert [(count, means[0], means[4], means[5]) for count, means in seen[:2]] == [
+        (2, 3.0, 0.75, 0.25),
+        (2, 5.0, 1.75, 0.25),
+    ]
+    assert seen[2][0] == 1
+    assert math.isnan(seen[2][1][0])
+    log.after_step(finished(7))
+    log.on_rewind(5)
+    log.after_step(finished(6))
+    assert seen[3][0] == 1  # what was computed before the rewind is not part of it
 
 
 def test_step_log_sets_the_progress_back_when_it_is_told_of_a_rewind() -> None:

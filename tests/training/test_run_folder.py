@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from fusiontree.training.run_folder import check_run_folder, write_config
+from fusiontree.data.state import DataState, Order, SourceIdentity
+from fusiontree.training import run_folder
+from fusiontree.training.run_folder import check_run_folder, check_same_data, write_config
 from fusiontree.utils.errors import UserError
 
 VALUES = {
@@ -38,7 +41,7 @@ def test_speed_length_and_kernels_may_change(run_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("section", "key", "value"),
-    [("model", "hidden_size", 128), ("training", "seed", 1), ("data", "train", "elsewhere")],
+    [("model", "hidden_size", 128), ("training", "seed", 1)],
 )
 def test_another_run_is_refused_and_untouched(run_dir: Path, section: str, key: str, value: object) -> None:
     before = (run_dir / "config.yaml").read_bytes()
@@ -56,3 +59,53 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 def test_an_earlier_config_is_kept(run_dir: Path) -> None:
     write_config(run_dir, "new: 1\n")
     assert (run_dir / "config.before-1.yaml").is_file()
+
+
+def test_changed_settings_are_returned(run_dir: Path) -> None:
+    now = changed("training", "max_steps", 20) | {"data": {"train": "moved", "new": 1}}
+    assert write_config(run_dir, yaml.safe_dump(now)) == {
+        "data.train": ("shards", "moved"),
+        "training.max_steps": (10, 20),
+    }
+
+
+def order(fingerprint: str = "a") -> Order:
+    return Order(0, 8, True, 16, (SourceIdentity("anywhere", 1.0, fingerprint, 9),))
+
+
+def start(run_dir: Path, data: str) -> None:
+    (run_dir / "events.jsonl").write_text(json.dumps({"event": "start", "step": 0, "data": data}) + "\n")
+
+
+def test_a_moved_dataset_is_recognised_before_the_first_checkpoint(run_dir: Path) -> None:
+    moved = changed("data", "train", "moved/shards")
+    check_same_data(run_dir, VALUES, order("b"))  # the same path, rebuilt: nothing was kept that it could spoil
+    with pytest.raises(UserError, match=r"data.train: 'shards' in the folder, 'moved/shards' now"):
+        check_same_data(run_dir, moved, order())  # a run of an earlier version: unknown
+    start(run_dir, order().fingerprint)
+    check_same_data(run_dir, moved, order())
+    with pytest.raises(UserError, match=r"data\.train"):
+        check_same_data(run_dir, moved, order("b"))
+
+
+def test_a_moved_dataset_is_compared_with_the_checkpoint(run_dir: Path) -> None:
+    for step, content in ((3, json.dumps({"data": DataState().state_dict(order(), [0])})), (5, "{damaged")):
+        folder = run_dir / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        (folder / "state.json").write_text(content)
+    check_same_data(run_dir, changed("data", "train", "moved/shards"), order())
+    with pytest.raises(UserError, match="is another dataset or was rebuilt"):
+        check_same_data(run_dir, VALUES, order("b"))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"model: [", b"just text", b"model: 3", b"[" * 1500])
+def test_a_damaged_config_costs_a_warning_and_is_kept(
+    run_dir: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_folder._warn.cache_clear()
+    (run_dir / "config.yaml").write_bytes(content)
+    check_run_folder(run_dir, VALUES)
+    assert "is damaged" in caplog.text
+    assert write_config(run_dir, yaml.safe_dump(VALUES)) == {}
+    assert (run_dir / "config.before-1.yaml").read_bytes() == content

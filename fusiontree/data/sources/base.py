@@ -71,6 +71,14 @@ class TokenSource(Protocol):
         """Return the place of a token for messages, as exactly as a person needs to find it."""
         return f"{self.shard_name(shard)}, token {token},"
 
+    def check(self) -> None:
+        """Check, without reading tokens, that every shard is there; done before a run is queued.
+
+        Raises:
+            UserError: a shard is missing or has another size.
+        """
+        return
+
     def save_tokenizer(self, folder: Path) -> list[Path]:
         """Write the tokenizer's files into ``folder`` and return them."""
         return save_tokenizer(self.tokenizer, self.tokenizer_path or Path(), folder)

@@ -32,7 +32,7 @@ def open_shards(dataset: DatasetConfig, config: DataConfig) -> ShardSource:
     retries = Retries(config.fetch_attempts, config.fetch_wait_s)
     if not is_remote(dataset.path):
         return LocalShards(local_folder(dataset.path), retries, open_shard_limit(config))
-    remote = open_remote(dataset.path, config.storage_options, config.allow_pipe)
+    remote = open_remote(dataset.path, config.storage_options, config.allow_pipe, config.fetch_stall_s)
     cache = ShardCache(config.cache_folder, int(config.cache_size_gib * 2**30))
     return CachedShards(remote, cache, retries, open_shard_limit(config))
 

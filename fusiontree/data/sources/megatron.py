@@ -16,7 +16,7 @@ from fusiontree.data.sources.base import TOKEN_SOURCES, TokenSource, TokenSpan, 
 from fusiontree.data.tokenizers import HuggingFaceTokenizer, open_tokenizer
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.hashing import sample_file, sha256_file
-from fusiontree.utils.settings import Section, setting
+from fusiontree.utils.settings import PathText, Section, setting
 
 
 def is_megatron(file: Path) -> bool:
@@ -53,7 +53,7 @@ def _open_corpus(file: Path) -> Any:
 class MegatronOptions(Section):
     """Options of a dataset of type megatron."""
 
-    tokenizer: str = setting(..., "byte, or the tokenizer.json that made the corpus.")
+    tokenizer: PathText = setting(..., "byte, or the tokenizer.json that made the corpus.")
     eos: str | None = setting(None, "The tokenizer's end-of-document token, if it has an unusual name.")
 
 

@@ -22,15 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from fusiontree.data.config import LONGEST_WAIT_S
 from fusiontree.utils.errors import UserError, nearest
 from fusiontree.utils.threads import Stopped, stop_wanted
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_LONGEST_WAIT_S = 60.0
-_STALL_S = 120.0
-"""A transfer without data for this long has failed."""
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 _PACKAGES |= {"http": "aiohttp", "https": "aiohttp", "az": "adlfs", "abfs": "adlfs"}
 
@@ -68,7 +66,7 @@ class Retries:
         Raises:
             Stopped: the thread was told to end.
         """
-        seconds = min(_LONGEST_WAIT_S, self.wait_s * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+        seconds = min(LONGEST_WAIT_S, self.wait_s * 2.0 ** min(attempt - 1, 64)) * random.uniform(0.5, 1.0)
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             if stop_wanted():
@@ -113,30 +111,30 @@ def local_folder(path: str) -> Path:
     return Path(path.removeprefix("file://")).expanduser()
 
 
-def open_remote(path: str, options: dict[str, Any], allow_pipe: bool) -> RemoteFolder:
-    """Return the remote folder at ``path``, without reading anything.
+def open_remote(path: str, options: dict[str, Any], allow_pipe: bool, stall_s: float = 60.0) -> RemoteFolder:
+    """Return the remote folder at ``path``, without reading anything; a transfer silent for ``stall_s`` has failed.
 
     Raises:
         UserError: the protocol is unknown, its package is missing, or commands are not allowed.
     """
     if not path.startswith("pipe:"):
-        return FsspecFolder(path, options)
+        return FsspecFolder(path, options, stall_s)
     if not allow_pipe:
         raise UserError(f"'{path}' runs a shell command; set data.allow_pipe to true if you trust it")
-    return CommandFolder(path)
+    return CommandFolder(path, stall_s)
 
 
 class FsspecFolder:
     """A folder behind any protocol that fsspec knows."""
 
-    def __init__(self, url: str, options: dict[str, Any]) -> None:
+    def __init__(self, url: str, options: dict[str, Any], stall_s: float = 60.0) -> None:
         """Prepare; see :func:`open_remote`."""
         import fsspec
 
         self.url = url.rstrip("/")
         protocol = url.split("://", 1)[0]
         if protocol in ("http", "https"):
-            options = {"client_kwargs": _http_timeouts(), **options}
+            options = {"client_kwargs": _http_timeouts(stall_s), **options}
         try:
             self._files = fsspec.filesystem(protocol, **options)
         except ImportError as error:
@@ -159,13 +157,13 @@ class FsspecFolder:
             raise
 
 
-def _http_timeouts() -> dict[str, Any]:
+def _http_timeouts(stall_s: float) -> dict[str, Any]:
     try:
         import aiohttp
     except ImportError:
         return {}  # fsspec reports the missing package
     # aiohttp's default ends every transfer after five minutes, even if it makes progress.
-    return {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30.0, sock_read=_STALL_S)}
+    return {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=min(30.0, stall_s), sock_read=stall_s)}
 
 
 # A background process waits until standard input closes, which happens when the trainer ends, and then kills the
@@ -176,12 +174,12 @@ _GUARD = "exec 3<&0 </dev/null; (read _ <&3; kill -9 0) >/dev/null 2>&1 & exec 3
 class CommandFolder:
     """``pipe:COMMAND``: the output of a shell command, ``{name}`` in it replaced by the file's name."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, stall_s: float = 60.0) -> None:
         """Prepare; see :func:`open_remote`."""
         if "{name}" not in url:
             raise UserError(f"'{url}' does not contain {{name}}; write {{name}} where the command takes a file's name")
         self.url = url
-        self._command = url.removeprefix("pipe:")
+        self._command, self._stall_s = url.removeprefix("pipe:"), stall_s
 
     def download(self, name: str, target: Path) -> None:
         """See :class:`RemoteFolder`. A command that fails or stalls is killed and raises OSError."""
@@ -198,13 +196,13 @@ class CommandFolder:
             assert process.stdout is not None
             try:
                 while True:
-                    if not select.select([process.stdout], [], [], _STALL_S)[0]:
-                        raise OSError(f"'{command}' sent no data for {_STALL_S:.0f} s")
+                    if not select.select([process.stdout], [], [], self._stall_s)[0]:
+                        raise OSError(f"'{command}' sent no data for {self._stall_s:.0f} s")
                     data = process.stdout.read1(1 << 20)  # type: ignore[attr-defined]
                     if not data:
                         break
                     output.write(data)
-                code = process.wait(_STALL_S)
+                code = process.wait(self._stall_s)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

@@ -186,6 +186,21 @@ class LocalShards(ShardSource):
         self.folder, self.tokenizer_path, self._retries = folder, folder, retries
         self._checked: dict[int, tuple[int, ...]] = {}
 
+    def check(self) -> None:
+        """See :class:`TokenSource`."""
+        for info in self.info.shards:
+            tar = self.folder / info.name
+            try:
+                size, _ = tar.stat().st_size, tar.with_suffix(".index").stat()
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename}: {error.strerror}; restore the file or build the dataset again"
+                ) from error
+            if size != info.bytes:
+                raise UserError(
+                    f"{tar} has {size} bytes and dataset.json says {info.bytes}; restore it or build the dataset again"
+                )
+
     def open(self, number: int) -> OpenShard:
         """See :class:`ShardSource`."""
         info = self.info.shards[number]
