@@ -24,6 +24,11 @@ answer_alone() {
     done
 }
 
+# tasks_per_node TASKS NODES prints the tasks on each node, if there are more than one and as many on each.
+tasks_per_node() {
+    if [ "${1:-0}" -gt "$2" ] && [ $(($1 % $2)) = 0 ]; then echo $(($1 / $2)); fi
+}
+
 # Sets NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and, where it is known, PROCESSES (ranks on each node).
 place_in_slurm() {
     stop_unless_number NNODES NODE_RANK MASTER_PORT PROCESSES SLURM_JOB_NUM_NODES SLURM_NODEID SLURM_JOB_ID
@@ -44,7 +49,8 @@ place_in_slurm() {
     # The port follows from the job, so that two jobs on one node do not meet each other; ports from 32768 on are those
     # that the system gives to outgoing connections.
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
-    PROCESSES=${PROCESSES:-${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}}
+    PROCESSES=${PROCESSES:-${SLURM_NTASKS_PER_NODE:-$(tasks_per_node "${SLURM_NTASKS:-}" "$NNODES")}}
+    PROCESSES=${PROCESSES:-${SLURM_GPUS_ON_NODE:-}}
     export NNODES NODE_RANK MASTER_ADDR MASTER_PORT PROCESSES
 }
 

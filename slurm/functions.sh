@@ -37,20 +37,46 @@ world_sizes() {
         (place_in_slurm && echo $((NNODES * ${PROCESSES:-1})))
         return
     fi
-    local word previous="" nodes=1 gpus="" tasks="" count
+    local word previous="" nodes=1 gpus="" tasks="" all_gpus="" all_tasks="" count
     # shellcheck disable=SC2086
     for word in ${SBATCH_OPTIONS} ${options[@]+"${options[@]}"}; do
-        case $previous in -N | --nodes | --gpus-per-node | --ntasks-per-node | --gres) word=$previous=$word ;; esac
+        case $previous in
+        -N | --nodes | --gpus-per-node | --ntasks-per-node | --gres | -G | --gpus | -n | --ntasks) word=$previous=$word ;;
+        esac
         case $word in
         -N=* | --nodes=*) nodes=${word#*=} ;;
         -N?*) nodes=${word#-N} ;;
-        --gpus-per-node=* | --gres=gpu*) gpus=${word##*[=:]} ;;
+        --gpus-per-node=*) gpus=$(count_gpus "gpu:${word#*=}") ;;
+        --gres=*) gpus=$(count_gpus "${word#*=}") ;;
+        -G=* | --gpus=*) all_gpus=$(count_gpus "gpu:${word#*=}") ;;
+        -G?*) all_gpus=$(count_gpus "gpu:${word#-G}") ;;
         --ntasks-per-node=*) tasks=${word#*=} ;;
+        -n=* | --ntasks=*) all_tasks=${word#*=} ;;
+        -n[0-9]*) all_tasks=${word#-n} ;;
         esac
         previous=$word
     done
+    for word in "${nodes%-*}" "${nodes#*-}" "${tasks:-1}" "${all_tasks:-1}"; do
+        case $word in '' | *[!0-9]*)
+            echo "error: '$word' among the options of sbatch is not a number of nodes or tasks" >&2
+            return 2
+            ;;
+        esac
+    done
     for ((count = ${nodes%-*}; count <= ${nodes#*-}; count++)); do
-        echo $((count * ${PROCESSES:-${tasks:-${gpus:-1}}}))
+        [ -n "$tasks" ] || word=$(tasks_per_node "$all_tasks" "$count")
+        echo $((count * ${PROCESSES:-${tasks:-${word:-${gpus:-$((${all_gpus:-$count} / count))}}}}))
+    done
+}
+
+# Prints the GPUs among generic resources such as gpu:h100:8,nvme:1 (a type without a number is one), or nothing.
+count_gpus() {
+    local item
+    for item in ${1//,/ }; do
+        case $item in gpu | gpu:*) ;; *) continue ;; esac
+        item=${item%%(*}
+        case ${item##*:} in *[!0-9]*) echo 1 ;; *) echo "${item##*:}" ;; esac
+        return
     done
 }
 

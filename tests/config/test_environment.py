@@ -156,3 +156,30 @@ def test_launchers_read_their_variables(env: pytest.MonkeyPatch, script: str, co
     said = (done.stdout + done.stderr).strip()
     assert (done.returncode, len(said.splitlines())) == (code, 1), said
     assert said.startswith(named) or named in said
+
+
+@pytest.mark.parametrize(
+    ("options", "worlds"),
+    [
+        ("", "1"),
+        ("--nodes=2 --gpus-per-node=8", "16"),
+        ("-N2 --gpus-per-node h100:4", "8"),
+        ("--nodes=1-3 --gpus-per-node=h100", "1 2 3"),
+        ("--gres=gpu:h100", "1"),
+        ("--gres=gpu:2,nvme:1", "2"),
+        ("--gres=nvme:3,gpu:h100:4 -N 2", "8"),
+        ("--gres=nvme:3", "1"),
+        ("--gpus=2", "2"),
+        ("-G h100:8 --nodes=2", "8"),
+        ("--ntasks=2", "2"),
+        ("-n8 -N2", "8"),
+        ("-n 1 --gpus-per-node=8", "8"),  # one launcher on the node
+        ("--ntasks-per-node=4 --gpus-per-node=8", "4"),
+    ],
+)
+def test_the_processes_of_a_job_are_read_from_its_options(
+    env: pytest.MonkeyPatch, options: str, worlds: str
+) -> None:
+    command = f"source {ROOT}/slurm/functions.sh; options=({options}); echo $(world_sizes)"
+    done = subprocess.run(["bash", "-uc", command], capture_output=True, text=True)
+    assert done.stdout.strip() == worlds, done.stderr
