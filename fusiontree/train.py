@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.program import run_program
-from fusiontree.cli.run_checks import check_data, check_trackers, notes
+from fusiontree.cli.run_checks import check_data, check_kernels, check_trackers, notes
 from fusiontree.config.load import config_values, dump_config, load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
@@ -95,7 +95,12 @@ def run(args: argparse.Namespace) -> int:
     """
     place = process_place()
     level = NOTICE if args.quiet else logging.INFO
-    logging.basicConfig(level=level if place.is_main else logging.WARNING, format="%(message)s", stream=sys.stdout)
+    answers = args.print_config or args.print_run_dir  # launchers read what these print
+    logging.basicConfig(
+        level=level if place.is_main else logging.WARNING,
+        format="%(message)s",
+        stream=sys.stderr if answers else sys.stdout,
+    )
     logging.getLogger("fusiontree.ops.dispatch").setLevel(logging.WARNING)  # the console summarizes the backends
     if args.world_size is not None and (args.world_size < 1 or not (args.check or args.print_run_dir)):
         raise UserError(f"--world-size {args.world_size}: give a number above 0, together with --check")
@@ -119,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         check_data(config, world_size)
         check_trackers(config)
+        if note := check_kernels(config):
+            log.warning("note: %s", note)
         print(f"ok: {args.config}, run_dir {config.run_dir}")
         return 0
     exit_on_sigusr1(75)

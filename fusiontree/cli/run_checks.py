@@ -18,7 +18,7 @@ def notes(config: Config, world_size: int) -> list[str]:
 
 
 def check_data(config: Config, world_size: int) -> None:
-    """Open the datasets as training would, look for every shard, and read the first batch of each.
+    """Open the datasets as training would, look for every local shard, and read the first batch of each.
 
     Raises:
         UserError: one is missing or empty, has no such shard, cannot be read, is not that of the run, or its tokenizer
@@ -35,11 +35,37 @@ def check_data(config: Config, world_size: int) -> None:
     for source in (*train_data.sources, *(validation.source for validation in validation_data)):
         if data.on_damage == "stop":
             source.check()
+    if data.is_remote:
+        return  # shards of gigabytes would be fetched into the cache of this machine
     with closing(train_data.steps()) as steps:
         next(steps)
     for validation in validation_data:
         with closing(validation.micro_batches()) as batches:
             next(batches)
+
+
+def check_kernels(config: Config) -> str | None:
+    """Check that the chosen kernels run on the device; return a note if the device is not on this machine.
+
+    Raises:
+        UserError: a kernel cannot run on the device.
+    """
+    import torch
+
+    from fusiontree.ops.attention import ATTENTION
+    from fusiontree.ops.conv import CONV
+    from fusiontree.ops.cross_entropy import CROSS_ENTROPY
+    from fusiontree.ops.elementwise import ELEMENTWISE
+    from fusiontree.ops.ssd import SSD
+
+    wanted = config.training.device
+    if wanted != "cpu" and not torch.cuda.is_available():
+        return "this machine shows no GPU, so training.device and model.kernels are not checked"
+    for operation in (ATTENTION, CONV, CROSS_ENTROPY, ELEMENTWISE, SSD):
+        backend = getattr(config.model.kernels, operation.name)
+        if backend != "auto":
+            operation.choose(backend, "cpu" if wanted == "cpu" else "cuda")
+    return None
 
 
 def check_trackers(config: Config) -> None:

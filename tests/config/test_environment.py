@@ -177,9 +177,7 @@ def test_launchers_read_their_variables(env: pytest.MonkeyPatch, script: str, co
         ("--ntasks-per-node=4 --gpus-per-node=8", "4"),
     ],
 )
-def test_the_processes_of_a_job_are_read_from_its_options(
-    env: pytest.MonkeyPatch, options: str, worlds: str
-) -> None:
+def test_the_processes_of_a_job_are_read_from_its_options(env: pytest.MonkeyPatch, options: str, worlds: str) -> None:
     command = f"source {ROOT}/slurm/functions.sh; options=({options}); echo $(world_sizes)"
     done = subprocess.run(["bash", "-uc", command], capture_output=True, text=True)
     assert done.stdout.strip() == worlds, done.stderr

@@ -90,6 +90,7 @@ def test_check_opens_all_that_training_opens(capsys: pytest.CaptureFixture[str],
     assert "'nosuch' does not exist" in check_refuses(capsys, config, "data.validation=nosuch")
     assert "type of token source" in check_refuses(capsys, config, "data.train=[{path: x, weight: 1, type: y}]")
     assert "nothing" in check_refuses(capsys, config, "plugins=[nothing.py]")
+    assert "mamba_ssm cannot run on cpu" in check_refuses(capsys, config, "model.kernels.ssd=mamba_ssm")
     copy = shutil.copytree(data / "train", tmp_path / "copy")
     last = max(copy.glob("*.tar"))
     last.write_bytes(last.read_bytes()[:-512])
