@@ -39,8 +39,8 @@ def lost_steps(run_dir: Path, config: CheckpointConfig) -> tuple[list[int], int]
     begins only after the previous save has ended.
     """
     checkpoints = run_dir / "checkpoints"
+    events = read_records(run_dir / "events.jsonl")  # before the folders: another process may save meanwhile
     newest = max((folder_step(folder) for folder in complete_checkpoints(checkpoints)), default=0)
-    events = read_records(run_dir / "events.jsonl")
     lost = {step for step in known_steps(events) if step > newest} - damaged_steps(checkpoints)
     if not events and config.save_interval:
         last = max((record["step"] for record in read_records(run_dir / "metrics.jsonl")), default=0)

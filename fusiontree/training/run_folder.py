@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fusiontree.checkpoint.folders import complete_checkpoints
+from fusiontree.checkpoint.folders import STATE, complete_checkpoints
 from fusiontree.supervision.run_lock import GUARD, RUN_LOCK
 from fusiontree.tracking.console import NOTICE, Console
 from fusiontree.tracking.records import Records, read_records
@@ -139,7 +140,7 @@ def report_changes(records: Records, console: Console, changes: dict[str, tuple[
 
 
 def _saved_values(run_dir: Path) -> dict[str, Any]:
-    """Return the configuration in the folder; empty, with a warning, if it is damaged: checkpoints have it too."""
+    """Return the configuration in the folder; with a warning that of the newest checkpoint, or nothing, if damaged."""
     file = run_dir / CONFIG
     if not file.exists():
         return {}
@@ -150,7 +151,12 @@ def _saved_values(run_dir: Path) -> dict[str, Any]:
     if isinstance(values, dict) and all(isinstance(values.get(name), dict) for name in ("model", "training", "data")):
         return values
     reason = " ".join(str(values).split())[:200] if isinstance(values, Exception) else "it holds no run's settings"
-    _warn(f"{file} is damaged ({reason}); it is kept beside the new one, and the checkpoints' configuration counts")
+    _warn(f"{file} is damaged ({reason}); it is kept beside the new one, and that of the newest checkpoint counts")
+    for folder in reversed(complete_checkpoints(run_dir / "checkpoints")):
+        try:
+            return dict(json.loads((folder / STATE).read_text(encoding="utf-8"))["config"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged checkpoint
     return {}
 
 

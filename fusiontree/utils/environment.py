@@ -163,8 +163,8 @@ def expand_path(text: str) -> str:
     Raises:
         UserError: the path is empty, or names a variable that is not set or a user that does not exist.
     """
-    if not text.strip():
-        raise UserError("the path is empty; give a folder, a file, or leave the setting out")
+    if not text.strip() or "\0" in text:
+        raise UserError("the path is empty or holds a zero byte; give a folder, a file, or leave the setting out")
     if text.startswith("pipe:") or (text[0] != "~" and "$" not in text) or os.path.exists(text):
         return text
 

@@ -109,3 +109,15 @@ def test_a_damaged_config_costs_a_warning_and_is_kept(
     assert "is damaged" in caplog.text
     assert write_config(run_dir, yaml.safe_dump(VALUES)) == {}
     assert (run_dir / "config.before-1.yaml").read_bytes() == content
+
+
+def test_a_damaged_config_is_replaced_by_that_of_the_newest_checkpoint(run_dir: Path) -> None:
+    for step, content in ((3, json.dumps({"config": VALUES})), (5, "{damaged")):
+        folder = run_dir / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        (folder / "state.json").write_text(content)
+    (run_dir / "config.yaml").write_bytes(b"\xff\xfe")
+    check_run_folder(run_dir, VALUES)
+    with pytest.raises(UserError, match=r"training.global_batch_size: 2 in the folder, 4 now"):
+        check_run_folder(run_dir, changed("training", "global_batch_size", 4))
