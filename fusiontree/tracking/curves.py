@@ -63,18 +63,18 @@ def read_curves(run_dir: Path) -> RunCurves:
         ValueError: the run has logged no step.
     """
     records = read_records(run_dir / "metrics.jsonl")
-    train = [r for r in records if "loss" in r]
+    train = [r for r in records if {"lm_loss", "lr", "tokens_per_s", "gates"} <= r.keys()]  # others are damaged
     validation = [r for r in records if "validation_loss" in r]
     if not train:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} has no logged step to plot")
-    loss_N = [_number(r.get("lm_loss")) for r in train]
+    loss_N = [_number(r["lm_loss"]) for r in train]
     return RunCurves(
         step_N=[r["step"] for r in train],
         loss_N=loss_N,
         smoothed_N=smooth(loss_N),
-        lr_N=[_number(r.get("lr")) for r in train],
-        tokens_per_s_N=[_number(r.get("tokens_per_s")) for r in train],
-        gate_NL=[[_number(gate) for gate in r.get("gates", {}).get("mean", ())] for r in train],
+        lr_N=[_number(r["lr"]) for r in train],
+        tokens_per_s_N=[_number(r["tokens_per_s"]) for r in train],
+        gate_NL=[[_number(gate) for gate in r["gates"]["mean"]] for r in train],
         validation_step_V=[r["step"] for r in validation],
         validation_loss_V=[_number(r["validation_loss"]) for r in validation],
         resumes=[e.get("to_step", e.get("step", 0)) for e in read_records(run_dir / "events.jsonl") if _continues(e)],
