@@ -156,7 +156,9 @@ def _explain(problem: Any) -> str:
     parts = [str(part) for part in location if not re.search(r"[\[\]\(\)<>]|^(str|int|float|bool)$", str(part))]
     dotted = ".".join(parts)
     if problem["type"] == "extra_forbidden":
-        *parents, key = parts
+        key = str(location[-1])  # whatever characters it has
+        parents = parts[:-1] if parts[-1:] == [key] else parts
+        dotted = ".".join([*parents, key])
         section = _section_at(parents)
         known = section.known_keys() if section else []
         hint = nearest(key, known) or (f"; known keys: {', '.join(known)}" if known else "")

@@ -192,6 +192,8 @@ def test_what_cannot_be_read_is_named(file: Path, tmp_path: Path) -> None:
         (f"training.max_steps={10**30}", "'training.max_steps' is 1000000"),
         ("run_dir=", "'run_dir' is None"),
         ("training.=3", "unknown key"),
+        ("training.<<[x](y)=3", "unknown key 'training.<<[x](y)'"),
+        ("str=3", "unknown key 'str'"),
         ("data.train=[", "not valid YAML"),
         ("training=null", "'training' is None"),
         ("training.max_steps=true", "'training.max_steps' is True"),
