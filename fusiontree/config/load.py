@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -26,25 +26,28 @@ from fusiontree.utils.settings import Section
 class _Loader(yaml.SafeLoader):
     """YAML that reads ``3e-4`` as a number, ``010``, ``1:30`` and dates as texts, and refuses a key given twice."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in ("int", "float", "timestamp")]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
-
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in ("int", "float", "timestamp")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int",
     re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F_]+|0b[01_]+)$"),
     list("-+0123456789"),
 )
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
-        r"|[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that quotes texts which :class:`_Loader` would read as numbers, such as ``1e5``."""
+
+
+_FLOAT = re.compile(
+    r"^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -145,7 +148,11 @@ def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
     """Yield dotted name and value of every number that is not finite or exceeds 64 bits, also where any is allowed."""
     if (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= 1 << 63):
         yield name, value
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    pairs: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, list):
+        pairs = enumerate(value)
     for key, inner in pairs:
         yield from _not_finite(inner, f"{name}.{key}".lstrip("."))
 
@@ -223,4 +230,5 @@ def config_values(config: Config) -> dict[str, Any]:
 
 def dump_config(config: Config) -> str:
     """Return the resolved configuration as YAML that :func:`load_config` reads back to an equal one."""
-    return yaml.safe_dump(config_values(config), sort_keys=False, default_flow_style=None, width=110)
+    values = config_values(config)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110)

@@ -39,7 +39,8 @@ def parse_records(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, byt
     except OSError as error:
         _warn(f"{path} cannot be read ({error.strerror}); the run goes on as if it were empty")
         return [], []
-    records, damaged = [], []
+    records: list[dict[str, Any]] = []
+    damaged: list[tuple[int, bytes]] = []
     for number, line in enumerate(lines, start=1):
         record = parse_line(line, "event" if path.name.startswith("events") else "step")
         if record is not None:

@@ -75,6 +75,14 @@ def test_resolved_config_reads_back_equal(file: Path, tmp_path: Path) -> None:
     assert load_config(again) == config
 
 
+@pytest.mark.parametrize("text", ["1e5", "010", "1:30", "2024-01-01", ".5", "on", "null", "0x1f", "a: b", "- a", "1.5"])
+def test_texts_that_look_like_numbers_stay_texts(file: Path, tmp_path: Path, text: str) -> None:
+    config = load_config(file, [f"run_dir='{text}'"])
+    assert config.run_dir == text
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
