@@ -173,9 +173,7 @@ def test_relaunches_of_a_finished_run_are_no_failures(reference: Path, data: Pat
     assert len(metrics(tmp_path / "run")) == 20
 
 
-def test_a_store_that_is_silent_longer_than_a_step_may_hang_is_waited_for(
-    reference: Path, data: Path, tmp_path: Path
-) -> None:
+def test_a_store_that_is_silent_longer_than_a_step_may_hang_is_waited_for(data: Path, tmp_path: Path) -> None:
     """The scene: reading was to be retried for minutes, and the watchdog ended the job ("hung in 'wait for data'")."""
     store = f"data.train='pipe:sleep 2; cat {data / 'train'}/{{name}}'"
     settings = ["data.allow_pipe=true", f"data.cache_dir={tmp_path / 'cache'}", "data.prefetch_shards=0"]
