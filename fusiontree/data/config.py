@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Tag, model_validator
+from pydantic import Discriminator, Tag, field_validator, model_validator
 
 from fusiontree.utils.environment import expand_path
 from fusiontree.utils.settings import PathText, Section, setting
@@ -133,14 +133,22 @@ class DataConfig(Section):
         waits_s = sum(growing) + (waits - len(growing)) * (growing[-1] if growing else 0.0)
         return waits_s + (self.fetch_attempts * self.fetch_stall_s if self.is_remote else 0.0)
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _is_named(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("train names no dataset; give its folder")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.sources:
             raise ValueError("train is an empty list; name a dataset folder")
         trained = [(_place(d.path), d.type, d.options) for d in self.sources]
-        for source in trained:
-            if trained.count(source) > 1:
-                raise ValueError(f"train lists '{source[0]}' twice; list it once with the sum of the weights")
+        for source, place in zip(self.sources, trained, strict=True):
+            if trained.count(place) > 1:
+                given = source.path.rstrip("/")
+                raise ValueError(f"train lists '{given}' twice; list it once with the sum of the weights")
         for name, dataset in self.validation_sets.items():
             if not re.fullmatch(r"[\w.-]*", name) or (isinstance(self.validation, dict) and not name):
                 raise ValueError(f"validation set '{name}': use letters, digits and the characters _ . - in its name")
