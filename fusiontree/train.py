@@ -124,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         check_data(config, world_size)
         check_trackers(config)
-        if note := check_kernels(config):
-            log.warning("note: %s", note)
+        if unchecked := check_kernels(config):
+            log.warning("note: %s", unchecked)
         print(f"ok: {args.config}, run_dir {config.run_dir}")
         return 0
     exit_on_sigusr1(75)

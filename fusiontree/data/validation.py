@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 
 from fusiontree.data.batch import MicroBatch, RowsOfStep
@@ -116,7 +116,7 @@ class ValidationData:
             values[f"validation_bits_per_byte{suffix}"] = loss / math.log(2) / self.source.bytes_per_token
         return values
 
-    def micro_batches(self) -> Iterator[MicroBatch]:
+    def micro_batches(self) -> Generator[MicroBatch]:
         """Yield this rank's rows; all ranks yield the same number of micro-batches.
 
         Raises:
