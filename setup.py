@@ -40,6 +40,7 @@ setup(
         # apache-tvm-ffi than flash-attn-4 does, so that both could not be installed.
         "mamba-ssm": ["mamba-ssm>=2.3.0,<2.3.2"],
         "megatron": ["megatron-core>=0.12,<0.20"],  # import of .bin/.idx corpora by its own reader
+        "parquet": ["pyarrow>=15,<30"],  # corpora in Parquet files
         "s3": ["s3fs>=2024.6,<2028"],  # shards at s3://
         "gs": ["gcsfs>=2024.6,<2028"],  # shards at gs://
         "wandb": ["wandb>=0.18,<1"],  # experiment tracker

@@ -192,10 +192,13 @@ def read_prompts(file: str) -> list[str]:
         UserError: the file does not exist or is not UTF-8, or a JSON line has no prompt.
     """
     if file == "-":
-        return [sys.stdin.read()]
+        try:
+            return [sys.stdin.buffer.read().decode("utf-8")]  # the text stream would change line ends
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not UTF-8 text: {error}") from None
     path = Path(file)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
         raise UserError(f"prompt file '{file}' does not exist{near}") from None
@@ -203,8 +206,9 @@ def read_prompts(file: str) -> list[str]:
         raise UserError(f"prompt file '{file}' cannot be read as UTF-8 text: {error}") from None
     if path.suffix != ".jsonl":
         return [text]
+    text = text.removeprefix("\ufeff")
     prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

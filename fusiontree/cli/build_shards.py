@@ -22,9 +22,10 @@ INTERRUPTED = "stopped; repeat the command to continue"
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(
-        description="Turn text files, folders, JSONL (.gz, .zst) and Megatron corpora (.bin beside .idx; --tokenizer "
-        "names the one that made them) into token shards that training and any WebDataset "
-        "reader can read. An interrupted command continues when it is repeated.",
+        description="Turn text files, folders, JSON lines and arrays (also packed: gz, zst, bz2, xz), Parquet and "
+        "Megatron corpora (.bin beside .idx; --tokenizer names the one that made them) into token shards that training "
+        "and any WebDataset reader can read. What a file is, its content tells. An interrupted command continues when "
+        "it is repeated.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -35,20 +36,22 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=[],
         metavar="PATH",
-        help="text, folders, JSONL, Megatron .bin",
+        help="text, folders, JSON, Parquet, Megatron .bin",
     )
     add("--output", type=Path, metavar="DIR", help="new folder for the dataset")
     add("--tokenizer", default="byte", metavar="T", help="byte, bpe:VOCAB_SIZE (trained here), or a tokenizer.json")
-    add("--eos", metavar="TOKEN", help="the tokenizer's end-of-document token, if it is not one of the usual names")
+    add("--eos", metavar="TOKEN", help="the tokenizer's end-of-document token, if its files do not say it")
     add("--include", action="append", default=[], metavar="PATTERN", help="file names to read in folders, e.g. *.py")
     add("--exclude", action="append", default=[], metavar="PATTERN", help="file or folder names to leave out")
-    add("--text-key", default="text", metavar="KEY", help="field of a JSONL object with the text (default text)")
+    add("--text-key", default="text", metavar="KEY", help="JSON field or Parquet column with the text (default text)")
+    add("--separator", metavar="LINE", help="line between two documents of a text file, e.g. '<|endoftext|>'")
     add(
         "--validation-fraction",
         type=float,
         default=0.0,
         metavar="F",
-        help="fraction of documents for DIR/validation, selected by the hash of their text; the rest goes to DIR/train",
+        help="fraction of documents for DIR/validation, selected by the hash of their text, at least one or the end of "
+        "the longest; the rest goes to DIR/train",
     )
     add(
         "--shuffle",
@@ -56,6 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="shuffle the documents by --seed; during the build, DIR needs space for their text once more",
     )
     add("--remove-duplicates", action="store_true", help="keep only the first of documents with the same text")
+    add(
+        "--max-unknown",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="fraction of a shard's tokens that may stand for text that the tokenizer lacks (default 0.01)",
+    )
     add("--seed", type=int, default=0, help="seed of split and shuffle (default 0)")
     add("--shard-mb", type=float, default=64, metavar="MB", help="megabytes of text per shard (default 64)")
     add("--processes", type=int, default=0, metavar="N", help="worker processes (default: one per core)")
@@ -77,7 +87,9 @@ def build(args: argparse.Namespace) -> int:
         raise UserError("give --input and --output; see --help")
     if not 0 < args.shard_mb < 1e6:
         raise UserError(f"--shard-mb {args.shard_mb} is no size of a shard; give megabytes of text, for example 64")
-    corpus = CorpusOptions(inputs=args.input, include=args.include, exclude=args.exclude, text_key=args.text_key)
+    corpus = CorpusOptions(args.input, args.include, args.exclude, args.text_key, args.separator)
+    if args.separator is not None and ("\n" in args.separator or args.separator.endswith("\r")):
+        raise UserError(f"--separator {args.separator!r} holds a line end; give the text of one line")
     options = BuildOptions(
         corpus=corpus,
         output=args.output,
@@ -87,6 +99,7 @@ def build(args: argparse.Namespace) -> int:
         shard_bytes=int(args.shard_mb * 1e6),
         shuffle=args.shuffle,
         remove_duplicates=args.remove_duplicates,
+        max_unknown=args.max_unknown,
         seed=args.seed,
         processes=args.processes,
     )

@@ -53,6 +53,9 @@ def print_summary(folder: Path, info: DatasetInfo) -> None:
     print(f"  tokenizer {info.tokenizer.name}, vocabulary {info.tokenizer.vocab_size:,}, eos {info.tokenizer.eos_id}")
     if s["text_bytes"]:
         print(f"  {s['text_bytes'] / 1e6:,.1f} MB of text, {s['bytes_per_token']:.2f} bytes per token")
+    if s.get("unknown"):
+        share = s["unknown"] / info.tokens
+        print(f"  {s['unknown']:,} pieces of text were unknown to the tokenizer and lost ({share:.2%} of the tokens)")
     if s.get("duplicates_removed"):
         print(f"  {s['duplicates_removed']:,} duplicates were removed")
     if "bigram_entropy_nats" in s:

@@ -24,6 +24,7 @@ from fusiontree.utils.files import atomic_write
 DATASET = "dataset.json"
 FORMAT = "fusiontree-shards"
 VERSION = 1
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class ShardDamage(RuntimeError):
@@ -46,7 +47,26 @@ class TokenizerInfo:
     sha256: str
     """SHA-256 of the tokenizer's file, or of the definition of ``byte``."""
     file: str | None = None
-    """File in the dataset's folder, or None."""
+    """``tokenizer.json`` in the dataset's folder; None for ``byte``."""
+
+    def check(self, place: str) -> None:
+        """Check values that come from outside; the file's name becomes a path in runs and checkpoints.
+
+        Raises:
+            UserError: a value is not possible; ``place`` names its origin.
+        """
+        numbers = (self.vocab_size, self.eos_id)
+        if not all(type(n) is int for n in numbers) or not 0 <= self.eos_id < self.vocab_size <= 1 << 31:
+            problem = f"end-of-document token {self.eos_id!r} of a vocabulary of {self.vocab_size!r}"
+        elif self.kind not in ("byte", "huggingface"):
+            problem = f"kind {self.kind!r}; known are byte and huggingface"
+        elif self.file not in (None, TOKENIZER_FILE) or (self.kind == "huggingface" and self.file is None):
+            problem = f"file {self.file!r}; a tokenizer's file is called {TOKENIZER_FILE}"
+        elif not isinstance(self.name, str) or not re.fullmatch("[0-9a-f]{64}", str(self.sha256)):
+            problem = f"name {self.name!r} with SHA-256 {self.sha256!r}"
+        else:
+            return
+        raise UserError(f"{place} describes an impossible tokenizer: {problem}; take the file as it was written")
 
 
 @dataclass(frozen=True)
@@ -155,8 +175,8 @@ def parse_dataset(text: str, place: str) -> DatasetInfo:
 
 def _check_names(info: DatasetInfo, place: str) -> None:
     """Reject file names that would lead out of the dataset's folder or the cache, since names become paths."""
-    names = [shard.name for shard in info.shards] + [info.tokenizer.file or "tokenizer"]
-    for name in names:
+    info.tokenizer.check(place)
+    for name in (shard.name for shard in info.shards):
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
             raise UserError(f"{place} names a file {name!r}, which is not a plain file name; build the dataset again")
     for shard in info.shards:

@@ -58,6 +58,7 @@ class TrainingData:
         """
         assert 0 <= dp_rank < dp_size
         self.config, self.seq_len, seed = config, training.seq_len, training.seed
+        self._seed = seed
         self.global_batch_size = training.global_batch_size
         self._rows_of_rank = -(-self.global_batch_size // dp_size)
         self.micro_batch_size = min(training.micro_batch_size, self._rows_of_rank)  # more would only add fillers
@@ -66,6 +67,8 @@ class TrainingData:
         self.sources: list[TokenSource] = [open_source(dataset, config) for dataset in config.sources]
         common_tokenizer(self.sources)
         self.readers = [RowReader(source, self.seq_len, vocab_size) for source in self.sources]
+        for note in filter(None, (reader.note_on_unread() for reader in self.readers)):
+            log.info("%s", note)  # the main rank alone shows it
         self.mixture = Mixture([source.weight for source in config.sources], seed)
         self.orders = [
             RowOrder(
@@ -213,16 +216,30 @@ class TrainingData:
 
     def _wanted(self, before: DataState, subrows: int) -> list[WantedRow]:
         """Return this rank's rows of the global batch after ``before``."""
-        share = self._rows_of_rank
-        mine = range(self.dp_rank * share, min((self.dp_rank + 1) * share, self.global_batch_size))
-        counts = self.mixture.rows_before(before.row + mine.start)
+        share, size = self._rows_of_rank, self.global_batch_size
+        mine = range(self.dp_rank * share, min((self.dp_rank + 1) * share, size))
+        shift = self._shift_of_slots(before.step)
+        counts: list[int] = []
         wanted = []
-        for index, offset in enumerate(mine):
+        for index, slot in enumerate(mine):
+            offset = (slot + shift) % size
+            if not counts or not offset:
+                counts = self.mixture.rows_before(before.row + offset)
             source = self.mixture.source(before.row + offset)
             place = self.orders[source].place(counts[source])[1]
             counts[source] += 1
             wanted.append(WantedRow(index, before.number + offset * subrows, source, place))
         return wanted
+
+    def _shift_of_slots(self, step: int) -> int:
+        """Return by how many slots the rows of the step after ``step`` are rotated; the rows are the same.
+
+        With some batch sizes (89, 610, …) row n + batch size comes from the source of row n for hundreds of steps, and
+        so would every slot of the batch, and every rank.
+        """
+        if len(self.sources) == 1 or not self.mixture.repeats(self.global_batch_size):
+            return 0
+        return stable_hash("slots", self._seed, step) % self.global_batch_size
 
     def _shards_ahead(self) -> list[tuple[TokenSource, int]]:
         """List the shards in use, followed by the next shards in order, as far as the cache can hold them."""

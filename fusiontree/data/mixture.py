@@ -32,6 +32,11 @@ class Mixture:
         """Return the source of row number ``row``."""
         return bisect_right(self._ends, (row * _STEP + self._offset) % _MODULUS)
 
+    def repeats(self, rows: int) -> bool:
+        """Return whether sources nearly repeat after ``rows`` rows: for Fibonacci numbers from 89 on and the like."""
+        drift = rows * _STEP % _MODULUS
+        return min(drift, _MODULUS - drift) * 128 < _MODULUS
+
     def rows_before(self, row: int) -> list[int]:
         """Return how many of the rows before ``row`` each source gave."""
         below = [0, *(self._count_below(row, end) for end in self._ends[:-1]), row]

@@ -50,6 +50,23 @@ class RowReader:
             )
         self._ramp_S = np.arange(seq_len)
 
+    def note_on_unread(self) -> str:
+        """Return a sentence on tokens that no row contains, empty if they are less than 1%.
+
+        Rows do not cross shards, so the end of each shard, or a shard shorter than a row, is not read.
+        """
+        tokens = self.source.shard_tokens
+        unread = sum(n - rows * self.seq_len - (rows > 0) for n, rows in zip(tokens, self.rows_of_shards, strict=True))
+        total = sum(tokens)
+        if unread * 100 < total:
+            return ""
+        short = sum(not rows for rows in self.rows_of_shards)
+        return (
+            f"dataset '{self.source.place}': {unread / total:.0%} of its tokens are never read, because rows of "
+            f"{self.seq_len} tokens do not cross shards and {short:,} of {len(tokens):,} shards are shorter than that; "
+            "build it with a larger --shard-mb, or use shorter rows"
+        )
+
     def read(self, place: RowPlace, out: RowArrays, *, subrow: int | None = None) -> int:
         """Write the row at ``place`` into ``out`` and return a 32-bit hash of it.
 

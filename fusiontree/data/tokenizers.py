@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
@@ -14,22 +13,26 @@ from typing import Any
 
 import numpy as np
 
-from fusiontree.data.format import TokenizerInfo
+from fusiontree.data.format import TOKENIZER_FILE, TokenizerInfo
+from fusiontree.data.long_texts import PIECE_BYTES, count_dropped, encode_long
+from fusiontree.data.tokenizer_file import raised_by_library, read_tokenizer
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import atomic_write
 
-TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_INFO = "tokenizer_info.json"
 """File that describes the tokenizer of a run or checkpoint."""
 SMALLEST_BPE = 257
 """Vocabulary size of a byte-level BPE without merges: 256 bytes and the end-of-document token."""
-_EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "[SEP]")
+_EOS = "<|endoftext|>"
+"""End-of-document token of a BPE trained here."""
 
 
 class Tokenizer(ABC):
     """Encodes texts for building shards and decodes generated tokens."""
 
     info: TokenizerInfo
+    notes: Sequence[str] = ()
+    """Sentences on settings of the tokenizer that were switched off, or that change texts."""
 
     @abstractmethod
     def encode_utf8(self, texts: Sequence[bytes]) -> list[np.ndarray]:
@@ -38,6 +41,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Return the tokens of one text; lone surrogates, which UTF-8 cannot hold, become ``?``."""
         return self.encode_utf8([text.encode("utf-8", errors="replace")])[0].tolist()
+
+    def count_lost(self, text: bytes, tokens: np.ndarray) -> int:
+        """Return how many of ``tokens`` stand for unknown text, or how many characters of ``text`` have no token."""
+        return 0
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
@@ -70,42 +77,66 @@ class ByteTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A ``tokenizer.json`` of the tokenizers library."""
+    """A ``tokenizer.json`` of the tokenizers library; see :mod:`fusiontree.data.tokenizer_file` for what is applied."""
 
     def __init__(self, path: Path, name: str | None = None, eos: str | None = None, eos_id: int | None = None) -> None:
-        """Load ``path``; ``eos`` or ``eos_id`` is the end-of-document token; without both, common names are tried.
+        """Load ``path``, a file or the folder that contains it; ``eos`` or ``eos_id`` is the end-of-document token.
+
+        Without both, the files beside ``path`` and its special tokens decide.
 
         Raises:
-            UserError: the file is missing or not a tokenizer, or no end-of-document token is found.
+            UserError: the file is missing, no tokenizer, or the end-of-document token is not found or not certain.
         """
-        from tokenizers import Tokenizer as Backend
-
+        if path.is_dir() and (path / TOKENIZER_FILE).is_file():
+            path = path / TOKENIZER_FILE
         if not path.is_file():
             raise UserError(f"tokenizer '{path}' is no file; give 'byte', 'bpe:VOCAB_SIZE' or a tokenizer.json")
-        try:
-            self.backend: Any = Backend.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"tokenizer '{path}' cannot be read: {error}") from error
-        names = (eos,) if eos else _EOS_NAMES
-        if eos_id is None:
-            eos_id = next((i for i in map(self.backend.token_to_id, names) if i is not None), None)
-        if eos_id is None:
-            raise UserError(f"tokenizer '{path}' has none of the tokens {list(names)}; name its end with --eos TOKEN")
-        self.path = path
+        self.file = read_tokenizer(path, eos, eos_id)
+        self.backend: Any = self.file.backend
+        self.path, self.notes = path, self.file.notes
         self.info = TokenizerInfo(
             kind="huggingface",
             name=name or path.stem,
-            vocab_size=max(self.backend.get_vocab().values()) + 1,  # ids may have gaps
-            eos_id=eos_id,
+            vocab_size=self.file.vocab_size,
+            eos_id=self.file.eos_id,
             sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
             file=TOKENIZER_FILE,
         )
 
     def encode_utf8(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """Return the tokens of each text, given as valid UTF-8."""
-        encodings = self.backend.encode_batch_fast([text.decode("utf-8") for text in texts], add_special_tokens=False)
-        # array converts a list of numbers four times as fast as numpy.
-        return [np.frombuffer(array("I", e.ids), dtype=np.uint32) for e in encodings]
+        """Return the tokens of each text, given as valid UTF-8; long texts are encoded in pieces.
+
+        Raises:
+            UserError: the tokenizer has no token for a text, or reads a text as a special token.
+        """
+        try:
+            short = [text for text in texts if len(text) <= PIECE_BYTES]
+            encodings = self.backend.encode_batch_fast(
+                [text.decode("utf-8") for text in short], add_special_tokens=False
+            )
+            # array converts a list of numbers four times as fast as numpy.
+            of_short = iter([np.frombuffer(array("I", e.ids), dtype=np.uint32) for e in encodings])
+            del encodings
+            found = [next(of_short) if len(t) <= PIECE_BYTES else encode_long(self.backend, t) for t in texts]
+        except BaseException as error:
+            if not raised_by_library(error):
+                raise
+            raise UserError(f"tokenizer '{self.path}' cannot encode a text: {error}") from error
+        for text, tokens in zip(texts, found, strict=True):
+            if (special := self.file.special[tokens]).any():
+                name = self.backend.id_to_token(int(tokens[special.argmax()]))
+                raise UserError(
+                    f"tokenizer '{self.path}' reads a text as its special token '{name}' (the text begins with "
+                    f"{text[:60].decode('utf-8', errors='replace')!r}); remove it from the text, or use another "
+                    "tokenizer"
+                )
+        return found
+
+    def count_lost(self, text: bytes, tokens: np.ndarray) -> int:
+        """See :class:`Tokenizer`."""
+        if self.file.unknown_id is not None:
+            return int(np.count_nonzero(tokens == self.file.unknown_id))
+        return count_dropped(self.backend, text) if self.file.drops else 0
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text, special tokens left out."""
@@ -123,7 +154,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[_EOS_NAMES[0]],
+        special_tokens=[_EOS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -148,7 +179,7 @@ def tokenizer_of(info: TokenizerInfo, folder: Path) -> Tokenizer:
     """
     if info.kind == "byte":
         return ByteTokenizer()
-    tokenizer = HuggingFaceTokenizer(folder / (info.file or TOKENIZER_FILE), name=info.name, eos_id=info.eos_id)
+    tokenizer = HuggingFaceTokenizer(folder / TOKENIZER_FILE, name=info.name, eos_id=info.eos_id)
     if tokenizer.info.sha256 != info.sha256:
         raise UserError(f"{tokenizer.path} is not the tokenizer that made the dataset (its SHA-256 differs)")
     tokenizer.info = info  # name and end-of-document token as recorded in the dataset
@@ -156,29 +187,54 @@ def tokenizer_of(info: TokenizerInfo, folder: Path) -> Tokenizer:
 
 
 def save_tokenizer(info: TokenizerInfo, source: Path, folder: Path) -> list[Path]:
-    """Write what :func:`load_tokenizer` needs into ``folder`` and return the files.
+    """Write what :func:`load_tokenizer` needs into ``folder`` and return the files; equal files stay as they are.
 
     Args:
         info: the tokenizer.
         source: the tokenizer's file, or the folder that contains it; not used if it has none.
         folder: to write to.
+
+    Raises:
+        UserError: ``folder`` has another tokenizer already, or ``info`` names a file that is no tokenizer's.
     """
-    written = [folder / TOKENIZER_INFO]
-    with atomic_write(written[0]) as file:
-        json.dump(asdict(info), file, indent=1)
+    info.check(f"the dataset of tokenizer '{info.name}'")
+    contents = {TOKENIZER_INFO: json.dumps(asdict(info), indent=1).encode()}
     if info.file:
-        written.append(folder / info.file)
-        shutil.copyfile(source / info.file if source.is_dir() else source, written[1])
-    return written
+        contents[TOKENIZER_FILE] = (source / TOKENIZER_FILE if source.is_dir() else source).read_bytes()
+    for name, content in contents.items():
+        path = folder / name
+        if path.exists() and not _is_same(path, content):
+            raise UserError(f"'{path}' belongs to another tokenizer than '{info.name}'; name another folder")
+    for name, content in contents.items():
+        if not (folder / name).exists():
+            with atomic_write(folder / name, "wb") as file:
+                file.write(content)
+    return [folder / name for name in contents]
+
+
+def _is_same(path: Path, content: bytes) -> bool:
+    """Return whether a tokenizer's file has ``content``; the name in its description may differ."""
+    found = path.read_bytes()
+    if found == content or path.name != TOKENIZER_INFO:
+        return found == content
+    try:
+        return json.loads(found) | {"name": ""} == json.loads(content) | {"name": ""}
+    except (ValueError, TypeError):
+        return False
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer of a run or checkpoint folder.
 
     Raises:
-        UserError: the folder does not describe a tokenizer.
+        UserError: the folder does not describe a tokenizer, or the tokenizer's file is missing or another one.
     """
     path = folder / TOKENIZER_INFO
     if not path.is_file():
         raise UserError(f"'{folder}' has no {TOKENIZER_INFO}, so its tokenizer is not known")
-    return tokenizer_of(TokenizerInfo(**json.loads(path.read_text())), folder)
+    try:
+        info = TokenizerInfo(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}); copy it from another checkpoint of the run") from error
+    info.check(f"'{path}'")
+    return tokenizer_of(info, folder)

@@ -62,6 +62,8 @@ class ValidationData:
                 )
         self.config = config
         self.reader = RowReader(self.source, seq_len, vocab_size)
+        if note := self.reader.note_on_unread():
+            log.info("%s", note)  # the main rank alone shows it
         self.rows = min(max_rows or self.reader.rows, self.reader.rows)
         self.micro_batch_size = min(micro_batch_size, -(-self.rows // dp_size))  # more would only add fillers
         self.dp_rank, self.dp_size = dp_rank, dp_size

@@ -125,10 +125,11 @@ class Evaluation:
                 name=name,
             )
             made_with = data.source.tokenizer
-            if made_with.sha256 != self.tokenizer.info.sha256:
+            used = self.tokenizer.info
+            if (made_with.sha256, made_with.eos_id) != (used.sha256, used.eos_id):
                 raise UserError(
                     f"dataset '{dataset.path}' was made with tokenizer '{made_with.name}' and the model was trained "
-                    f"with '{self.tokenizer.info.name}'; perplexity would mean nothing"
+                    f"with '{used.name}'; perplexity would mean nothing"
                 )
         return found
 
@@ -142,7 +143,7 @@ class Evaluation:
     def _read(self, file: str) -> tuple[list[int], int]:
         """Return a file's tokens and its size in bytes."""
         try:
-            text = Path(file).read_text(encoding="utf-8")
+            text = Path(file).read_bytes().decode("utf-8")  # reading it as text would change line ends
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"text file '{file}' cannot be read as UTF-8: {error}") from None
         tokens = self.tokenizer.encode(text)

@@ -48,8 +48,11 @@ class TextStream:
             return ""
         self._pending.append(token)
         text = self._pending_text()
-        if text.endswith(REPLACEMENT):  # an incomplete character is one U+FFFD at the end
-            piece, self._given = text[self._given : -1], len(text) - 1
+        if text.endswith(REPLACEMENT):
+            # An incomplete character is one or several U+FFFD at the end: byte-level decoders write one, byte-fallback
+            # decoders one per byte, and for complete characters of bytes before it too.
+            certain = max(self._given, len(text.rstrip(REPLACEMENT)))
+            piece, self._given = text[self._given : certain], certain
         else:
             piece, self._given = text[self._given :], 0
             self._settled, self._pending = self._pending, []

@@ -129,14 +129,18 @@ def test_packed_files_are_read_to_their_end_or_refused(
 
 
 def test_what_is_no_text_stays_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Binary files of a folder, and the output itself where it lies inside the input."""
+    """Binary files of a folder, even if a pattern selects them, and the output where it lies inside the input."""
     (tmp_path / "module.pyc").write_bytes(b"\x00\x01 not text")
     (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
     assert build("--input", tmp_path, "--output", tmp_path / "d") == 0
-    assert "1 files are no text and were left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 files are no text and were left out" in said and "module.pyc first: a NUL byte" in said
+    assert "1 documents had bytes that are not UTF-8" in said
     assert texts_of(tmp_path / "d") == ["gr\ufffd\ufffder"]
-    assert build("--input", tmp_path, "--include", "*.pyc", "--output", tmp_path / "e", "--exclude", "d") == 0
-    assert texts_of(tmp_path / "e") == ["\x00\x01 not text"]
+    assert build("--input", tmp_path, "--include", "*.pyc", "--output", tmp_path / "e", "--exclude", "d") == 2
+    assert "hold no text" in capsys.readouterr().err
+    assert build("--input", tmp_path / "module.pyc", "--output", tmp_path / "f") == 2
+    assert "module.pyc' is no text: a NUL byte" in capsys.readouterr().err
 
 
 def test_a_broken_json_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -362,6 +366,7 @@ def test_a_megatron_corpus_keeps_its_tokens(tmp_path: Path, capsys: pytest.Captu
         if doc[2:]:
             builder.add_item(torch.tensor(doc[2:]))
         builder.end_document()
+        builder.end_document()  # a document without sequences is left out
     builder.finalize(str(tmp_path / "corpus.idx"))
     assert build("--input", tmp_path / "corpus.bin", "--output", tmp_path / "d") == 0
     info = read_dataset(tmp_path / "d")
@@ -380,3 +385,9 @@ def test_a_megatron_corpus_keeps_its_tokens(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "big.idx").write_bytes(b"not an index")
     assert build("--input", tmp_path / "big.bin", "--output", tmp_path / "f") == 2
     assert "cannot be read as a Megatron corpus" in capsys.readouterr().err
+    builder = indexed.IndexedDatasetBuilder(str(tmp_path / "real.bin"), dtype=np.float32)
+    builder.add_item(torch.tensor([1.5, 2.0]))
+    builder.end_document()
+    builder.finalize(str(tmp_path / "real.idx"))
+    assert build("--input", tmp_path / "real.bin", "--output", tmp_path / "g") == 2
+    assert "is a Megatron corpus of float32 values, not of tokens" in capsys.readouterr().err

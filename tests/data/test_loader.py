@@ -41,6 +41,26 @@ def test_curriculum_cuts_the_same_text(folders: list[Path]) -> None:
     assert numbers == list(range(24))
 
 
+def test_no_slot_stays_with_one_source(folders: list[Path]) -> None:
+    """With Fibonacci numbers of rows per step, the mixture nearly repeats from step to step."""
+    config = DataConfig(train=[{"path": str(f), "weight": 1.0} for f in folders], num_workers=0)
+    for size, stuck in ((89, True), (144, True), (88, False)):
+        kind = {"global_batch_size": size, "micro_batch_size": size}
+        data = open_data(config, **kind)
+        assert data.mixture.repeats(size) == stuck
+        steps = [batch.micro_batches[0] for batch, _ in itertools.islice(data.steps(), 12)]
+        sources = np.array([step.sources_B.tolist() for step in steps])
+        changes = (sources[1:] != sources[:-1]).mean()
+        assert 0.3 < changes < 0.7 if stuck else changes > 0, changes
+        assert abs(sources.mean(axis=1) - 0.5).max() < 0.03  # every step stays evenly mixed
+        for number, step in enumerate(steps):
+            assert sorted(step.rows_B.tolist()) == list(range(number * size, (number + 1) * size))
+            assert [data.mixture.source(row) for row in step.rows_B.tolist()] == step.sources_B.tolist()
+    one, _ = global_batches(config, 4, global_batch_size=89)
+    three, _ = global_batches(config, 4, size=3, global_batch_size=89)
+    assert one == three
+
+
 def test_stages_follow_each_other() -> None:
     schedule = LengthSchedule(16, [[4, 2], [8, 1]])
     assert [schedule.length(step) for step in range(1, 6)] == [4, 4, 8, 16, 16]

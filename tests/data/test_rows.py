@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusiontree.data.batch import FILLER, IGNORED, RowsOfStep
-from fusiontree.data.format import ShardDamage, TokenizerInfo
+from fusiontree.data.format import ShardDamage, TokenizerInfo, read_dataset
 from fusiontree.data.order import RowPlace
 from fusiontree.data.sources.index import open_shard
 from fusiontree.utils.errors import UserError
-from tests.data.datasets import TOKENIZER, read_row, row_reader, write
+from tests.data.datasets import TOKENIZER, random_dataset, read_row, row_reader, write
 
 
 @given(
@@ -118,3 +118,14 @@ def test_few_shards_stay_open(tmp_path: Path) -> None:
         reader.read(RowPlace(shard, 1), RowsOfStep(1, 16, 16).place(0))
     assert len(reader.source._kept) == 3
     assert all(kept.opened is not None for kept in reader.source._kept.values())
+
+
+def test_tokens_that_no_row_contains_are_named(tmp_path: Path) -> None:
+    """Shards shorter than a row, and the ends of shards just over a multiple of it."""
+    short = random_dataset(tmp_path / "short", shards=4, count=3)
+    tokens = [shard.tokens for shard in read_dataset(short).shards]
+    largest = max(tokens)
+    note = row_reader(short, largest - 1).note_on_unread()
+    assert f"{1 - largest / sum(tokens):.0%} of its tokens are never read" in note
+    assert "3 of 4 shards are shorter than that" in note and "--shard-mb" in note
+    assert not row_reader(short, 1).note_on_unread()  # all but one token per shard is an input

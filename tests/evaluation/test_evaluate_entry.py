@@ -34,7 +34,7 @@ def place(model, tmp_path_factory) -> Path:
     shards = [[np.append(tokens, 256) for tokens in ByteTokenizer().encode_utf8([text.encode() for text in texts])]]
     write(folder / "held_out", shards, ByteTokenizer.info)
     write(folder / "foreign", shards, replace(ByteTokenizer.info, name="other", sha256="0" * 64))
-    (folder / "text.txt").write_text("fünf Wörter über den Gate-Mix " * 3)
+    (folder / "text.txt").write_bytes("fünf Wörter über den\r\n Gate-Mix\r ".encode() * 3)
     run = folder / "run"
     run.mkdir()
     values = {

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from io import StringIO
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -105,13 +105,16 @@ def test_a_stop_text_ends_the_text_before_it(call):
 
 
 def test_prompts_come_from_files_and_standard_input(call, tmp_path, monkeypatch):
-    (tmp_path / "long.txt").write_text("two\nlines")
-    (tmp_path / "many.jsonl").write_text('{"prompt": "α"}\n\n{"prompt": "b", "other": 1}\n')
-    monkeypatch.setattr(sys, "stdin", StringIO("typed"))
+    (tmp_path / "long.txt").write_bytes(b"two\r\nlines\r")
+    lines = '{"prompt": "α"}\n\n{"prompt": "b\u2028\x85\u2029c", "other": 1}\r\n'
+    (tmp_path / "many.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"typed\r\n"), newline=None))
     files = [str(tmp_path / "long.txt"), str(tmp_path / "many.jsonl"), "-"]
     options = [part for file in files for part in ("--prompt-file", file)]
     out = call("--prompt", "0", *options, "--max-new-tokens", "2", "--json")[1]
-    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["0", "two\nlines", "α", "b", "typed"]
+    assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == [
+        *("0", "two\r\nlines\r", "α", "b\u2028\x85\u2029c", "typed\r\n")
+    ]
 
 
 def test_without_a_number_the_text_ends_where_the_model_does(call):

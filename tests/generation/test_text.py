@@ -80,3 +80,29 @@ def test_a_leading_space_survives_when_the_prompt_is_given():
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(UserError, match="stop string is empty"):
         TextStream(decode_bytes, ["a", ""])
+
+
+def byte_fallback(tokens: list[int]) -> str:
+    """As decoders with byte fallback: U+FFFD for each byte of a run of byte tokens that is not UTF-8 as a whole."""
+    try:
+        return bytes(tokens).decode("utf-8")
+    except UnicodeDecodeError:
+        return "".join(chr(t) if t < 128 else "\ufffd" for t in tokens)
+
+
+@pytest.mark.parametrize("text", ["ab 😀 cd", "é漢😀😀", "😀", "x\ufffdy"])
+@pytest.mark.parametrize("stops", [[], ["😀"], ["c"]])
+def test_decoders_that_write_several_replacement_characters_join_too(text, stops):
+    stream = TextStream(byte_fallback, stops)
+    for token in text.encode():
+        stream.push(token)
+    stream.finish()
+    hit = any(stop in text for stop in stops)
+    assert stream.stopped == hit
+    assert stream.text == (cut(text, stops) if hit else text)
+
+
+def test_an_incomplete_character_at_the_end_is_shown_once():
+    stream = TextStream(byte_fallback)
+    assert [stream.push(token) for token in b"a\xf0\x9f"] == ["a", "", ""]
+    assert (stream.finish(), stream.text) == ("\ufffd\ufffd", "a\ufffd\ufffd")

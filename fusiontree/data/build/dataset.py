@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,12 @@ from fusiontree.data.build.pool import build_shards
 from fusiontree.data.build.progress import BuildProgress
 from fusiontree.data.build.shard_job import TokenizerChoice
 from fusiontree.data.build.shuffle import ShuffledCorpus
+from fusiontree.data.build.split import plan_split
 from fusiontree.data.build.statistics import merge_statistics
 from fusiontree.data.build.writer import token_dtype
-from fusiontree.data.format import DATASET, DatasetInfo, ShardInfo, TokenizerInfo, write_dataset
-from fusiontree.data.tokenizers import TOKENIZER_FILE, train_bpe
+from fusiontree.data.format import DATASET, TOKENIZER_FILE, DatasetInfo, ShardInfo, TokenizerInfo, write_dataset
+from fusiontree.data.long_texts import cut_at_lines
+from fusiontree.data.tokenizers import HuggingFaceTokenizer, train_bpe
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.file_lock import FileLock
 from fusiontree.utils.files import atomic_write
@@ -53,6 +54,7 @@ def build_dataset(options: BuildOptions, report: Callable[[str], object] = print
     elif options.tokenizer != "byte":
         tokenizer = TokenizerChoice(Path(options.tokenizer), eos=options.eos)
         tokenizer.load()  # fails on an unusable file before anything is written
+    split = plan_split(options, corpus, report)
     with _claimed(options):
         documents: Corpus | ShuffledCorpus = corpus
         if options.shuffle:
@@ -60,10 +62,13 @@ def build_dataset(options: BuildOptions, report: Callable[[str], object] = print
             documents.fill(BuildProgress("shuffling", corpus.bytes, report))
         if options.tokenizer.startswith("bpe:"):
             _train_bpe(options, documents, report)
-        info = tokenizer.load().info
-        if tokenizer.path is not None:
-            tokenizer = replace(tokenizer, name=info.name)
-        finished, duplicates = build_shards(options, documents, tokenizer, info, report)
+        loaded = tokenizer.load()
+        info = loaded.info
+        for note in loaded.notes:
+            report(f"tokenizer {info.name}: {note}")
+        if isinstance(loaded, HuggingFaceTokenizer):
+            tokenizer = TokenizerChoice(loaded.path, info.name, eos_id=info.eos_id)
+        finished, duplicates = build_shards(options, documents, tokenizer, info, split, report)
         results = {split: _describe(options.output / split, finished[split], info) for split in options.splits}
         for split, dataset in results.items():
             folder = options.output / split
@@ -72,8 +77,8 @@ def build_dataset(options: BuildOptions, report: Callable[[str], object] = print
                 shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
             write_dataset(folder, dataset)
         _remove_leftovers(options, results)
-    if corpus.left_out:
-        report(f"{len(corpus.left_out):,} files are no text and were left out, {corpus.left_out[0]} first")
+    for note in corpus.notes():
+        report(note)
     return results
 
 
@@ -127,7 +132,7 @@ def _train_bpe(options: BuildOptions, documents: Corpus | ShuffledCorpus, report
                 return
             if not document.is_tokens:
                 left -= len(document.content)
-                yield document.content.decode("utf-8")
+                yield from (piece.decode("utf-8") for piece in cut_at_lines(document.content))
 
     size = int(options.tokenizer.removeprefix("bpe:"))
     report(f"training a BPE of {size:,} tokens")
@@ -138,12 +143,7 @@ def _train_bpe(options: BuildOptions, documents: Corpus | ShuffledCorpus, report
 
 def _describe(folder: Path, records: dict[int, dict[str, Any]], tokenizer: TokenizerInfo) -> DatasetInfo:
     if not records:
-        raise UserError(
-            f"{folder}: no document fell into this split; give more text, or another --validation-fraction with "
-            "another --output"
-            if folder.name in ("train", "validation")
-            else f"the inputs hold no text; nothing was built in {folder}"
-        )
+        raise UserError(f"the inputs hold no text; nothing was built in {folder}")
     ordered = [record for _, record in sorted(records.items())]
     return DatasetInfo(
         tokenizer=tokenizer,

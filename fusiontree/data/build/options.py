@@ -28,6 +28,8 @@ class BuildOptions:
     shuffle: bool = False
     """Shuffle the documents by the seed; during the build this needs disk space in OUTPUT for all of their text."""
     remove_duplicates: bool = False
+    max_unknown: float = 0.01
+    """Fraction of a shard's tokens that may stand for text unknown to the tokenizer."""
     bpe_sample_bytes: int = 256 << 20
     """Bytes of text to train a BPE on, from the beginning of the (shuffled) corpus."""
     seed: int = 0
@@ -51,6 +53,8 @@ class BuildOptions:
         """Raise UserError if a value is not possible."""
         if not 0 <= self.validation_fraction < 1:
             raise UserError(f"validation fraction {self.validation_fraction} is outside [0, 1)")
+        if not 0 <= self.max_unknown <= 1:
+            raise UserError(f"--max-unknown {self.max_unknown} is outside [0, 1]; give a fraction of the tokens")
         if self.processes < 0:
             raise UserError(
                 f"{self.processes} processes are not possible; give --processes a number from 1, or 0 for one per core"

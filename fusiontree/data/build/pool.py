@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from fusiontree.data.build.corpus import Corpus
@@ -23,9 +23,9 @@ from fusiontree.data.build.shard_job import (
     write_shard,
 )
 from fusiontree.data.build.shuffle import ShuffledCorpus
+from fusiontree.data.build.split import Split, digest_of
 from fusiontree.data.format import TokenizerInfo
 from fusiontree.utils.errors import UserError
-from fusiontree.utils.hashing import stable_hash
 
 _THREADS = 4
 """Tokenizer threads per worker, which use all cores even if there are fewer shards than processes."""
@@ -35,11 +35,13 @@ Records = dict[str, dict[int, dict[str, Any]]]
 
 
 class _ShardDivider:
-    """Divides a corpus into the documents of each shard; a document's split depends only on the hash of its text."""
+    """Divides a corpus into the documents of each shard."""
 
-    def __init__(self, options: BuildOptions, documents: Corpus | ShuffledCorpus, tokenizer: TokenizerInfo) -> None:
+    def __init__(
+        self, options: BuildOptions, documents: Corpus | ShuffledCorpus, tokenizer: TokenizerInfo, split: Split
+    ) -> None:
         self.duplicates = 0
-        self._options, self._documents, self._tokenizer = options, documents, tokenizer
+        self._options, self._documents, self._tokenizer, self._split = options, documents, tokenizer, split
         self._open: dict[str, ShardDocuments] = {}
         self._shards = dict.fromkeys(options.splits, 0)
         self._counts = dict.fromkeys(options.splits, 0)
@@ -50,29 +52,23 @@ class _ShardDivider:
         for document in self._documents:
             if not document.content:
                 continue
-            digest = hashlib.blake2b(document.content, digest_size=16).digest()
+            digest = digest_of(document)
             if self._options.remove_duplicates:
                 if digest in self._seen:
                     self.duplicates += 1
                     continue
                 self._seen.add(digest)
-            split = self._split(digest)
-            if split not in self._open:
-                first = self._counts[split]
-                self._open[split] = ShardDocuments(split, self._shards[split], first, self._tokenizer.sha256)
-                self._shards[split] += 1
-            self._counts[split] += 1
-            self._open[split].add(document)
-            if self._open[split].bytes >= self._options.shard_bytes:
-                yield self._close(split)
+            for split, part in self._split.parts(document, digest):
+                if split not in self._open:
+                    first = self._counts[split]
+                    self._open[split] = ShardDocuments(split, self._shards[split], first, self._tokenizer.sha256)
+                    self._shards[split] += 1
+                self._counts[split] += 1
+                self._open[split].add(part)
+                if self._open[split].bytes >= self._options.shard_bytes:
+                    yield self._close(split)
         for split in list(self._open):
             yield self._close(split)
-
-    def _split(self, digest: bytes) -> str:
-        if len(self._options.splits) == 1:
-            return self._options.splits[0]
-        draw = stable_hash("split", self._options.seed, digest.hex()) / 2**64
-        return "validation" if draw < self._options.validation_fraction else "train"
 
     def _close(self, split: str) -> ShardDocuments:
         shard = self._open.pop(split)
@@ -86,6 +82,7 @@ def build_shards(
     documents: Corpus | ShuffledCorpus,
     tokenizer: TokenizerChoice,
     info: TokenizerInfo,
+    split: Split,
     report: Callable[[str], object],
 ) -> tuple[Records, int]:
     """Write all shards that have no record of an earlier, interrupted build.
@@ -95,6 +92,7 @@ def build_shards(
         documents: in the order of the dataset.
         tokenizer: loaded by each worker process.
         info: of the tokenizer.
+        split: of the documents.
         report: called with lines of progress.
 
     Returns:
@@ -106,7 +104,7 @@ def build_shards(
     processes = options.processes or len(os.sched_getaffinity(0))
     progress = BuildProgress("tokenizing", documents.bytes, report)
     finished: Records = {split: {} for split in options.splits}
-    shards = _ShardDivider(options, documents, info)
+    shards = _ShardDivider(options, documents, info, split)
     pending: dict[Future[dict[str, Any]], ShardDocuments] = {}
 
     def collect(limit: int) -> None:
@@ -126,6 +124,7 @@ def build_shards(
                 continue
             collect(processes)  # bounds memory: the documents of one shard per process and of one waiting shard
             job = ShardJob(folder, shard.number, shard.first_document, shard.digest, tokenizer, shard.documents)
+            job = replace(job, max_unknown=options.max_unknown)
             pending[pool.submit(write_shard, job)] = shard
             shard.documents = []
         collect(0)

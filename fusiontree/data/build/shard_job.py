@@ -37,10 +37,13 @@ class TokenizerChoice:
     """Path of a tokenizer.json; None means the byte tokenizer."""
     name: str | None = None
     eos: str | None = None
+    eos_id: int | None = None
 
     def load(self) -> Tokenizer:
         """Return the tokenizer; see :class:`HuggingFaceTokenizer` for errors."""
-        return ByteTokenizer() if self.path is None else HuggingFaceTokenizer(self.path, name=self.name, eos=self.eos)
+        if self.path is None:
+            return ByteTokenizer()
+        return HuggingFaceTokenizer(self.path, name=self.name, eos=self.eos, eos_id=self.eos_id)
 
 
 class ShardDocuments:
@@ -78,6 +81,8 @@ class ShardJob:
     digest: str
     tokenizer: TokenizerChoice
     documents: list[Document] = field(repr=False)
+    max_unknown: float = 1.0
+    """Fraction of the shard's tokens that may stand for text unknown to the tokenizer."""
 
 
 def record_path(folder: Path, number: int) -> Path:
@@ -118,12 +123,14 @@ def write_shard(job: ShardJob) -> dict[str, Any]:
     """Tokenize and write one shard with its record, and return the record.
 
     Raises:
-        UserError: a document given as tokens contains a token outside the tokenizer's vocabulary.
+        UserError: a document given as tokens contains a token outside the tokenizer's vocabulary, a text cannot be
+            tokenized, or the tokenizer knows too little of the shard's text.
     """
     tokenizer = _tokenizer(job.tokenizer)
     info = tokenizer.info
     dtype = token_dtype(info.vocab_size)
     writer = ShardWriter(job.folder, shard_name(job.number), job.first_document, dtype)
+    first_lost = ""
     statistics = ShardStatistics(info.vocab_size, count_pairs=isinstance(tokenizer, ByteTokenizer))
     for document, tokens in _tokens(job.documents, tokenizer):
         if document.is_tokens and len(tokens) and int(tokens.max()) >= info.vocab_size:
@@ -137,7 +144,16 @@ def write_shard(job: ShardJob) -> dict[str, Any]:
         whole[: len(tokens)] = tokens
         whole[len(tokens) :] = info.eos_id
         writer.add(whole, {"source": document.source, "tokens": len(whole)})
-        statistics.add(whole, 0 if document.is_tokens else len(document.content))
+        lost = 0 if document.is_tokens else tokenizer.count_lost(document.content, tokens)
+        statistics.add(whole, 0 if document.is_tokens else len(document.content), lost)
+        if lost and not first_lost:
+            first_lost = document.source
+    if statistics.unknown > job.max_unknown * writer.tokens:
+        raise UserError(
+            f"tokenizer '{info.name}' lacks {statistics.unknown:,} pieces of text in shard {job.number} of "
+            f"{writer.tokens:,} tokens, first in {first_lost}: they would be lost; use a tokenizer made for this text, "
+            "or accept the loss with --max-unknown FRACTION"
+        )
     shard = asdict(writer.close())
     record = {"digest": job.digest, "shard": shard, "statistics": statistics.result()}
     with atomic_write(record_path(job.folder, job.number)) as file:

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from fusiontree.data.build.content import PACKED_SUFFIXES
 from fusiontree.data.build.corpus import Corpus, Document
 from fusiontree.data.build.progress import BuildProgress
 from fusiontree.utils.errors import UserError
@@ -53,7 +54,7 @@ class ShuffledCorpus:
             save_bytes: bytes between two saves of the state: about the maximum that is read again after a kill.
         """
         self.corpus, self.folder, self.seed, self._save_bytes = corpus, folder, seed, save_bytes
-        packed = any(file.suffix in (".gz", ".zst") for file in corpus.files)
+        packed = any(file.suffix in (*PACKED_SUFFIXES, ".parquet") for file in corpus.files)
         self._text_bytes = corpus.bytes * (_PACKED if packed else 1)
         self.buckets = max(1, min(_MOST_BUCKETS, self._text_bytes // bucket_bytes))
         self.bytes = 0
@@ -123,7 +124,9 @@ class ShuffledCorpus:
 
     def _identity(self) -> str:
         """Hash of everything that determines the buckets."""
-        state = hashlib.sha256(json.dumps([self.seed, self.buckets, self.corpus.options.text_key]).encode())
+        options = self.corpus.options
+        separator = [] if options.separator is None else [options.separator]
+        state = hashlib.sha256(json.dumps([self.seed, self.buckets, options.text_key, *separator]).encode())
         for file in self.corpus.files:
             stat = file.stat()
             state.update(os.fsencode(file) + struct.pack("<qq", stat.st_size, stat.st_mtime_ns))

@@ -18,20 +18,25 @@ class ShardStatistics:
         self._size = vocab_size
         self._lengths: list[int] = []
         self._text_bytes = self._text_tokens = 0
+        self.unknown = 0
+        """Tokens or characters of text that the tokenizer lacks."""
         self._pairs = np.zeros(vocab_size**2, np.int64) if count_pairs else None
         self._codes: list[np.ndarray] = []
         self._waiting = 0
 
-    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
+    def add(self, tokens: np.ndarray, text_bytes: int, unknown: int = 0) -> None:
         """Count a document; ``text_bytes`` is 0 if the document was given as tokens."""
+        self.unknown += unknown
         self._lengths.append(len(tokens))
         self._text_bytes += text_bytes
         self._text_tokens += len(tokens) if text_bytes else 0
         if self._pairs is not None:
-            self._codes.append(tokens[:-1].astype(np.int64) * self._size + tokens[1:])
-            self._waiting += len(tokens)
-            if self._waiting > _COUNTED_AT_ONCE:
-                self._count_pairs(self._pairs)
+            for begin in range(0, len(tokens) - 1, _COUNTED_AT_ONCE):  # a pair takes eight bytes
+                part = tokens[begin : begin + _COUNTED_AT_ONCE + 1]
+                self._codes.append(part[:-1].astype(np.int64) * self._size + part[1:])
+                self._waiting += len(part)
+                if self._waiting > _COUNTED_AT_ONCE:
+                    self._count_pairs(self._pairs)
 
     def _count_pairs(self, pairs: np.ndarray) -> None:
         pairs += np.bincount(np.concatenate(self._codes), minlength=len(pairs))
@@ -45,6 +50,7 @@ class ShardStatistics:
             "tokens": sum(lengths),
             "text_bytes": self._text_bytes,
             "text_tokens": self._text_tokens,
+            "unknown": self.unknown,
             "longest_document": max(lengths),
             "length_histogram": np.bincount([n.bit_length() for n in lengths], minlength=1).tolist(),
         }
@@ -66,6 +72,8 @@ def merge_statistics(shards: Sequence[dict[str, Any]], vocab_size: int) -> dict[
     if merged["text_bytes"]:  # 0 for a corpus of tokens
         # Of the documents given as text; records of an older, interrupted build lack the number of their tokens.
         merged["bytes_per_token"] = merged["text_bytes"] / sum(s.get("text_tokens", s["tokens"]) for s in shards)
+    if unknown := sum(s.get("unknown", 0) for s in shards):
+        merged["unknown"] = unknown
     merged["longest_document"] = max(s["longest_document"] for s in shards)
     # Entry i counts documents of 2^(i-1) to 2^i - 1 tokens.
     merged["length_histogram_log2"] = histogram.tolist()

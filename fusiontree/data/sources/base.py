@@ -126,7 +126,7 @@ def common_tokenizer(sources: Sequence[TokenSource]) -> TokenizerInfo:
     """Return the tokenizer of all ``sources``.
 
     Raises:
-        UserError: the datasets were made with different tokenizers.
+        UserError: the datasets were made with different tokenizers, or end documents with different tokens.
     """
     first = sources[0]
     for source in sources[1:]:
@@ -134,5 +134,10 @@ def common_tokenizer(sources: Sequence[TokenSource]) -> TokenizerInfo:
             raise UserError(
                 f"datasets '{first.place}' (tokenizer '{first.tokenizer.name}') and '{source.place}' (tokenizer "
                 f"'{source.tokenizer.name}') were made with different tokenizers; they cannot be mixed"
+            )
+        if source.tokenizer.eos_id != first.tokenizer.eos_id:
+            raise UserError(
+                f"datasets '{first.place}' and '{source.place}' end documents with different tokens, "
+                f"{first.tokenizer.eos_id} and {source.tokenizer.eos_id}; build one again with the other's --eos"
             )
     return first.tokenizer

@@ -32,7 +32,8 @@ def read_megatron(file: Path) -> Iterator[np.ndarray]:
     """
     corpus = _open_corpus(file)
     for first, last in itertools.pairwise(corpus.document_indices):
-        yield np.concatenate([corpus.get(int(i)) for i in range(first, last)])
+        sequences = [corpus.get(int(i)) for i in range(first, last)]
+        yield np.concatenate(sequences) if sequences else np.empty(0, np.uint16)
 
 
 def _open_corpus(file: Path) -> Any:
@@ -45,9 +46,12 @@ def _open_corpus(file: Path) -> Any:
                 f"'{file}' is a Megatron corpus, and megatron-core is not installed; pip install 'fusiontree[megatron]'"
             ) from error
         try:
-            return IndexedDataset(str(file.with_suffix("")))
+            corpus = IndexedDataset(str(file.with_suffix("")))
         except Exception as error:  # its reader asserts
             raise UserError(f"'{file}' cannot be read as a Megatron corpus: {error}") from error
+        if not np.issubdtype(corpus.index.dtype, np.integer):
+            raise UserError(f"'{file}' is a Megatron corpus of {np.dtype(corpus.index.dtype)} values, not of tokens")
+        return corpus
 
 
 class MegatronOptions(Section):
