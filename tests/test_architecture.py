@@ -44,6 +44,7 @@ RESERVED: dict[str, set[str]] = {
     "wandb": {"tracking"},
     "tensorboard": {"tracking"},
     "tqdm": {"tracking"},
+    "pyarrow": {"data"},
 }
 # Files that are copied into exported folders, where they stand beside each other without us.
 EXPORTED = ROOT / "convert" / "hf_model"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.utils.errors import UserError, nearest
+from fusiontree.utils.hashing import sha256_file
 
 _ENDS = re.compile(r"/s|eo[sdt]|eo[tm]id|sep|imend|end|endof(text|doc|document|sentence|sequence|turn|message)")
 """Letters of the names that ends of documents and of turns have; only special tokens are compared with them."""
@@ -78,7 +79,9 @@ def _uncertain(path: Path, backend: Any, found: dict[int, str]) -> UserError:
 def _recorded(path: Path, backend: Any) -> int | None:
     """Return the token that a dataset or run has recorded beside its copy of the tokenizer."""
     own = companion(path, "tokenizer_info.json") or companion(path, "dataset.json").get("tokenizer")
-    number = own.get("eos_id") if isinstance(own, dict) else None
+    if not isinstance(own, dict) or own.get("sha256") not in (None, sha256_file(path)):
+        return None  # of another tokenizer
+    number = own.get("eos_id")
     return number if isinstance(number, int) and backend.id_to_token(number) is not None else None
 
 

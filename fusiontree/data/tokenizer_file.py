@@ -16,8 +16,6 @@ import numpy as np
 from fusiontree.data.end_of_document import choose_end, companion
 from fusiontree.utils.errors import UserError
 
-_NEVER = -1e6
-"""Score of a piece that a Unigram model never chooses while the text can be divided in another way."""
 _PROBES = {
     "capital letters": "A Bcd EF",
     "letters outside ASCII": "é дом",
@@ -42,6 +40,8 @@ class TokenizerFile:
     """bool by token id: special tokens, which no text may become."""
     unknown_id: int | None
     """Token of text that the vocabulary lacks, or None."""
+    literal: Any
+    """A tokenizer for texts in which ``backend`` reads a special token: a Unigram model without them. Else None."""
     drops: bool
     """Whether the model leaves out characters that its vocabulary lacks, without a token for them."""
     notes: list[str] = field(default_factory=list)
@@ -76,10 +76,15 @@ def read_tokenizer(path: Path, eos: str | None = None, eos_id: int | None = None
         notes += _notes_of_companions(path, values, vocabulary)
     elif eos_id not in vocabulary.values():
         raise UserError(f"tokenizer '{path}' has no token {eos_id}, the recorded end-of-document token")
-    if _protect_special(values, backend.id_to_token(eos_id), eos_id):
+    if _mark_special(values, backend.id_to_token(eos_id), eos_id):
         backend = _load(json.dumps(values), path)
         _switch_off(backend)
     backend.encode_special_tokens = True  # the name of a special token, written in a text, is text
+    literal = None
+    if _avoid_special(values):
+        literal = _load(json.dumps(values), path)
+        _switch_off(literal)
+        literal.encode_special_tokens = True
     notes += _lost_text(backend)
     size = max(vocabulary.values()) + 1  # ids may have gaps
     unknown = _unknown_id(values["model"], vocabulary)
@@ -89,12 +94,12 @@ def read_tokenizer(path: Path, eos: str | None = None, eos_id: int | None = None
     if unknown is not None and unknown != eos_id:
         special[unknown] = False  # counted instead
     drops = unknown is None and _drops_text(values, vocabulary)
-    return TokenizerFile(backend, eos_id, size, special, unknown, drops, notes)
+    return TokenizerFile(backend, eos_id, size, special, unknown, literal, drops, notes)
 
 
 def raised_by_library(error: BaseException) -> bool:
-    """Return whether the tokenizers library raised ``error``: plain exceptions, or a panic of its Rust code."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    """Return whether the tokenizers library raised ``error``: a plain exception, or a panic of its Rust code."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 def _load(content: str, path: Path) -> Any:
@@ -103,7 +108,7 @@ def _load(content: str, path: Path) -> Any:
     try:
         return Backend.from_str(content)
     except BaseException as error:
-        if not raised_by_library(error):
+        if not (isinstance(error, Exception) or raised_by_library(error)):
             raise
         raise UserError(f"tokenizer '{path}' cannot be read: {error}") from error
 
@@ -201,23 +206,33 @@ def _preparation(values: dict[str, Any]) -> str:
     return json.dumps([values.get("normalizer"), values.get("pre_tokenizer")])
 
 
-def _protect_special(values: dict[str, Any], name: str, eos_id: int) -> bool:
-    """Change the definition so that no text becomes a special token; return whether something changed."""
-    changed = False
+def _mark_special(values: dict[str, Any], name: str, eos_id: int) -> bool:
+    """Make the end-of-document token special in the definition; return whether it was not."""
     listed = [token for token in _added(values) if token["content"] == name]
     if not listed:
         token = {"id": eos_id, "content": name, "single_word": False, "lstrip": False, "rstrip": False}
         listed = [token | {"normalized": False, "special": False}]
         values["added_tokens"] = sorted([*_added(values), *listed], key=lambda item: int(item["id"]))
-    if not listed[0].get("special"):
-        listed[0]["special"] = changed = True
-    model = values["model"]
-    if model.get("type") == "Unigram":
-        special = {token["content"] for token in _added(values) if token.get("special")}
-        for number, piece in enumerate(model["vocab"]):
-            if piece[0] in special and number != model.get("unk_id") and piece[1] > _NEVER:
-                piece[1], changed = _NEVER, True
+    changed = not listed[0].get("special")
+    listed[0]["special"] = True
     return changed
+
+
+def _avoid_special(values: dict[str, Any]) -> bool:
+    """Lower the scores of special pieces in a Unigram model's definition; return whether there are any.
+
+    Not in the definition that encodes all other texts: the score of unknown text depends on the lowest score.
+    """
+    model = values["model"]
+    if model.get("type") != "Unigram":
+        return False
+    special = {token["content"] for token in _added(values) if token.get("special")}
+    never = 40 * min(-1.0, min((piece[1] for piece in model["vocab"]), default=0.0))
+    found = False
+    for number, piece in enumerate(model["vocab"]):
+        if piece[0] in special and number != model.get("unk_id"):
+            piece[1], found = never, True
+    return found
 
 
 def _unknown_id(model: dict[str, Any], vocabulary: dict[str, int]) -> int | None:

@@ -122,8 +122,10 @@ class HuggingFaceTokenizer(Tokenizer):
             if not raised_by_library(error):
                 raise
             raise UserError(f"tokenizer '{self.path}' cannot encode a text: {error}") from error
-        for text, tokens in zip(texts, found, strict=True):
-            if (special := self.file.special[tokens]).any():
+        for index, text in enumerate(texts):
+            if self.file.literal is not None and self.file.special[found[index]].any():
+                found[index] = encode_long(self.file.literal, text)
+            if (special := self.file.special[tokens := found[index]]).any():
                 name = self.backend.id_to_token(int(tokens[special.argmax()]))
                 raise UserError(
                     f"tokenizer '{self.path}' reads a text as its special token '{name}' (the text begins with "

@@ -71,6 +71,15 @@ def test_packed_files_of_several_streams_are_read_to_their_end_or_refused(tmp_pa
     assert read(path) == TEXTS * 2
 
 
+def test_text_that_begins_like_a_compression_is_text(tmp_path: Path) -> None:
+    assert read(file(tmp_path, "a.txt", b"BZhello, (\xc2\xb5\n")) == ["BZhello, (µ\n"]
+
+
+def test_a_damaged_first_line_does_not_make_json_lines_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"part-0, line 1: no text under 'text'"):
+        read(file(tmp_path, "part-0", b'{"text": "a\n{"text": "b"}\n'))
+
+
 def test_padding_after_streams_is_no_damage(tmp_path: Path) -> None:
     for name in ("gz", "xz"):
         assert (

@@ -81,7 +81,10 @@ def test_unreadable_datasets_are_user_errors(tmp_path: Path) -> None:
         (with_shard(values, name="/etc/passwd"), "not a plain file name"),
         (with_shard(values, index_sha256="../../outside"), "the entry of shard-000000.tar is invalid"),
         (with_shard(values, documents=-1), "the entry of shard-000000.tar is invalid"),
-        (values | {"tokenizer": values["tokenizer"] | {"file": "../../.profile"}}, "a tokenizer's file is called tokenizer.json"),
+        (
+            values | {"tokenizer": values["tokenizer"] | {"file": "../../.profile"}},
+            "a tokenizer's file is called tokenizer.json",
+        ),
         ({"format": "fusiontree-shards"}, "cannot be read"),
     ]:
         (folder / "dataset.json").write_text(json.dumps(broken))

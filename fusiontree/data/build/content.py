@@ -22,7 +22,12 @@ _PEEKED = 1 << 13
 _LONGEST_LINE = 1 << 26
 """Bytes of a first line that are parsed to recognize JSON lines."""
 _CHUNK = 1 << 17
-_COMPRESSIONS = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
+_COMPRESSIONS = {
+    "gz": re.compile(rb"\x1f\x8b"),
+    "zst": re.compile(rb"\x28\xb5\x2f\xfd"),
+    "bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+}
 _NO_TEXT = {
     b"PK\x03\x04": "a zip archive",
     b"ARROW1": "an Arrow file (save it as Parquet)",
@@ -62,12 +67,13 @@ def recognize(file: Path, key: str, named: bool) -> Content:
             folder, JSON without the field is text like any other.
 
     Raises:
-        UserError: it is compressed and damaged near its beginning, or named and JSON of another form.
+        UserError: it is named and JSON of another form.
+        PackedDamage: it is compressed and damaged near its beginning.
     """
     with file.open("rb") as raw:
         head = raw.read(_PEEKED)
     packed: list[str] = []
-    while compression := next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), None):
+    while compression := next((name for name, magic in _COMPRESSIONS.items() if magic.match(head)), None):
         if len(packed) == 2:
             return Content("", tuple(packed), "compressed several times")
         packed.append(compression)
@@ -75,7 +81,10 @@ def recognize(file: Path, key: str, named: bool) -> Content:
             head = stream.read(_PEEKED)
     if head.startswith(b"PAR1"):
         return Content("" if packed else "parquet", tuple(packed), "a compressed Parquet file (unpack it)")
-    if reason := _why_no_text(head):
+    reason = _why_no_text(head)
+    if head and not reason and not packed and file.suffix.lower() in PACKED_SUFFIXES:
+        reason = _why_damaged(head)
+    if reason:
         return Content("", tuple(packed), reason)
     return Content(_form(file, packed, head, key, named), tuple(packed))
 
@@ -97,6 +106,15 @@ def _why_no_text(head: bytes) -> str:
     return ""
 
 
+def _why_damaged(head: bytes) -> str:
+    """Return why a file with the name of a compressed one is not text that was unpacked already; empty if it is."""
+    end = len(head) if len(head) < _PEEKED else -4  # the last character may be incomplete
+    replaced = "\ufffd" in head[:end].decode("utf-8", errors="replace")
+    if len(head) > 16 and not replaced and head.translate(None, _CONTROLS) == head:
+        return ""
+    return "its name is that of a compressed file, and its beginning is damaged or missing"
+
+
 def _form(
     file: Path, packed: list[str], head: bytes, key: str, named: bool
 ) -> Literal["text", "lines", "array", "parquet", ""]:
@@ -111,6 +129,8 @@ def _form(
         return "lines"
     if begin.startswith(b"{"):
         first, second = _first_lines(file, packed)
+        if first is None and isinstance(second, dict) and key in second:
+            return "lines"  # the damage of the first line is then reported
         if isinstance(first, dict):
             several = isinstance(second, dict) and suffix == ".json"
             return "lines" if key in first or several or must else "text"
@@ -148,7 +168,7 @@ def _first_element(file: Path, packed: list[str]) -> Any:
 def open_unpacked(file: Path | IO[bytes], packed: list[str] | tuple[str, ...]) -> IO[bytes]:
     """Open ``file`` for reading without its compressions, the outermost first; closing it closes the file.
 
-    Reading raises UserError, which names the file, where a compressed file is damaged or ends early.
+    Reading raises PackedDamage where a compressed file is damaged or ends early.
     """
     stream: Any = file.open("rb") if isinstance(file, Path) else file
     for name in packed:
@@ -196,8 +216,8 @@ class _Unpacked(io.RawIOBase):
             data = (self._stream.unused_data if self._stream.eof else b"") or self._raw.read(_CHUNK)
             if self._stream.eof:
                 self._stream, self._inside = self._begin(), False
-            if not self._inside and self._name in ("gz", "xz"):
-                data = data.lstrip(b"\0") or self._raw.read(_CHUNK).lstrip(b"\0")  # padding between streams
+            while not self._inside and data.startswith(b"\0") and self._name in ("gz", "xz"):
+                data = data.lstrip(b"\0") or self._raw.read(_CHUNK)  # padding between streams
             if not data:
                 if self._inside:
                     raise PackedDamage(f"it ends inside a {self._name} stream")
