@@ -54,7 +54,7 @@ def build_dataset(options: BuildOptions, report: Callable[[str], object] = print
     elif options.tokenizer != "byte":
         tokenizer = TokenizerChoice(Path(options.tokenizer), eos=options.eos)
         tokenizer.load()  # fails on an unusable file before anything is written
-    split = plan_split(options, corpus, report)
+    division = plan_split(options, corpus, report)
     with _claimed(options):
         documents: Corpus | ShuffledCorpus = corpus
         if options.shuffle:
@@ -68,7 +68,7 @@ def build_dataset(options: BuildOptions, report: Callable[[str], object] = print
             report(f"tokenizer {info.name}: {note}")
         if isinstance(loaded, HuggingFaceTokenizer):
             tokenizer = TokenizerChoice(loaded.path, info.name, eos_id=info.eos_id)
-        finished, duplicates = build_shards(options, documents, tokenizer, info, split, report)
+        finished, duplicates = build_shards(options, documents, tokenizer, info, division, report)
         results = {split: _describe(options.output / split, finished[split], info) for split in options.splits}
         for split, dataset in results.items():
             folder = options.output / split
