@@ -141,6 +141,7 @@ class Corpus:
         """Reset the count of bytes read, with the first ``files`` files counted as read."""
         self.bytes_read = sum(self._sizes[file] for file in self.files[:files])
         """Bytes of the files that the latest iteration has read."""
+        self._from_start = files == 0
         self.left_out: list[tuple[Path, str]] = []
         """Files that the latest iteration left out because they are not text, with the reason."""
         self.reader = TextReader(self.options.text_key, self.options.separator)
@@ -154,7 +155,8 @@ class Corpus:
             found.append(f"{len(self.left_out):,} files are no text and were left out, {file} first: {reason}")
         if self.reader.repaired:
             found.append(f"{self.reader.repaired:,} documents had bytes that are not UTF-8, replaced by U+FFFD")
-        if self.options.separator is not None and not self.reader.separators:
+        whole = self._from_start and self.bytes_read == self.bytes
+        if self.options.separator is not None and whole and not self.reader.separators:
             found.append(f"no line of a text file is --separator {self.options.separator!r}: it divided nothing")
         return found
 
