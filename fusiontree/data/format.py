@@ -144,10 +144,10 @@ def read_dataset(folder: Path) -> DatasetInfo:
         inner = sorted(p.parent.name for p in path.parent.glob(f"*/{DATASET}"))
         hint = f"; it holds the datasets {inner}" if inner else "; make one with 'fusiontree data build'"
         raise UserError(f"'{folder}' has no {DATASET}, so it is not a complete dataset{hint}")
-    return parse_dataset(path.read_text(encoding="utf-8"), str(path))
+    return parse_dataset(path.read_bytes(), str(path))
 
 
-def parse_dataset(text: str, place: str) -> DatasetInfo:
+def parse_dataset(text: str | bytes, place: str) -> DatasetInfo:
     """Parse the text of a dataset.json; ``place`` names its origin in errors. See :func:`read_dataset`."""
     try:
         values = json.loads(text)
@@ -161,12 +161,12 @@ def parse_dataset(text: str, place: str) -> DatasetInfo:
             shards=[ShardInfo(**s) for s in values["shards"]],
             statistics=values["statistics"],
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{place} cannot be read ({error!r}); build the dataset again") from error
     _check_names(info, place)
-    if info.fingerprint != values["fingerprint"]:
+    if info.fingerprint != values.get("fingerprint"):
         raise UserError(f"{place} was changed after it was written (its fingerprint differs); build the dataset again")
     if not info.tokens:
         raise UserError(f"{place}: the dataset is empty")
@@ -176,12 +176,15 @@ def parse_dataset(text: str, place: str) -> DatasetInfo:
 def _check_names(info: DatasetInfo, place: str) -> None:
     """Reject file names that would lead out of the dataset's folder or the cache, since names become paths."""
     info.tokenizer.check(place)
+    mean = info.statistics.get("bytes_per_token") if isinstance(info.statistics, dict) else 0
+    if mean is not None and not (isinstance(mean, int | float) and 0 < mean < float("inf")):
+        raise UserError(f"{place}: its statistics are invalid; build the dataset again")
     for name in (shard.name for shard in info.shards):
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
             raise UserError(f"{place} names a file {name!r}, which is not a plain file name; build the dataset again")
     for shard in info.shards:
         numbers = (shard.documents, shard.tokens, shard.bytes)
         if not all(isinstance(n, int) and n >= 0 for n in numbers) or not re.fullmatch(
-            "[0-9a-f]{64}", shard.index_sha256
+            "[0-9a-f]{64}", str(shard.index_sha256)
         ):
             raise UserError(f"{place}: the entry of {shard.name} is invalid; build the dataset again")

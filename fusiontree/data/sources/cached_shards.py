@@ -61,7 +61,7 @@ class CachedShards(ShardSource):
                 self._download(DATASET, path)
             except FileMissing as error:
                 raise UserError(f"'{self._remote.url}' has no {DATASET}, so it is not a complete dataset") from error
-            return parse_dataset(path.read_text(encoding="utf-8"), f"{self._remote.url} ({DATASET})")
+            return parse_dataset(path.read_bytes(), f"{self._remote.url} ({DATASET})")
 
     def _download(self, name: str, target: Path) -> None:
         self._retries.run(lambda: self._remote.download(name, target), f"fetching {name} of {self._remote.url}")
