@@ -147,6 +147,7 @@ def run(args: argparse.Namespace) -> None:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{folder}: {millions:.1f}M parameters, {device}, {dtype}", file=sys.stderr, flush=True)
 
+    never = tokenizer.unknown_ids(model.config.vocab_size)
     show = Printer(prompts, args.seed, json_lines=args.json, stream=args.stream)
     batch_size = 1 if args.stream else args.batch_size
     done: list[Generation] = []
@@ -165,6 +166,7 @@ def run(args: argparse.Namespace) -> None:
             decode=tokenizer.decode,
             on_token=show.token if args.stream else None,
             graphs=args.graphs,
+            never=never,
         )
         done.append(generation)
         for row, result in zip(rows, generation.rows, strict=True):

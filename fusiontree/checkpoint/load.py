@@ -112,6 +112,9 @@ def check_model(folder: Path, state: dict[str, Any], model: dict[str, Any]) -> N
     wanted = dict(model)
     for values in (saved, wanted):
         values.pop("kernels", None)  # kernels affect speed, not the model
+        for key, value in values.items():
+            if isinstance(value, dict):  # an absent setting and null mean the same, so settings can be added
+                values[key] = {name: inner for name, inner in value.items() if inner is not None}
     differing = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
     if saved and differing:
         lines = "\n".join(f"  model.{k}: {saved.get(k)!r} in the checkpoint, {wanted.get(k)!r} now" for k in differing)

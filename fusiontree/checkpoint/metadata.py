@@ -120,12 +120,24 @@ def _tensor(name: str, entry: dcp.TensorStorageMetadata, storage: dict[Any, Any]
     for chunk in entry.chunks:
         if 0 not in chunk.sizes:
             place = storage[dcp.MetadataIndex(name, chunk.offsets)]
+            _check_place(chunk.offsets, chunk.sizes, entry.size, place)
             if "/" in place.relative_path or place.relative_path.startswith(".."):
                 raise ValueError(f"'{place.relative_path}' lies outside the checkpoint")
             chunks.append(
                 Chunk(tuple(chunk.offsets), tuple(chunk.sizes), place.relative_path, place.offset, place.length)
             )
     return SavedTensor(tuple(entry.size), entry.properties.dtype, tuple(chunks))
+
+
+def _check_place(offsets: Any, sizes: Any, shape: Any, place: Any) -> None:
+    """Raise ValueError if a rectangle does not lie in its tensor, or its file range is none."""
+    numbers = [*offsets, *sizes, *shape, place.offset, place.length]
+    inside = len(offsets) == len(sizes) == len(shape) and all(type(n) is int and n >= 0 for n in numbers)
+    if not inside or any(at + size > end for at, size, end in zip(offsets, sizes, shape, strict=True)):
+        raise ValueError(
+            f"a rectangle at {tuple(offsets)} of shape {tuple(sizes)}, bytes {place.offset} to "
+            f"{place.offset + place.length}, is no part of a tensor of shape {tuple(shape)}"
+        )
 
 
 def metadata_bytes(tensors: dict[str, SavedTensor]) -> bytes:

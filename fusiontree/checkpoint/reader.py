@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusiontree.checkpoint.cover import first_overlap
 from fusiontree.checkpoint.manifest import (
     ByteCount,
     CheckpointDamage,
@@ -126,6 +127,12 @@ class CheckpointReader:
         """
         jobs = self._jobs(tensors)
         whole = sorted({job.chunk.file for job in jobs if self._digest(job.chunk) is None})
+        for job in jobs:
+            end, size = job.chunk.start + job.chunk.length, self._entry(job.chunk.file).size
+            if end > size:  # before memory of that length is asked for
+                raise CheckpointDamage(
+                    f"{self.folder / job.chunk.file} has {size} bytes, and '{job.name}' ends at byte {end} of it"
+                )
         sizes = [job.chunk.length for job in jobs]
         count = ByteCount(sum(sizes) + sum(self._entry(name).size for name in whole), report)
         buffers = Buffers(max([in_flight, *sizes]))
@@ -152,12 +159,17 @@ class CheckpointReader:
                 )
             for offset, view in pieces_of(tensor):
                 filled = 0
+                used = []
                 for chunk in saved.chunks:
                     if overlap := _overlap(offset, tuple(view.shape), chunk):
                         there, here = overlap
                         job = jobs.setdefault((chunk.file, chunk.start), _Job(name, chunk, saved.dtype, []))
                         job.targets.append((view[there], here))
                         filled += view[there].numel()
+                        used.append(chunk)
+                if pair := first_overlap([(chunk.offset, chunk.shape) for chunk in used]):
+                    places = " and ".join(f"{used[i].offset} of shape {used[i].shape}" for i in pair)
+                    raise CheckpointDamage(f"{self.folder}: rectangles of '{name}' at {places} overlap")
                 if filled < view.numel():
                     raise CheckpointDamage(f"{self.folder} holds only {filled} of {view.numel()} values of '{name}'")
         return [jobs[key] for key in sorted(jobs)]

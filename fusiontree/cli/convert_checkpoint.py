@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import math
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.program import run_program
 from fusiontree.config.packaged import find_file, hint_for, packaged_names
@@ -25,6 +26,7 @@ from fusiontree.utils.errors import UserError
 if TYPE_CHECKING:
     from fusiontree.convert.formats import Options
     from fusiontree.convert.reader import CheckpointSource
+    from fusiontree.models.config import ModelConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--check-logits",
         choices=["auto", "on", "off"],
         default="auto",
-        help="hf: compare the exported model's logits with FusionTree's, which loads both (auto: models up to 4 GB)",
+        help="hf and --map: compare logits with transformers, which loads both models (auto: models up to 4 GB, and "
+        "maps that state 'exact')",
     )
     add("--tp", type=int, default=1, metavar="N", help="megatron, zero: tensor parallel size (default 1)")
     add("--dp", type=int, default=1, metavar="N", help="zero: data parallel size, dp x cp (default 1)")
@@ -107,7 +110,10 @@ def run(args: argparse.Namespace) -> None:
     options = read_options(args)
     dtype = target_dtype(form, options)
     check_target(args.target, form)
-    origin, source = mapped(args, options) if args.map else open_named(args, options)
+    if args.map:
+        origin, source, options = mapped(args, options)
+    else:
+        origin, source = open_named(args, options)
     check_tp(source, form, options)
     parameters = [entry for name, entry in source.entries.items() if name.startswith("model.")]
     size = form.written_bytes(Stream(source, dtype, lambda done, total: None))
@@ -168,12 +174,14 @@ def open_named(args: argparse.Namespace, options: Options) -> tuple[str, Checkpo
     return form.name, source
 
 
-def mapped(args: argparse.Namespace, options: Options) -> tuple[str, CheckpointSource]:
-    """Return the source's weights, renamed by a map.
+def mapped(args: argparse.Namespace, options: Options) -> tuple[str, CheckpointSource, Options]:
+    """Return the source's weights, renamed by a map, and options with the settings that are taken from the source.
 
     Raises:
-        UserError: the map does not match, or no configuration describes the new model.
+        UserError: the map does not match, no configuration describes the new model, or the source's configuration
+            describes another model.
     """
+    from fusiontree.convert.foreign import agree, read_foreign
     from fusiontree.convert.warm_start import MappedWeights, read_map
 
     if args.to != "dcp" or options.config is None or args.source_format:
@@ -181,11 +189,53 @@ def mapped(args: argparse.Namespace, options: Options) -> tuple[str, CheckpointS
     file = find_file(args.map, "maps")
     if not file.exists():
         raise UserError(f"map '{file}' does not exist{hint_for(file, 'maps')}")
-    source = MappedWeights(args.source, read_map(file), options.config, options.config["training"]["seed"])
+    name_map = read_map(file)
+    agreement = None
+    foreign = read_foreign(args.source)
+    if foreign is None:
+        print(f"no config.json beside {args.source}: rope_theta, norms and sizes of heads are not compared with theirs")
+    else:
+        model, explicit = read_model(args.config)
+        agreement = agree(foreign, model, explicit, name_map.targets, name_map.accept)
+        options = with_settings(args, options, agreement.adopted)
+        for name, value in agreement.adopted.items():
+            print(f"model.{name} is {value}, as in {foreign.file}")
+        for difference in agreement.differences:
+            print(f"different from the source, as the map accepts: {difference}")
+    assert options.config is not None
+    seed = options.config["training"]["seed"]
+    source = MappedWeights(args.source, name_map, options.config, seed, foreign, agreement)
     initial = source.initial
     shown = f": {', '.join(initial[:3])}{' …' if len(initial) > 3 else ''}" if initial else ""
     print(f"{len(source.filled)} parameters are filled, {len(initial)} keep initial values{shown}")
-    return f"by {args.map}", source
+    return f"by {args.map}", source, options
+
+
+def read_model(path: Path) -> tuple[ModelConfig, set[str]]:
+    """Return the section ``model`` of a configuration file, and the settings that the file names, dotted."""
+    from fusiontree.config.load import load_config
+
+    model = load_config(path, ["run_dir=unused"]).model
+    return model, model.model_fields_set | {f"mamba.{name}" for name in model.mamba.model_fields_set}
+
+
+def with_settings(args: argparse.Namespace, options: Options, adopted: dict[str, Any]) -> Options:
+    """Return the options with settings of the section ``model`` replaced.
+
+    Raises:
+        UserError: the configuration does not allow a value.
+    """
+    from dataclasses import replace
+
+    from fusiontree.config.load import apply_overrides, build_config, config_values, dump_config
+
+    if not adopted:
+        return options
+    assert options.config is not None
+    overrides = [f"model.{name}={json.dumps(value)}" for name, value in adopted.items()]
+    place = f"{args.config} with the settings of {args.source} ({', '.join(adopted)})"
+    config = build_config(apply_overrides(options.config, overrides), place)
+    return replace(options, config=config_values(config), config_yaml=dump_config(config))
 
 
 def read_config(args: argparse.Namespace) -> dict:

@@ -38,7 +38,7 @@ class Options:
     stage: int = 3
     """zero: 1 | 2 | 3."""
     check_logits: str = "auto"
-    """hf: on | off | auto; auto compares logits only if the model is small enough."""
+    """hf, and weights by a map: on | off | auto; auto compares logits only if the model is small enough."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,8 @@ def convert(
         source.entries = checked(source.entries, wanted, "the source's weights and the --config given")
         source.config = options.config
     stream = Stream(source, target_dtype(form, options), report)
-    reason = logits.reason_to_skip(source, options.check_logits) if form.has_code else None
+    compared = form.has_code or source.original is not None
+    reason = logits.reason_to_skip(source, options.check_logits) if compared else None
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     needed, free = form.written_bytes(stream), shutil.disk_usage(parent).free
@@ -239,9 +240,12 @@ def convert(
         say("reading it back")
         stream.check(form.open(partial, replace(options, config=source.config)))
         verdict = None if reason is None else f"logits were not compared: {reason}"
-        if form.has_code and reason is None:
+        if compared and reason is None:
             say("comparing logits")
-            verdict = logits.compare_logits(stream, partial)
+            if source.original is not None:
+                verdict = logits.compare_with_original(stream, source.original)
+            else:
+                verdict = logits.compare_logits(stream, partial)
         _rename(partial, target)
     except BaseException:
         _remove(partial)

@@ -23,7 +23,52 @@ from fusiontree.utils.files import write_json
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TRAINING_TOKENIZER = "training_tokenizer"
+"""Folder with a tokenizer's files as training had them, if transformers would tokenize otherwise by them."""
 CODE = ("configuration_fusiontree.py", "modeling_fusiontree.py")
+NO_EFFECT = frozenset(
+    (
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "hidden_size",
+        "id2label",
+        "initializer_range",
+        "intermediate_size",
+        "is_encoder_decoder",
+        "label2id",
+        "mamba_chunk_size",
+        "mamba_conv_bias",
+        "mamba_expand",
+        "num_hidden_layers",
+        "num_logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "rescale_prenorm_residual",
+        "residual_in_fp32",
+        "return_dict",
+        "time_step_floor",
+        "time_step_max",
+        "time_step_min",
+        "time_step_rank",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "use_conv_bias",
+        "vocab_size",
+        "z_loss_coefficient",
+    )
+)
+"""Keys of a config.json that do not change what a model computes, or are sizes that the weights' shapes show."""
 _HEAD = ("model.head.weight", "lm_head.weight")
 _LEFT_OUT = ("kernels", "letters", "mixers")  # settings of the machine, and of mixers that the code does not have
 
@@ -54,6 +99,12 @@ class HuggingFaceFolder(CheckpointSource):
                 f"from another model's weights give --map FILE and --config FILE"
             )
         known = ModelConfig.model_fields.keys()
+        others = {k: v for k, v in config.items() if k not in known and k not in NO_EFFECT | {"model_type"}}
+        if foreign := [f"{key} {value!r}" for key, value in others.items() if value not in (None, False)]:
+            raise UserError(
+                f"{path / CONFIG} has {', '.join(foreign)}, which no model of this project computes; remove it if it "
+                f"has no effect"
+            )
         self.config = {"model": {name: value for name, value in config.items() if name in known}}
         self.files = tokenizer_files(path)
         self._weights = SafetensorsFolder(path)
@@ -69,6 +120,8 @@ class HuggingFaceFolder(CheckpointSource):
 
 def tokenizer_files(path: Path) -> list[Path]:
     """Return the files that FusionTree reads a tokenizer from; empty if no file gives the end-of-document token."""
+    if (path / TRAINING_TOKENIZER).is_dir():
+        path = path / TRAINING_TOKENIZER
     info = path / TOKENIZER_FILES[0]
     if not info.is_file():
         return []
@@ -85,11 +138,8 @@ class SafetensorsFolder:
             UserError: there is no safetensors file, or a file or tensor named in the index is missing.
         """
         if (path / INDEX).is_file():
-            places = read_json(path / INDEX)["weight_map"]
-            missing = sorted({file for file in places.values() if not (path / Path(file).name).is_file()})
-            if missing:
-                raise UserError(f"{path} lacks {', '.join(missing)}, which its index names; copy the folder again")
-            files = {file: SafetensorsFile(path / Path(file).name) for file in set(places.values())}
+            places = index_of(path, INDEX)
+            files = {file: SafetensorsFile(path / file) for file in sorted(set(places.values()))}
             for name, file in places.items():
                 if name not in files[file].entries:
                     raise UserError(f"{files[file].path} lacks '{name}', which the index says it holds; copy it again")
@@ -98,12 +148,35 @@ class SafetensorsFolder:
             found = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
             if not found:
                 raise UserError(f"{path} holds no .safetensors file; give the folder that has the weights")
-            self._files = {name: file for file in map(SafetensorsFile, found) for name in file.entries}
+            self._files = {}
+            for file in map(SafetensorsFile, found):
+                for name in file.entries:
+                    if name in self._files:
+                        raise UserError(
+                            f"'{name}' is in {self._files[name].path} and in {file.path}, and {path} has no index; "
+                            f"remove the file that is no part of the model"
+                        )
+                    self._files[name] = file
         self.entries = {name: file.entries[name] for name, file in self._files.items()}
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
         return self._files[name].read(name)
+
+
+def index_of(path: Path, name: str) -> dict[str, str]:
+    """Return the file of every tensor, from the index of a folder of weights.
+
+    Raises:
+        UserError: the index is damaged, or names a file that is missing or outside the folder.
+    """
+    places = read_json(path / name).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise UserError(f"{path / name} has no 'weight_map' of file names; copy the folder again")
+    missing = sorted({f for f in places.values() if f != Path(f).name or not (path / f).is_file()})
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}, which its index names; copy the folder again")
+    return places
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -149,9 +222,9 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
     if len(shards) > 1:
         total = sum(stream.entry(name).nbytes for name in names)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    tokenizer = write_tokenizer(folder, stream.source.files)
-    dtype = str(stream.entry("model.embed.weight").dtype).removeprefix("torch.")
     model = stream.source.model_config.model_dump(mode="json")
+    tokenizer, unused = write_tokenizer(folder, stream.source.files, model["vocab_size"])
+    dtype = str(stream.entry("model.embed.weight").dtype).removeprefix("torch.")
     write_json(
         folder / CONFIG,
         {
@@ -167,7 +240,7 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
             **tokenizer,
         },
     )
-    write_json(folder / "generation_config.json", tokenizer)
+    write_json(folder / "generation_config.json", tokenizer | ({"suppress_tokens": unused} if unused else {}))
     for name in CODE:
         shutil.copyfile(Path(hf_model.__file__).parent / name, folder / name)
 
@@ -185,21 +258,39 @@ def plan_shards(entries: dict[str, Entry], max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def write_tokenizer(folder: Path, files: list[Path]) -> dict[str, int]:
-    """Write the tokenizer in transformers' format; return the token ids for the model and generation configurations."""
+def write_tokenizer(folder: Path, files: list[Path], vocab_size: int) -> tuple[dict[str, int], list[int]]:
+    """Write the tokenizer in transformers' format, such that texts get the tokens that they had in training.
+
+    Args:
+        folder: to write to.
+        files: of the training checkpoint.
+        vocab_size: of the model.
+
+    Returns:
+        The token ids for the model's configuration, and the model's ids that stand for no token.
+    """
     by_name = {file.name: file for file in files}
     if TOKENIZER_FILES[0] not in by_name:
-        return {}
+        return {}, []
     info = read_json(by_name[TOKENIZER_FILES[0]])
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
     if info["kind"] == "byte":
         eos = "<|endoftext|>"
-        _byte_tokenizer(eos, info["eos_id"]).save(str(folder / "tokenizer.json"))
+        backend = _byte_tokenizer(eos, info["eos_id"])
+        backend.save(str(folder / "tokenizer.json"))
+        shutil.copyfile(by_name[TOKENIZER_FILES[0]], folder / TOKENIZER_FILES[0])
     else:
         from tokenizers import Tokenizer as Backend
 
-        eos = Backend.from_file(str(folder / "tokenizer.json")).id_to_token(info["eos_id"]) or ""
+        content = by_name[TOKENIZER_FILES[1]].read_bytes()
+        exported = as_trained(content)
+        (folder / "tokenizer.json").write_bytes(exported)
+        kept = folder if exported == content else folder / TRAINING_TOKENIZER
+        kept.mkdir(exist_ok=True)
+        for file in files:
+            shutil.copyfile(file, kept / file.name)
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+        eos = backend.id_to_token(info["eos_id"]) or ""
+    known = set(backend.get_vocab().values())
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -208,9 +299,26 @@ def write_tokenizer(folder: Path, files: list[Path]) -> dict[str, int]:
             "pad_token": eos,
             "padding_side": "left",  # a text can only be continued at the end of its row
             "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,  # the name of a special token in a text is text, as in training
         },
     )
-    return {"eos_token_id": info["eos_id"], "pad_token_id": info["eos_id"]}
+    ids = {"eos_token_id": info["eos_id"], "pad_token_id": info["eos_id"]}
+    return ids, [token for token in range(vocab_size) if token not in known]
+
+
+def as_trained(content: bytes) -> bytes:
+    """Return a tokenizer.json without what training does not apply: truncation, padding and added tokens."""
+    values = json.loads(content)
+    wanted = {**values, "truncation": None, "padding": None}
+    if _adds_tokens(values.get("post_processor")):
+        wanted["post_processor"] = None
+    return content if wanted == values else json.dumps(wanted, ensure_ascii=False).encode()
+
+
+def _adds_tokens(processor: dict[str, Any] | None) -> bool:
+    if processor is None or processor.get("type") == "ByteLevel":  # ByteLevel changes offsets alone
+        return False
+    return processor.get("type") != "Sequence" or any(map(_adds_tokens, processor.get("processors", [])))
 
 
 def _byte_tokenizer(eos: str, eos_id: int) -> Any:

@@ -10,12 +10,14 @@ States of the optimizer are under ``optimizer.state.exp_avg.KEY``, where Megatro
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusiontree.checkpoint.cover import first_overlap
 from fusiontree.checkpoint.metadata import SavedTensor, read_metadata
 from fusiontree.checkpoint.open_files import OpenFiles
 from fusiontree.convert.dcp import Lazy, write_dcp
@@ -170,6 +172,17 @@ class MegatronFolder(CheckpointSource):
                     f"{path}: '{key}' has shape {self._saved[key].shape}, the model wants {block.shape}; use the "
                     f"configuration that these weights were saved with"
                 )
+            chunks = self._saved[key].chunks
+            held = sum(math.prod(chunk.shape) for chunk in chunks)
+            if first_overlap([(chunk.offset, chunk.shape) for chunk in chunks]) or held != math.prod(block.shape):
+                raise UserError(
+                    f"{path}: the parts of '{key}' overlap, or hold {held} of its {math.prod(block.shape)} values; "
+                    f"copy it again"
+                )
+            for chunk in chunks:
+                file = path / chunk.file
+                if not file.is_file() or chunk.start + chunk.length > file.stat().st_size:
+                    raise UserError(f"{file} is missing, or ends before a part of '{key}'; copy it again")
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, assembled from its blocks."""
@@ -183,12 +196,18 @@ class MegatronFolder(CheckpointSource):
         """Copy a tensor's chunks into ``values``."""
         for chunk in saved.chunks:
             content = self._open.read(chunk.file, chunk.start, chunk.length)
-            part = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            try:
+                part = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                part = part.view(chunk.shape)
+            except Exception as error:  # a pickle can fail in any way
+                raise UserError(
+                    f"{chunk.file} holds no tensor of shape {chunk.shape} where it should: {error}"
+                ) from error
             del content
             target = values
             for axis, (offset, length) in enumerate(zip(chunk.offset, chunk.shape, strict=True)):
                 target = target.narrow(axis, offset, length)
-            target.copy_(part.view(chunk.shape))
+            target.copy_(part)
 
 
 def _prefixes(source: CheckpointSource) -> dict[str, str]:

@@ -44,6 +44,20 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Original(NamedTuple):
+    """The model of another library that a checkpoint was filled from."""
+
+    folder: Path | None
+    """The folder that transformers loads; None if there is no configuration."""
+    vocab_size: int
+    longest: int | None
+    """Tokens of the longest text that it was made for; None if unknown."""
+    differences: list[str]
+    """Reasons why the filled model does not compute what the original does."""
+    exact: bool
+    """True if the filled model must compute what the original does, unless there are ``differences``."""
+
+
 class CheckpointSource(ABC):
     """A checkpoint that is open for reading."""
 
@@ -53,6 +67,8 @@ class CheckpointSource(ABC):
     """Step, data position and so on of a training checkpoint; None where the format has none."""
     files: list[Path]
     """The tokenizer's files."""
+    original: Original | None = None
+    """Set if the weights come from another library's model."""
     entries: dict[str, Entry]
     """Every tensor by its name in a training checkpoint, ``model.…`` or ``optimizer.…``; a tied head occurs once."""
 

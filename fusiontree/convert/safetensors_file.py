@@ -26,9 +26,18 @@ _NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _LONGEST_HEADER = 100 << 20
@@ -72,7 +81,7 @@ class SafetensorsFile:
         """Read the header.
 
         Raises:
-            UserError: the file is truncated, or is not a safetensors file.
+            UserError: the file is truncated, is not a safetensors file, or has tensors of an unknown type.
         """
         self.path = path
         self._open = OpenFiles(path.parent)
@@ -85,26 +94,46 @@ class SafetensorsFile:
             try:
                 header = json.loads(file.read(length))
                 self.metadata: dict[str, str] = header.pop("__metadata__", {})
-                self.entries = {name: Entry(tuple(e["shape"]), _DTYPES[e["dtype"]]) for name, e in header.items()}
-                self._ranges = {
-                    name: (8 + length + e["data_offsets"][0], e["data_offsets"]) for name, e in header.items()
-                }
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                kinds = {name: str(e["dtype"]) for name, e in header.items()}
+                ranges = {name: tuple(map(_count, e["data_offsets"])) for name, e in header.items()}
+                shapes = {name: tuple(map(_count, e["shape"])) for name, e in header.items()}
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(f"{path} has a header that cannot be read ({error!r}); copy it again") from error
-        for name, (start, (begin, end)) in self._ranges.items():
-            if end - begin != self.entries[name].nbytes or begin < 0 or start + end - begin > size:
+        for name, kind in kinds.items():
+            if kind not in _DTYPES:
+                raise UserError(f"{path}: '{name}' is of type {kind}, which is not read here; save it in BF16 or F32")
+        self.entries = {name: Entry(shapes[name], _DTYPES[kind]) for name, kind in kinds.items()}
+        self._starts: dict[str, int] = {}
+        before, last = 0, ""
+        for name, place in sorted(ranges.items(), key=lambda item: item[1]):
+            if len(place) != 2 or place[1] - place[0] != self.entries[name].nbytes or 8 + length + place[1] > size:
                 raise UserError(f"{path}: the values of '{name}' are not where its header says; copy the file again")
+            if place[0] < before:
+                raise UserError(f"{path}: the values of '{last}' and '{name}' overlap; copy the file again")
+            self._starts[name] = 8 + length + place[0]
+            before, last = place[1], name
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
         entry = self.entries[name]
         if not math.prod(entry.shape):
             return torch.empty(entry.shape, dtype=entry.dtype)
-        content = self._open.read(self.path.name, self._ranges[name][0], entry.nbytes)
+        content = self._open.read(self.path.name, self._starts[name], entry.nbytes)
         if len(content) != entry.nbytes:
             raise UserError(f"{self.path} ends inside '{name}'; copy it again")
         values = torch.frombuffer(content, dtype=torch.uint8)
         return values.view(entry.dtype).reshape(entry.shape)
+
+
+def _count(value: Any) -> int:
+    """Return a size or offset.
+
+    Raises:
+        TypeError: it is no number of bytes or elements.
+    """
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is no size")
+    return value
 
 
 class WeightFile(CheckpointSource):

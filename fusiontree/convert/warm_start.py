@@ -12,9 +12,13 @@ A map is a YAML file::
           layers.{layer}.mamba.in_proj.weight: [z, x, dt]
           layers.{layer}.mamba.bc_proj.weight: [B, C]
       - {theirs: backbone.embeddings.weight, ours: embed.weight, grow: true}
+    identity: {"layers.{layer}.out_proj.weight": 2.0}    # in every layer that the map fills
+    zero: ["layers.{layer}.mlp.down.weight"]
+    accept: [window_size]           # settings of the source's config.json that may differ
+    exact: true                     # the new model computes what the source does
 
 Every source tensor must be named or ignored, and every named tensor must exist. Parameters that no source tensor fills
-keep their initial values.
+keep their initial values. The source's config.json is read by :mod:`fusiontree.convert.foreign`.
 """
 
 from __future__ import annotations
@@ -23,21 +27,23 @@ import fnmatch
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from fusiontree.convert.hf import SafetensorsFolder
-from fusiontree.convert.reader import MODEL, CheckpointSource, Entry, parameter_shapes
-from fusiontree.convert.safetensors_file import SafetensorsFile
+from fusiontree.convert.foreign import Agreement, Foreign
+from fusiontree.convert.reader import MODEL, CheckpointSource, Entry, Original, parameter_shapes
+from fusiontree.convert.weights import open_weights
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.initialization import initialize_parameter
 from fusiontree.models.mixers import distinct_mixers
 from fusiontree.utils.errors import UserError, nearest
 from fusiontree.utils.settings import Section, setting
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 class TensorRule(Section):
@@ -59,6 +65,16 @@ class NameMap(Section):
     layers: dict[int, int] | None = setting(None, "Their layer: ours; others are left out. Absent means all.")
     sizes: dict[str, int] = setting({}, "Sizes of blocks that the configuration does not know.")
     ignore: list[str] = setting([], "Patterns of tensors to leave out, with * and ?.")
+    zero: list[str] = setting([], "Parameters to fill with zeros; {layer} stands for every layer that the map fills.")
+    identity: dict[str, float] = setting({}, "Square parameters: factor of the identity that fills them.")
+    initial: list[str] = setting([], "Parameters that may keep initial values: head.weight.")
+    accept: list[str] = setting([], "Settings and keys of the source's config.json that may differ.")
+    exact: bool = setting(False, "The filled model computes what the source does; the conversion compares logits.")
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the parameters that tensors go to, with {layer}."""
+        return [name for rule in self.tensors for name in ([rule.ours] if isinstance(rule.ours, str) else rule.ours)]
 
 
 class Piece(NamedTuple):
@@ -69,16 +85,6 @@ class Piece(NamedTuple):
     start: int
     stop: int | None
     """None means to the end."""
-
-
-class Weights(Protocol):
-    """Files of tensors."""
-
-    entries: dict[str, Entry]
-
-    def read(self, name: str) -> Tensor:
-        """Return one tensor."""
-        ...
 
 
 def read_map(path: Path) -> NameMap:
@@ -92,7 +98,7 @@ def read_map(path: Path) -> NameMap:
     except OSError as error:
         near = nearest(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise UserError(f"map '{path}' cannot be read: {error.strerror}{near}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"map '{path}' is not valid YAML: {error}") from error
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
@@ -102,17 +108,27 @@ def read_map(path: Path) -> NameMap:
 class MappedWeights(CheckpointSource):
     """A new FusionTree model, partly filled from other weights."""
 
-    def __init__(self, path: Path, name_map: NameMap, config: dict[str, Any], seed: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name_map: NameMap,
+        config: dict[str, Any],
+        seed: int,
+        foreign: Foreign | None = None,
+        agreement: Agreement | None = None,
+    ) -> None:
         """Open the weights and find the source of every parameter.
 
         Args:
             path: a safetensors or PyTorch file, or a folder of them.
             name_map: targets of the source tensors.
-            config: full configuration of the new run.
+            config: full configuration of the new run, with the settings that are taken from the source.
             seed: of the initial values.
+            foreign: the source's configuration, if it has one.
+            agreement: how it fits ``config``.
 
         Raises:
-            UserError: the map does not match the weights or the model.
+            UserError: the map does not match the weights or the model, or the source's head has no place.
         """
         self.config = config
         self.files = []
@@ -123,16 +139,97 @@ class MappedWeights(CheckpointSource):
         self.entries = {MODEL + name: Entry(shape, torch.float32) for name, shape in self._shapes.items()}
         self.filled = plan(name_map, self._weights.entries, self._shapes, self._model)
         """Pieces of each filled parameter, in order."""
+        self._map, self._foreign = name_map, foreign
+        self._check_numbers()
+        self._place_head()
+        layers = {int(match[1]) for name in self.filled if (match := _LAYER.match(name))}
+        self._constants = dict(self._find_constants(layers))
+        differences = list(agreement.differences) if agreement else []
+        unfilled = sorted(set(range(self._model.num_layers)) - layers)
+        if unfilled:
+            differences.append(f"layers {', '.join(map(str, unfilled))} keep initial values")
+        theirs = self._their_layers()
+        if left_out := sorted(theirs - set(theirs if name_map.layers is None else name_map.layers)):
+            differences.append(f"layers {', '.join(map(str, left_out))} of the source are left out")
+        folder = foreign.file.parent if foreign is not None and path.is_dir() else None
+        rows = [self._weights.entries[p.theirs].shape[0] for p in self.filled.get("embed.weight", [])]
+        longest = foreign.longest if foreign is not None else None
+        self.original = Original(folder, sum(rows), longest, differences, name_map.exact)
 
     @property
     def initial(self) -> list[str]:
         """Parameters that keep their initial values."""
-        return [name for name in self._shapes if name not in self.filled]
+        return [name for name in self._shapes if name not in self.filled and name not in self._constants]
+
+    def _check_numbers(self) -> None:
+        """Check that no filled parameter comes from integers.
+
+        Raises:
+            UserError: the weights are quantized.
+        """
+        for pieces in self.filled.values():
+            for piece in pieces:
+                dtype = self._weights.entries[piece.theirs].dtype
+                if not dtype.is_floating_point:
+                    raise UserError(
+                        f"'{piece.theirs}' holds {str(dtype).removeprefix('torch.')}: the weights are quantized, and "
+                        f"this reads numbers as they are; save them in bf16 or fp32 first"
+                    )
+
+    def _place_head(self) -> None:
+        """Give the head the source's embedding where the source ties both.
+
+        Raises:
+            UserError: nothing says what the head is, or the source's head has no place.
+        """
+        tied = self._foreign is not None and self._foreign.tied
+        embedding, head = self.filled.get("embed.weight"), self.filled.get("head.weight")
+        if not embedding:
+            return
+        if self._model.tie_word_embeddings or tied:
+            theirs = head or plan_of_head(self._map, self._weights.entries)
+            if theirs and "tie_word_embeddings" not in self._map.accept and not self._equal(theirs[0], embedding[0]):
+                raise UserError(
+                    f"'{theirs[0].theirs}' differs from '{embedding[0].theirs}', and "
+                    f"{'config.json of the source' if tied else 'model.tie_word_embeddings'} says that both are one; "
+                    f"set tie_word_embeddings false in {'config.json' if tied else 'the configuration'}"
+                )
+        if self._model.tie_word_embeddings or head or "head.weight" in self._map.initial:
+            return
+        if not tied:
+            raise UserError(
+                "no tensor of the source goes to 'head.weight', and no config.json beside the weights says that the "
+                "embedding is the head; set model.tie_word_embeddings true, name the head's tensor in the map, or list "
+                "head.weight under the map's 'initial' to start from random values"
+            )
+        self.filled["head.weight"] = embedding
+
+    def _equal(self, left: Piece, right: Piece) -> bool:
+        return torch.equal(self._weights.read(left.theirs).float(), self._weights.read(right.theirs).float())
+
+    def _their_layers(self) -> set[int]:
+        """Return the source's layers that a rule of the map matches."""
+        found = (_matches(rule.theirs, self._weights.entries) for rule in self._map.tensors)
+        return {layer for matches in found for _, layer in matches if layer is not None}
+
+    def _find_constants(self, layers: set[int]) -> Iterator[tuple[str, float | None]]:
+        """Yield parameters that the map fills with the identity, with its factor, or with zeros, with None."""
+        given = [*self._map.identity.items(), *((pattern, None) for pattern in self._map.zero)]
+        for pattern, factor in given:
+            for name in [pattern.replace("{layer}", str(layer)) for layer in sorted(layers)]:
+                shape = self._shapes.get(name)
+                if name in self.filled or (factor is not None and shape and (len(shape) != 2 or shape[0] != shape[1])):
+                    raise UserError(f"map: '{name}' is filled twice, or no square matrix for the identity")
+                if shape is not None:
+                    yield name, factor
 
     def read(self, name: str) -> Tensor:
         """Return one parameter in fp32."""
         name = name.removeprefix(MODEL)
         shape = self._shapes[name]
+        if name in self._constants:
+            factor = self._constants[name]
+            return torch.zeros(shape) if factor is None else factor * torch.eye(*shape)
         if name not in self.filled:
             return initialize_parameter(name, shape, self._model, self._seed)
         parts = [reshaped(self._weights.read(p.theirs), p)[p.start : p.stop].float() for p in self.filled[name]]
@@ -174,6 +271,7 @@ def plan(
     """
     filled: dict[str, list[Piece]] = {}
     used = {name for name in theirs if any(fnmatch.fnmatchcase(name, pattern) for pattern in name_map.ignore)}
+    used |= {name for name, entry in theirs.items() if entry.dtype is torch.bool}  # masks, no weights
     sizes = block_sizes(config) | name_map.sizes
     for rule in name_map.tensors:
         matches = list(_matches(rule.theirs, theirs))
@@ -187,6 +285,8 @@ def plan(
             target = layer if name_map.layers is None or layer is None else name_map.layers[layer]
             for ours, pieces in _pieces(rule, name, sizes, theirs[name]).items():
                 ours = ours.replace("{layer}", str(target))
+                if ours == "head.weight" and config.tie_word_embeddings:
+                    continue
                 if ours not in shapes:
                     raise UserError(
                         f"map: '{name}' goes to '{ours}', which is no parameter of the model"
@@ -202,6 +302,12 @@ def plan(
             f"the map says nothing of {', '.join(forgotten[:4])}{more}; name them under tensors, or under ignore"
         )
     return filled
+
+
+def plan_of_head(name_map: NameMap, theirs: dict[str, Entry]) -> list[Piece]:
+    """Return the source's tensor that the map sends to the head, if there is one."""
+    rules = [rule for rule in name_map.tensors if rule.ours == "head.weight"]
+    return [Piece(name, rule, 0, None) for rule in rules for name, _ in _matches(rule.theirs, theirs)]
 
 
 def block_sizes(config: ModelConfig) -> dict[str, int]:
@@ -248,41 +354,3 @@ def _pieces(rule: TensorRule, name: str, sizes: dict[str, int], entry: Entry) ->
     if sorted(wanted) != sorted(rule.split):
         raise UserError(f"map: '{rule.theirs}' is split into {rule.split} and 'ours' takes {wanted}; take each once")
     return {ours: [Piece(name, rule, *places[block]) for block in blocks] for ours, blocks in rule.ours.items()}
-
-
-def open_weights(path: Path) -> Weights:
-    """Open a file of weights or a folder of them; nothing in them is executed.
-
-    Raises:
-        UserError: there are none.
-    """
-    if not path.exists():
-        raise UserError(f"source '{path}' does not exist")
-    if path.is_file():
-        return SafetensorsFile(path) if path.suffix == ".safetensors" else _TorchFiles([path])
-    if any(path.glob("*.safetensors")):
-        return SafetensorsFolder(path)
-    files = sorted(path.glob("*.bin")) or sorted(path.glob("*.pt"))
-    if not files:
-        raise UserError(f"source '{path}' holds no .safetensors, .bin or .pt file; give the folder with the weights")
-    return _TorchFiles(files)
-
-
-class _TorchFiles:
-    """Files of torch.save, mapped into memory and read by torch's unpickler that creates only tensors."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        for file in files:
-            try:
-                values = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            except Exception as error:  # the pickle module raises many kinds
-                raise UserError(
-                    f"{file} cannot be read as tensors alone ({str(error).splitlines()[0]}); save its state dict as "
-                    f"safetensors and give that"
-                ) from error
-            self._tensors |= {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        self.entries = {name: Entry(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].clone()

@@ -55,6 +55,10 @@ class Tokenizer(ABC):
         """The end-of-document token."""
         return self.info.eos_id
 
+    def unknown_ids(self, vocab_size: int) -> list[int]:
+        """Return the ids below ``vocab_size`` of a model that stand for no token, such as padding of its vocabulary."""
+        return list(range(self.info.vocab_size, vocab_size))
+
 
 class ByteTokenizer(Tokenizer):
     """Byte tokenizer: UTF-8 bytes are tokens 0 to 255; token 256 ends a document."""
@@ -139,6 +143,11 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.file.unknown_id is not None:
             return int(np.count_nonzero(tokens == self.file.unknown_id))
         return count_dropped(self.backend, text) if self.file.drops else 0
+
+    def unknown_ids(self, vocab_size: int) -> list[int]:
+        """Return the ids that stand for no token; a vocabulary may have gaps."""
+        known = set(self.backend.get_vocab().values())
+        return [token for token in range(vocab_size) if token not in known]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text, special tokens left out."""

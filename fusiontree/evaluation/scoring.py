@@ -68,12 +68,15 @@ class AnswerScore:
 
 
 @torch.inference_mode()
-def score_answers(model: FusionTreeModel, answers: AnswerRows, batch_size: int) -> AnswerScore:
-    """Score labelled tokens, each given all tokens before it.
+def score_answers(
+    model: FusionTreeModel, answers: AnswerRows, batch_size: int, never: Sequence[int] = ()
+) -> AnswerScore:
+    """Score labelled tokens, each given all tokens before it; ``never`` are ids that generation does not draw.
 
     Logits are computed from the first labelled column on, so long rows cost no more memory than their answers.
     """
     device = model.embed.weight.device
+    never_N = torch.tensor(list(never), dtype=torch.int64, device=device)
     labelled_S = (answers.labels_BS != IGNORED).any(dim=0)
     keep = answers.labels_BS.shape[1] - int(labelled_S.nonzero()[0])
     nats, right, tokens, whole = 0.0, 0, 0, 0
@@ -85,7 +88,7 @@ def score_answers(model: FusionTreeModel, answers: AnswerRows, batch_size: int) 
             asked_K = labels_K != IGNORED
             logits_KV, labels_K = logits_KV[asked_K].float(), labels_K[asked_K]
             nats += float(torch.nn.functional.cross_entropy(logits_KV, labels_K, reduction="sum"))
-            hits = int((logits_KV.argmax(dim=-1) == labels_K).sum())
+            hits = int((logits_KV.index_fill(1, never_N, -torch.inf).argmax(dim=-1) == labels_K).sum())
             right, tokens, whole = right + hits, tokens + labels_K.numel(), whole + (hits == labels_K.numel())
     return AnswerScore(nats / tokens, right / tokens, whole / len(answers.labels_BS))
 

@@ -66,7 +66,9 @@ class Evaluation:
     def _alphabet(self) -> torch.Tensor:
         """Tokens that random rows are made of, without the end of a document."""
         info = self.tokenizer.info
+        unknown = torch.tensor(self.tokenizer.unknown_ids(info.vocab_size), dtype=torch.int64)
         tokens = torch.arange(info.vocab_size)
+        tokens = tokens[~torch.isin(tokens, unknown)]
         if self.config.alphabet == "data":
             batches = next(iter(self._datasets(ALPHABET_ROWS).values())).micro_batches()
             tokens = torch.cat([batch.input_ids_BS[batch.row_weight_B > 0].flatten() for batch in batches]).unique()
@@ -181,7 +183,8 @@ class Evaluation:
             yield self._answered(labels, self._score(rows))
 
     def _score(self, rows: AnswerRows) -> AnswerScore:
-        return score_answers(self.model, rows, self.config.batch_size)
+        never = self.tokenizer.unknown_ids(self.model.config.vocab_size)
+        return score_answers(self.model, rows, self.config.batch_size, never)
 
     def _answered(self, labels: Record, score: AnswerScore, **control: float) -> Record:
         """Return the record of a cell, with the score of uniform guessing among the tokens."""

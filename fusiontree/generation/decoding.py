@@ -86,6 +86,7 @@ def generate(
     on_token: Callable[[NewToken], None] | None = None,
     allow_longer: bool = False,
     graphs: bool = True,
+    never: Sequence[int] = (),
 ) -> Generation:
     """Continue every prompt; a row's tokens do not depend on the other rows.
 
@@ -106,6 +107,7 @@ def generate(
         allow_longer: allow texts longer than ``max_position_embeddings``, for which the model was not trained; an
             error all the same for a learnable SRTE, which has no entries for them.
         graphs: allow CUDA graphs on a GPU; they do not change the tokens.
+        never: ids that are not drawn, such as those by which a vocabulary is padded.
 
     Raises:
         UserError: a prompt is empty, a token id is unknown, or a row is too long; checked before any computation.
@@ -124,26 +126,25 @@ def generate(
     rows = [_Row(index, stop_tokens, decode, stop_strings, prompt) for index, prompt in enumerate(prompts)]
     was_training = model.training
     model.eval()
+    started = time.perf_counter()
     try:
         with torch.inference_mode():
-            return _decode(model, prompts, rows, sampling, seeds, max_new_tokens, graphs, on_token)
+            batch = _RunningBatch(model, prompts, sampling, seeds, max_new_tokens, graphs, never)
+            return _decode(batch, prompts, rows, max_new_tokens, started, on_token)
     finally:
         model.train(was_training)
 
 
 def _decode(
-    model: FusionTreeModel,
+    batch: _RunningBatch,
     prompts: Sequence[Sequence[int]],
     rows: Sequence[_Row],
-    sampling: SamplingConfig,
-    seeds: Sequence[int],
     max_new_tokens: int,
-    graphs: bool,
+    started: float,
     on_token: Callable[[NewToken], None] | None,
 ) -> Generation:
-    """Run the prefill and the steps of :func:`generate`."""
-    started = prefilled = time.perf_counter()
-    batch = _RunningBatch(model, prompts, sampling, seeds, max_new_tokens, graphs)
+    """Run the steps of :func:`generate` after the prefill, which began at ``started``."""
+    prefilled = started
     for step in range(max_new_tokens):
         tokens, logprobs = batch.draw(step)
         if step == 0:
@@ -263,6 +264,7 @@ class _RunningBatch:
         seeds: Sequence[int],
         max_new_tokens: int,
         graphs: bool,
+        never: Sequence[int],
     ) -> None:
         """Run the prefill: a forward over all prompts, padded on the left to equal length."""
         weight = model.embed.weight
@@ -272,6 +274,7 @@ class _RunningBatch:
         self._model = model
         self._sampling = sampling
         self._seeds = list(seeds)
+        self._never = torch.tensor(list(never), dtype=torch.int64, device=weight.device)
         self._graphs = graphs and recordable(weight.device)
         self._graph: GraphedStep | None = None
         input_ids_BS, padding_mask_BS = pad_left(prompts)
@@ -299,7 +302,8 @@ class _RunningBatch:
         if len(self._slots) < self._cache.rows:
             slots = torch.tensor(self._slots, device=logits_BV.device)
             logits_BV, seen_BV = logits_BV[slots], None if seen_BV is None else seen_BV[slots]
-        tokens_B = sample(logits_BV, self._sampling, seen_BV=seen_BV, seeds=self._seeds, step=step)
+        allowed_BV = logits_BV.index_fill(1, self._never, -torch.inf) if self._never.numel() else logits_BV
+        tokens_B = sample(allowed_BV, self._sampling, seen_BV=seen_BV, seeds=self._seeds, step=step)
         logprobs_B = logits_BV.float().log_softmax(dim=-1).gather(1, tokens_B[:, None])[:, 0]
         return tokens_B.tolist(), logprobs_B.tolist()
 

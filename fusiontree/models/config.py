@@ -33,6 +33,8 @@ class MambaConfig(Section):
     dt_init_range: list[float] = setting(
         [0.001, 0.1], "Range of the initial step size, log-uniform.", min_length=2, max_length=2
     )
+    dt_min: float | None = setting(None, "Lower limit of every step size. Absent means none.", ge=0)
+    dt_max: float | None = setting(None, "Upper limit of every step size. Absent means none.", gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -40,6 +42,8 @@ class MambaConfig(Section):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} is [{low}, {high}]; it needs 0 < low <= high")
+        if self.dt_min is not None and self.dt_max is not None and self.dt_min >= self.dt_max:
+            raise ValueError(f"dt_min {self.dt_min} is not below dt_max {self.dt_max}")
         return self
 
 

@@ -59,7 +59,7 @@ def all_tensors(run: Path) -> dict[str, Tensor]:
 
 def convert(*arguments: Any) -> None:
     """Run the tool as a user does, but without loading transformers in a process of its own each time."""
-    if "hf" in arguments and "--check-logits" not in arguments:
+    if ("hf" in arguments or "--map" in arguments) and "--check-logits" not in arguments:
         arguments = (*arguments, "--check-logits", "off")
     assert main([str(argument) for argument in arguments]) == 0
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ import torch
 from safetensors import safe_open
 
 from fusiontree.checkpoint.load import load_model
+from fusiontree.convert import hf
 from fusiontree.generation.decoding import generate, pad_left
 from fusiontree.generation.sampling import SamplingConfig
 from fusiontree.models.model import FusionTreeModel
 from tests.convert.checkpoints import all_tensors, convert, training_run
+from tests.convert.test_tool import refused
 from tests.helpers import tiny_model
 from tests.models.variants import VARIANTS
 
@@ -101,7 +105,8 @@ def test_exports_equal_ours_where_only_transformers_and_torch_are(tmp_path: Path
         model = training_run(run, **variant)
         convert(run, folder, "--to", "hf", "--max-shard-size", "40KB" if number % 2 else "1GB")
         folders[name] = folder
-        rows = generate(model, PROMPTS, max_new_tokens=NEW, sampling=SamplingConfig(greedy=True)).rows
+        greedy = SamplingConfig(greedy=True)
+        rows = generate(model, PROMPTS, max_new_tokens=NEW, sampling=greedy, never=range(257, 264)).rows
         with torch.no_grad():
             logits = model(ids_BS, padding_mask_BS=mask_BS).logits_BSV
         expected[name] = (logits, [row.tokens for row in rows])
@@ -196,6 +201,10 @@ def test_right_padding_and_refusals():
     with torch.no_grad():
         padded = theirs(ids_BS, attention_mask=mask_BS, use_cache=False).logits[1, :3]
         torch.testing.assert_close(padded, theirs(ids_BS[1:, :3]).logits[0], atol=1e-5, rtol=1e-5)
+    with torch.no_grad():  # nobody asked for a cache, and pads have no loss
+        loss = theirs(ids_BS, attention_mask=mask_BS, labels=ids_BS).loss
+        expected = theirs(ids_BS, labels=ids_BS.masked_fill(mask_BS == 0, -100), use_cache=False).loss
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
     with pytest.raises(ValueError, match="padding_side='left'"):
         theirs(ids_BS, attention_mask=mask_BS, use_cache=True)
     with pytest.raises(ValueError, match="one run of real tokens"):
@@ -207,6 +216,23 @@ def test_right_padding_and_refusals():
     theirs(ids_BS, position_ids=torch.arange(5).expand(2, -1))
 
 
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}])
+def test_texts_go_on_the_same_with_pads_on_any_side(options: dict[str, Any]):
+    theirs = their_model(tiny_model(layer_pattern="FMA"))
+    alone = [
+        theirs.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False, **options)[0, len(p) :] for p in PROMPTS
+    ]
+    width = max(map(len, PROMPTS))
+    for side in ("left", "right"):
+        pads = [[0] * (width - len(p)) for p in PROMPTS]
+        rows = [(pad + p, [0] * len(pad) + [1] * len(p)) for pad, p in zip(pads, PROMPTS, strict=True)]
+        if side == "right":
+            rows = [(p + pad, [1] * len(p) + [0] * len(pad)) for pad, p in zip(pads, PROMPTS, strict=True)]
+        ids_BS, mask_BS = (torch.tensor(values) for values in zip(*rows, strict=True))
+        new = theirs.generate(ids_BS, attention_mask=mask_BS, max_new_tokens=8, do_sample=False, **options)[:, width:]
+        assert torch.equal(new, torch.stack(alone)), side
+
+
 def test_the_byte_tokenizer_reads_as_ours_does(tmp_path: Path):
     from transformers import PreTrainedTokenizerFast
 
@@ -215,8 +241,85 @@ def test_the_byte_tokenizer_reads_as_ours_does(tmp_path: Path):
     training_run(tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "hf", "--to", "hf")
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
-    text = "Grüße,\n\t 世界 \x00 <|endoftext"
-    assert theirs(text)["input_ids"] == ByteTokenizer().encode(text)
+    for text in ("Grüße,\n\t 世界 \x00 <|endoftext", "a\r\nb\u2028<|endoftext|>", " x  ", "e\u0301"):
+        assert theirs(text)["input_ids"] == ByteTokenizer().encode(text)
+        assert theirs.decode(theirs(text)["input_ids"]) == text
+    text = "plain"
     assert theirs.decode(theirs(text)["input_ids"]) == text
     assert theirs.eos_token_id == 256 and theirs.padding_side == "left"
-    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 256
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 256
+    assert generation["suppress_tokens"] == list(range(257, 264))  # the model's vocabulary is padded
+
+
+def tokenizer_file(folder: Path, change: Callable[[Any], None]) -> dict[str, Any]:
+    """Write a byte-level tokenizer.json with a gap in its ids, changed; return the record of its file."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {letter: i + (i > 100) for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary | {"<|endoftext|>": 257, "<|bos|>": 258}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|endoftext|>", special=True), AddedToken("<|bos|>", special=True)])
+    change(backend)
+    backend.save(str(folder / "tokenizer.json"))
+    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    names = {"kind": "huggingface", "name": "t", "file": "tokenizer.json"}
+    return {**names, "vocab_size": 259, "eos_id": 257, "sha256": digest}
+
+
+def with_bos(backend: Any) -> None:
+    from tokenizers import processors
+
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A <|endoftext|>", special_tokens=[("<|bos|>", 258), ("<|endoftext|>", 257)]
+    )
+
+
+TRAITS: dict[str, Callable[[Any], None]] = {
+    "plain": lambda backend: None,
+    "bos": with_bos,
+    "truncation": lambda backend: backend.enable_truncation(4),
+    "padding": lambda backend: backend.enable_padding(length=40, pad_id=257, pad_token="<|endoftext|>"),
+    "all": lambda backend: (with_bos(backend), backend.enable_truncation(4), backend.enable_padding(length=9)),
+}
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_an_exported_tokenizer_reads_as_training_does(trait: str, tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    from fusiontree.data.tokenizers import load_tokenizer
+
+    run = tmp_path / "run"
+    training_run(run)
+    (folder,) = (run / "checkpoints").iterdir()
+    info = tokenizer_file(folder, TRAITS[trait])
+    (folder / "tokenizer_info.json").write_text(json.dumps(info))
+    files = [folder / "tokenizer_info.json", folder / "tokenizer.json"]
+    exported = tmp_path / "hf"
+    exported.mkdir()
+    ids, unused = hf.write_tokenizer(exported, files, 264)
+    assert ids == {"eos_token_id": 257, "pad_token_id": 257}
+    assert unused == [101, 259, 260, 261, 262, 263]  # the gap, and the padding of the vocabulary
+    theirs, ours = AutoTokenizer.from_pretrained(exported), load_tokenizer(folder)
+    for text in ("ab", "a longer text of some words", "", " Grüße\r\n", "tail\u2028"):
+        assert theirs(text)["input_ids"] == ours.encode(text), text
+    assert theirs("x <|endoftext|> <|bos|>")["input_ids"] == theirs("x ")["input_ids"] + [
+        token for text in ("<|endoftext|>", " ", "<|bos|>") for token in plain_bytes(theirs, text)
+    ]
+    back = hf.tokenizer_files(exported)
+    assert [file.read_bytes() for file in back] == [file.read_bytes() for file in files]
+
+
+def plain_bytes(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of the text's characters, each alone."""
+    return [token for letter in text for token in tokenizer(letter)["input_ids"]]
+
+
+def test_keys_of_a_config_that_no_model_computes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    training_run(tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "hf", "--to", "hf")
+    values = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(values | {"rope_scaling": {"type": "linear", "factor": 2}}))
+    assert "rope_scaling" in refused(capsys, tmp_path / "hf", tmp_path / "again", "--to", "dcp")

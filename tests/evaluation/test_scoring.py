@@ -72,6 +72,18 @@ def test_answer_scores_equal_the_full_logits_and_no_batching_changes_them():
         assert score.row_accuracy == pytest.approx(float((hits.sum(1) == asked.sum(1)).float().mean()))
 
 
+def test_answers_are_chosen_among_ids_that_generation_draws():
+    model = tiny_model()
+    rows = recall_rows(ALPHABET, 40, 5, 7, 0)
+    asked = rows.labels_BS != IGNORED
+    never = sorted(set(range(64)) - set(rows.labels_BS[asked][:1].tolist()))
+    score = score_answers(model, rows, 7, never)  # one id is left
+    assert score.token_accuracy == pytest.approx(
+        float((rows.labels_BS[asked] == rows.labels_BS[asked][0]).double().mean())
+    )
+    assert score.nats_per_token == score_answers(model, rows, 7).nats_per_token
+
+
 def test_a_row_counts_as_found_exactly_when_greedy_decoding_writes_the_answer():
     model = tiny_model(layer_pattern="FMA")
     prompts = torch.randint(60, (6, 20), generator=torch.Generator().manual_seed(0))

@@ -40,6 +40,24 @@ def by_full_forward(model, prompt, sampling, seed, count):
     return tokens, logprobs
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingConfig(greedy=True),
+        SamplingConfig(greedy=True, repetition_penalty=0.01),
+        SamplingConfig(temperature=1e3),
+        SamplingConfig(temperature=1e3, top_k=60),
+        SamplingConfig(temperature=1e3, top_p=1.0, min_p=0.0),
+    ],
+)
+def test_ids_without_a_token_are_never_drawn(sampling):
+    model = tiny_model()
+    never = [0, *range(5, 40), 63]
+    rows = generate(model, PROMPTS, max_new_tokens=40, sampling=sampling, never=never, allow_longer=True).rows
+    assert not {token for row in rows for token in row.tokens} & set(never)
+    assert all(torch.tensor(row.logprobs).isfinite().all() for row in rows)
+
+
 @pytest.mark.parametrize("how", SAMPLING)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -58,6 +58,7 @@ def test_it_prints_the_text_of_the_newest_checkpoint_and_its_rate(call, model):
         sampling=SamplingConfig(greedy=True),
         stop_tokens=[256],
         decode=ByteTokenizer().decode,
+        never=range(257, 264),
     )
     assert code == 0
     assert out == f"ab{expected.rows[0].text}\n"
@@ -82,6 +83,13 @@ def test_json_lines_hold_what_was_drawn_and_the_seed_that_draws_it_again(call):
         assert row["prompt_tokens"] == len(row["prompt"])
     alone = json.loads(call("--prompt", "2", "--seed", "6", *options)[1])
     assert alone["tokens"] == rows[1]["tokens"]
+
+
+def test_ids_that_pad_the_vocabulary_are_never_drawn(call):
+    prompts = ("--prompt", "b", "--prompt", "c", "--max-new-tokens", "60", "--json")
+    rows = [json.loads(line) for line in call(*prompts, "--temperature", "50")[1].splitlines()]
+    drawn = [token for row in rows for token in row["tokens"]]
+    assert max(drawn) <= 256 and len(set(drawn)) > 40
 
 
 def test_batches_do_not_change_the_text(call):

@@ -15,6 +15,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no local heads": {"global_heads": 4, "num_kv_heads": 1},
     "one B and C group": {"mamba": {"n_groups": 1, "norm_groups": 1}},
     "long chunks": {"mamba": {"chunk_size": 64}},
+    "limited steps": {"mamba": {"dt_min": 0.2, "dt_max": 0.4}},
     "wide convolution": {"mamba": {"d_conv": 7}},
     "no time encoding": {"srte_encoding": "none"},
     "learned time encoding": {"srte_encoding": "learnable"},

@@ -66,6 +66,7 @@ class FusionTreeConfig(PretrainedConfig):
         self.norm_eps = norm_eps
         self.initializer_range = initializer_range
         sizes = {"head_dim": 64, "d_state": 128, "n_groups": 1, "norm_groups": 1, "d_conv": 4, "expand": 2}
+        sizes |= {"dt_min": None, "dt_max": None}
         self.mamba = {**sizes, "chunk_size": 256, **(mamba or {})}
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -453,6 +453,7 @@ class Mamba2Mixer(nn.Module):
         super().__init__()
         sizes = config.mamba
         self.head_dim, self.d_state, self.chunk_size = sizes["head_dim"], sizes["d_state"], sizes["chunk_size"]
+        self.dt_limits = sizes.get("dt_min"), sizes.get("dt_max")
         inner, heads = config.d_inner, config.d_inner // self.head_dim
         bc_channels = 2 * sizes["n_groups"] * self.d_state
         self.splits = [inner, inner, heads]  # z, x, dt
@@ -469,6 +470,8 @@ class Mamba2Mixer(nn.Module):
         z_BSC, x_BSC, dt_BSH = self.in_proj(u_BSC).split(self.splits, dim=-1)
         bc_BSC = self.bc_proj(u_BSC)
         dt_BSH = F.softplus(dt_BSH.float() + self.ssm.dt_bias.float())
+        if self.dt_limits != (None, None):
+            dt_BSH = dt_BSH.clamp(*self.dt_limits)
         if layout.real_BS is not None:
             # Zeros on pads: no input to the convolution, and steps of size zero leave the state as it is.
             x_BSC, bc_BSC, dt_BSH = (t * layout.real_BS.unsqueeze(-1) for t in (x_BSC, bc_BSC, dt_BSH))
@@ -697,7 +700,7 @@ class FusionTreeModel(FusionTreePreTrainedModel):
             past_key_values: cache of an earlier call whose texts the tokens continue; updated in place.
             inputs_embeds: embedded tokens ``[B, S, C]`` instead of ``input_ids``.
             position_ids: not needed; if given, they must count the real tokens of each row from 0.
-            use_cache: return a cache.
+            use_cache: return a cache; None means as configured, and none for rows padded on the right.
             output_hidden_states: also return the residual stream before every layer and after the final norm.
             return_dict: False returns a tuple.
             kwargs: ignored, except for :data:`PACKED`.
@@ -714,7 +717,9 @@ class FusionTreeModel(FusionTreePreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache = False  # recomputation would update a cache twice
         cache = past_key_values
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+        if use_cache is None:  # a cache cannot continue rows that end in pads, and nobody asked for one
+            use_cache = self.config.use_cache and (attention_mask is None or bool(attention_mask[:, -1].all()))
+        if cache is None and use_cache:
             cache = FusionTreeCache(self.config.num_layers)
         elif cache is not None and not isinstance(cache, FusionTreeCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}; pass the cache that a call returned")
@@ -781,7 +786,7 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
         logits_to_keep: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the arguments of the next forward: the tokens that the cache does not hold."""
+        """Return the arguments of the next forward: the tokens that the cache does not hold, with all pads first."""
         tokens: dict[str, Any] = {"input_ids": input_ids}
         if past_key_values is not None:
             # After inputs_embeds, input_ids holds only the new tokens.
@@ -789,6 +794,11 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
             tokens = {"input_ids": input_ids[:, -max(1, new) :]}
         elif inputs_embeds is not None:
             tokens = {"inputs_embeds": inputs_embeds}
+        if past_key_values is None and attention_mask is not None and not bool(attention_mask.all()):
+            order_BS = attention_mask.bool().int().argsort(dim=1, stable=True)
+            row_B1 = torch.arange(len(order_BS), device=order_BS.device)[:, None]
+            tokens = {name: values[row_B1, order_BS] for name, values in tokens.items()}
+            attention_mask = attention_mask[row_B1, order_BS]
         return tokens | {
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
@@ -812,9 +822,9 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:
         """Return the logits ``[B, S, V]`` and, with ``labels``, the mean loss.
 
-        ``labels`` are the input tokens, which are shifted here, with -100 on tokens without loss. ``logits_to_keep`` is
-        the number of last tokens to compute logits for (0: all), or their indices. :class:`FusionTreeModel` describes
-        the other arguments; ``kwargs`` go to the loss function.
+        ``labels`` are the input tokens, which are shifted here, with -100 on tokens without loss; pads have none, as in
+        training. ``logits_to_keep`` is the number of last tokens to compute logits for (0: all), or their indices.
+        :class:`FusionTreeModel` describes the other arguments; ``kwargs`` go to the loss function.
         """
         output = self.model(
             input_ids,
@@ -834,6 +844,8 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
         logits_BSV = self.lm_head(hidden_BSC)
         loss = None
         if labels is not None:
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, -100)
             loss = self.loss_function(logits_BSV, labels, vocab_size=self.vocab_size, **kwargs)
         result = CausalLMOutputWithPast(
             loss=loss,

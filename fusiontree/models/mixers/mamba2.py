@@ -56,15 +56,18 @@ class SSMValues(NamedTuple):
 class SSMParameters(Fp32Parameters):
     """Decay, skip and step bias of the state space heads, always in fp32."""
 
-    def __init__(self, heads: int, backend: str = "auto") -> None:
+    def __init__(
+        self, heads: int, backend: str = "auto", dt_min: float | None = None, dt_max: float | None = None
+    ) -> None:
         super().__init__()
         self.backend = backend
+        self.dt_min, self.dt_max = dt_min, dt_max
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
 
     def forward(self, dt_BSH: Tensor) -> SSMValues:
-        """Return ``A = -exp(A_log)``, ``D`` and the step sizes ``softplus(dt + dt_bias)``.
+        """Return ``A = -exp(A_log)``, ``D`` and the step sizes ``softplus(dt + dt_bias)`` within their limits.
 
         The projected dt comes in here, not the bias out: a module without arguments makes torch 2.11's FSDP2 fail
         when a checkpointed block is recomputed on a GPU.
@@ -72,7 +75,10 @@ class SSMParameters(Fp32Parameters):
         parameters = (_at_least_fp32(p) for p in (self.A_log, self.D, self.dt_bias))
         decoding = dt_BSH.shape[1] == 1 and not torch.is_grad_enabled()  # decoding: launches of small kernels dominate
         values = fused(_ssm_values, self.backend, dt_BSH.device.type) if decoding else _ssm_values
-        return SSMValues(*values(dt_BSH, *parameters))
+        A_H, D_H, step_BSH = values(dt_BSH, *parameters)
+        if self.dt_min is not None or self.dt_max is not None:
+            step_BSH = step_BSH.clamp(self.dt_min, self.dt_max)
+        return SSMValues(A_H, D_H, step_BSH)
 
 
 def _ssm_values(dt_BSH: Tensor, A_log_H: Tensor, D_H: Tensor, dt_bias_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +140,7 @@ class Mamba2Mixer(Mixer):
         self.bc_proj = nn.Linear(config.hidden_size, bc_channels, bias=False)
         self.conv_x = CausalConv(config.d_inner, sizes.d_conv, kernels.conv)
         self.conv_bc = CausalConv(bc_channels, sizes.d_conv, kernels.conv)
-        self.ssm = SSMParameters(config.mamba_heads, kernels.elementwise)
+        self.ssm = SSMParameters(config.mamba_heads, kernels.elementwise, sizes.dt_min, sizes.dt_max)
         self.chunk_size, self.scan_backend = sizes.chunk_size, kernels.ssd
         self.norm = GatedRMSNorm(config.d_inner, sizes.norm_groups, config.norm_eps, config.kernels.elementwise)
         self.out_proj = nn.Linear(config.d_inner, config.hidden_size, bias=False)
