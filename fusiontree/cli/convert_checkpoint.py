@@ -182,7 +182,8 @@ def mapped(args: argparse.Namespace, options: Options) -> tuple[str, CheckpointS
             describes another model.
     """
     from fusiontree.convert.foreign import agree, read_foreign
-    from fusiontree.convert.warm_start import MappedWeights, read_map
+    from fusiontree.convert.name_map import read_map
+    from fusiontree.convert.warm_start import MappedWeights
 
     if args.to != "dcp" or options.config is None or args.source_format:
         raise UserError("--map starts a new run: give --to dcp and --config FILE with it, and no --from")

@@ -21,7 +21,7 @@ from fusiontree.checkpoint.cover import first_overlap
 from fusiontree.checkpoint.metadata import SavedTensor, read_metadata
 from fusiontree.checkpoint.open_files import OpenFiles
 from fusiontree.convert.dcp import Lazy, write_dcp
-from fusiontree.convert.hf import tokenizer_files
+from fusiontree.convert.hf_tokenizer import tokenizer_files
 from fusiontree.convert.reader import (
     MODEL,
     CheckpointSource,

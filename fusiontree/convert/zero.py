@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.convert.dcp import fresh_state
-from fusiontree.convert.hf import tokenizer_files
+from fusiontree.convert.hf_tokenizer import tokenizer_files
 from fusiontree.convert.reader import (
     MODEL,
     CheckpointSource,

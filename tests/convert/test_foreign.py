@@ -94,6 +94,9 @@ def test_what_cannot_be_expressed_is_refused_by_name(values: dict[str, Any], nam
     [
         {"rope_theta": "many"},
         {"rope_theta": float("nan")},
+        {"rope_theta": 10**400},
+        {"tie_word_embeddings": "yes"},
+        {"tie_word_embeddings": 1},
         {"rms_norm_eps": -1.0},
         {"num_attention_heads": 0},
         {"num_attention_heads": True},

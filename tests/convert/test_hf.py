@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from fusiontree.checkpoint.load import load_model
-from fusiontree.convert import hf
+from fusiontree.convert import hf_tokenizer
 from fusiontree.generation.decoding import generate, pad_left
 from fusiontree.generation.sampling import SamplingConfig
 from fusiontree.models.model import FusionTreeModel
@@ -299,16 +299,19 @@ def test_an_exported_tokenizer_reads_as_training_does(trait: str, tmp_path: Path
     files = [folder / "tokenizer_info.json", folder / "tokenizer.json"]
     exported = tmp_path / "hf"
     exported.mkdir()
-    ids, unused = hf.write_tokenizer(exported, files, 264)
+    ids, unused = hf_tokenizer.write_tokenizer(exported, files, 264)
     assert ids == {"eos_token_id": 257, "pad_token_id": 257}
     assert unused == [101, 259, 260, 261, 262, 263]  # the gap, and the padding of the vocabulary
-    theirs, ours = AutoTokenizer.from_pretrained(exported), load_tokenizer(folder)
+    (tmp_path / "plain").mkdir()
+    info = tokenizer_file(tmp_path / "plain", TRAITS["plain"])
+    (tmp_path / "plain" / "tokenizer_info.json").write_text(json.dumps(info))
+    theirs, ours = AutoTokenizer.from_pretrained(exported), load_tokenizer(tmp_path / "plain")
     for text in ("ab", "a longer text of some words", "", " Grüße\r\n", "tail\u2028"):
         assert theirs(text)["input_ids"] == ours.encode(text), text
     assert theirs("x <|endoftext|> <|bos|>")["input_ids"] == theirs("x ")["input_ids"] + [
         token for text in ("<|endoftext|>", " ", "<|bos|>") for token in plain_bytes(theirs, text)
     ]
-    back = hf.tokenizer_files(exported)
+    back = hf_tokenizer.tokenizer_files(exported)
     assert [file.read_bytes() for file in back] == [file.read_bytes() for file in files]
 
 

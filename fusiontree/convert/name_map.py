@@ -1,0 +1,81 @@
+"""Warm start: loads weights of other models by a map from source tensors to FusionTree's parameters.
+
+A map is a YAML file::
+
+    layers: {0: 0, 1: 2}            # source layer: target layer; absent means all, each to the same number
+    sizes: {extra: 128}             # blocks that the model's configuration does not know
+    ignore: ["*.rotary_emb.inv_freq"]
+    tensors:
+      - theirs: backbone.layers.{layer}.mixer.in_proj.weight
+        split: [z, x, B, C, dt]     # blocks along the first axis
+        ours:
+          layers.{layer}.mamba.in_proj.weight: [z, x, dt]
+          layers.{layer}.mamba.bc_proj.weight: [B, C]
+      - {theirs: backbone.embeddings.weight, ours: embed.weight, grow: true}
+    identity: {"layers.{layer}.out_proj.weight": 2.0}    # in every layer that the map fills
+    zero: ["layers.{layer}.mlp.down.weight"]
+    accept: [window_size]           # settings of the source's config.json that may differ
+    exact: true                     # the new model computes what the source does
+
+Every source tensor must be named or ignored, and every named tensor must exist. Parameters that no source tensor fills
+keep their initial values. The source's config.json is read by :mod:`fusiontree.convert.foreign`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from fusiontree.utils.errors import UserError, nearest
+from fusiontree.utils.settings import Section, setting
+
+
+class TensorRule(Section):
+    """Targets of a source tensor, or of one source tensor per layer."""
+
+    theirs: str = setting(..., "Name of a tensor; {layer} stands for a number.")
+    ours: str | dict[str, list[str]] = setting(..., "Name of a parameter, or for each the blocks it is made of.")
+    split: list[str] | None = setting(None, "Names of the blocks along the first axis, in order.")
+    transpose: bool = setting(False, "Swap the two axes first.")
+    squeeze: int | None = setting(None, "Drop this axis, of size one, first.")
+    grow: bool = setting(False, "Theirs may have fewer rows; the rest keeps its initial values.")
+    optional: bool = setting(False, "It may be absent.")
+
+
+class NameMap(Section):
+    """The content of a map file."""
+
+    tensors: list[TensorRule] = setting(..., "What goes where.", min_length=1)
+    layers: dict[int, int] | None = setting(None, "Their layer: ours; others are left out. Absent means all.")
+    sizes: dict[str, int] = setting({}, "Sizes of blocks that the configuration does not know.")
+    ignore: list[str] = setting([], "Patterns of tensors to leave out, with * and ?.")
+    zero: list[str] = setting([], "Parameters to fill with zeros; {layer} stands for every layer that the map fills.")
+    identity: dict[str, float] = setting({}, "Square parameters: factor of the identity that fills them.")
+    initial: list[str] = setting([], "Parameters that may keep initial values: head.weight.")
+    accept: list[str] = setting([], "Settings and keys of the source's config.json that may differ.")
+    exact: bool = setting(False, "The filled model computes what the source does; the conversion compares logits.")
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the parameters that tensors go to, with {layer}."""
+        return [name for rule in self.tensors for name in ([rule.ours] if isinstance(rule.ours, str) else rule.ours)]
+
+
+def read_map(path: Path) -> NameMap:
+    """Return the map in a file.
+
+    Raises:
+        UserError: it is missing, no YAML, or has a key that maps do not have.
+    """
+    try:
+        return NameMap.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        near = nearest(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        raise UserError(f"map '{path}' cannot be read: {error.strerror}{near}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"map '{path}' is not valid YAML: {error}") from error
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
+        raise UserError(f"map '{path}':\n  " + "\n  ".join(lines)) from None
