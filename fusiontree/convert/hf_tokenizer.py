@@ -81,6 +81,7 @@ def write_tokenizer(folder: Path, files: list[Path], vocab_size: int) -> tuple[d
             "pad_token": eos,
             "padding_side": "left",  # a text can only be continued at the end of its row
             "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
             "split_special_tokens": True,  # the name of a special token in a text is text, as in training
         },
     )
