@@ -142,7 +142,10 @@ class MappedWeights(CheckpointSource):
 
     def _find_constants(self, layers: set[int]) -> Iterator[tuple[str, float | None]]:
         """Yield parameters that the map fills with the identity, with its factor, or with zeros, with None."""
-        given = [*self._map.identity.items(), *((pattern, None) for pattern in self._map.zero)]
+        given: list[tuple[str, float | None]] = [
+            *self._map.identity.items(),
+            *((pattern, None) for pattern in self._map.zero),
+        ]
         for pattern, factor in given:
             for name in [pattern.replace("{layer}", str(layer)) for layer in sorted(layers)]:
                 shape = self._shapes.get(name)
