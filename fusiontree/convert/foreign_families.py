@@ -131,7 +131,7 @@ def _mamba2(reading: Reading) -> None:
 
 _HYBRID = {"head_dim": "mamba_d_head", "d_state": "mamba_d_state", "n_groups": "mamba_n_groups"}
 _HYBRID |= {"d_conv": "mamba_d_conv"}
-_HYBRID_DEFAULTS = {"d_state": 256, "n_groups": 1, "d_conv": 4}
+_HYBRID_DEFAULTS = {"head_dim": 64, "d_state": 256, "n_groups": 1, "d_conv": 4}
 
 
 def _hybrid(reading: Reading, inner: int) -> None:
