@@ -32,10 +32,18 @@ PASSING = ("nan", "slow", "clock", "wandb")
 
 
 def plan_faults(random: Random, kinds: Sequence[str]) -> list[Fault]:
-    """Return one fault per start of a run: first some that end it, then a fault that it survives."""
+    """Return one fault per start of a run: first some that end it, then a fault that it survives.
+
+    Two stops in the first steps follow each damaged checkpoint: each saves an older step than the damaged one, and
+    retention must keep what these resume from.
+    """
     ending = [kind for kind in ENDING if kind in kinds]
     passing = [kind for kind in PASSING if kind in kinds]
-    faults = [plan_fault(random, random.choice(ending)) for _ in range(random.randint(2, 4) if ending else 0)]
+    faults = []
+    for _ in range(random.randint(2, 4) if ending else 0):
+        faults.append(plan_fault(random, random.choice(ending)))
+        if faults[-1].kind == "corrupt":
+            faults += [Fault("term", random.randrange(2), random.randint(1, 3), section="forward") for _ in range(2)]
     return faults + [plan_fault(random, random.choice(passing)) for _ in range(1 if passing else 0)]
 
 
@@ -71,6 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _progress(done: int, wanted: int, seconds: float) -> str:
+    """Return how far the campaign is, its rate and the time that is left."""
+    rate = done / max(seconds, 1e-9)
+    left = f"{max(wanted - done, 0) / rate:.0f} s left" if done else "no estimate yet"
+    return f"{done} of {wanted} faults, {60 * rate:.1f} per minute, {left}"
+
+
 def campaign(args: argparse.Namespace) -> dict[str, Any]:
     """Run it and return the summary."""
     args.out.mkdir(parents=True)
@@ -100,7 +115,7 @@ def campaign(args: argparse.Namespace) -> dict[str, Any]:
             verdict = "ok" if result["ok"] else "FAILED: " + result["problem"]
             print(
                 f"run {number}: {' '.join(result['fired'])}: {result['starts']} starts, {verdict} "
-                f"({happened.total()} faults, {time.monotonic() - began:.0f} s)",
+                f"({_progress(happened.total(), args.faults, time.monotonic() - began)})",
                 flush=True,
             )
         if result["ok"] and not args.keep:
@@ -135,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     summary = campaign(args)
     print(json.dumps(summary))
+    print(f"results: {args.out / 'faults.jsonl'} (one line per run), {args.out / 'summary.json'}")
     return 1 if summary["failed"] else 0
 
 

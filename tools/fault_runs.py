@@ -60,7 +60,7 @@ CONFIG: dict[str, Any] = {
         "replica_check_interval": 8,
         "restart_backoff_s": 0.1,
     },
-    "checkpoint": {"save_interval": 3},
+    "checkpoint": {"save_interval": 3, "keep_last": 2},
     "logging": {"log_interval": 1},
 }
 NAMED = {

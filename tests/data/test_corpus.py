@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -147,6 +148,7 @@ def test_json_in_folders_is_text_unless_it_holds_documents(tmp_path: Path) -> No
         (("漢字" * 400).encode("gbk"), "that are not UTF-8"),
         (gzip.compress(gzip.compress(gzip.compress(b"x"))), "compressed several times"),
     ],
+    ids=itertools.count(),
 )
 def test_what_is_no_text_is_refused_or_left_out(tmp_path: Path, content: bytes, reason: str) -> None:
     path = file(tmp_path, "a.txt", content)
