@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.sharding import parse_shard, shard_of
 
@@ -49,6 +50,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def _is_gpu_test(report: object) -> bool:
     return isinstance(report, pytest.TestReport) and "gpu" in report.keywords
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Fail the test that leaves a process group behind, not those that find it there."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail("the test left a process group initialized")
 
 
 @pytest.fixture
