@@ -17,7 +17,8 @@ from safetensors import safe_open
 
 from fusiontree.checkpoint.load import load_model
 from fusiontree.convert import hf_tokenizer
-from fusiontree.generation.decoding import generate, pad_left
+from fusiontree.generation.decoding import generate
+from fusiontree.generation.running_batch import pad_left
 from fusiontree.generation.sampling import SamplingConfig
 from fusiontree.models.model import FusionTreeModel
 from tests.convert.checkpoints import all_tensors, convert, training_run

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusiontree.generation.decoding import NewToken, generate, pad_left
+from fusiontree.generation.decoding import NewToken, generate
+from fusiontree.generation.running_batch import pad_left
 from fusiontree.generation.sampling import SamplingConfig, sample
 from fusiontree.utils.errors import UserError
 from tests.helpers import tiny_model

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fusiontree.generation import decoding
+from fusiontree.generation import running_batch
 from fusiontree.models import cuda_graph
 
 # What a capture refuses: reading a value on the host, and bringing one from it.
@@ -103,7 +103,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> list[_Graph]:
     }
     for name, value in pretended.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    for module in (cuda_graph, decoding):
+    for module in (cuda_graph, running_batch):
         monkeypatch.setattr(module, "recordable", lambda device: True)
     monkeypatch.setattr(cuda_graph, "_side_stream", cuda_graph._side_stream.__wrapped__)
     return made

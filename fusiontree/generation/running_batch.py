@@ -1,0 +1,126 @@
+"""The rows of a batch during decoding: their cache, the logits of their next token, and their recorded graph.
+
+Shape legend: B rows of the cache, S tokens of the padded prompts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusiontree.generation.sampling import SamplingConfig, sample
+from fusiontree.models.cuda_graph import FEWEST_STEPS, GraphedStep, recordable
+from fusiontree.models.model import FusionTreeModel
+
+
+class RunningBatch:
+    """The unfinished rows: their cache, the logits of their next token, and their prompts.
+
+    Each unfinished row has a slot, which is its row of the cache. A recorded graph is replayed to the end: slots of
+    finished rows are fed and ignored. A step reads all weights whatever the number of rows, so a smaller batch would
+    hardly be faster, and would need kernels compiled again.
+    """
+
+    def __init__(
+        self,
+        model: FusionTreeModel,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        graphs: bool,
+        never: Sequence[int],
+    ) -> None:
+        """Run the prefill: a forward over all prompts, padded on the left to equal length."""
+        weight = model.embed.weight
+        self.rows = list(range(len(prompts)))
+        self.graphed_steps = 0
+        self._slots = list(self.rows)
+        self._model = model
+        self._sampling = sampling
+        self._seeds = list(seeds)
+        self._never = torch.tensor(list(never), dtype=torch.int64, device=weight.device)
+        self._graphs = graphs and recordable(weight.device)
+        self._graph: GraphedStep | None = None
+        input_ids_BS, padding_mask_BS = pad_left(prompts)
+        self._columns = input_ids_BS.shape[1] + max_new_tokens
+        self._seen_BV: Tensor | None = None
+        if sampling.repetition_penalty != 1.0:
+            self._seen_BV = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                self._seen_BV[row, torch.tensor(prompt)] = True
+            self._seen_BV = self._seen_BV.to(weight.device)
+        padded = not bool(padding_mask_BS.all())
+        cache = model.new_cache(len(prompts), self._columns, dtype=weight.dtype, device=weight.device)
+        output = model(
+            input_ids_BS.to(weight.device),
+            padding_mask_BS=padding_mask_BS.to(weight.device) if padded else None,
+            cache=cache,
+            logits_to_keep=1,  # logits of all tokens of a long prompt would be the largest tensor
+        )
+        self._cache = cache
+        self._logits_BV = output.logits_BSV[:, -1]
+
+    def draw(self, step: int) -> tuple[list[int], list[float]]:
+        """Choose every row's next token; return the tokens and their log-probabilities under the model."""
+        logits_BV, seen_BV = self._logits_BV, self._seen_BV
+        if len(self._slots) < self._cache.rows:
+            slots = torch.tensor(self._slots, device=logits_BV.device)
+            logits_BV, seen_BV = logits_BV[slots], None if seen_BV is None else seen_BV[slots]
+        allowed_BV = logits_BV.index_fill(1, self._never, -torch.inf) if self._never.numel() else logits_BV
+        tokens_B = sample(allowed_BV, self._sampling, seen_BV=seen_BV, seeds=self._seeds, step=step)
+        logprobs_B = logits_BV.float().log_softmax(dim=-1).gather(1, tokens_B[:, None])[:, 0]
+        return tokens_B.tolist(), logprobs_B.tolist()
+
+    def feed(self, tokens: Sequence[int], going: Sequence[int], steps: int) -> None:
+        """Keep only the rows ``going`` and compute the logits of their next tokens.
+
+        Args:
+            tokens: each row's token from :meth:`draw`.
+            going: indices of the unfinished rows.
+            steps: maximum number of tokens per row still to feed, including this token.
+        """
+        tokens_of_slots = [0] * self._cache.rows
+        for row in going:
+            tokens_of_slots[self._slots[row]] = tokens[row]
+        self.rows, self._seeds, self._slots = (
+            [values[row] for row in going] for values in (self.rows, self._seeds, self._slots)
+        )
+        if self._graph is None and len(self._slots) < self._cache.rows:
+            tokens_of_slots = [tokens_of_slots[slot] for slot in self._slots]
+            self._leave()
+        if self._graphs and self._graph is None and steps >= FEWEST_STEPS:
+            self._cache.fix(self._columns)
+            self._graph = GraphedStep(self._model, self._cache)
+        tokens_B1 = torch.tensor(tokens_of_slots, device=self._logits_BV.device)[:, None]
+        if self._seen_BV is not None:
+            self._seen_BV.scatter_(1, tokens_B1, True)
+        if self._graph is None:
+            self._logits_BV = self._model(tokens_B1, cache=self._cache).logits_BSV[:, -1]
+        else:
+            self._logits_BV = self._graph(tokens_B1)
+            self.graphed_steps += 1
+
+    def _leave(self) -> None:
+        """Remove finished rows from the cache."""
+        slots = torch.tensor(self._slots, device=self._logits_BV.device)
+        self._cache = self._cache.select(slots)
+        self._seen_BV = None if self._seen_BV is None else self._seen_BV[slots]
+        self._slots = list(range(len(self._slots)))
+
+
+def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Stack prompts, padded on the left so that all end in the last column.
+
+    Returns:
+        ``(input_ids_BS, padding_mask_BS)``: int64, 0 on pads; bool, True on real tokens.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    input_ids_BS = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    padding_mask_BS = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        input_ids_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
+        padding_mask_BS[row, longest - len(prompt) :] = True
+    return input_ids_BS, padding_mask_BS
