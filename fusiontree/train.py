@@ -9,10 +9,11 @@ appear without that delay.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from fusiontree.engines.base import Engine
     from fusiontree.parallel.layout import Layout
     from fusiontree.supervision.run_lock import RunLock
+    from fusiontree.training.initial_state import InitialState
     from fusiontree.training.loop import Trainer
 
 log = logging.getLogger("fusiontree")
@@ -156,9 +158,10 @@ def train(config: Config) -> int:
     ) as layout:
         train_data, validation_data = open_data(config, layout)
         with lock_run_folder(config, layout) as lock:
+            initial = initial_state(config, layout, train_data)
             tokenizer_files, changes = write_run_folder(config, layout, train_data)
             engine = build_engine(config.model, parallel, config.training, layout)
-            trainer = build_trainer(config, layout, engine, train_data, validation_data, tokenizer_files, lock)
+            trainer = build_trainer(config, layout, engine, train_data, validation_data, tokenizer_files, lock, initial)
             report_changes(trainer.records, trainer.console, changes)
             outcome = trainer.run()
         if outcome is Outcome.INTERRUPTED:
@@ -196,19 +199,45 @@ def lock_run_folder(config: Config, layout: Layout) -> Iterator[RunLock]:
     from fusiontree.supervision.run_lock import RunLock
 
     lock = RunLock(Path(config.run_dir), say=log.warning)
-    refusal = ""
-    if layout.is_main:
-        try:
-            lock.acquire()
-        except UserError as error:
-            refusal = str(error)
-    if refusal := layout.gather_text(refusal)[0]:
-        raise UserError(refusal)
+    on_main_rank(layout, lock.acquire)
     try:
         yield lock
     finally:
         if layout.is_main:
             lock.release()
+
+
+def initial_state(config: Config, layout: Layout, train_data: TrainingData) -> InitialState | None:
+    """Return the checkpoint of another run that this one starts from, if any; the same one on every rank.
+
+    Raises:
+        UserError: it is missing, damaged or does not fit; raised on every rank.
+    """
+    from fusiontree.training.initial_state import InitialState, find_initial_state
+
+    def find() -> str:
+        found = find_initial_state(config, train_data.sources[0].tokenizer)
+        return json.dumps(found.record()) if found else ""
+
+    found = on_main_rank(layout, find)
+    return InitialState.of_record(json.loads(found)) if found else None
+
+
+def on_main_rank(layout: Layout, work: Callable[[], str | None]) -> str:
+    """Run ``work`` on the main rank alone and return its text on every rank.
+
+    Raises:
+        UserError: ``work`` raised it; raised on every rank.
+    """
+    answer, refusal = "", ""
+    if layout.is_main:
+        try:
+            answer = work() or ""
+        except UserError as error:
+            refusal = str(error)
+    if refusal := layout.gather_text(refusal)[0]:
+        raise UserError(refusal)
+    return layout.gather_text(answer)[0]
 
 
 def write_run_folder(
@@ -238,6 +267,7 @@ def build_trainer(
     validation_data: dict[str, ValidationData],
     tokenizer_files: list[Path],
     lock: RunLock,
+    initial: InitialState | None,
 ) -> Trainer:
     """Return the trainer of a run; its observers are called in the order of the list below."""
     from fusiontree.checkpoint.saver import Saver
@@ -257,6 +287,7 @@ def build_trainer(
         flops_per_token=lambda lengths: training_flops_per_token(config.model, lengths),
         peak_flops=peak_flops(layout.device, config.training.precision),
         extra_files=tokenizer_files,
+        initial=initial,
     )
     records = Records(settings.run_dir, enabled=layout.is_main)
     watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusiontree.utils.settings import Section, setting
+from fusiontree.utils.settings import PathText, Section, setting
 
 
 class CheckpointConfig(Section):
@@ -26,3 +26,9 @@ class CheckpointConfig(Section):
         unit="steps",
         ge=0,
     )
+    init_from: PathText | None = setting(
+        None,
+        "Run folder or checkpoint whose weights a new run starts from; step, data and schedule start anew. Not read "
+        "once the run has a checkpoint.",
+    )
+    init_optimizer: bool = setting(False, "Take the optimizer's state from init_from as well.")

@@ -53,27 +53,47 @@ def load_newest(
     folders = gather_objects([str(f) for f in complete_checkpoints(checkpoints)], group)[0]  # the list of rank 0
     for name in reversed(folders):
         folder = Path(name)
-        state: dict[str, Any] = {}
-        mine: tuple[str, str] | None = None
         try:
-            state = load_checkpoint(folder, tensors, check=check, report=report)
+            return folder, load_on_all_ranks(folder, tensors, group=group, check=check, report=report)
         except CheckpointDamage as damage:
-            mine = ("damage", str(damage))
-        except UserError as error:
-            mine = ("mistake", str(error))
-        problems = [problem for problem in gather_objects(mine, group) if problem]
-        if not problems:
-            return folder, state
-        for kind, text in problems:
-            if kind == "mistake":
-                raise UserError(text)
-        on_damage(f"skipped a damaged checkpoint: {problems[0][1]}")
+            on_damage(f"skipped a damaged checkpoint: {damage}")
     if folders:
         raise CheckpointDamage(
             f"all {len(folders)} checkpoints in {checkpoints} are damaged; restore one of them or start in a new "
             f"run_dir"
         )
     return None
+
+
+def load_on_all_ranks(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    *,
+    group: dist.ProcessGroup | None = None,
+    check: Callable[[Path, dict[str, Any]], None] = lambda folder, state: None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Fill ``tensors`` from one checkpoint and return its small values. A collective call.
+
+    Raises:
+        CheckpointDamage: a rank found a file that differs from its recorded hash; raised on every rank.
+        UserError: the checkpoint does not fit; raised on every rank.
+    """
+    state: dict[str, Any] = {}
+    mine: tuple[str, str] | None = None
+    try:
+        state = load_checkpoint(folder, tensors, check=check, report=report)
+    except CheckpointDamage as damage:
+        mine = ("damage", str(damage))
+    except UserError as error:
+        mine = ("mistake", str(error))
+    problems = [problem for problem in gather_objects(mine, group) if problem]
+    for kind, text in problems:
+        if kind == "mistake":
+            raise UserError(text)
+    if problems:
+        raise CheckpointDamage(problems[0][1])
+    return state
 
 
 def load_checkpoint(
@@ -119,7 +139,8 @@ def check_model(folder: Path, state: dict[str, Any], model: dict[str, Any]) -> N
     if saved and differing:
         lines = "\n".join(f"  model.{k}: {saved.get(k)!r} in the checkpoint, {wanted.get(k)!r} now" for k in differing)
         raise UserError(
-            f"{folder} is a checkpoint of another model:\n{lines}\nset these back, or start in another run_dir"
+            f"{folder} is a checkpoint of another model:\n{lines}\nset these back, or start another run_dir with "
+            f"checkpoint.init_from"
         )
 
 

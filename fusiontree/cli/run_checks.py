@@ -9,6 +9,7 @@ from fusiontree.config.ineffective import idle_work, without_effect
 from fusiontree.config.load import config_values
 from fusiontree.config.root import Config
 from fusiontree.supervision.limits import limit_notes
+from fusiontree.training.initial_state import find_initial_state
 from fusiontree.training.run_folder import check_same_data
 
 
@@ -22,7 +23,7 @@ def check_data(config: Config, world_size: int) -> None:
 
     Raises:
         UserError: one is missing or empty, has no such shard, cannot be read, is not that of the run, or its tokenizer
-            does not fit the model's vocabulary.
+            does not fit the model's vocabulary; or ``checkpoint.init_from`` is missing or does not fit.
     """
     from fusiontree.data.loader import TrainingData
     from fusiontree.data.validation import ValidationData
@@ -32,6 +33,7 @@ def check_data(config: Config, world_size: int) -> None:
     train_data = TrainingData(data, training, vocab_size, 0, dp_size)
     check_same_data(Path(config.run_dir), config_values(config), train_data.order)
     validation_data = ValidationData.for_training(data, training, vocab_size, 0, dp_size, train_data.sources).values()
+    find_initial_state(config, train_data.sources[0].tokenizer)
     for source in (*train_data.sources, *(validation.source for validation in validation_data)):
         if data.on_damage == "stop":
             source.check()

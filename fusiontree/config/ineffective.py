@@ -106,6 +106,7 @@ def _rest(config: Config, world_size: int) -> Iterator[Rule]:
     training, checkpoint, logging = config.training, config.checkpoint, config.logging
     yield checkpoint.keep_last == 0, "checkpoint.keep_every checkpoint.keep_best", "checkpoint.keep_last 0 keeps all"
     yield training.validation.interval == 0, "checkpoint.keep_best", "the run never validates"
+    yield checkpoint.init_from is None, "checkpoint.init_optimizer", "checkpoint.init_from names no checkpoint"
     for tracker, names in (("wandb", ("mode", "project", "entity", "name")), ("tensorboard", ("folder",))):
         settings = " ".join(f"logging.{tracker}.{name}" for name in names)
         yield tracker not in logging.trackers, settings, f"{tracker} is not in logging.trackers"

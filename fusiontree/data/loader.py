@@ -19,12 +19,12 @@ from typing import Any
 
 from fusiontree.data.batch import RowsOfStep, StepBatch
 from fusiontree.data.config import DataConfig
-from fusiontree.data.mixture import Mixture
+from fusiontree.data.mixture import ChangingMixture
 from fusiontree.data.order import LengthSchedule, RowOrder
 from fusiontree.data.rows import RowReader, WantedRow, read_rows
 from fusiontree.data.sources.base import TokenSource, common_tokenizer, open_source
 from fusiontree.data.sources.prefetch import ShardPrefetcher
-from fusiontree.data.state import DataState, Order, SourceIdentity
+from fusiontree.data.state import DataState, Order, SourceIdentity, mixture_parts
 from fusiontree.data.workers import OrderedWorkers
 from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.errors import UserError
@@ -69,7 +69,6 @@ class TrainingData:
         self.readers = [RowReader(source, self.seq_len, vocab_size) for source in self.sources]
         for note in filter(None, (reader.note_on_unread() for reader in self.readers)):
             log.info("%s", note)  # the main rank alone shows it
-        self.mixture = Mixture([source.weight for source in config.sources], seed)
         self.orders = [
             RowOrder(
                 reader.rows_of_shards,
@@ -84,6 +83,7 @@ class TrainingData:
             for given, source, reader in zip(config.sources, self.sources, self.readers, strict=True)
         )
         self.order = Order(seed, self.seq_len, config.shuffle, config.shuffle_shards, tuple(identities))
+        self.mixture = ChangingMixture(mixture_parts(None, self.order), seed)
         self._step_bytes = self._rows_of_rank * self.seq_len * 3 * 8  # tokens, labels, positions
         self._check_cache()
         self._position = DataState()
@@ -122,6 +122,7 @@ class TrainingData:
         self._position = DataState()
         if state is not None:
             self._position.load_state_dict(state, self.order)
+        self.mixture = ChangingMixture(mixture_parts(state, self.order), self._seed)
         self._recent.clear()
         self._recent.append(self._position)
         self._asked_row = self._position.row
@@ -147,7 +148,7 @@ class TrainingData:
                 self._position = replace(after, skipped_rows=self._position.skipped_rows)
                 self._recent.append(self._position)
                 rows = self.mixture.rows_before(after.row)
-                self._last_state = self._position.state_dict(self.order, rows)
+                self._last_state = self._position.state_dict(self.order, rows, self.mixture.parts)
                 epochs = tuple(count / order.total for count, order in zip(rows, self.orders, strict=True))
                 yield replace(batch, wait_s=wait_s, epochs=epochs), self._last_state
 

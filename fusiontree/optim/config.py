@@ -128,6 +128,6 @@ def check_same_optimizer(folder: Path, stored: Mapping[str, Any], name: str) -> 
     if saved != name:
         raise UserError(
             f"{folder} was trained with training.optimizer.name {saved}, and the configuration says {name}, which has "
-            f"other states; set training.optimizer.name={saved} to resume, or start another run_dir from exported "
-            f"weights (fusiontree checkpoint convert --to safetensors, then --to dcp)"
+            f"other states; set training.optimizer.name={saved}, or start another run_dir from its weights alone "
+            f"(checkpoint.init_from=RUN, checkpoint.init_optimizer=false)"
         )

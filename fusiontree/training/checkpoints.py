@@ -14,12 +14,14 @@ from fusiontree.checkpoint.folders import (
     remove_partial,
     set_aside,
 )
-from fusiontree.checkpoint.load import check_model, load_newest
+from fusiontree.checkpoint.load import check_model, load_newest, load_on_all_ranks
+from fusiontree.checkpoint.manifest import CheckpointDamage
 from fusiontree.checkpoint.saver import Saver, SaveResult
 from fusiontree.engines.base import Engine
 from fusiontree.optim.config import check_same_optimizer
 from fusiontree.tracking.console import report_bytes
 from fusiontree.tracking.records import Records
+from fusiontree.training.initial_state import OTHER_CHECKPOINT, InitialState
 from fusiontree.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -141,6 +143,25 @@ class RunCheckpoints:
                 self._set_aside(folder)
         self.engine.barrier()
         return found
+
+    def load_initial(self, initial: InitialState) -> None:
+        """Fill the engine's parameters, and with them the optimizer's state if wanted, from another run's checkpoint.
+
+        Raises:
+            UserError: a file differs from its recorded hash; raised on every rank.
+        """
+        tensors = self.engine.state_tensors()
+        try:
+            state = load_on_all_ranks(
+                initial.folder,
+                tensors if initial.with_optimizer else {n: t for n, t in tensors.items() if n.startswith("model.")},
+                group=self.saver.group,
+                report=report_bytes(self._say, "reading and verifying the checkpoint"),
+            )
+        except CheckpointDamage as damage:
+            raise UserError(f"checkpoint.init_from: {damage}; {OTHER_CHECKPOINT}") from damage
+        # Without the optimizer's state, its own fresh values: the engine must learn that its tensors have changed.
+        self.engine.load_state_dict(state["engine"] if initial.with_optimizer else self.engine.state_dict())
 
     def _check(self, folder: Path, state: dict[str, Any]) -> None:
         check_model(folder, state, self.config["model"])

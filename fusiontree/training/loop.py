@@ -16,6 +16,7 @@ import torch
 
 from fusiontree.checkpoint.saver import Saver
 from fusiontree.data.loader import TrainingData
+from fusiontree.data.state import differences
 from fusiontree.data.validation import ValidationData
 from fusiontree.engines.base import Engine
 from fusiontree.supervision.restart_policy import count_starts
@@ -96,7 +97,7 @@ class Trainer:
         step = TrainStep(settings, engine, train_data, watchdog, self.spikes)
         self.pipeline = StepPipeline(step, engine, train_data, watchdog, self.spikes, self.batches.next)
         self.validation = Validation(engine, validation_data, records, console)
-        self._order = train_data.order.fingerprint
+        self._order = train_data.order
         self._train_seconds = 0.0
         self._section_timeout_s = settings.limits.slow_s
 
@@ -257,16 +258,28 @@ class Trainer:
                 self.records.event(kind, reason=explain(reports), ranks=reports)
         self.engine.barrier()
         found = self.checkpoints.load_newest()
-        origin: dict[str, Any] = {"world_size": self.engine.world_size, "restarts": starts, "data": self._order}
+        origin: dict[str, Any] = {
+            "world_size": self.engine.world_size,
+            "restarts": starts,
+            "data": self._order.fingerprint,
+        }
         if found is None:
             self._discard_metrics(0)
             self.rewinds.restore(0)
+            if initial := self.settings.initial:
+                self.checkpoints.load_initial(initial)
+                origin["init_from"] = initial.record()
+                self.console.say(str(initial), NOTICE)
             self.records.event("start", step=0, **origin)
             return
         folder, state = found
         self._load_state_dict(state)
         self.records.event("resume", step=self.position.step, folder=folder.name, **origin)
         self.console.say(f"resumed at step {self.position.step} from {folder}")
+        if (saved := self.position.data) and saved["fingerprint"] != self._order.fingerprint:
+            changes = differences(saved, self._order)
+            self.records.event("mixture_changed", step=self.position.step, row=saved["row"], changes=changes)
+            self.console.say(f"the mixture changes after step {self.position.step}: {'; '.join(changes)}", NOTICE)
 
     def _discard_metrics(self, step: int) -> None:
         """Move the metrics of steps after ``step`` aside and say which steps are computed again."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
+BRANCH = "branch from it: another run_dir and checkpoint.init_from=RUN"
 
 # What makes two configurations the same run. The rest (layout, speed, logging, the length of training) may change
 # when a run is resumed, because the losses do not depend on it or because changing it is the point.
@@ -65,14 +66,28 @@ def check_run_folder(run_dir: Path, values: dict[str, Any]) -> None:
                 f"run_dir '{run_dir}' holds {shown} but no {CONFIG}, so it is no run to resume; name another folder"
             )
         return
-    saved, wanted = _identity(_saved_values(run_dir)), _identity(values)
+    before = _saved_values(run_dir)
+    _check_initial(run_dir, before, values)
+    saved, wanted = _identity(before), _identity(values)
     differing = [k for k in sorted(saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]
     if saved and differing:
         lines = "\n".join(f"  {k}: {saved.get(k)!r} in the folder, {wanted.get(k)!r} now" for k in differing)
         raise UserError(
             f"run_dir '{run_dir}' belongs to another run:\n{lines}\n"
-            f"name another run_dir, or set these back to resume it; nothing was written"
+            f"set these back to resume it, or {BRANCH}; nothing was written"
         )
+
+
+def _check_initial(run_dir: Path, before: dict[str, Any], values: dict[str, Any]) -> None:
+    """Refuse a new ``checkpoint.init_from`` for a run that has checkpoints, which would not read it."""
+    now = (values.get("checkpoint") or {}).get("init_from")
+    was = (before.get("checkpoint") or {}).get("init_from")
+    if now in (None, was) or not (saved := complete_checkpoints(run_dir / "checkpoints")):
+        return
+    raise UserError(
+        f"run_dir '{run_dir}' has checkpoints, the newest of step {int(saved[-1].name[-8:])}, so the run goes on from "
+        f"there; checkpoint.init_from '{now}' (was {was!r}) needs another run_dir. Remove it to resume"
+    )
 
 
 def check_same_data(run_dir: Path, values: dict[str, Any], order: Order) -> None:
@@ -107,7 +122,7 @@ def check_same_data(run_dir: Path, values: dict[str, Any], order: Order) -> None
     if begun[-1:] != [order.fingerprint]:
         raise UserError(
             f"run_dir '{run_dir}' belongs to another run:\n  data.train: {before!r} in the folder, {now!r} now, with "
-            f"other tokens\nname another run_dir, or set this back to resume it; nothing was written"
+            f"other tokens\nset this back to resume it, or name another run_dir; nothing was written"
         )
 
 
@@ -134,7 +149,10 @@ def report_changes(records: Records, console: Console, changes: dict[str, tuple[
     """Record and show the settings that changed since the last start, as :func:`write_config` returned them."""
     if changes:
         records.event("config_changed", changes={name: list(pair) for name, pair in changes.items()})
-        shown = [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
+        shown = [
+            name if isinstance(old, list | dict) or isinstance(new, list | dict) else f"{name} {old} -> {new}"
+            for name, (old, new) in changes.items()
+        ]
         more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
         console.say(f"changed since the last start: {', '.join(shown[:8])}{more}", NOTICE)
 

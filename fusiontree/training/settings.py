@@ -11,6 +11,7 @@ from typing import Any
 from fusiontree.config.root import Config
 from fusiontree.supervision.limits import TimeLimits, time_limits
 from fusiontree.training.config import TrainingConfig
+from fusiontree.training.initial_state import InitialState
 from fusiontree.training.losses import LossWeights
 
 
@@ -27,6 +28,8 @@ class RunSettings:
     """Peak dense FLOP/s of one device at the run's precision, or None where it is not known."""
     extra_files: Sequence[Path] = ()
     """Small files that every checkpoint carries: the tokenizer."""
+    initial: InitialState | None = None
+    """The checkpoint that the run starts from, unless it resumes."""
 
     @property
     def run_dir(self) -> Path:

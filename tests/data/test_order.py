@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusiontree.data.mixture import Mixture, floor_sum
+from fusiontree.data.mixture import ChangingMixture, Mixture, MixturePart, floor_sum
 from fusiontree.data.order import Permutation, RowOrder
 
 sizes = st.integers(1, 400)
@@ -132,6 +132,29 @@ def test_mixture_counts_are_computed_not_replayed(weights: list[float], seed: in
         if row % 37 == 0:
             assert mixture.rows_before(row) == counts
         counts[mixture.source(row)] += 1
+
+
+@given(
+    parts=st.lists(
+        st.tuples(st.integers(1, 90), st.lists(st.floats(0.01, 10), min_size=1, max_size=3)), min_size=1, max_size=4
+    ),
+    seed=st.integers(0, 50),
+)
+@settings(max_examples=40, deadline=None)
+def test_changed_mixtures_count_on(parts: list[tuple[int, list[float]]], seed: int) -> None:
+    """Each part has as many sources as the one before or more; a source's rows go on where they ended."""
+    given_parts, row, weights = [], 0, [1.0]
+    for length, further in parts:
+        weights = [w + 0.5 for w in weights] + further[: len(further) - 1]
+        given_parts.append(MixturePart(row, weights))
+        row += length
+    mixture = ChangingMixture(given_parts, seed)
+    counts = [0] * len(weights)
+    for number in range(row + 40):
+        assert mixture.rows_before(number) == counts
+        part = [p for p in given_parts if p.row <= number][-1]
+        assert mixture.source(number) == Mixture(part.weights, seed).source(number)
+        counts[mixture.source(number)] += 1
 
 
 def test_mixture_is_even_at_every_scale() -> None:
