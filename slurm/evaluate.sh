@@ -7,10 +7,10 @@
 #
 #   slurm/evaluate.sh [--gpus-per-node=1 --time=1:00:00 …] --checkpoint=RUN [options of python -m fusiontree.evaluate]
 #       checks checkpoint, data and options, then queues the job; options of sbatch come first and are written --a=b;
-#       slurm/site.sh holds those that every job of yours needs
+#       slurm/site.sh holds those that every job of yours needs; --dry-run shows the command instead of queueing
 #   sbatch --gpus-per-node=1 slurm/evaluate.sh --checkpoint=RUN …        the same, checked when the job starts
 #
-# The table and the JSON object are in Slurm's log of the job, and in the file that --output names.
+# The table and the JSON object are in Slurm's log of the job; the object also in the file that --output names.
 # Exit codes: 0 done; 2 something given is wrong; anything else it failed. A job that lost its node starts again.
 set -uo pipefail
 
@@ -22,8 +22,11 @@ fi
 # shellcheck source=slurm/functions.sh
 source "$home/slurm/functions.sh"
 
-options=() chain=1
-while [ $# -gt 0 ] && [[ $1 != --checkpoint* ]]; do options+=("$1"); shift; done
+options=() chain=1 dry=""
+while [ $# -gt 0 ] && [[ $1 != --checkpoint* ]]; do
+    if [ "$1" = --dry-run ]; then dry=yes; else options+=("$1"); fi
+    shift
+done
 if [ $# -eq 0 ]; then
     sed -n '6,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2

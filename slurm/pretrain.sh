@@ -12,6 +12,8 @@
 #   sbatch --nodes=2 --gpus-per-node=8 --exclusive --time=24:00:00 slurm/pretrain.sh CONFIG [section.key=value …]
 #       the same, checked when the job starts
 #
+#   slurm/pretrain.sh --dry-run …         checks, and shows the ranks of a job and the command that would queue it
+#
 # Runs longer than one job: by default a job requeues itself as often as needed. Where a cluster forbids that,
 #   slurm/pretrain.sh --chain=5 …         queues five jobs, each for the case that the one before did not finish
 #   slurm/pretrain.sh --array=1-5%1 …     the same as an array, one at a time
@@ -29,7 +31,7 @@
 set -uo pipefail
 
 usage() {
-    sed -n '7,31s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '7,33s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2
 }
 
@@ -56,6 +58,10 @@ for world in $worlds; do
         exit 2
     fi
 done
+if [ -z "${SLURM_JOB_ID:-}" ] && [ -n "$dry" ]; then
+    # shellcheck disable=SC2086
+    echo "each job starts $(echo $worlds | sed 's/ / or /g') ranks by LAUNCHER=${LAUNCHER:-srun}"
+fi
 if [ -z "${SLURM_JOB_ID:-}" ]; then queue "$root/slurm/pretrain.sh"; fi
 
 run_dir=$(ask fusiontree.train --print-run-dir --world-size "$world" --config "$config" ${overrides[@]+"${overrides[@]}"}) || exit 2

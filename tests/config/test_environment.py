@@ -175,9 +175,51 @@ def test_launchers_read_their_variables(env: pytest.MonkeyPatch, script: str, co
         ("-n8 -N2", "8"),
         ("-n 1 --gpus-per-node=8", "8"),  # one launcher on the node
         ("--ntasks-per-node=4 --gpus-per-node=8", "4"),
+        ("--ntasks=8 --ntasks-per-node=4", "8"),  # on two nodes, though no option says so
+        ("-n 9 --ntasks-per-node=4 -N 3", "12"),
+        ("--gpus=h100:2,a100:4", "6"),
+        ("--gres=gpu:h100:2,gpu:a100:2,nvme:1 -N2", "8"),
+        ("--gres=gres/gpu:4", "4"),
+        ("--gres=gpu=4", "4"),
+        ("'--gres=gpu:2(S:0-1)'", "2"),
+        ("--gres=none", "1"),
+        ("--gpus-per-task=1 --ntasks=8 -N2", "8"),
+        ("--tres-per-task=gres/gpu:1 -n8 -N2", "8"),
+        ("--exclusive --cpus-per-task=4", "1"),
     ],
 )
 def test_the_processes_of_a_job_are_read_from_its_options(env: pytest.MonkeyPatch, options: str, worlds: str) -> None:
+    for name in ("SBATCH_GRES", "SBATCH_GPUS", "SBATCH_GPUS_PER_NODE", "SBATCH_OPTIONS", "PROCESSES"):
+        env.delenv(name, raising=False)
     command = f"source {ROOT}/slurm/functions.sh; options=({options}); echo $(world_sizes)"
     done = subprocess.run(["bash", "-uc", command], capture_output=True, text=True)
     assert done.stdout.strip() == worlds, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "options", "worlds"),
+    [
+        ("SBATCH_GPUS_PER_NODE", "h100:8", "--nodes=2", "16"),
+        ("SBATCH_GRES", "gpu:4", "", "4"),
+        ("SBATCH_GPUS", "2", "", "2"),
+        ("SBATCH_GPUS_PER_NODE", "8", "--gpus-per-node=4", "4"),
+        ("SBATCH_OPTIONS", "--nodes=2 --gpus-per-node=8", "--nodes=1", "8"),
+        ("PROCESSES", "3", "--nodes=2 --gpus-per-node=8", "6"),
+    ],
+)
+def test_variables_that_sbatch_reads_count_before_options(
+    env: pytest.MonkeyPatch, name: str, value: str, options: str, worlds: str
+) -> None:
+    env.setenv(name, value)
+    command = f"source {ROOT}/slurm/functions.sh; options=({options}); echo $(world_sizes)"
+    done = subprocess.run(["bash", "-uc", command], capture_output=True, text=True)
+    assert done.stdout.strip() == worlds, done.stderr
+
+
+@pytest.mark.parametrize("options", ["--gpus=3 --nodes=2", "-G 8 -N 1-3", "--nodes=two", "--ntasks=x", "--nodes=1,2"])
+def test_options_that_give_no_number_of_processes_are_refused(env: pytest.MonkeyPatch, options: str) -> None:
+    env.delenv("PROCESSES", raising=False)
+    command = f"source {ROOT}/slurm/functions.sh; options=({options}); world_sizes"
+    done = subprocess.run(["bash", "-uc", command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
