@@ -22,6 +22,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+if not __package__:  # called by its path, from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from tools.fault_injection import Fault
 from tools.fault_runs import FaultyRun, References, build_corpus, can_mount
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +28,13 @@ def test_a_python_that_does_not_exist_is_not_replaced(launcher: str) -> None:
     command = [str(ROOT / "launchers" / f"{launcher}.sh"), "--config", "quickstart", "--print-run-dir"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and "/nowhere/python" in done.stderr
+
+
+@pytest.mark.parametrize("tool", ["quickstart", "fault_campaign"])
+def test_tools_called_by_their_path_answer_help_from_any_folder(tool: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), "--help"]
+    env = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
+    assert list(tmp_path.iterdir()) == []
