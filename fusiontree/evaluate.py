@@ -1,6 +1,7 @@
 """Evaluates a checkpoint: ``python -m fusiontree.evaluate --checkpoint DIR --tasks perplexity needle …``.
 
-Prints a table, or with ``--json`` one JSON object with the same numbers in full precision.
+Prints a table on a terminal. With ``--json``, or where standard output is no terminal, it prints one JSON object with
+the same numbers in full precision there; without ``--json`` the table is then on standard error.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     setting("recall_pairs", "N", type=int)
     setting("batch_size", "N", type=int)
     setting("seed", "N", type=int)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    json_help = "print one JSON object instead of a table, as where standard output is no terminal"
+    parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object to this file")
     parser.add_argument("--check", action="store_true", help="check options, checkpoint and data, then exit")
     add_device_options(parser)
@@ -105,7 +107,10 @@ def run(args: argparse.Namespace) -> int:
         "settings": settings.model_dump(mode="json"),
         "results": finite(results),
     }
-    print(json.dumps(values) if args.json else table(results))
+    if args.json or not sys.stdout.isatty():
+        print(json.dumps(values))
+    if not args.json:
+        print(table(results), file=sys.stdout if sys.stdout.isatty() else sys.stderr)
     if args.output:
         args.output.write_text(json.dumps(values, indent=1) + "\n")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def call(place, capsys):
     return run
 
 
-def test_all_tasks_give_a_table_or_one_json_object(call, place):
+def test_all_tasks_give_a_table_or_one_json_object(call, place, monkeypatch):
     tasks = ["--tasks", "perplexity", "text", "needle", "copy", "recall", "--text", str(place / "text.txt")]
     sizes = ["--lengths", "20", "40", "--depths", "0", "1", "--recall-pairs", "3", "--output", str(place / "out.json")]
     code, out, _ = call(*tasks, *sizes, "--json")
@@ -77,10 +78,16 @@ def test_all_tasks_give_a_table_or_one_json_object(call, place):
     assert text["tokens"] == size - 1
     assert text["bits_per_byte"] == pytest.approx(text["nats_per_token"] / math.log(2))
     assert text["bits_per_token"] == pytest.approx(text["nats_per_token"] / math.log(2))
+    _, out, shown = call(*tasks, *sizes)  # a pipe or a file: JSON for programs, the table for people
+    assert json.loads(out)["results"] == results
+    assert "{" not in shown
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     table = call(*tasks, *sizes)[1].splitlines()
     assert table[0] == "perplexity"
     assert "nats_per_token" in table[1] and "bits_per_byte" in table[1]
     assert not any(line.startswith("{") for line in table)
+    assert "\n".join(table) in shown
+    assert list(json.loads(call(*tasks, *sizes, "--json")[1])["results"]) == list(results)
 
 
 def test_perplexity_is_the_loss_over_the_rows_of_the_held_out_split(call, place, model):
