@@ -134,7 +134,8 @@ def account(run_dir: Path) -> Goodput:
         if kind in ("hang", "crash"):  # written by the next start about the previous one
             session.cause = event["reason"]
             continue
-        session.last_sign = now
+        if not session.is_done:  # the next start writes events before its own: changed settings, damage that it found
+            session.last_sign = now
         if kind == "save":
             session.saves.append((event["step"], event["train_seconds"]))
             saved_at[event["step"]] = now

@@ -132,6 +132,28 @@ def test_time_after_the_end_is_idle_and_not_lost(tmp_path: Path) -> None:
     assert sum(seconds for _, seconds, _ in goodput.shares()) == pytest.approx(goodput.wall_s)
 
 
+def test_what_a_start_writes_before_its_resume_is_not_part_of_the_idle_run(tmp_path: Path) -> None:
+    """An extension changes settings, finds damage or fails before it resumes; a relaunch of a finished run ends."""
+    finished = ("finished", {"step": 10, "reason": "finished"})
+    events = [
+        (0.0, "start", {"step": 0, "world_size": 1}),
+        (20.0, "save", {"step": 10, "seconds": 1.0, "train_seconds": 18.0}),
+        (20.0, *finished),
+        (21.0, "wandb_failed", {"reason": "offline"}),
+        (1000.0, "config_changed", {"changes": {"training.max_steps": [10, 20]}}),
+        (1001.0, "failed", {"step": 0, "reason": "no space left"}),
+        (1998.0, "checkpoint_damaged", {"reason": "step 10"}),
+        (2000.0, "resume", {"step": 10, "world_size": 1}),
+        (2001.0, *finished),
+        (2500.0, "crash", {"reason": "of an earlier start"}),
+        (2501.0, "resume", {"step": 10, "world_size": 1}),
+        (2521.0, "save", {"step": 20, "seconds": 1.0, "train_seconds": 19.0}),
+    ]
+    goodput = account(write(tmp_path, events))
+    assert goodput.interruptions == []
+    assert (goodput.idle_s, goodput.busy_s, goodput.kept_s) == (1980.0 + 500.0, 41.0, 37.0)
+
+
 def test_damaged_events_are_left_out_of_the_report(tmp_path: Path) -> None:
     write(tmp_path, EVENTS)
     with (tmp_path / "events.jsonl").open("a") as file:
