@@ -16,6 +16,7 @@ from fusiontree.cli.program import run_program
 from fusiontree.config.load import load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout, valid_tp
+from fusiontree.tracking.console import short
 from fusiontree.utils.errors import UserError
 
 _ASSUMPTIONS = (
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--node-gb-per-s", type=float, default=300, metavar="R", help="link of one GPU in its node (default 300)")
     add("--network-gb-per-s", type=float, default=40, metavar="R", help="link of one GPU between nodes (default 40)")
     add("--rows", type=int, default=8, metavar="N", help="other layouts to show (default 8)")
+    add("--tokens", metavar="N", help="token budget, such as 300B (default: training.max_steps)")
     add("--json", action="store_true", help="print one JSON object instead of a table")
     add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser
@@ -58,7 +60,7 @@ def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
                 except UserError:
                     continue
                 # A step has only the rows of its batch: further ranks would idle.
-                if gpus // (tp * cp) * config.training.micro_batch_size <= config.training.global_batch_size:
+                if gpus // (tp * cp) <= config.training.global_batch_size:
                     yield candidate
 
 
@@ -73,10 +75,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the configuration, the layout or --gpus is wrong.
     """
-    from fusiontree.planning.cost_model import Hardware, estimate
+    from fusiontree.planning.advice import days, idle_note, parse_tokens, recommendation
+    from fusiontree.planning.cost_model import Hardware, count_parameters, estimate
 
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus}: give at least 1")
+    budget = parse_tokens(args.tokens) if args.tokens else None
     config = load_config(args.config, args.overrides)
     check_layout(config.model, config.parallel, config.training, args.gpus)
     hardware = Hardware(args.memory_gib, args.gpus_per_node, args.node_gb_per_s, args.network_gb_per_s)
@@ -84,23 +88,32 @@ def run(args: argparse.Namespace) -> int:
     def estimated(one: Config) -> dict[str, Any]:
         return estimate(one.model, one.parallel, one.training, args.gpus, hardware).values()
 
+    training = config.training
+    tokens = budget or float(training.max_steps * training.global_batch_size * training.seq_len)
     own = estimated(config)
     others = [estimated(one) for one in layouts(config, args.gpus, args.gpus_per_node)]
     others.sort(key=lambda one: (not one["fits"], -one["tokens_per_s"]))
-    fitting = [one for one in others if one["fits"]]
+    best, advice = recommendation(own, [one for one in others if one["fits"]], training.global_batch_size)
+    needed = [days(tokens, own)] + ([days(tokens, best)] if best is not own else [])
+    idle = idle_note(own, training.global_batch_size)
+    parameters = sum(count_parameters(config.model, tp=1)[:2])
     assumptions = [text.format(node=args.node_gb_per_s, network=args.network_gb_per_s) for text in _ASSUMPTIONS]
     shown = others[: args.rows]
     if args.json:
-        print(json.dumps({"gpus": args.gpus, "assumptions": assumptions, "configured": own, "others": shown}))
+        values = {"gpus": args.gpus, "assumptions": assumptions, "configured": own, "others": shown}
+        values |= {"parameters": parameters, "tokens": tokens, "days": needed[0], "idle": idle}
+        print(json.dumps(values | {"recommended": best, "recommended_days": needed[-1], "advice": advice}))
         return 0 if own["fits"] else 1
     for text in assumptions:
         print(f"assumed: {text}")
     print_table(own, shown)
-    if own["fits"]:
-        print(f"the configured layout fits {args.memory_gib:g} GiB")
-    else:
-        best = f"the fastest layout that fits is {layout_name(fitting[0])}" if fitting else "no layout fits these GPUs"
-        print(f"the configured layout does not fit {args.memory_gib:g} GiB (marked !); {best}")
+    fits = "fits" if own["fits"] else "does not fit"
+    print(f"the configured layout {fits} {args.memory_gib:g} GiB{'' if own['fits'] else ' (marked !)'}")
+    if idle:
+        print(f"idle: {idle}")
+    in_days = " days, recommended ".join(f"{number:.3g}" for number in needed)
+    print(f"{short(parameters)} parameters, {short(tokens)} tokens on {args.gpus} GPUs: configured {in_days} days")
+    print(advice)
     return 0 if own["fits"] else 1
 
 
