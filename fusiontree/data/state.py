@@ -101,7 +101,7 @@ class DataState:
             raise UserError(
                 f"the datasets or their order are not those of the checkpoint: {changes}. A run may change weights and "
                 f"add datasets at the end of data.train, nothing else. Set this back to go on, or "
-                f"branch from it: another run_dir and checkpoint.init_from=RUN"
+                f"start a new run from its weights: another run_dir and checkpoint.init_from=RUN"
             )
         for key in ("step", "row", "number", "skipped_rows"):
             setattr(self, key, values[key])

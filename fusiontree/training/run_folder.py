@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
-BRANCH = "branch from it: another run_dir and checkpoint.init_from=RUN"
+NEW_RUN = "start a new run from its weights: another run_dir and checkpoint.init_from=RUN"
 
 # What makes two configurations the same run. The rest (layout, speed, logging, the length of training) may change
 # when a run is resumed, because the losses do not depend on it or because changing it is the point.
@@ -74,7 +74,7 @@ def check_run_folder(run_dir: Path, values: dict[str, Any]) -> None:
         lines = "\n".join(f"  {k}: {saved.get(k)!r} in the folder, {wanted.get(k)!r} now" for k in differing)
         raise UserError(
             f"run_dir '{run_dir}' belongs to another run:\n{lines}\n"
-            f"set these back to resume it, or {BRANCH}; nothing was written"
+            f"set these back to resume it, or {NEW_RUN}; nothing was written"
         )
 
 

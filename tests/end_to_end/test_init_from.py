@@ -27,9 +27,9 @@ def source(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "source"
 
 
-def branch(data: Path, source: Path, folder: Path, *overrides: str) -> list[str]:
-    """Return the command line of a branch of ``source``, and copy nothing."""
-    config = write_config(folder, data, "branch")
+def command(data: Path, source: Path, folder: Path, *overrides: str) -> list[str]:
+    """Return the command line of a run that starts from ``source``."""
+    config = write_config(folder, data, "new")
     return ["--config", str(config), f"checkpoint.init_from={source}", *overrides]
 
 
@@ -39,15 +39,15 @@ def refusal(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     return capfd.readouterr().err
 
 
-def test_a_branch_starts_from_the_weights_with_other_rows_and_batches(source: Path, data: Path, tmp_path: Path) -> None:
-    """With a learning rate of 0 the branch's first checkpoint has the source's weights, and fresh states."""
-    _, config, *rest = branch(data, source, tmp_path)
+def test_a_run_starts_from_the_weights_with_other_rows_and_batches(source: Path, data: Path, tmp_path: Path) -> None:
+    """With a learning rate of 0 the run's first checkpoint has the source's weights, and fresh states."""
+    _, config, *rest = command(data, source, tmp_path)
     others = ["training.seq_len=32", "training.global_batch_size=4", "training.seed=3", "training.learning_rate=0.0"]
     done = train(Path(config), *rest, *others, "training.max_steps=2", "training.warmup_steps=0")
     assert done.returncode == 0, done.stderr
     newest = source / "checkpoints" / "step-00000007"
     assert f"starts from the weights of {newest}; step, data and schedule start anew\n" in done.stdout
-    run = tmp_path / "branch"
+    run = tmp_path / "new"
     start = read_records(run / "events.jsonl")[0]
     assert start["init_from"] == {"folder": str(newest), "step": 7, "optimizer": False}
     old, new = CheckpointReader(newest), CheckpointReader(run / "checkpoints" / "step-00000002")
@@ -65,7 +65,7 @@ def test_a_branch_starts_from_the_weights_with_other_rows_and_batches(source: Pa
     assert [event["event"] for event in read_records(run / "events.jsonl")].count("start") == 1
 
 
-def test_with_the_optimizer_a_branch_goes_on_alike_on_any_layout(source: Path, data: Path, tmp_path: Path) -> None:
+def test_with_the_optimizer_a_run_starts_alike_on_any_layout(source: Path, data: Path, tmp_path: Path) -> None:
     """Same seed and data from step 0, with weights and moments of the source."""
     losses = []
     for processes, name, engine in ((0, "one", "ddp"), (2, "two", "fsdp2")):
@@ -96,27 +96,27 @@ def test_with_the_optimizer_a_branch_goes_on_alike_on_any_layout(source: Path, d
 def test_another_model_is_refused_by_name(
     source: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], changes: list[str], words: str
 ) -> None:
-    error = refusal(branch(data, source, tmp_path, *changes), capfd)
+    error = refusal(command(data, source, tmp_path, *changes), capfd)
     assert words in error
     assert "Traceback" not in error
-    assert not (tmp_path / "branch").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_settings_that_leave_weights_their_meaning_are_named_and_allowed(
     source: Path, data: Path, tmp_path: Path
 ) -> None:
-    _, config, *rest = branch(data, source, tmp_path, "model.window_size=24", "training.max_steps=1")
+    _, config, *rest = command(data, source, tmp_path, "model.window_size=24", "training.max_steps=1")
     done = train(Path(config), *rest, "training.warmup_steps=0")
     assert done.returncode == 0, done.stderr
     assert "start anew; model.window_size is 12 there and 24 in this run\n" in done.stdout
-    start = read_records(tmp_path / "branch" / "events.jsonl")[0]
+    start = read_records(tmp_path / "new" / "events.jsonl")[0]
     assert start["init_from"]["differences"] == ["model.window_size is 12 there and 24 in this run"]
 
 
 def test_what_cannot_be_a_source_is_refused(
     source: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    argv = branch(data, source, tmp_path)
+    argv = command(data, source, tmp_path)
     for place, words in ((tmp_path, "holds no complete checkpoint"), (source / "nowhere", "does not exist")):
         assert words in refusal([*argv, f"checkpoint.init_from={place}"], capfd)
     copy = tmp_path / "copy"
@@ -137,11 +137,11 @@ def test_damaged_weights_stop_every_rank_with_one_line(source: Path, data: Path,
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
-    _, config, *rest = branch(data, folder, tmp_path)
+    _, config, *rest = command(data, folder, tmp_path)
     done = train(Path(config), *rest, "training.max_steps=2", "training.warmup_steps=0")
     assert done.returncode == 2
     assert "name another checkpoint" in done.stderr
-    assert not (tmp_path / "branch" / "checkpoints").exists()
+    assert not (tmp_path / "new" / "checkpoints").exists()
 
 
 def test_a_run_with_checkpoints_refuses_a_new_source(
@@ -153,7 +153,7 @@ def test_a_run_with_checkpoints_refuses_a_new_source(
     assert "has checkpoints, the newest of step 7" in error
     assert "needs another run_dir" in error
     error = refusal(["--config", str(config), "training.seq_len=32"], capfd)
-    assert "branch from it: another run_dir and checkpoint.init_from=RUN" in error
+    assert "start a new run from its weights: another run_dir and checkpoint.init_from=RUN" in error
 
 
 def test_a_run_goes_on_with_another_mixture_and_says_so(data: Path, tmp_path: Path) -> None:
