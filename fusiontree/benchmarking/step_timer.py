@@ -13,11 +13,11 @@ from fusiontree.data.batch import MicroBatch, StepBatch
 from fusiontree.data.loader import TrainingData
 from fusiontree.engines.base import Engine
 from fusiontree.supervision.watchdog import Watchdog
-from fusiontree.training.metrics import document_lengths, step_metrics
+from fusiontree.training.metrics import step_metrics
 from fusiontree.training.pipeline import StepPipeline
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.spikes import SpikeFilter
-from fusiontree.training.step import TrainStep
+from fusiontree.training.step import TrainStep, document_lengths
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from fusiontree.data.batch import StepBatch
 from fusiontree.training.pipeline import FinishedStep
 from fusiontree.training.settings import RunSettings
 from fusiontree.utils.layer_metrics import layer_metric_values
@@ -68,7 +67,7 @@ def step_metrics(
     loss = lm_loss + weights.z_loss * z_loss
     # All tokens of the global batch count, as the device computes all of them.
     tokens_per_s = training.global_batch_size * training.seq_len / step_s
-    flops_per_s = tokens_per_s / world_size * settings.flops_per_token(document_lengths(step.batch))
+    flops_per_s = counts.flops / step_s / world_size
     per_row = 1.0 / max(counts.rows, 1)
     means_L = {name: [total * per_row for total in total_L] for name, total_L in row_sums.layers.items()}
     return {
@@ -95,13 +94,6 @@ def step_metrics(
         "data_wait_s": wait_s,
         "peak_memory_gib": peak_memory_gib(device),
     }
-
-
-def document_lengths(batch: StepBatch) -> list[int]:
-    """Return the number of tokens of each document in this rank's rows."""
-    starts = torch.cat([micro.positions_BS.flatten() == 0 for micro in batch.micro_batches]).nonzero().flatten()
-    total = sum(micro.positions_BS.numel() for micro in batch.micro_batches)
-    return torch.cat([starts, torch.tensor([total])]).diff().tolist()
 
 
 def gate_statistics(means_L: dict[str, list[float]]) -> dict[str, list[float]]:

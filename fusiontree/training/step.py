@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fusiontree.data.batch import MicroBatch, StepBatch
+from fusiontree.data.batch import FILLER, MicroBatch, StepBatch
 from fusiontree.data.loader import TrainingData
 from fusiontree.engines.base import Engine, StepResult
 from fusiontree.supervision.watchdog import Watchdog
@@ -97,7 +97,8 @@ class TrainStep:
             stop_wanted: whether this rank was asked to stop.
             limit_s: seconds that any section of the step may take; 0 sets no limit.
         """
-        counted = count(batch, stop_wanted)
+        flops = model_flops(batch, self.settings.flops_per_token) if self.settings.is_logged(number) else 0
+        counted = count(batch, stop_wanted)._replace(flops=flops)
         reached_collective_at = time.perf_counter()
         counts, denominators = self._sum_counts(counted)
         losses, token_sums, row_terms, names = self._forward_backward(number, batch, denominators, limit_s)
@@ -193,3 +194,17 @@ def count(batch: StepBatch, stop_wanted: bool) -> StepCounts:
         tokens_hash=batch.tokens_hash,
         stop_requests=int(stop_wanted),
     )
+
+
+def model_flops(batch: StepBatch, flops_per_token: Callable[[list[int]], float]) -> int:
+    """Return the model FLOPs of this rank's part of a global batch, without filler rows."""
+    kept = [replace(m, positions_BS=m.positions_BS[m.rows_B != FILLER]) for m in batch.micro_batches]
+    lengths = document_lengths(replace(batch, micro_batches=kept))
+    return round(flops_per_token(lengths) * sum(lengths)) if lengths else 0
+
+
+def document_lengths(batch: StepBatch) -> list[int]:
+    """Return the number of tokens of each document in this rank's rows."""
+    starts = torch.cat([micro.positions_BS.flatten() == 0 for micro in batch.micro_batches]).nonzero().flatten()
+    total = sum(micro.positions_BS.numel() for micro in batch.micro_batches)
+    return torch.cat([starts, torch.tensor([total])]).diff().tolist()

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fusiontree.utils.device import copy_to_host
 
+_HALF = 1 << 32
+
 
 class StepCounts(NamedTuple):
     """What one rank counts in its part of a step, or the sum over the global batch.
@@ -30,10 +32,12 @@ class StepCounts(NamedTuple):
     """Sum of 32-bit hashes; the global batch's hash is this modulo 2^32."""
     stop_requests: int
     """Ranks that were asked to stop."""
+    flops: int = 0
+    """Model FLOPs of the rows, of a logged step; the documents of all ranks decide them."""
 
     def pack(self) -> Tensor:
-        """Return the fields as an int64 vector on the CPU."""
-        return torch.tensor(self, dtype=torch.int64)
+        """Return the fields as an int64 vector on the CPU; the FLOPs of a large job exceed 63 bits and take two."""
+        return torch.tensor([*self[:-1], *divmod(self.flops, _HALF)], dtype=torch.int64)
 
     @classmethod
     def unpack(cls, summed: list[int], ranks_per_row: int) -> StepCounts:
@@ -44,7 +48,8 @@ class StepCounts(NamedTuple):
             ranks_per_row: ranks that read the same rows (cp x tp) and therefore count them alike. The request to stop
                 is each rank's own.
         """
-        raw = cls(*summed)
+        *counts, high, low = summed
+        raw = cls(*counts, high * _HALF + low)
         once = cls(*(value // ranks_per_row for value in raw))
         return once._replace(stop_requests=raw.stop_requests)
 
