@@ -147,9 +147,12 @@ def check_model(folder: Path, state: dict[str, Any], model: dict[str, Any]) -> N
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the checkpoint's small values: step, data position, configuration."""
     try:
-        return json.loads((folder / STATE).read_text(encoding="utf-8"))
+        values = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointDamage(f"{folder / STATE} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointDamage(f"{folder / STATE} holds no state")
+    return values
 
 
 def find_checkpoint(path: Path) -> Path:

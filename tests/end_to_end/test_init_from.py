@@ -122,12 +122,13 @@ def test_what_cannot_be_a_source_is_refused(
     copy = tmp_path / "copy"
     shutil.copytree(source, copy)
     folder = copy / "checkpoints" / "step-00000007"
-    state = (folder / "state.json").read_bytes()
-    (folder / "state.json").write_bytes(state.replace(b'"step": 7', b'"step": 8'))
-    error = refusal([*argv, f"checkpoint.init_from={copy}"], capfd)
-    assert "checkpoint.init_from: " in error
-    assert "name another checkpoint" in error
-    assert "Traceback" not in error
+    whole = (folder / "state.json").read_bytes()
+    for damaged in (whole + b" ", b"[]", b"\xff", whole[:-9]):
+        (folder / "state.json").write_bytes(damaged)
+        error = refusal([*argv, f"checkpoint.init_from={copy}"], capfd)
+        assert "checkpoint.init_from: " in error
+        assert "name another checkpoint" in error
+        assert "Traceback" not in error
 
 
 def test_damaged_weights_stop_every_rank_with_one_line(source: Path, data: Path, tmp_path: Path) -> None:
