@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -68,20 +69,66 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def parse_yaml(text: str, place: str) -> Any:
-    """Parse YAML text; ``place`` names its origin in errors.
+def _drop_templates(root: yaml.Node, known: Sequence[str]) -> None:
+    """Remove entries of a file that only hold what others take over (``base: &base {…}``, ``<<: *base``).
+
+    An entry whose name is almost a known one stays, so that a slip of the pen is not dropped.
+    """
+    if not isinstance(root, yaml.MappingNode):
+        return
+    parts = [{id(node): node for node in _nodes(value)} for _, value in root.value]
+    kept = []
+    for number, (key, value) in enumerate(root.value):
+        others = {node for i, part in enumerate(parts) if i != number for node in part}
+        # An alias stands for a node that begins before the key.
+        taken = any(n in others and node.start_mark.index > key.start_mark.index for n, node in parts[number].items())
+        if not taken or difflib.get_close_matches(str(key.value), known, cutoff=0.8):
+            kept.append((key, value))
+    root.value = kept
+
+
+def _nodes(root: yaml.Node) -> Iterator[yaml.Node]:
+    """Yield every node of a tree once; an alias is the node that it names."""
+    rest, seen = [root], set()
+    while rest:
+        node = rest.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if isinstance(node, yaml.SequenceNode):
+            rest.extend(node.value)
+        elif isinstance(node, yaml.MappingNode):
+            rest.extend(part for pair in node.value for part in pair)
+
+
+def parse_yaml(text: str, place: str, known: Sequence[str] | None = None) -> Any:
+    """Parse YAML text.
+
+    Args:
+        text: of a file or an override.
+        place: names its origin in errors.
+        known: keys of a file; other entries are left out if they hold what aliases elsewhere name.
 
     Raises:
         UserError: the text is no YAML, nests too deeply, or gives a key twice.
     """
+    loader = None
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if root is not None and known is not None:
+            _drop_templates(root, known)
+        return None if root is None else loader.construct_document(root)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
     except RecursionError as error:
         raise UserError(f"{place}: not valid YAML: it nests too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of more than 4300 digits
         raise UserError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -98,7 +145,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     path = find_file(Path(expand_path(str(path))))
     if not path.is_file():
         raise UserError(f"config file '{path}' does not exist{hint_for(path)}")
-    values = parse_yaml(read_text(path), str(path))
+    values = parse_yaml(read_text(path), str(path), Config.known_keys())
     if not isinstance(values, dict):
         raise UserError(f"config file '{path}' is empty or no mapping; it needs sections such as model, training, data")
     values = under_present_names(values, str(path))

@@ -159,6 +159,26 @@ def test_merge_keys_merge_and_what_is_written_wins(file: Path) -> None:
     assert "key 'seq_len' is given twice (line " in error_of(file)
 
 
+def test_entries_that_hold_what_others_take_over_are_no_settings(file: Path) -> None:
+    """As usual in YAML: templates at the top, taken over by merge keys or aliases, also of one another."""
+    text = BASE.replace("training: {seq_len: 64, max_steps: 10, global_batch_size: 4, learning_rate: 3e-4}", "")
+    file.write_text(
+        "base: &base {seq_len: 32, max_steps: 6, global_batch_size: 4}\nx-rates: [&low 1e-3, 2.0]\n"
+        "training_base: &more\n  <<: *base\n  max_steps: 7\n"
+        f"{text}\ntraining:\n  <<: *more\n  learning_rate: *low\n"
+    )
+    training = load_config(file).training
+    assert (training.seq_len, training.max_steps, training.learning_rate) == (32, 7, 1e-3)
+    file.write_text(f"{BASE}\nbase: &base {{seq_len: 32}}\n")  # nothing takes it over
+    assert "unknown key 'base'" in error_of(file)
+    file.write_text(f"base: &base 3e-4\n{BASE.replace('3e-4', '*base')}\nbase2: *base\nbase3: {{a: *base}}\n")
+    assert "unknown key 'base2'" in error_of(file) and "unknown key 'base3'" in error_of(file)
+    file.write_text(f"{BASE}\ntrainin: &t {{seq_len: 32}}\nevaluation: *t\n")
+    assert "did you mean 'training'" in error_of(file)
+    file.write_text(f"base: &a {{b: *a}}\n{BASE}")
+    assert "not valid YAML" in error_of(file) or "unknown key" in error_of(file)
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
