@@ -167,6 +167,18 @@ def test_text_is_kept_byte_by_byte(tmp_path: Path) -> None:
     assert read(file(tmp_path, "c.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}')) == ["a", "b"]
 
 
+def test_lines_that_look_like_separators_point_at_the_option(tmp_path: Path) -> None:
+    file(tmp_path, "a.txt", b"one <|endoftext|>\n <|endoftext|>\n")
+    file(tmp_path, "b.txt", b"one\n<|endoftext|>\ntwo\r\n<|endoftext|>\r\nthree\n</s>")
+    made = corpus(tmp_path)
+    assert len(list(made)) == 2
+    (first, second) = made.notes()
+    assert first.startswith("2 lines are '<|endoftext|>' alone") and "b.txt first" in first
+    assert "--separator '<|endoftext|>'" in first and "--separator '</s>'" in second
+    made = corpus(tmp_path, separator="<|endoftext|>")
+    assert len(list(made)) == 4 and not made.notes()
+
+
 @pytest.mark.parametrize("compression", ["", "zst"])
 def test_separator_lines_divide_text_files(tmp_path: Path, compression: str) -> None:
     content = b"one\r\nmore\n<|endoftext|>\ntwo <|endoftext|> still\n<|endoftext|>\r\n<|endoftext|>\nthree"

@@ -155,6 +155,11 @@ class Corpus:
             found.append(f"{len(self.left_out):,} files are no text and were left out, {file} first: {reason}")
         if self.reader.repaired:
             found.append(f"{self.reader.repaired:,} documents had bytes that are not UTF-8, replaced by U+FFFD")
+        for line, (count, file) in self.reader.undivided.items():
+            found.append(
+                f"{count:,} lines are '{line}' alone, in {file} first, and were read as text, so that each file is one "
+                f"document: --separator '{line}' divides files there"
+            )
         whole = self._from_start and self.bytes_read == self.bytes
         if self.options.separator is not None and whole and not self.reader.separators:
             found.append(f"no line of a text file is --separator {self.options.separator!r}: it divided nothing")

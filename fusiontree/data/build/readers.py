@@ -17,6 +17,8 @@ from fusiontree.utils.errors import UserError, nearest
 LONGEST_DOCUMENT = 1 << 30
 """Bytes of a document. It is held in memory several times."""
 _CHUNK = 1 << 20
+_END_LINES = re.compile(rb"(?m)^(<\|(?:im_)?(?:end|eos|eod|eot)[a-z_]*\|>|</s>|<(?:eos|eod|EOS|EOD)>|\[EOS\])\r?$")
+"""Lines that are the usual names of tokens between documents."""
 
 
 class TextReader:
@@ -35,6 +37,9 @@ class TextReader:
         """Texts with bytes that were not UTF-8, or with half a surrogate pair."""
         self.separators = 0
         """Separator lines found."""
+        self.undivided: dict[str, tuple[int, Path]] = {}
+        """Lines that are names of tokens between documents, where no separator is given: their number, and the first
+        file."""
 
     def lines(self, stream: IO[bytes], file: Path) -> Iterator[tuple[int, bytes]]:
         """Yield number and text of each line of JSON lines that is not empty."""
@@ -120,6 +125,9 @@ class TextReader:
             content = stream.read(LONGEST_DOCUMENT + 1)
             if len(content) > LONGEST_DOCUMENT:
                 raise _too_long(file, "its text")
+            for line in _END_LINES.findall(content):
+                count, first_file = self.undivided.get(name := line.decode(), (0, file))
+                self.undivided[name] = (count + 1, first_file)
             yield 0, self._valid(content)
             return
         lines: list[bytes] = []
