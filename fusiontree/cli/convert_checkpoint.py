@@ -182,7 +182,7 @@ def mapped(args: argparse.Namespace, options: Options) -> tuple[str, CheckpointS
             describes another model.
     """
     from fusiontree.convert.foreign import agree, read_foreign
-    from fusiontree.convert.name_map import read_map
+    from fusiontree.convert.name_map import in_layers, read_map
     from fusiontree.convert.warm_start import MappedWeights
 
     if args.to != "dcp" or options.config is None or args.source_format:
@@ -207,8 +207,13 @@ def mapped(args: argparse.Namespace, options: Options) -> tuple[str, CheckpointS
     seed = options.config["training"]["seed"]
     source = MappedWeights(args.source, name_map, options.config, seed, foreign, agreement)
     initial = source.initial
-    shown = f": {', '.join(initial[:3])}{' …' if len(initial) > 3 else ''}" if initial else ""
-    print(f"{len(source.filled)} parameters are filled, {len(initial)} keep initial values{shown}")
+    rest = len(source.entries) - len(source.filled) - len(initial)
+    print(f"{len(source.filled)} parameters come from {args.source}; {rest} are zeros or identities, as the map says")
+    if initial:
+        print(
+            f"{len(initial)} parameters are not in the source and keep initial values, which are random for matrices "
+            f"(seed {seed}): {', '.join(in_layers(initial))}"
+        )
     return f"by {args.map}", source, options
 
 

@@ -91,7 +91,9 @@ class Reading:
             self.obstacle(key, part, f"is {value!r}; here it is always {wanted!r}")
 
     def finish(self) -> None:
-        """Make unknown keys obstacles."""
+        """Make unknown keys obstacles, and code that comes with the folder."""
+        if code := self._values.get("auto_map"):
+            self.obstacle("auto_map", "model", f"is {code!r}, code of its own, which may compute anything")
         for key, value in self._values.items():
             if key not in self._read and key not in NO_EFFECT and value not in (None, False):
                 self.obstacle(key, "model", f"is {value!r}, whose effect is not known here")

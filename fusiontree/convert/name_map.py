@@ -23,6 +23,8 @@ keep their initial values. The source's config.json is read by :mod:`fusiontree.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -61,6 +63,25 @@ class NameMap(Section):
     def targets(self) -> list[str]:
         """Names of the parameters that tensors go to, with {layer}."""
         return [name for rule in self.tensors for name in ([rule.ours] if isinstance(rule.ours, str) else rule.ours)]
+
+
+def in_layers(names: Iterable[str]) -> list[str]:
+    """Return names of parameters with those of equal parameters of layers as one: ``layers.0-2,5.norm.weight``."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        match = re.match(r"layers\.(\d+)\.", name)
+        pattern = name if match is None else f"layers.{{}}.{name[match.end() :]}"
+        layers.setdefault(pattern, []).extend([] if match is None else [int(match[1])])
+    found = []
+    for pattern, numbers in layers.items():
+        ranges: list[list[int]] = []
+        for number in sorted(numbers):
+            if ranges and number == ranges[-1][-1] + 1:
+                ranges[-1][1:] = [number]
+            else:
+                ranges.append([number])
+        found.append(pattern.format(",".join("-".join(map(str, each)) for each in ranges)) if ranges else pattern)
+    return found
 
 
 def read_map(path: Path) -> NameMap:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from fusiontree.checkpoint.load import load_model
 from fusiontree.convert import logits
 from fusiontree.convert.foreign import agree, effective, read_foreign
+from fusiontree.convert.name_map import in_layers
 from fusiontree.convert.safetensors_file import SafetensorsFile
 from fusiontree.convert.weights import open_weights
 from fusiontree.models.config import ModelConfig
@@ -63,6 +64,7 @@ def test_settings_that_are_not_given_are_theirs(tmp_path: Path):
         ({"attention_bias": True}, "attention_bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_other.OtherForCausalLM"}}, "auto_map"),
         ({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}, "num_heads"),
         ({"num_key_value_heads": 4}, "num_kv_heads"),
         ({"rms_norm_eps": 1e-3}, "norm_eps"),
@@ -183,6 +185,16 @@ def test_the_head_is_theirs(tmp_path: Path):
     assert torch.equal(model.head.weight[:60], model.embed.weight[:60])
 
 
+def test_what_starts_at_random_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    start(saved(tmp_path / "s", {}, **{"lm_head.weight": HEAD}))
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "keep initial values" in line]
+    assert "layers.0-1.mlp.down.weight" in line and "layers.0-1.mamba.in_proj.weight" in line
+    assert "attention.q_proj" not in line and "different from the source" in said and "mlp reads" in said
+    names = [f"layers.{layer}.a" for layer in (0, 1, 2, 5, 7, 8)] + ["embed.weight", "layers.1.b"]
+    assert in_layers(names) == ["layers.0-2,5,7-8.a", "embed.weight", "layers.1.b"]
+
+
 def test_heads_that_contradict_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def said(source: Path, tied: bool | None = None) -> str:
         config = config_file(source / "ours", tie_word_embeddings=tied)
@@ -219,9 +231,9 @@ def test_masks_and_files_of_a_trainer_are_left_out(tmp_path: Path):
 
 
 def test_safetensors_headers_that_lie(tmp_path: Path):
-    def written(name: str, **header: Any) -> Path:
+    def written(name: str, size: int = 16, **header: Any) -> Path:
         text = json.dumps(header).encode()
-        (tmp_path / name).write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+        (tmp_path / name).write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
         return tmp_path / name
 
     entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
@@ -239,7 +251,7 @@ def test_safetensors_headers_that_lie(tmp_path: Path):
         with pytest.raises(UserError):
             SafetensorsFile(written("bad", a=entry | change))
     with pytest.raises(UserError, match="'a' and 'b' overlap"):
-        SafetensorsFile(written("overlap", a=entry, b=entry | {"data_offsets": [8, 24]}))
+        SafetensorsFile(written("overlap", 24, a=entry, b=entry | {"data_offsets": [8, 24]}))
     with pytest.raises(UserError, match="of type F6_E2M3"):
         SafetensorsFile(written("unknown", a=entry | {"dtype": "F6_E2M3"}))
 
