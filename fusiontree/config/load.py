@@ -89,7 +89,8 @@ def _drop_templates(root: yaml.Node, known: Sequence[str]) -> None:
 
 def _nodes(root: yaml.Node) -> Iterator[yaml.Node]:
     """Yield every node of a tree once; an alias is the node that it names."""
-    rest, seen = [root], set()
+    rest = [root]
+    seen: set[int] = set()
     while rest:
         node = rest.pop()
         if id(node) in seen:

@@ -107,7 +107,7 @@ def compare_with_original(stream: Stream, original: Original) -> str:
     theirs_BSV = _transformers_logits(original.folder, ids_BS, own_code=False)
     vocabulary = min(original.vocab_size, theirs_BSV.shape[-1])
     theirs_BSV = theirs_BSV[..., :vocabulary]
-    ours_BSV = _fusiontree_logits(stream, ids_BS, torch.float32)[..., :vocabulary]
+    ours_BSV = fusiontree_logits(stream, ids_BS, torch.float32)[..., :vocabulary]
     largest = max(1.0, float(theirs_BSV.abs().max()))
     difference = float((ours_BSV - theirs_BSV).abs().max()) / largest
     if not difference <= ORIGINAL_TOLERANCE:  # also if the difference is NaN
@@ -144,7 +144,7 @@ def compare_logits(stream: Stream, folder: Path) -> str:
     config = stream.source.model_config
     length = min(_TOKENS, config.max_position_embeddings)
     ids_BS = _prompt(length, config.vocab_size)
-    ours_BSV = _fusiontree_logits(stream, ids_BS, torch.float32)
+    ours_BSV = fusiontree_logits(stream, ids_BS, torch.float32)
     theirs_BSV = _transformers_logits(folder, ids_BS, own_code=True)
     largest = max(1.0, float(ours_BSV.abs().max()))
 
@@ -153,7 +153,7 @@ def compare_logits(stream: Stream, folder: Path) -> str:
 
     difference, allowed, why = apart(theirs_BSV), TOLERANCE, ""
     if TOLERANCE < difference <= _MOST:
-        rounding = apart(_fusiontree_logits(stream, ids_BS, torch.float64))
+        rounding = apart(fusiontree_logits(stream, ids_BS, torch.float64))
         allowed = min(_MOST, max(TOLERANCE, _ROUNDINGS * rounding))
         why = f": {_ROUNDINGS} times what our own differ by from fp64"
     if not difference <= allowed:  # also if the difference is NaN
@@ -169,7 +169,14 @@ def compare_logits(stream: Stream, folder: Path) -> str:
 
 
 @torch.no_grad()
-def _fusiontree_logits(stream: Stream, ids_BS: Tensor, dtype: torch.dtype) -> Tensor:
+def fusiontree_logits(stream: Stream, ids_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the logits of the model in a stream, in fp64.
+
+    Args:
+        stream: of all parameters, which are rounded to the types that are written.
+        ids_BS: int64, the prompt.
+        dtype: of the computation.
+    """
     with torch.device("meta"):
         model = FusionTreeModel(stream.source.model_config).to(dtype)
     model.to_empty(device="cpu")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from fusiontree.models.config import ModelConfig
@@ -78,8 +79,16 @@ class CheckpointSource(ABC):
 
     @property
     def model_config(self) -> ModelConfig:
-        """The model section, validated."""
-        return ModelConfig.model_validate(self.config["model"])
+        """The model section, validated.
+
+        Raises:
+            UserError: it describes no model.
+        """
+        try:
+            return ModelConfig.model_validate(self.config["model"])
+        except ValidationError as error:
+            wrong = [f"{'.'.join(['model', *map(str, e['loc'])])}: {e['msg']}" for e in error.errors()]
+            raise UserError(f"the source's configuration describes no model ({'; '.join(wrong)})") from None
 
     @property
     def has_optimizer(self) -> bool:

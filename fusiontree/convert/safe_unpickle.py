@@ -75,6 +75,25 @@ def _refuse(*args: Any, **kwargs: Any) -> Any:
     raise pickle.UnpicklingError("it is of torch's old format")
 
 
+def check_sums(path: Path) -> None:
+    """Read a file of torch.save and compare its content with the checksums in it, which torch itself ignores.
+
+    Files of torch's former format have none, nor have files that were saved without.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() if any(record.CRC for record in archive.infolist()) else None
+    except Exception as error:  # damaged archives fail in many ways
+        raise UserError(f"{path} is a damaged file of torch.save ({error!r}); copy it again") from error
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: '{damaged}' in it has another checksum; copy it again")
+
+
 def load_inert(path: Path) -> Any:
     """Return the object in a torch.save file; its tensors are mapped into memory, not read.
 
@@ -82,6 +101,7 @@ def load_inert(path: Path) -> Any:
         UserError: the file is damaged, or is not of torch.save's present format.
     """
     try:
+        check_sums(path)
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("constants.pkl") for name in archive.namelist()):
                 raise pickle.UnpicklingError("it is TorchScript, which is code")

@@ -92,8 +92,10 @@ class SafetensorsFile:
             if length > min(size - 8, _LONGEST_HEADER):
                 raise UserError(f"{path} is no whole safetensors file; copy it again")
             try:
-                header = json.loads(file.read(length))
-                self.metadata: dict[str, str] = header.pop("__metadata__", {})
+                header = json.loads(file.read(length), object_pairs_hook=_unique, parse_constant=_refused)
+                self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+                if not all(isinstance(value, str) for value in self.metadata.values()):
+                    raise TypeError("__metadata__ is no mapping of texts")
                 kinds = {name: str(e["dtype"]) for name, e in header.items()}
                 ranges = {name: tuple(map(_count, e["data_offsets"])) for name, e in header.items()}
                 shapes = {name: tuple(map(_count, e["shape"])) for name, e in header.items()}
@@ -110,8 +112,12 @@ class SafetensorsFile:
                 raise UserError(f"{path}: the values of '{name}' are not where its header says; copy the file again")
             if place[0] < before:
                 raise UserError(f"{path}: the values of '{last}' and '{name}' overlap; copy the file again")
+            if place[0] > before:
+                raise UserError(f"{path}: no tensor has the bytes before the values of '{name}'; copy the file again")
             self._starts[name] = 8 + length + place[0]
             before, last = place[1], name
+        if 8 + length + before != size:
+            raise UserError(f"{path}: no tensor has the bytes at the end of the file; copy the file again")
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
@@ -123,6 +129,23 @@ class SafetensorsFile:
             raise UserError(f"{self.path} ends inside '{name}'; copy it again")
         values = torch.frombuffer(content, dtype=torch.uint8)
         return values.view(entry.dtype).reshape(entry.shape)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        ValueError: a name is given twice.
+    """
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name is given twice")
+    return values
+
+
+def _refused(word: str) -> Any:
+    """Refuse ``NaN`` and infinities, which are no JSON."""
+    raise ValueError(f"{word} is no JSON")
 
 
 def _count(value: Any) -> int:
@@ -151,7 +174,10 @@ class WeightFile(CheckpointSource):
                 f"{path} does not say which model it holds; to start from another model's weights give --map FILE and "
                 f"--config FILE"
             )
-        self.config = {"model": json.loads(self._file.metadata[_MODEL_KEY])}
+        try:
+            self.config = {"model": json.loads(self._file.metadata[_MODEL_KEY])}
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} describes its model by text that is no JSON ({error}); copy it again") from error
         self.files = []
         self.entries = {MODEL + name: entry for name, entry in self._file.entries.items()}
         self.entries = checked(self.entries, self.model_config, str(path))

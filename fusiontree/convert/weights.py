@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusiontree.convert.hf import SafetensorsFolder, index_of
 from fusiontree.convert.reader import Entry
+from fusiontree.convert.safe_unpickle import check_sums
 from fusiontree.convert.safetensors_file import SafetensorsFile
 from fusiontree.utils.errors import UserError
 
@@ -88,6 +89,7 @@ def _tensors_in(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file names functions to run, is damaged, or holds tensors in another way.
     """
+    check_sums(file)
     try:
         values: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # the pickle module raises many kinds

@@ -325,20 +325,27 @@ def main_raises(*arguments: Any) -> None:
     command(build_parser().parse_args([*map(str, arguments), "--check-logits", "on"]))
 
 
+HYBRID = {"mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+
+
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("kind", "rules", "values", "reason"),
     [
-        ("Llama", "mlp reads the residual stream"),
-        ("Mistral", "mlp reads the residual stream"),
-        ("Qwen2", "qkv_bias"),
-        ("Gemma", "norm_style"),
+        ("Llama", LLAMA, {}, "mlp reads the residual stream"),
+        ("Mistral", LLAMA, {}, "mlp reads the residual stream"),
+        ("Qwen2", LLAMA, {}, "qkv_bias"),
+        ("Gemma", LLAMA, {}, "norm_style"),
+        ("FalconH1", LLAMA, {**HYBRID, "mamba_n_heads": 4, "mamba_d_ssm": 32}, "model.norm.weight"),
+        ("FalconH1", MAMBA2, {**HYBRID, "mamba_n_heads": 4, "mamba_d_ssm": 32}, "mamba_rms_norm is False"),
+        ("Bamba", LLAMA, {**HYBRID, "mamba_n_heads": 8, "attn_layer_indices": [1]}, "partial_rotary_factor is 0.5"),
+        ("Bamba", MAMBA2, {**HYBRID, "mamba_n_heads": 8, "attn_layer_indices": [1]}, "mlp reads the residual stream"),
     ],
 )
 def test_transformers_without_an_equal_are_refused(
-    kind: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, rules: Path, values: dict[str, Any], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    source = their_folder(kind, tmp_path / "theirs")
+    source = their_folder(kind, tmp_path / "theirs", **values)
     config = config_file(tmp_path / "c", tie_word_embeddings=None)
-    arguments = (source, tmp_path / "run", "--to", "dcp", "--map", LLAMA, "--config", config)
+    arguments = (source, tmp_path / "run", "--to", "dcp", "--map", rules, "--config", config)
     assert reason in refused(capsys, *arguments, "--check-logits", "on")
     assert not (tmp_path / "run").exists()
