@@ -93,7 +93,8 @@ class SafetensorsFile:
                 raise UserError(f"{path} is no whole safetensors file; copy it again")
             try:
                 header = json.loads(file.read(length), object_pairs_hook=_unique, parse_constant=_refused)
-                self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+                metadata = header.pop("__metadata__", None)
+                self.metadata: dict[str, str] = {} if metadata is None else metadata
                 if not all(isinstance(value, str) for value in self.metadata.values()):
                     raise TypeError("__metadata__ is no mapping of texts")
                 kinds = {name: str(e["dtype"]) for name, e in header.items()}

@@ -112,6 +112,7 @@ def test_files_that_no_sum_of_sizes_betrays(tmp_path: Path) -> None:
         ("{" + entry % ("a", 0, 8) + "}", 12, "no tensor has the bytes at the end"),
         ("{" + entry % ("a", 0, 8) + ", " + entry % ("a", 8, 16) + "}", 16, "given twice"),
         ('{"__metadata__": {"format": 1}, ' + entry % ("a", 0, 8) + "}", 8, "no mapping of texts"),
+        ('{"__metadata__": [], ' + entry % ("a", 0, 8) + "}", 8, "cannot be read"),
         ('{"__metadata__": {}, ' + entry % ("a", 0, 8) + "}", 8, ""),
     ):
         path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(size))
