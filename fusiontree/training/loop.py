@@ -307,7 +307,7 @@ class Trainer:
         """Restore the values of :meth:`_state_dict`; move metrics of later steps out of the metrics file."""
         self.engine.load_state_dict(state["engine"])
         rng = torch.frombuffer(bytearray(base64.b64decode(state["rng"]["torch_cpu"])), dtype=torch.uint8)
-        torch.set_rng_state(rng)
+        torch.set_rng_state(rng)  # no code of ours draws from it; a plugin's mixer or optimizer may
         self.position = Position(state["step"], state["data"], state["skipped_in_a_row"])
         self.pipeline.tokens = state["tokens"]
         self.spikes.load_state_dict(state.get("spikes"))
