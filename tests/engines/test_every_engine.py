@@ -61,13 +61,13 @@ def test_the_applied_gradient_is_unscaled_and_clipped(case: tuple[str, bool], pr
             norm = engine.step(1e-3).grad_norm
             assert norm > 0.1
             given = norm_of(state_of(engine, "optimizer.exp_avg")) / (1 - 0.9)
-            assert given == pytest.approx(norm if expected is None else expected, rel=1e-3)
+            assert given == pytest.approx(norm if expected is None else expected, rel=1e-4)
 
 
 @EVERY_ENGINE
 def test_both_groups_of_parameters_move_at_the_given_rate(case: tuple[str, bool]) -> None:
     """AdamW's first step is the rate in size wherever there is a gradient; decay is added to matrices alone."""
-    rate, decay = 1e-3, 0.5
+    rate, decay = 3e-3, 0.5  # not the default of torch
     with opened(case, weight_decay=decay) as engine:
         before = state_of(engine, "model")
         backward(engine, last=True)
@@ -92,6 +92,7 @@ def test_a_step_that_is_given_up_leaves_nothing(case: tuple[str, bool]) -> None:
         engine.discard()
         backward(engine, last=True)
         assert engine.step(0.0).grad_norm == pytest.approx(wanted, rel=1e-6)
+        assert engine.finite_passes() == [True]
         assert engine.state_dict()["optimizer_step"] == 2
         assert all(torch.equal(values, before[name]) for name, values in state_of(engine, "model").items())
 
