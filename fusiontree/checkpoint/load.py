@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusiontree.checkpoint.exchange import first_of, rank_of
 from fusiontree.checkpoint.folders import MANIFEST, STATE, complete_checkpoints
 from fusiontree.checkpoint.manifest import CheckpointDamage, Report
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers.base import Fp32Parameters
 from fusiontree.models.model import FusionTreeModel
-from fusiontree.parallel.layout import gather_objects
 from fusiontree.utils.errors import UserError, nearest
 
 
@@ -50,7 +50,9 @@ def load_newest(
         CheckpointDamage: all checkpoints are damaged.
         UserError: the newest undamaged checkpoint belongs to another model.
     """
-    folders = gather_objects([str(f) for f in complete_checkpoints(checkpoints)], group)[0]  # the list of rank 0
+    first = rank_of(group) == 0
+    folders = first_of([str(f) for f in complete_checkpoints(checkpoints)] if first else None, group)
+    assert folders is not None
     for name in reversed(folders):
         folder = Path(name)
         try:
@@ -80,19 +82,18 @@ def load_on_all_ranks(
         UserError: the checkpoint does not fit; raised on every rank.
     """
     state: dict[str, Any] = {}
-    mine: tuple[str, str] | None = None
+    mistake: str | None = None
+    damage: str | None = None
     try:
-        state = load_checkpoint(folder, tensors, check=check, report=report)
-    except CheckpointDamage as damage:
-        mine = ("damage", str(damage))
+        state = load_checkpoint(folder, tensors, check=check, report=report, small_files=rank_of(group) == 0)
+    except CheckpointDamage as error:
+        damage = str(error)
     except UserError as error:
-        mine = ("mistake", str(error))
-    problems = [problem for problem in gather_objects(mine, group) if problem]
-    for kind, text in problems:
-        if kind == "mistake":
-            raise UserError(text)
-    if problems:
-        raise CheckpointDamage(problems[0][1])
+        mistake = str(error)
+    if (mistake := first_of(mistake, group)) is not None:
+        raise UserError(mistake)
+    if (damage := first_of(damage, group)) is not None:
+        raise CheckpointDamage(damage)
     return state
 
 
@@ -102,15 +103,26 @@ def load_checkpoint(
     *,
     check: Callable[[Path, dict[str, Any]], None] = lambda folder, state: None,
     report: Report | None = None,
+    small_files: bool = True,
 ) -> dict[str, Any]:
     """Fill ``tensors`` from one checkpoint and return its small values; all used bytes are verified.
+
+    Args:
+        folder: the checkpoint.
+        tensors: this rank's view of the state.
+        check: called with folder and small values before tensors are filled; may raise UserError.
+        report: called with the bytes read and the total bytes.
+        small_files: also verify the files that nobody uses here: one rank of many is enough.
 
     Raises:
         CheckpointDamage: a file differs from its recorded hash.
         UserError: a tensor is missing or has another shape, or ``check`` raised it.
     """
     reader = CheckpointReader(folder)
-    reader.check_small_files()
+    if small_files:
+        reader.check_small_files()
+    else:
+        reader.check(STATE)
     state = read_state(folder)
     check(folder, state)
     reader.fill(tensors, report=report)

@@ -2,7 +2,8 @@
 
 DCP, like most formats, detects a truncated file but silently loads a flipped byte. Tensor files have one hash per part
 (one part per rectangle of a tensor, without gaps), so a rank that reads only some parts of a file verifies exactly
-those parts while it reads them. Other files have one hash.
+those parts while it reads them. Their hashes are in the index (:mod:`fusiontree.checkpoint.index`); in checkpoints of
+version 2 they are in the manifest itself. Other files have one hash.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -40,9 +40,14 @@ class FileEntry:
 
     size: int
     parts: tuple[tuple[int, str], ...]
-    """Length in bytes and SHA-256 of each part, in order."""
+    """Length in bytes and SHA-256 of each part, in order; none if they are in the index."""
     whole: bool = True
     """True if the file is hashed as a single part; False for tensor files with one part per rectangle."""
+
+    @property
+    def indexed(self) -> bool:
+        """True for a tensor file whose hashes are in the index."""
+        return not self.whole and not self.parts
 
     @cached_property
     def _part_at(self) -> dict[int, tuple[int, str]]:
@@ -58,10 +63,14 @@ class FileEntry:
         """Return the entry in the manifest's JSON form."""
         if self.whole:
             return {"bytes": self.size, "sha256": self.parts[0][1]}
+        if self.indexed:
+            return {"bytes": self.size, "indexed": True}
         return {"bytes": self.size, "parts": [list(part) for part in self.parts]}
 
 
 def _file_entry(values: dict[str, Any]) -> FileEntry:
+    if values.get("indexed"):
+        return FileEntry(int(values["bytes"]), (), whole=False)
     whole = "parts" not in values
     parts = [[values["bytes"], values["sha256"]]] if whole else values["parts"]
     entry = FileEntry(int(values["bytes"]), tuple((int(length), str(digest)) for length, digest in parts), whole)
@@ -85,7 +94,8 @@ def _digest(files: dict[str, Any]) -> str:
 
 def write_manifest(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
     """Write the manifest; its presence declares the folder complete."""
-    content = {"format": _FORMAT, "version": 2, "sha256": _digest(entries), "files": entries}
+    version = 3 if any("indexed" in entry for entry in entries.values()) else 2
+    content = {"format": _FORMAT, "version": version, "sha256": _digest(entries), "files": entries}
     with atomic_write(folder / MANIFEST) as file:
         json.dump(content, file, indent=None, sort_keys=True)
 
@@ -133,6 +143,8 @@ def check_file(file: Path, entry: FileEntry, progress: Callable[[int], None] = l
         CheckpointDamage: the file is missing, or its size or hash differs.
     """
     check_size(file, entry)
+    if entry.indexed:
+        raise CheckpointDamage(f"{file}: its manifest refers to an index that it does not list")
     start = 0
     try:
         with file.open("rb", buffering=0) as stream:
@@ -167,16 +179,3 @@ class ByteCount:
             with self._lock:
                 self._done += size
                 self._report(self._done, self.total)
-
-
-def verify(folder: Path, threads: int = 4, report: Report | None = None) -> None:
-    """Check every file against the manifest.
-
-    Raises:
-        CheckpointDamage: a file is missing, or its size or hash differs; the message names the first such file.
-    """
-    entries = read_manifest(folder)
-    count = ByteCount(sum(entry.size for entry in entries.values()), report)
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda item: check_file(folder / item[0], item[1], count.add), sorted(entries.items())):
-            pass

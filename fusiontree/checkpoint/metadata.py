@@ -10,7 +10,7 @@ import collections
 import io
 import pathlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,8 @@ class Chunk:
     file: str
     start: int
     length: int
+    digest: str | None = None
+    """SHA-256 of the bytes, if the index of the checkpoint records it."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,15 @@ class SavedTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
+
+    def near(self, offset: tuple[int, ...], shape: tuple[int, ...]) -> Sequence[Chunk]:
+        """Return rectangles, among them all that overlap this one."""
+        return self.chunks
+
+    @property
+    def pieces(self) -> int:
+        """Number of rectangles."""
+        return len(self.chunks)
 
 
 def read_metadata(folder: Path) -> dict[str, SavedTensor]:
@@ -138,24 +149,3 @@ def _check_place(offsets: Any, sizes: Any, shape: Any, place: Any) -> None:
             f"a rectangle at {tuple(offsets)} of shape {tuple(sizes)}, bytes {place.offset} to "
             f"{place.offset + place.length}, is no part of a tensor of shape {tuple(shape)}"
         )
-
-
-def metadata_bytes(tensors: dict[str, SavedTensor]) -> bytes:
-    """Return the content of ``.metadata``, in the form that ``torch.distributed.checkpoint`` writes and reads."""
-    state: dict[str, dcp.STORAGE_TYPES] = {}
-    storage: dict[dcp.MetadataIndex, filesystem._StorageInfo] = {}
-    for name, tensor in tensors.items():
-        chunks = [dcp.ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.shape)) for c in tensor.chunks]
-        state[name] = dcp.TensorStorageMetadata(
-            dcp.TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape), chunks
-        )
-        for c in tensor.chunks:
-            storage[dcp.MetadataIndex(name, c.offset)] = filesystem._StorageInfo(c.file, c.start, c.length)
-    metadata = dcp.Metadata(
-        state_dict_metadata=state,
-        planner_data={name: (name,) for name in tensors},
-        storage_data=storage,
-        storage_meta=dcp.StorageMeta(),
-        version=filesystem.CURRENT_DCP_VERSION,
-    )
-    return pickle.dumps(metadata)

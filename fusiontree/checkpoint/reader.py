@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.checkpoint.cover import first_overlap
+from fusiontree.checkpoint.index import INDEX, IndexedTensor, TensorIndex
 from fusiontree.checkpoint.manifest import (
     ByteCount,
     CheckpointDamage,
@@ -55,16 +56,20 @@ class CheckpointReader:
     """An open checkpoint folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Read manifest and metadata.
+        """Read manifest and index, or metadata if there is no index.
 
         Raises:
-            CheckpointDamage: manifest or metadata is damaged.
+            CheckpointDamage: one of them is damaged.
         """
         self.folder = folder
         self.files = read_manifest(folder)
-        self.check(METADATA)
-        self.tensors: dict[str, SavedTensor] = read_metadata(folder)
         self._open = OpenFiles(folder)
+        self.tensors: dict[str, SavedTensor | IndexedTensor] = {}
+        if INDEX in self.files and not self.files[INDEX].whole:
+            self.tensors |= TensorIndex(folder, self.files, self._open).tensors
+        else:  # of a former version, or of another program
+            self.check(METADATA)
+            self.tensors |= read_metadata(folder)
         self._sized: set[str] = set()
 
     def check(self, name: str) -> None:
@@ -90,7 +95,7 @@ class CheckpointReader:
             raise CheckpointDamage(f"{self.folder / name} is not in the checkpoint's manifest")
         return self.files[name]
 
-    def _saved(self, name: str) -> SavedTensor:
+    def _saved(self, name: str) -> SavedTensor | IndexedTensor:
         if name not in self.tensors:
             raise UserError(f"{self.folder} holds no tensor '{name}'{nearest(name, self.tensors)}")
         return self.tensors[name]
@@ -160,7 +165,7 @@ class CheckpointReader:
             for offset, view in pieces_of(tensor):
                 filled = 0
                 used = []
-                for chunk in saved.chunks:
+                for chunk in saved.near(offset, tuple(view.shape)):
                     if overlap := _overlap(offset, tuple(view.shape), chunk):
                         there, here = overlap
                         job = jobs.setdefault((chunk.file, chunk.start), _Job(name, chunk, saved.dtype, []))
@@ -176,7 +181,7 @@ class CheckpointReader:
 
     def _digest(self, chunk: Chunk) -> str | None:
         """Return the recorded SHA-256 of exactly this rectangle's bytes, or None if there is none."""
-        return self._entry(chunk.file).digest_at(chunk.start, chunk.length)
+        return chunk.digest or self._entry(chunk.file).digest_at(chunk.start, chunk.length)
 
     @torch.no_grad()
     def _read_job(self, job: _Job, buffers: Buffers, count: ByteCount, hashers: Executor) -> None:

@@ -24,12 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusiontree.checkpoint.config import CheckpointConfig
+from fusiontree.checkpoint.exchange import first_of, rank_of
 from fusiontree.checkpoint.folders import partial_folder, remove_folder, step_folder
 from fusiontree.checkpoint.retention import remove_old
 from fusiontree.checkpoint.save_plan import Rectangle, SavePlan, holdings_of, make_plan
 from fusiontree.checkpoint.snapshot import Snapshot, live_pieces
-from fusiontree.checkpoint.write_files import Written, write_files, write_metadata, write_small_files
-from fusiontree.parallel.layout import gather_objects
+from fusiontree.checkpoint.tables import Files, gather_tables
+from fusiontree.checkpoint.write_files import Written, write_files, write_small_files
 from fusiontree.utils.files import fsync_directory
 
 _SMALL_FILES = 16 << 20
@@ -95,7 +96,7 @@ class Saver:
         """
         self.checkpoints, self.config, self.group = checkpoints, config, group
         self._may_commit = may_commit
-        self._rank = 0 if group is None else dist.get_rank(group)
+        self._rank = rank_of(group)
         self._plan: SavePlan | None = None
         self._snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
@@ -105,7 +106,7 @@ class Saver:
         """Compute the save plan and allocate the buffers, so that the first save pauses no longer than later saves."""
         holdings = holdings_of(tensors)
         stale = self._plan is None or self._plan.holdings != holdings
-        if any(gather_objects(stale, self.group)):
+        if first_of(True if stale else None, self.group):
             if self._snapshot:
                 self._snapshot.close()
             self._plan, self._snapshot = make_plan(holdings, self.group), None
@@ -182,16 +183,16 @@ class Saver:
         partial = partial_folder(self.checkpoints, request.step)
         removed: list[str] = []
         try:
-            error = self._first_error(self._open(partial, plan) if self._rank == 0 else None)
+            error = first_of(self._open(partial, plan) if self._rank == 0 else None, self.group)
             if error is None:
                 written, mine = self._write_mine(partial, pieces)
-                everyone = gather_objects((written, mine), self.group)
-                error = next((e for _, e in everyone if e), None)
-                if self._rank == 0 and error is None:
-                    files = [file for files, _ in everyone for file in files]
-                    error = self._commit(request, plan, partial, files)
-                    removed = self._remove_old(request.step) if error is None else []
-                error = self._first_error(error)
+                error = first_of(mine, self.group)
+            if error is None:
+                files, mine = self._describe(partial, plan, written)
+                if files is not None:
+                    mine = self._commit(request, partial, files)
+                    removed = self._remove_old(request.step) if mine is None else []
+                error = first_of(mine, self.group)
             if error and self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
         except Exception as failure:  # a peer has died, so the group is broken
@@ -208,9 +209,6 @@ class Saver:
             removed=removed,
             note=request.note,
         )
-
-    def _first_error(self, mine: _Failure | None) -> _Failure | None:
-        return next((error for error in gather_objects(mine, self.group) if error), None)
 
     def _open(self, partial: Path, plan: SavePlan) -> _Failure | None:
         """Create the temporary folder, if there is enough disk space for the checkpoint."""
@@ -241,11 +239,17 @@ class Saver:
                 )
             return [], _Failure(text)
 
-    def _commit(self, request: _Request, plan: SavePlan, partial: Path, files: list[Written]) -> _Failure | None:
-        """Write metadata, state and small files, then the manifest, and rename the folder to its final name."""
+    def _describe(self, partial: Path, plan: SavePlan, written: list[Written]) -> tuple[Files | None, _Failure | None]:
+        """Write metadata and index on rank 0; return there the entries of the manifest. A collective call."""
+        try:
+            return gather_tables(partial, plan.tensors, written, self.group), None
+        except OSError as error:
+            return None, _Failure(_explain(error, partial))
+
+    def _commit(self, request: _Request, partial: Path, files: Files) -> _Failure | None:
+        """Write state and small files, then the manifest, and rename the folder to its final name."""
         final = step_folder(self.checkpoints, request.step)
         try:
-            write_metadata(partial, plan.tensors, files)
             write_small_files(partial, {"step": request.step, **request.values}, request.extra_files, files)
             if problem := self._may_commit():
                 return _Failure(problem, fatal=True)

@@ -1,4 +1,7 @@
-"""Writes this rank's files of a checkpoint in DCP's format and hashes them while writing."""
+"""Writes the files of a checkpoint, in DCP's format, and hashes them while writing.
+
+Each rank writes its tensor files, and rank 0 the small files; :mod:`.tables` writes those that describe the tensors.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from fusiontree.checkpoint.folders import STATE
 from fusiontree.checkpoint.manifest import FileEntry, file_entries, write_manifest
-from fusiontree.checkpoint.metadata import METADATA, Chunk, SavedTensor, metadata_bytes
+from fusiontree.checkpoint.metadata import Chunk
 from fusiontree.checkpoint.save_plan import Rectangle
 from fusiontree.utils.files import atomic_write, write_json
 
@@ -28,7 +31,7 @@ class Written:
     """One written file and its content."""
 
     name: str
-    entry: FileEntry
+    size: int
     chunks: list[tuple[str, Chunk]]
 
 
@@ -62,7 +65,6 @@ def write_file(folder: Path, name: str, pieces: Iterable[tuple[Rectangle, Tensor
         OSError: the disk is full, the folder is gone …
     """
     chunks: list[tuple[str, Chunk]] = []
-    parts: list[tuple[int, str]] = []
     start = 0
     path = folder / name
     try:
@@ -75,40 +77,37 @@ def write_file(folder: Path, name: str, pieces: Iterable[tuple[Rectangle, Tensor
                     if stream.error:
                         raise stream.error from None
                     raise
-                chunks.append((tensor_name, Chunk(offset, shape, name, start, stream.size)))
-                parts.append((stream.size, stream.hexdigest()))
+                chunks.append((tensor_name, Chunk(offset, shape, name, start, stream.size, stream.hexdigest())))
                 start += stream.size
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-    return Written(name, FileEntry(start, tuple(parts), whole=False), chunks)
-
-
-def write_metadata(
-    folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], files: Iterable[Written]
-) -> None:
-    """Write ``.metadata``: shape and dtype of each tensor, and the places of its rectangles in ``files``."""
-    chunks: dict[str, list[Chunk]] = {name: [] for name in tensors}
-    for file in files:
-        for name, chunk in file.chunks:
-            chunks[name].append(chunk)
-    saved = {name: SavedTensor(shape, dtype, tuple(chunks[name])) for name, (shape, dtype) in tensors.items()}
-    with atomic_write(folder / METADATA, "wb") as out:
-        out.write(metadata_bytes(saved))
+    return Written(name, start, chunks)
 
 
 def write_small_files(
-    folder: Path, state: dict[str, Any], extra_files: Iterable[Path], written: Iterable[Written]
+    folder: Path, state: dict[str, Any], extra_files: Iterable[Path], files: Mapping[str, FileEntry]
 ) -> None:
-    """Write ``state`` and copies of ``extra_files``, then the manifest, which declares the folder complete."""
+    """Write ``state`` and copies of ``extra_files``, then the manifest, which declares the folder complete.
+
+    Args:
+        folder: of the checkpoint.
+        state: small values.
+        extra_files: small files to copy.
+        files: the result of :func:`~.tables.write_tables`.
+
+    Raises:
+        OSError: the disk is full …
+    """
     write_json(folder / STATE, state)
-    small = [folder / METADATA, folder / STATE]
+    small = [folder / STATE]
     for extra in extra_files:
         with atomic_write(folder / extra.name, "wb") as out:
             out.write(extra.read_bytes())
         small.append(folder / extra.name)
-    write_manifest(folder, file_entries(small, folder) | {file.name: file.entry.to_dict() for file in written})
+    entries = {name: entry.to_dict() for name, entry in files.items()}
+    write_manifest(folder, file_entries(small, folder) | entries)
 
 
 def _own_storage(live: Tensor) -> Tensor:

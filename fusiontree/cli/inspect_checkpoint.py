@@ -92,7 +92,8 @@ def opened(path: Path) -> CheckpointReader:
 def whole(path: Path, *, as_json: bool) -> int:
     """Compare every file with its recorded hash."""
     from fusiontree.checkpoint.load import find_checkpoint
-    from fusiontree.checkpoint.manifest import read_manifest, verify
+    from fusiontree.checkpoint.manifest import read_manifest
+    from fusiontree.checkpoint.verify import verify
 
     folder = find_checkpoint(path)
     entries = read_manifest(folder)
@@ -153,7 +154,7 @@ def row(reader: CheckpointReader, name: str, norms: bool) -> dict[str, Any]:
         "name": name,
         "shape": list(saved.shape),
         "dtype": str(saved.dtype).removeprefix("torch."),
-        "pieces": len(saved.chunks),
+        "pieces": saved.pieces,
     }
     if norms:
         tensor = reader.read(name)

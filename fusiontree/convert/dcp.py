@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fusiontree.checkpoint.folders import folder_step, step_folder
 from fusiontree.checkpoint.load import find_checkpoint, read_state
-from fusiontree.checkpoint.manifest import verify
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.checkpoint.save_plan import Rectangle
-from fusiontree.checkpoint.write_files import Written, write_file, write_metadata, write_small_files
+from fusiontree.checkpoint.tables import Files, write_tables, written_rows
+from fusiontree.checkpoint.verify import verify
+from fusiontree.checkpoint.write_files import Written, write_file, write_small_files
 from fusiontree.convert.reader import MODEL, TOKENIZER_FILES, CheckpointSource, Entry, Stream, checked, state_prefix
 from fusiontree.utils.files import atomic_write
 
@@ -81,8 +82,11 @@ def one_rectangle(entry: Entry, make: Callable[[], Tensor]) -> Lazy:
     return Lazy(entry, {(0,) * len(entry.shape): entry.shape}, lambda offset: make())
 
 
-def write_dcp(folder: Path, tensors: dict[str, Lazy]) -> list[Written]:
-    """Write tensors as a DCP folder, a rectangle at a time, and return its files."""
+def write_dcp(folder: Path, tensors: dict[str, Lazy], *, index: bool = True) -> Files:
+    """Write tensors as a DCP folder, a rectangle at a time, and return its files' entries in the manifest.
+
+    Without ``index`` the folder is as torch writes it, for readers of other programs only.
+    """
     files: list[list[Rectangle]] = [[]]
     size = 0
     for name, lazy in tensors.items():
@@ -91,12 +95,13 @@ def write_dcp(folder: Path, tensors: dict[str, Lazy]) -> list[Written]:
             size = 0
         files[-1] += [(name, offset, shape) for offset, shape in lazy.chunks.items()]
         size += lazy.entry.nbytes
-    written = []
+    written: list[Written] = []
     for number, rectangles in enumerate(files):
         pieces = ((rectangle, tensors[rectangle[0]].make(rectangle[1])) for rectangle in rectangles)
         written.append(write_file(folder, f"__0_{number}.distcp", pieces))
-    write_metadata(folder, {name: lazy.entry for name, lazy in tensors.items()}, written)
-    return written
+    entries = {name: (lazy.entry.shape, lazy.entry.dtype) for name, lazy in tensors.items()}
+    rows = written_rows(written, entries)
+    return write_tables(folder, entries, {part.name: part.size for part in written}, [rows], index=index)
 
 
 def write(folder: Path, stream: Stream, *, config_yaml: str | None, name: str) -> None:
@@ -126,8 +131,8 @@ def write(folder: Path, stream: Stream, *, config_yaml: str | None, name: str) -
     tensors = {tensor: one_rectangle(stream.entry(tensor), partial(stream.read, tensor)) for tensor in source.entries}
     if not source.has_optimizer:
         tensors.update(_zero_states(source))
-    written = write_dcp(target, tensors)
-    write_small_files(target, values | {"config": source.config}, source.files, written)
+    files = write_dcp(target, tensors)
+    write_small_files(target, values | {"config": source.config}, source.files, files)
 
 
 def fresh_state() -> dict[str, Any]:

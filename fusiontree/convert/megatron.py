@@ -103,7 +103,7 @@ def write(folder: Path, stream: Stream, *, tp: int) -> None:
                 block.chunks(),
                 lambda offset, name=name, block=block: reader.part(name, block, offset),  # type: ignore[misc]
             )
-    write_dcp(folder, lazy)
+    write_dcp(folder, lazy, index=False)
     step = (source.state or {}).get("step", 0)
     torch.save({"iteration": step, "checkpoint_version": 3.0}, folder / "common.pt")
     kind = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.checkpoint.load import check_model, load_checkpoint, load_newest
-from fusiontree.checkpoint.manifest import CheckpointDamage, file_entries, verify, write_manifest
+from fusiontree.checkpoint.manifest import CheckpointDamage, file_entries, write_manifest
 from fusiontree.checkpoint.metadata import read_metadata
 from fusiontree.checkpoint.saver import Saver
+from fusiontree.checkpoint.verify import verify
 from fusiontree.utils.errors import UserError
 
-FILES = ["__0_0.distcp", ".metadata", "state.json", "tokenizer.json", "manifest.json"]
+FILES = ["__0_0.distcp", ".metadata", "tensors.index", "state.json", "tokenizer.json", "manifest.json"]
 
 
 def state(value: float) -> dict[str, Tensor]:

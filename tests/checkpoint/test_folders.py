@@ -10,8 +10,9 @@ import pytest
 
 from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.checkpoint.folders import MANIFEST, STATE, complete_checkpoints, remove_partial, set_aside
-from fusiontree.checkpoint.manifest import CheckpointDamage, file_entries, verify, write_manifest
+from fusiontree.checkpoint.manifest import CheckpointDamage, file_entries, write_manifest
 from fusiontree.checkpoint.retention import remove_old
+from fusiontree.checkpoint.verify import verify
 
 
 def make(checkpoints: Path, step: int, validation_loss: float | None = None) -> Path:

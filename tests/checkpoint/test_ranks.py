@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusiontree.checkpoint.manifest import verify
+from fusiontree.checkpoint.verify import verify
 from tests.parallel.launch import run_ranks
 
 

@@ -20,8 +20,9 @@ from fusiontree.checkpoint import write_files as files_module
 from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.checkpoint.folders import complete_checkpoints
 from fusiontree.checkpoint.load import load_checkpoint, load_newest
-from fusiontree.checkpoint.manifest import file_entries, read_manifest, verify, write_manifest
+from fusiontree.checkpoint.manifest import file_entries, read_manifest, write_manifest
 from fusiontree.checkpoint.saver import Saver, SaveResult
+from fusiontree.checkpoint.verify import verify
 from fusiontree.checkpoint.write_files import write_files
 from fusiontree.parallel.global_tensor import GlobalTensor, ShardSpec
 
@@ -172,7 +173,9 @@ def test_the_manifest_covers_every_file(tmp_path: Path) -> None:
     saver.save(1, state(), {"config": {}}, [extra], wait=True)
     folder = saver.poll()[0].folder
     assert {f.name for f in folder.iterdir()} == {*read_manifest(folder), "manifest.json"}
-    assert {"tokenizer.json", "state.json", ".metadata", "__0_0.distcp"} == read_manifest(folder).keys()
+    assert {"tokenizer.json", "state.json", ".metadata", "tensors.index", "__0_0.distcp"} == read_manifest(
+        folder
+    ).keys()
 
 
 def breaks_after_one(tmp_path: Path, breaking: Callable[[], None], mend: Callable[[], None]) -> str:
