@@ -24,7 +24,7 @@ setup(
     packages=find_packages(include=["fusiontree", "fusiontree.*"]),
     install_requires=[
         "torch>=2.11,<3",  # FSDP2 with separate sharding groups, varlen attention, DCP
-        "numpy>=1.26,<3",  # memory-mapped token shards
+        "numpy>=1.26,<3",  # memory-mapped token shards, the index of a checkpoint
         "pydantic>=2.7,<3",  # typed, strict configuration
         "pyyaml>=6.0,<7",  # configuration files
         "tokenizers>=0.20,<1",  # tokenizer.json files and BPE training

@@ -58,9 +58,12 @@ class MetadataFile(TableFile):
             self._add_tensor(number, part)
         self._done = numbers.stop
 
-    def _add_tensor(self, number: int, rows: np.ndarray) -> None:
+    def _begin(self) -> None:
         self._out.write(b"".join(self._head))
         self._head.clear()
+
+    def _add_tensor(self, number: int, rows: np.ndarray) -> None:
+        self._begin()
         name, (shape, dtype) = self._entries[number]
         slot = self._first_name + number
         offset = _size([rows["offset"][:, axis] for axis in range(len(shape))])
@@ -81,6 +84,7 @@ class MetadataFile(TableFile):
 
     def finish(self) -> FileEntry:
         """Write the tensors that are left, which have no rows, and the end."""
+        self._begin()
         nothing = np.zeros(0, row_type(shape for _, (shape, _) in self._entries))
         for number in range(self._done, len(self._entries)):
             self._add_tensor(number, nothing)

@@ -243,7 +243,7 @@ class Saver:
         """Write metadata and index on rank 0; return there the entries of the manifest. A collective call."""
         try:
             return gather_tables(partial, plan.tensors, written, self.group), None
-        except OSError as error:
+        except Exception as error:
             return None, _Failure(_explain(error, partial))
 
     def _commit(self, request: _Request, partial: Path, files: Files) -> _Failure | None:
