@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import secrets
 import time
 from pathlib import Path
@@ -109,7 +110,11 @@ class Records:
             if later:
                 with self.metrics_path.with_name("metrics.discarded.jsonl").open("a", encoding="utf-8") as file:
                     file.writelines(format_line(r) for r in later)
-            if later or damaged:
+                    file.flush()
+                    os.fsync(file.fileno())  # before the lines leave the other file
+            if later and not damaged and (end := _start_of_tail(self.metrics_path, later)) is not None:
+                os.truncate(self.metrics_path, end)
+            elif later or damaged:
                 with atomic_write(self.metrics_path) as file:
                     file.writelines(format_line(r) for r in records if r["step"] <= step)
         except OSError as error:
@@ -180,6 +185,18 @@ class Records:
                 log.error("cannot write %s (%s); its lines are kept until it can be written", path, error)
             return
         del self._unwritten[path]
+
+
+def _start_of_tail(path: Path, records: list[dict[str, Any]]) -> int | None:
+    """Return the offset of the lines of ``records`` if the file ends with exactly them, else None."""
+    tail = "".join(format_line(r) for r in records).encode()
+    start = _end_of_lines(path) - len(tail)
+    if start < 0:
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, start - 1))
+        before = file.read(min(1, start))
+        return start if before in (b"", b"\n") and file.read(len(tail)) == tail else None
 
 
 def _end_of_lines(path: Path) -> int:

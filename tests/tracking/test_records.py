@@ -107,6 +107,31 @@ def test_nothing_to_move_rewrites_nothing(tmp_path: Path) -> None:
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
+@pytest.mark.parametrize("end", ["", '{"step": 6, "lo'])
+def test_only_the_tail_is_cut_off(tmp_path: Path, end: str) -> None:
+    records = Records(tmp_path, enabled=True)
+    for step in range(1, 6):
+        records.metrics({"step": step, "loss": step / 3, "text": "ä", "none": float("nan")})
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines) + end)
+    before = file.stat().st_ino
+    assert records.truncate_metrics(2) == 5
+    assert file.read_text() == "".join(lines[:2]) and file.stat().st_ino == before
+    assert (tmp_path / "metrics.discarded.jsonl").read_text() == "".join(lines[2:])
+    assert records.truncate_metrics(0) == 2 and file.read_bytes() == b"" and file.stat().st_ino == before
+
+
+@pytest.mark.parametrize(
+    "text", ['{"step": 3}\n{"step": 1}\n', '{"step": 1}\n{"step":3}\n', '{"step": 1}\n{"step": 3}\n\n']
+)
+def test_lines_that_are_no_tail_of_ours_are_taken_out_one_by_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert Records(tmp_path, enabled=True).truncate_metrics(2) == 3
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert read_records(tmp_path / "metrics.discarded.jsonl") == [{"step": 3}]
+
+
 def test_lines_are_strict_json_with_the_time(tmp_path: Path) -> None:
     values = {"step": 1, "loss": float("nan"), "gates": {"mean": [0.5, float("inf")]}, "epochs": (-float("inf"), 1)}
     Records(tmp_path, enabled=True).metrics(values)
