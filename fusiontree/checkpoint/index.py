@@ -62,7 +62,7 @@ class IndexFile(TableFile):
         pages = np.zeros(len(starts), _page_type(self._row))
         pages["begin"] = np.minimum.reduceat(rows["offset"], starts, axis=0)
         pages["end"] = np.maximum.reduceat(rows["offset"] + rows["shape"], starts, axis=0)
-        raw = memoryview(np.ascontiguousarray(rows).view(np.uint8))
+        raw = memoryview(np.ascontiguousarray(rows).view(np.uint8))  # type: ignore[arg-type]
         borders = [*(starts * self._row.itemsize).tolist(), len(raw)]
         digests = [hashlib.sha256(raw[a:b]).digest() for a, b in pairwise(borders)]
         pages["digest"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)

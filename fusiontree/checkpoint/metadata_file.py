@@ -77,7 +77,7 @@ class MetadataFile(TableFile):
         key = _keep(slot, _pickled(name)) + _TENSORS + _get(slot)
         self._out.write(key + _new(dcp.TensorStorageMetadata, b"".join(state)) + pickle.SETITEM + pickle.POP)
         place = [*_integer(rows["start"]), *_integer(rows["length"])]
-        file = [pickle.LONG_BINGET, (rows["file"] + np.uint32(_FIRST_FILE)).astype("<u4")]
+        file: list[_Part] = [pickle.LONG_BINGET, (rows["file"] + np.uint32(_FIRST_FILE)).astype("<u4")]
         index = [_INDEX, _get(slot), *offset, pickle.TUPLE2, pickle.REDUCE]
         info = [_INFO, *file, *place, pickle.TUPLE3, pickle.REDUCE]
         self._out.write(_STORAGE + pickle.MARK + _woven(len(rows), [*index, *info]) + pickle.SETITEMS + pickle.POP)

@@ -136,14 +136,14 @@ class SafetensorsFolder:
             if not found:
                 raise UserError(f"{path} holds no .safetensors file; give the folder that has the weights")
             self._files = {}
-            for file in map(SafetensorsFile, found):
-                for name in file.entries:
+            for weights in map(SafetensorsFile, found):
+                for name in weights.entries:
                     if name in self._files:
                         raise UserError(
-                            f"'{name}' is in {self._files[name].path} and in {file.path}, and {path} has no index; "
+                            f"'{name}' is in {self._files[name].path} and in {weights.path}, and {path} has no index; "
                             f"remove the file that is no part of the model"
                         )
-                    self._files[name] = file
+                    self._files[name] = weights
         self.entries = {name: file.entries[name] for name, file in self._files.items()}
 
     def read(self, name: str) -> Tensor:

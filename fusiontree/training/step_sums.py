@@ -49,7 +49,7 @@ class StepCounts(NamedTuple):
                 is each rank's own.
         """
         *counts, high, low = summed
-        raw = cls(*counts, high * _HALF + low)
+        raw = cls(*counts, flops=high * _HALF + low)  # type: ignore[misc]  # as many as there are fields before
         once = cls(*(value // ranks_per_row for value in raw))
         return once._replace(stop_requests=raw.stop_requests)
 

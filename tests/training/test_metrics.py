@@ -10,8 +10,9 @@ import torch
 
 from fusiontree.data.batch import MicroBatch, StepBatch
 from fusiontree.training.losses import LossWeights
-from fusiontree.training.metrics import document_lengths, step_metrics
+from fusiontree.training.metrics import step_metrics
 from fusiontree.training.pipeline import FinishedStep
+from fusiontree.training.step import document_lengths
 from fusiontree.training.step_sums import RowSums, StepCounts, TokenSums
 
 WEIGHTS = LossWeights(load_balance=0.5, entropy=0.25, z_loss=0.125, gate_target=0.5, gate_margin=0.1)
@@ -19,12 +20,10 @@ POSITIONS_BS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]]
 
 
 def settings(peak_flops: float | None = 1e4) -> Any:
-    """Five FLOPs a token for each document of the batch."""
     return SimpleNamespace(
         loss_weights=WEIGHTS,
         training=SimpleNamespace(global_batch_size=6, seq_len=8),
         peak_flops=peak_flops,
-        flops_per_token=lambda lengths: 5.0 * len(lengths),
         layer_metrics=lambda step: (),
     )
 
@@ -36,7 +35,7 @@ def finished() -> FinishedStep:
         number=7,
         batch=StepBatch([micro], seq_len=8, skipped_rows=0, wait_s=0.5, epochs=(1.5,)),
         learning_rate=0.01,
-        counts=StepCounts(tokens=40, rows=4, skipped_rows=3, tokens_hash=(1 << 32) + 0xAB, stop_requests=0),
+        counts=StepCounts(tokens=40, rows=4, skipped_rows=3, tokens_hash=(1 << 32) + 0xAB, stop_requests=0, flops=720),
         token_sums=TokenSums(lm=3.0, z=2.0),
         row_sums=RowSums(0.5, 0.75, {"gate": [2.0, 1.0], "square": [1.25, 0.25], "entropy": [0.5, 1.0]}),
         grad_norm=1.25,
@@ -54,7 +53,7 @@ def test_speed_is_of_the_job_and_mfu_of_one_device(world_size: int) -> None:
     found = step_metrics(finished(), settings(), world_size, torch.device("cpu"))
     assert found["tokens_per_s"] == 6 * 8 / 0.25
     assert found["tokens_per_s_per_gpu"] == 192 / world_size
-    assert found["mfu"] == pytest.approx(192 / world_size * 15 / 1e4)
+    assert found["mfu"] == pytest.approx(720 / 0.25 / world_size / 1e4)
     assert step_metrics(finished(), settings(None), world_size, torch.device("cpu"))["mfu"] is None
 
 

@@ -19,6 +19,7 @@ from fusiontree.training.losses import LossWeights
 from fusiontree.training.nonfinite import check_skips
 from fusiontree.training.schedule import learning_rate
 from fusiontree.training.step import TrainStep, count
+from fusiontree.training.step_sums import StepCounts
 from fusiontree.training.validation import validate
 from fusiontree.utils.errors import UserError
 
@@ -77,6 +78,8 @@ def new_step(engine: Any, spike: str | None = None) -> TrainStep:
         training=TRAINING.model_copy(update={"spikes": SimpleNamespace(policy="skip")}),
         config=SimpleNamespace(model=SimpleNamespace(num_layers=1, drop_branch_prob=0.0)),
         layer_metrics=lambda number: (),
+        is_logged=lambda number: True,
+        flops_per_token=lambda lengths: 5.0 * len(lengths),
         loss_weights=LossWeights(0.0, 0.0, 0.0, 0.5, 0.0),
     )
     spikes: Any = SimpleNamespace(judge=lambda loss, seq_len: spike)
@@ -104,10 +107,10 @@ def test_a_spike_is_discarded() -> None:
 
 def test_labels_rows_and_losses_are_those_that_count() -> None:
     counted = count(BATCH, stop_wanted=True)
-    assert counted == (9, 3, 1, 77, 1)
+    assert counted == StepCounts(9, 3, 1, 77, 1)
     engine = FakeEngine()
     gradient = new_step(engine).compute_gradient(1, BATCH, stop_wanted=False, limit_s=0.0)
-    assert gradient.counts() == (18, 6, 2, 154, 0)
+    assert gradient.counts() == StepCounts(18, 6, 2, 154, 0, flops=2 * 16 * 5 * 4)
     # Each label costs 2; this rank has 9 of 18, and the fake's sum over tokens is four times the rank's.
     assert gradient.token_sums().lm == pytest.approx(4 * 9 * 2.0 / 18)
 
