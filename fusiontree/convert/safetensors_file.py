@@ -98,8 +98,8 @@ class SafetensorsFile:
                 if not all(isinstance(value, str) for value in self.metadata.values()):
                     raise TypeError("__metadata__ is no mapping of texts")
                 kinds = {name: str(e["dtype"]) for name, e in header.items()}
-                ranges = {name: tuple(map(_count, e["data_offsets"])) for name, e in header.items()}
-                shapes = {name: tuple(map(_count, e["shape"])) for name, e in header.items()}
+                ranges = {name: _counts(e["data_offsets"]) for name, e in header.items()}
+                shapes = {name: _counts(e["shape"]) for name, e in header.items()}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(f"{path} has a header that cannot be read ({error!r}); copy it again") from error
         for name, kind in kinds.items():
@@ -149,15 +149,15 @@ def _refused(word: str) -> Any:
     raise ValueError(f"{word} is no JSON")
 
 
-def _count(value: Any) -> int:
-    """Return a size or offset.
+def _counts(values: Any) -> tuple[int, ...]:
+    """Return sizes or offsets.
 
     Raises:
-        TypeError: it is no number of bytes or elements.
+        TypeError: they are no list of numbers of bytes or elements.
     """
-    if type(value) is not int or value < 0:
-        raise TypeError(f"{value!r} is no size")
-    return value
+    if not isinstance(values, list) or any(type(value) is not int or value < 0 for value in values):
+        raise TypeError(f"{values!r} are no sizes")
+    return tuple(values)
 
 
 class WeightFile(CheckpointSource):
