@@ -65,16 +65,8 @@ class FusionTreeConfig(PretrainedConfig):
         self.mlp_activation = mlp_activation
         self.norm_eps = norm_eps
         self.initializer_range = initializer_range
-        sizes: dict[str, Any] = {
-            "head_dim": 64,
-            "d_state": 128,
-            "n_groups": 1,
-            "norm_groups": 1,
-            "d_conv": 4,
-            "expand": 2,
-        }
-        sizes |= {"dt_min": None, "dt_max": None}
-        self.mamba = {**sizes, "chunk_size": 256, **(mamba or {})}
+        sizes = {"head_dim": 64, "d_state": 128, "n_groups": 1, "norm_groups": 1, "d_conv": 4, "expand": 2}
+        self.mamba = {**sizes, "dt_min": None, "dt_max": None, "chunk_size": 256, **(mamba or {})}
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
