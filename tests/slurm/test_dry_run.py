@@ -23,7 +23,7 @@ def programs(tmp_path: Path) -> Path:
 
 
 def script(programs: Path, name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = environment() | {"FUSIONTREE_PYTHON": str(programs / "python"), "NOTES": str(programs)} | variables
+    env = environment() | {"FUSIONTREE_PYTHON": str(programs / "python"), "NOTES": str(programs.parent)} | variables
     env["PATH"] = f"{programs}:{env['PATH']}"
     return subprocess.run(
         [str(ROOT / "slurm" / name), *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
@@ -34,8 +34,8 @@ def test_a_dry_run_checks_and_shows_what_would_be_queued(programs: Path) -> None
     options = ["--dry-run", "--chain=2", "--nodes=1-2", "--gpus-per-node=h100:8", "--comment=two words"]
     done = script(programs, "pretrain.sh", *options, "my.yaml", "run_dir=runs/a b", LAUNCHER="torchrun")
     assert done.returncode == 0, done.stderr
-    assert not (programs / "sbatch").exists()
-    checks = [line for line in (programs / "python").read_text().splitlines() if "--check" in line]
+    assert not (programs.parent / "sbatch").exists()
+    checks = [line for line in (programs.parent / "python").read_text().splitlines() if "--check" in line]
     assert [line.split("--world-size ")[1].split()[0] for line in checks] == ["8", "16"]
     plan, first, second = done.stdout.splitlines()
     assert plan == "each job starts 8 or 16 ranks by LAUNCHER=torchrun"
@@ -44,7 +44,7 @@ def test_a_dry_run_checks_and_shows_what_would_be_queued(programs: Path) -> None
     assert "--dependency=afternotok:JOB1 --kill-on-invalid-dep=yes" in second
     done = script(programs, "pretrain.sh", *options[1:], "my.yaml", "run_dir=runs/a b")
     assert done.stdout.splitlines() == ["queued job 7"] * 2
-    assert len((programs / "sbatch").read_text().splitlines()) == 2
+    assert len((programs.parent / "sbatch").read_text().splitlines()) == 2
 
 
 def test_a_dry_run_of_what_is_wrong_ends_with_code_2(programs: Path) -> None:
@@ -62,4 +62,4 @@ def test_an_evaluation_has_a_dry_run_too(programs: Path) -> None:
     (line,) = done.stdout.splitlines()
     assert line.startswith("would queue: sbatch --parsable --gpus-per-node=1 ")
     assert line.strip().endswith("slurm/evaluate.sh --checkpoint=runs/a --tasks text")
-    assert not (programs / "sbatch").exists()
+    assert not (programs.parent / "sbatch").exists()
