@@ -13,7 +13,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,7 +199,7 @@ def lock_run_folder(config: Config, layout: Layout) -> Iterator[RunLock]:
     from fusiontree.supervision.run_lock import RunLock
 
     lock = RunLock(Path(config.run_dir), say=log.warning)
-    on_main_rank(layout, lock.acquire)
+    layout.on_main_rank(lock.acquire)
     try:
         yield lock
     finally:
@@ -219,25 +219,8 @@ def initial_state(config: Config, layout: Layout, train_data: TrainingData) -> I
         found = find_initial_state(config, train_data.sources[0].tokenizer)
         return json.dumps(found.record()) if found else ""
 
-    found = on_main_rank(layout, find)
+    found = layout.on_main_rank(find)
     return InitialState.of_record(json.loads(found)) if found else None
-
-
-def on_main_rank(layout: Layout, work: Callable[[], str | None]) -> str:
-    """Run ``work`` on the main rank alone and return its text on every rank.
-
-    Raises:
-        UserError: ``work`` raised it; raised on every rank.
-    """
-    answer, refusal = "", ""
-    if layout.is_main:
-        try:
-            answer = work() or ""
-        except UserError as error:
-            refusal = str(error)
-    if refusal := layout.gather_text(refusal)[0]:
-        raise UserError(refusal)
-    return layout.gather_text(answer)[0]
 
 
 def write_run_folder(

@@ -8,7 +8,7 @@ between the mixers. tp is innermost, so its ranks are neighbours: rank = (dp_ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fusiontree.utils.device import choose_device
 from fusiontree.utils.environment import check_meeting_point, process_place, rendezvous_given
+from fusiontree.utils.errors import UserError
 
 T = TypeVar("T")
 
@@ -163,6 +164,22 @@ class Layout:
     def gather_text(self, text: str) -> list[str]:
         """Return every rank's ``text``, in rank order; a collective call."""
         return gather_objects(text, self.cpu_group)
+
+    def on_main_rank(self, work: Callable[[], str | None]) -> str:
+        """Run ``work`` on the main rank alone and return its text on every rank; a collective call.
+
+        Raises:
+            UserError: ``work`` raised it; raised on every rank.
+        """
+        answer, refusal = "", ""
+        if self.is_main:
+            try:
+                answer = work() or ""
+            except UserError as error:
+                refusal = str(error)
+        if refusal := self.gather_text(refusal)[0]:
+            raise UserError(refusal)
+        return self.gather_text(answer)[0]
 
     def barrier(self) -> None:
         """Wait until every process has called this."""
