@@ -6,7 +6,15 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # A given python is taken as it is: inside a container it may stand at a path that this machine does not have.
 python=${FUSIONTREE_PYTHON:-$root/.venv/bin/python}
-[ -n "${FUSIONTREE_PYTHON:-}" ] || [ -x "$python" ] || python=$(command -v python3)
+if [ -z "${FUSIONTREE_PYTHON:-}" ] && [ ! -x "$python" ]; then
+    python=$(command -v python3) || python=python3
+    # The system's python may lack the packages, whose first import would end in a traceback.
+    "$python" -c 'import sys; from importlib.util import find_spec as f; sys.exit(not (f("torch") and f("yaml") and f("tqdm")))' || {
+        echo "error: $python lacks the packages of this project, and $root/.venv does not exist; run 'make install' in" \
+            "$root, activate an environment that has them, or set FUSIONTREE_PYTHON" >&2
+        exit 2
+    }
+fi
 # A clone is used as it is; it need not be installed in the environment.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1

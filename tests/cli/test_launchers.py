@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,22 @@ def test_a_python_that_does_not_exist_is_not_replaced(launcher: str) -> None:
     command = [str(ROOT / "launchers" / f"{launcher}.sh"), "--config", "quickstart", "--print-run-dir"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and "/nowhere/python" in done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun"])
+def test_a_python_without_the_packages_is_named(launcher: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "launchers", tmp_path / "launchers")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')  # without site-packages
+    (programs / "python3").chmod(0o755)
+    env = environment() | {"PATH": f"{programs}:/usr/bin:/bin"}
+    env.pop("FUSIONTREE_PYTHON", None)
+    command = [str(tmp_path / "launchers" / f"{launcher}.sh"), "--config", "quickstart", "--print-run-dir"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {programs}/python3 lacks the packages")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("tool", ["quickstart", "fault_campaign"])
