@@ -195,7 +195,7 @@ class Layout:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error the peers may wait in a collective; destroying NCCL groups would wait for them too.
-        if kind is None:
+        if kind is None or self.place.world_size == 1:
             self.close()
 
 
