@@ -63,7 +63,7 @@ def test_a_checkpoint(log: Log, tmp_path: Path) -> None:
     extra.write_text("{}")
     folder = save_checkpoint(tmp_path / "checkpoints", 3, {"w": torch.arange(9.0)}, {"tokens": 1}, [extra])
     assert_durable(log, folder)
-    assert len(list(folder.iterdir())) == 5  # tensors, metadata, state, tokenizer, manifest
+    assert len(list(folder.iterdir())) == 6  # tensors, index, metadata, state, tokenizer, manifest
 
 
 def test_a_small_file(log: Log, tmp_path: Path) -> None:

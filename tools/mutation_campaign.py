@@ -35,7 +35,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 MUTATIONS = Path(__file__).with_name("mutations.yaml")
-OURS = ("fusiontree", "tests", "tools")
+OURS = ("tests", "tools", "fusiontree")
 PRELOADED = ("numpy", "pydantic", "pytest", "torch.distributed.checkpoint", "torch.distributed.fsdp")
 """Packages that nearly every test imports: imported once, and inherited by the process of each mutation."""
 VERDICTS = {0: "survived", 1: "killed", None: "timeout"}
