@@ -77,7 +77,7 @@ def recommendation(
     if not own["fits"]:
         why = f"the configured layout needs {own['total_gib']:.1f} GiB"
     else:
-        why = f"{(gain - 1) * 100:.0f}% faster than the configured layout, {_reasons(own, best, global_batch_size)}"
+        why = f"{(gain - 1) * 100:.0f}% faster than the configured layout: {_reasons(own, best, global_batch_size)}"
     return best, f"recommended: {overrides(best)} ({why})"
 
 
@@ -85,14 +85,14 @@ def _reasons(own: dict[str, Any], best: dict[str, Any], global_batch_size: int) 
     """Return why the layout ``own`` is slower than ``best``."""
     reasons = []
     if idle := idle_ranks(own, global_batch_size):
-        reasons.append(f"of whose {own['dp']} data parallel ranks {idle} idle")
+        reasons.append(f"{idle} of its {own['dp']} data parallel ranks idle")
     if own["communication_s"] > _EQUAL * best["communication_s"]:
         reasons.append(
-            f"which communicates {own['communication_s']:.2f} s per step (tp {own['tp']}, cp {own['cp']}), not "
-            f"{best['communication_s']:.2f}"
+            f"its steps communicate for {own['communication_s']:.2f} s (tp {own['tp']}, cp {own['cp']}) instead of "
+            f"{best['communication_s']:.2f} s"
         )
     if own["compute_s"] > _EQUAL * best["compute_s"]:
         recomputes = own["activation_checkpointing"]
-        again = f", recomputing ({recomputes})" if recomputes != best["activation_checkpointing"] else ""
-        reasons.append(f"which computes {own['compute_s']:.2f} s per step{again}, not {best['compute_s']:.2f}")
-    return " and ".join(reasons) or "by small differences"
+        again = f" (recomputing: {recomputes})" if recomputes != best["activation_checkpointing"] else ""
+        reasons.append(f"its steps compute for {own['compute_s']:.2f} s{again} instead of {best['compute_s']:.2f} s")
+    return ", ".join(reasons) or "small differences add up"

@@ -32,7 +32,7 @@ def clock(seconds: float) -> str:
 
 def short(number: float) -> str:
     """Return a count with a metric suffix: 12.3k, 4.56M."""
-    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:
             return f"{number / limit:.3g}{suffix}"
     return f"{number:.3g}"

@@ -61,10 +61,10 @@ def test_the_recommendation_says_why() -> None:
     assert best is faster
     assert line == (
         "recommended: parallel.tp=1 parallel.cp=1 training.activation_checkpointing=none (50% faster than the "
-        "configured layout, which communicates 0.90 s per step (tp 4, cp 1), not 0.10 and which computes 1.40 s per "
-        "step, recomputing (full), not 1.00)"
+        "configured layout: its steps communicate for 0.90 s (tp 4, cp 1) instead of 0.10 s, its steps compute for "
+        "1.40 s (recomputing: full) instead of 1.00 s)"
     )
-    assert "of whose 8 data parallel ranks 4 idle" in recommendation(layout(), [faster], 4)[1]
+    assert "4 of its 8 data parallel ranks idle" in recommendation(layout(), [faster], 4)[1]
     assert recommendation(layout(), [layout(tokens_per_s=1010.0)], 8)[1] == "recommended: the configured layout"
     assert recommendation(layout(), [], 8)[1] == "recommended: the configured layout"
     slower = layout(tokens_per_s=500.0)
@@ -78,9 +78,9 @@ def test_256_gpus_for_a_batch_of_128(capsys: pytest.CaptureFixture[str]) -> None
     assert main(v1) == 0
     said = capsys.readouterr().out
     assert "idle: 128 of 256 data parallel ranks (128 GPUs) idle" in said
-    assert "11.5G parameters, 300G tokens on 256 GPUs: configured " in said
+    assert "11.5B parameters, 300B tokens on 256 GPUs: configured " in said
     assert said.splitlines()[-1].startswith("recommended: parallel.tp=")
-    assert "of whose 256 data parallel ranks 128 idle" in said.splitlines()[-1]
+    assert "128 of its 256 data parallel ranks idle" in said.splitlines()[-1]
     assert main([*v1, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["tokens"] == 3e11 and told["recommended_days"] < told["days"]
