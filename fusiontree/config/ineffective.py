@@ -120,7 +120,8 @@ def _rest(config: Config, world_size: int) -> Iterator[Rule]:
     yield (
         training.micro_batch_size > rows,
         "training.micro_batch_size",
-        f"a rank has {rows} of the {training.global_batch_size} rows per step, so micro-batches have {rows}; more would be filler",
+        f"a rank has {rows} of the {training.global_batch_size} rows per step, so micro-batches have {rows}; more "
+        "would be filler",
     )
 
 

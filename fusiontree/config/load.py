@@ -127,6 +127,8 @@ def parse_yaml(text: str, place: str, known: Sequence[str] | None = None) -> Any
         raise UserError(f"{place}: not valid YAML: it nests too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of more than 4300 digits
         raise UserError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
+    except (LookupError, AttributeError, TypeError) as error:  # as PyYAML raises them for '!!int', '!!bool maybe' …
+        raise UserError(f"{place}: not valid YAML: a value does not fit its tag (!!int, !!bool …)") from error
     finally:
         if loader is not None:
             loader.dispose()

@@ -236,3 +236,12 @@ def test_words_that_yaml_reads_otherwise_stay_words(file: Path) -> None:
     sets = load_config(file, ["data.validation={on: a, 2024: b, null: c}"]).data.validation_sets
     assert list(sets) == ["on", "2024", "null"]
     assert load_config(file, ["training.max_steps=1_000"]).training.max_steps == 1000
+
+
+@pytest.mark.parametrize(
+    "value", ["!!int", "!!float", "!!bool maybe", "!!timestamp x", "!!int x", "!!binary é", "!!set x"]
+)
+def test_values_that_do_not_fit_their_tags_are_refused(tmp_path: Path, value: str) -> None:
+    (tmp_path / "run.yaml").write_text(f"run_dir: {value}\n")
+    with pytest.raises(UserError, match=r"run\.yaml: not valid YAML"):
+        load_config(tmp_path / "run.yaml")
