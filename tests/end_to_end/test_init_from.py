@@ -65,12 +65,17 @@ def test_a_run_starts_from_the_weights_with_other_rows_and_batches(source: Path,
     assert [event["event"] for event in read_records(run / "events.jsonl")].count("start") == 1
 
 
-def test_with_the_optimizer_a_run_starts_alike_on_any_layout(source: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(f"zero{stage}", marks=pytest.mark.slow) for stage in (1, 3))]
+)
+def test_with_the_optimizer_a_run_starts_alike_on_any_layout(
+    source: Path, data: Path, tmp_path: Path, engine: str
+) -> None:
     """Same seed and data from step 0, with weights and moments of the source."""
     losses = []
-    for processes, name, engine in ((0, "one", "ddp"), (2, "two", "fsdp2")):
+    for processes, name, used in ((0, "one", "ddp"), (2, "two", engine)):
         config = write_config(tmp_path, data, name)
-        given = (f"checkpoint.init_from={source}", "checkpoint.init_optimizer=true", f"parallel.engine={engine}")
+        given = (f"checkpoint.init_from={source}", "checkpoint.init_optimizer=true", f"parallel.engine={used}")
         done = train(config, *given, "training.max_steps=3", "training.warmup_steps=0", processes=processes)
         assert done.returncode == 0, done.stderr
         assert "starts from the weights and optimizer state of" in done.stdout
