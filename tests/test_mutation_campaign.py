@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.mutation_campaign import ROOT, Campaign, Mutation, load_mutations, main, report
+from tools.mutation_campaign import ROOT, Campaign, Mutation, copy_tree, load_mutations, main, report
 
 MUTATIONS = load_mutations()
 ROOMS = ("training", "engines", "parallel", "data", "checkpoint", "models")
@@ -111,3 +111,13 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     assert "--out DIR" in capsys.readouterr().out
+
+
+def test_the_copy_has_every_module(tmp_path: Path) -> None:
+    (tmp_path / "from" / "fusiontree" / "data" / "build").mkdir(parents=True)
+    (tmp_path / "from" / "fusiontree" / "data" / "build" / "a.py").touch()
+    (tmp_path / "from" / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "from" / ".git").mkdir()
+    copy_tree(tmp_path / "from", tmp_path / "to")
+    assert (tmp_path / "to" / "fusiontree" / "data" / "build" / "a.py").exists()
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["fusiontree"]

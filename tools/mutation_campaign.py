@@ -87,7 +87,13 @@ def load_mutations(path: Path = MUTATIONS) -> list[Mutation]:
 
 def copy_tree(root: Path, target: Path) -> None:
     """Copy the files of the project, without hidden and built ones."""
-    shutil.copytree(root, target, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build"))
+    unneeded = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")
+    results = {"build", "dist", "data", "runs"}  # at the top alone: a package is called data, and one build
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        return unneeded(folder, names) | (results & set(names) if Path(folder) == root else set())
+
+    shutil.copytree(root, target, ignore=left_out)
 
 
 def run_tests(tree: Path, tests: Sequence[str], limit_s: float, *, stop_at_first: bool = True) -> dict[str, Any]:
