@@ -171,15 +171,17 @@ class Layout:
         Raises:
             UserError: ``work`` raised it; raised on every rank.
         """
-        answer, refusal = "", ""
+        result = [("", "")]  # answer and refusal
         if self.is_main:
             try:
-                answer = work() or ""
+                result = [(work() or "", "")]
             except UserError as error:
-                refusal = str(error)
-        if refusal := self.gather_text(refusal)[0]:
+                result = [("", str(error))]
+        dist.broadcast_object_list(result, src=0, group=self.cpu_group)
+        answer, refusal = result[0]
+        if refusal:
             raise UserError(refusal)
-        return self.gather_text(answer)[0]
+        return answer
 
     def barrier(self) -> None:
         """Wait until every process has called this."""
