@@ -7,7 +7,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,22 @@ from fusiontree.supervision.run_lock import RUN_LOCK, RunLock
 from fusiontree.utils.errors import UserError
 
 BEAT = 0.1
+
+
+@pytest.fixture(autouse=True)
+def no_lock_outlives_its_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Its thread would go on writing to disk during the tests that follow."""
+    made: list[RunLock] = []
+    start = RunLock.__init__
+
+    def recorded(lock: RunLock, *arguments: Any, **options: Any) -> None:
+        start(lock, *arguments, **options)
+        made.append(lock)
+
+    monkeypatch.setattr(RunLock, "__init__", recorded)
+    yield
+    for lock in made:
+        lock.release()
 
 
 def lease(run: Path, **changes: object) -> RunLock:
