@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import threading
@@ -157,8 +156,8 @@ def start(folder: Path, config: Path, world: int, faults: list[Fault], environme
         if not doomed and any(code not in (None, 0) for code in codes):
             doomed, deadline = True, min(deadline, time.monotonic() + GRACE_S)
             for process in ranks:
-                if process.is_alive() and process.pid and 75 not in codes:
-                    os.kill(process.pid, signal.SIGTERM)
+                if process.is_alive() and 75 not in codes:
+                    process.terminate()  # unlike os.kill, also where another thread sees it end at this moment
         if time.monotonic() > deadline:
             for process in ranks:
                 process.kill()
