@@ -104,11 +104,13 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
         read_row(row_reader(folder, 16), 0)
 
 
-def test_a_token_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("vocab_size", [60, 90])
+def test_a_token_outside_the_vocabulary_is_named(tmp_path: Path, vocab_size: int) -> None:
     lying = TokenizerInfo("byte", "byte", 50, 49, "0" * 64)
     folder = write(tmp_path / "d", [[np.arange(0, 40), np.array([5, 90, 49])]], lying)
     with pytest.raises(UserError, match=r"shard-000000\.tar, member 000000001 holds token 90, and model.vocab_size"):
-        read_row(row_reader(folder, 21, 60), 1)
+        read_row(row_reader(folder, 21, vocab_size), 1)
+    read_row(row_reader(folder, 21, 91), 1)
 
 
 def test_few_shards_stay_open(tmp_path: Path) -> None:
