@@ -61,6 +61,14 @@ def test_pieces_that_overlap_are_damage(reader: CheckpointReader):
             reader.fill({"model.w": torch.empty(6, 2)})
 
 
+def test_values_that_no_piece_holds_are_damage(reader: CheckpointReader):
+    (chunk,) = reader.tensors["model.w"].chunks
+    half = Chunk((3, 0), (3, 2), chunk.file, chunk.start, chunk.length)
+    reader.tensors["model.w"] = SavedTensor((6, 2), torch.float32, (half,))
+    with pytest.raises(CheckpointDamage, match=r"holds only 6 of 12 values of 'model\.w'"):
+        reader.fill({"model.w": torch.empty(6, 2)})
+
+
 @pytest.mark.parametrize("length", [1 << 62, 1 << 40, 1 << 20])
 def test_a_piece_of_absurd_length_is_damage(reader: CheckpointReader, length: int):
     (chunk,) = reader.tensors["model.w"].chunks
