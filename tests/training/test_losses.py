@@ -35,8 +35,10 @@ def test_shares_of_micro_batches_add_up_and_fillers_count_nothing() -> None:
     counts = GlobalCounts(tokens=10, rows=3)
     whole = terms_of(gate, torch.tensor([1.0, 1, 1, 0]), counts)
     parts = [terms_of(gate[:, i : i + 1], torch.tensor([float(i < 3)]), counts) for i in range(4)]
+    unfilled = terms_of(gate[:, :3], torch.ones(3), counts)
     for name in ("load_balance", "entropy"):
         assert torch.isclose(getattr(whole, name), sum(getattr(p, name) for p in parts))
+        assert torch.isclose(getattr(whole, name), getattr(unfilled, name))
 
 
 def test_gradient_pushes_towards_the_target() -> None:
