@@ -1,6 +1,6 @@
-"""One rank that trains a tiny fp16 model under several engines and layouts; rank 0 writes down what each cell saw.
+"""One rank that trains a tiny model under several engines and layouts; rank 0 writes down what each cell saw.
 
-usage: fp16_worker.py OUTPUT JSON PORTS, with a JSON list of [engine, cp, tp] and a free port for each
+usage: fp16_worker.py OUTPUT JSON PORTS PRECISION, with a JSON list of [engine, cp, tp] and a free port for each
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ def train(cell: Cell, precision: str = "fp16", steps: Sequence[int] = range(STEP
 
 def main() -> None:
     """Train all cells, one after the other."""
-    output, cells, ports = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3].split(",")
+    output, cells, ports, precision = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3].split(","), sys.argv[4]
     found = {}
     for cell, port in zip(cells, ports, strict=True):
         os.environ["MASTER_PORT"] = port  # each cell's processes meet anew
-        found["-".join(map(str, cell))] = train(cell)
+        found["-".join(map(str, cell))] = train(cell, precision)
     if os.environ["RANK"] == "0":
         Path(output).write_text(json.dumps(found))
 

@@ -31,11 +31,11 @@ def reference() -> dict[str, Any]:
     return train(("ddp", 1, 1))
 
 
-def on_two_ranks(folder: Path, cells: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
+def on_two_ranks(folder: Path, cells: list[tuple[str, str]], precision: str = "fp16") -> dict[tuple[str, str], Any]:
     """Return what engines saw in layouts of two ranks, all in one start of processes."""
     sizes: list[Cell] = [(engine, *LAYOUTS[layout]) for engine, layout in cells]
     ports = ",".join(map(str, free_ports(len(cells))))
-    arguments = ["-m", "tests.engines.fp16_worker", str(folder / "found.json"), json.dumps(sizes), ports]
+    arguments = ["-m", "tests.engines.fp16_worker", str(folder / "found.json"), json.dumps(sizes), ports, precision]
     run_ranks(arguments, 2, folder, timeout=500)
     found = json.loads((folder / "found.json").read_text())
     return {cell: found["-".join(map(str, size))] for cell, size in zip(cells, sizes, strict=True)}
@@ -85,6 +85,14 @@ def test_two_ranks_of_every_engine_agree(
     cell: tuple[str, str], two_ranks: dict[tuple[str, str], Any], reference: dict[str, Any]
 ) -> None:
     agree(two_ranks[cell], reference)
+
+
+def test_two_chunks_have_the_gradient_of_the_row(tmp_path: Path) -> None:
+    """fp32, because fp16 rounds by more than what passes between the chunks."""
+    whole = train(("ddp", 1, 1), "fp32")
+    (chunks,) = on_two_ranks(tmp_path, [("fsdp2", "cp2")], "fp32").values()
+    assert chunks["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert chunks["norms"] == pytest.approx(whole["norms"], rel=1e-5)
 
 
 @pytest.mark.slow
