@@ -27,10 +27,10 @@ IDS_BS = torch.arange(16)[None]
 
 
 @contextmanager
-def opened(case: tuple[str, bool], **training: Any) -> Iterator[Any]:
+def opened(case: tuple[str, bool], offload: str = "none", **training: Any) -> Iterator[Any]:
     """Build the engine on one process."""
     values = {"seq_len": 16, "max_steps": 3, "global_batch_size": 1, "micro_batch_size": 1, "precision": "fp32"}
-    parallel: Any = ParallelConfig.model_validate({"engine": case[0]})
+    parallel: Any = ParallelConfig.model_validate({"engine": case[0], "offload": offload})
     with Layout("cpu") as layout, pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_engine, "is_local", lambda mesh: not case[1])
         yield build.build_engine(tiny_config(), parallel, TrainingConfig.model_validate(values | training), layout)
@@ -81,9 +81,14 @@ def test_both_groups_of_parameters_move_at_the_given_rate(case: tuple[str, bool]
         torch.testing.assert_close(moved[clear].abs(), torch.full_like(moved[clear], rate), rtol=2e-2, atol=0)
 
 
-@EVERY_ENGINE
-def test_a_step_that_is_given_up_leaves_nothing(case: tuple[str, bool]) -> None:
-    with opened(case) as engine:
+@pytest.mark.parametrize(
+    ("case", "offload"),
+    [*((case, "none") for case in CASES), *((case, "optimizer") for case in CASES if case[0].startswith("zero"))],
+    ids=lambda value: value if isinstance(value, str) else f"{value[0]}-{'shared' if value[1] else 'local'}",
+)
+def test_a_step_that_is_given_up_leaves_nothing(case: tuple[str, bool], offload: str) -> None:
+    """In CPU memory a later pass of a step adds to the gradients that the earlier ones left there."""
+    with opened(case, offload) as engine:
         backward(engine, last=True)
         wanted = engine.step(0.0).grad_norm
         before = state_of(engine, "model")
