@@ -1,7 +1,8 @@
 """Measures training speed: ``python -m fusiontree.benchmark --config FILE [section.key=value …]``.
 
-Times the trainer's own steps on the configured data, after a warm-up in which kernels compile and tune; nothing is
-saved. MFU counts the FLOPs of the model alone (see ``models/flops.py``). The last line is one JSON object.
+Times the trainer's own steps on the configured data (``configs/bench``: synthetic tokens), after a warm-up in which
+kernels compile and tune; nothing is saved. MFU counts the FLOPs of the model alone (see ``models/flops.py``). The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         mine = times.document_lengths if layout.cp_rank == layout.tp_rank == 0 else []
         lengths = [length for text in layout.gather_text(json.dumps(mine)) for length in json.loads(text)]
         result = _figures(config, args, settings, layout, engine, times.seconds, lengths)
-        result |= {"warmup_s": warmup_s, "grad_norm": times.grad_norm}
+        result |= {"data": [s.place for s in data.sources], "warmup_s": warmup_s, "grad_norm": times.grad_norm}
         if layout.device.type == "cuda":
             result |= _on_the_gpu(timer, engine, args.profile if layout.is_main else None)
         if args.ops:

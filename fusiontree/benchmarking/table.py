@@ -41,6 +41,7 @@ def print_table(result: dict[str, Any]) -> None:
     rows = [
         ("parameters", _with_unit(result["parameters"])),
         ("row", f"{result['seq_len']:,} tokens, {packed}"),
+        ("data", ", ".join(result["data"])),
         ("step", f"{result['step_time_s'] * 1e3:,.1f} ms"),
         ("throughput", f"{result['tokens_per_s_per_gpu']:,.0f} tokens/s {each}"),
         ("useful work", f"{_with_unit(result['model_tflops_per_gpu'] * 1e12)}FLOP/s {each}"),

@@ -1,4 +1,4 @@
-"""The benchmark's configurations: each loads, fits its GPUs, and has the parameters that its comment says."""
+"""The benchmark's configurations: each loads, fits its GPUs, needs no dataset, and has its comment's parameters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 
 from fusiontree.config.load import load_config
 from fusiontree.config.packaged import find_file, packaged_names
+from fusiontree.data.loader import TrainingData
 from fusiontree.parallel.validate import check_layout
 from fusiontree.planning.cost_model import Hardware, count_parameters, estimate
+from fusiontree.utils.errors import UserError
 
 BENCH = [name for name in packaged_names() if name.startswith("bench/")]
 GPUS = {"bench/hybrid_7b_32k": 4}
@@ -27,6 +29,17 @@ def test_a_configuration_fits_its_gpus(name: str) -> None:
     check_layout(config.model, config.parallel, config.training, gpus)
     assert config.training.seq_len <= config.model.max_position_embeddings
     assert estimate(config.model, config.parallel, config.training, gpus, Hardware()).total_gib < 76
+
+
+@pytest.mark.parametrize("name", BENCH)
+def test_a_configuration_needs_no_dataset(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(name)
+    (micro,) = next(TrainingData(config.data, config.training, config.model.vocab_size, 0, 8).steps())[0].micro_batches
+    assert micro.row_weight_B.all() and micro.input_ids_BS.max() < config.model.vocab_size
+    with pytest.raises(UserError, match="data/mine"):
+        named = load_config(name, ["data.train=data/mine"])
+        TrainingData(named.data, named.training, named.model.vocab_size)
 
 
 @pytest.mark.parametrize("name", [name for name in BENCH if re.search(r"\d+m_", name)])

@@ -76,6 +76,23 @@ def test_rows_that_only_fill_the_last_pass_are_not_counted(config: str, capsys: 
     assert result["documents_per_row"] == pytest.approx(len(lengths) / 8)
 
 
+SYNTHETIC = "data.train=[{path: synthetic, type: synthetic, weight: 1, options: {vocab_size: 264}}]"
+
+
+def test_no_dataset_is_needed(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table and the JSON object say that the tokens are synthetic."""
+    words = ["--config", config, "--steps", "1", "--warmup", "1", SYNTHETIC, "training.seq_len=1024"]
+    documents = []
+    for options in (["--one-document"], []):
+        assert benchmark.main([*words, "model.max_position_embeddings=1024", *options]) == 0
+        printed = capsys.readouterr().out
+        result = json.loads(printed.splitlines()[-1])
+        assert result["data"] == ["synthetic tokens (vocabulary 264, seed 0)"]
+        assert f"  data          {result['data'][0]}\n" in printed
+        documents.append(result["documents_per_row"])
+    assert documents[0] == 1 < documents[1]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
