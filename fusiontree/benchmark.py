@@ -282,6 +282,7 @@ def _figures(
         "layout": {"dp": layout.dp_size, "cp": layout.cp_size, "tp": layout.tp_size},
         "parameters": sum(parameters),
         "seq_len": training.seq_len,
+        "rows_per_pass": min(training.micro_batch_size, -(-training.global_batch_size // layout.dp_size)),
         "documents_per_row": len(lengths) * training.seq_len / sum(lengths),
         "document_tokens": spread(lengths),
         "document_histogram": length_histogram(lengths),
