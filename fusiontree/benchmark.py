@@ -1,13 +1,13 @@
 """Measures training speed: ``python -m fusiontree.benchmark --config FILE [section.key=value …]``.
 
-Times the trainer's own steps on the configured data, after a warm-up in which kernels compile and tune; nothing is
-saved. MFU counts the FLOPs of the model alone (see ``models/flops.py``). The last line is one JSON object.
+Times the trainer's own steps on the configured data (``configs/bench``: synthetic tokens), after a warm-up in which
+kernels compile and tune; nothing is saved. MFU counts the FLOPs of the model alone (see ``models/flops.py``). The last
+line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import logging
 import sys
@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusiontree.benchmarking.breakdown import breakdown, memory_by_kind
-from fusiontree.benchmarking.table import length_histogram, print_others, print_table
+from fusiontree.benchmarking.table import length_histogram, print_table, spread
 from fusiontree.cli.program import run_program
 from fusiontree.config.load import load_config
 from fusiontree.config.root import Config
@@ -30,10 +30,18 @@ from fusiontree.utils.errors import UserError
 if TYPE_CHECKING:
     from fusiontree.benchmarking.step_timer import StepTimer
     from fusiontree.engines.base import Engine
+    from fusiontree.models.config import ModelConfig
+    from fusiontree.models.model import FusionTreeModel
     from fusiontree.parallel.layout import Layout
     from fusiontree.training.settings import RunSettings
 
 log = logging.getLogger(__name__)
+
+LLAMA_FIGURES = (
+    *("parameters", "documents_per_row", "step_time_s", "step_time_min_s", "step_time_max_s", "tokens_per_s_per_gpu"),
+    *("model_flops_per_token", "model_tflops_per_gpu", "mfu", "loss"),
+)
+"""Figures of our training that the peer's have too."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,8 +55,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, default=3, help="steps before, in which kernels compile (default 3)")
     add("--one-document", action="store_true", help="take every row as one document: the most attention possible")
     add("--profile", metavar="FILE", help="write a trace of one step, for chrome://tracing")
-    add("--peers", action="store_true", help="also train Hugging Face's Falcon-H1 of our layer sizes (GPU)")
-    add("--decode", type=int, metavar="N", help="also decode N tokens after a row of context (with --peers: both)")
+    add(
+        "--peers",
+        nargs="*",
+        metavar="NAME",
+        help="also train a model of as many parameters: llama (plain Llama, by our trainer), falcon (Hugging Face's "
+        "Falcon-H1, one GPU); without names all that run here",
+    )
+    add(
+        "--decode",
+        type=int,
+        metavar="N",
+        help="also decode N tokens after a row of context (with --peers falcon: both)",
+    )
     add("--ops", action="store_true", help="also time every operation alone, by each backend, beside its least time")
     add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser
@@ -69,6 +88,9 @@ def command(args: argparse.Namespace) -> int:
     logging.basicConfig(
         level=logging.INFO if place.is_main else logging.WARNING, format="%(message)s", stream=sys.stdout
     )
+    if args.peers:  # settings behind the names
+        args.overrides += [word for word in args.peers if "=" in word]
+        args.peers = [word for word in args.peers if "=" not in word]
     config = load_config(args.config, args.overrides)
     check_layout(config.model, config.parallel, config.training, place.world_size)
     check_options(config, args)
@@ -98,19 +120,26 @@ def check_options(config: Config, args: argparse.Namespace) -> None:
             raise UserError("--profile traces the kernels of a GPU, and this run is on the CPU; leave it out")
         if not Path(args.profile).absolute().parent.is_dir():
             raise UserError(f"--profile {args.profile}: its folder does not exist; make it first")
-    if not (args.peers or args.decode):
+    if args.peers is None and not args.decode:
         return
-    from fusiontree.benchmarking.peers import columns_to_decode, require_falcon
+    from fusiontree.benchmarking.llama import llama_config
+    from fusiontree.benchmarking.peers import choose_peers, columns_to_decode, falcon_missing
+    from fusiontree.planning.cost_model import count_parameters
 
+    no_gpu = ""
     if device.type == "cpu" or place.world_size > 1:
-        raise UserError(
-            f"--peers and --decode run on one GPU, and this run has {place.world_size} process(es) on {device.type}; "
-            f"start one on a machine with a GPU"
+        no_gpu = (
+            f"it runs on one GPU, and this run has {place.world_size} process(es) on {device.type}; start one on a "
+            f"machine with a GPU"
         )
-    if args.peers:
-        require_falcon()
-        if not args.one_document:
-            log.warning("--peers takes each row as one document; only with --one-document does our training as well")
+    if args.decode and no_gpu:
+        raise UserError(f"--decode: {no_gpu}")
+    no_tp = f"it has no tensor parallelism; set parallel.tp={config.parallel.tp} to 1" if config.parallel.tp > 1 else ""
+    args.peers = choose_peers(args.peers, {"llama": no_tp, "falcon": no_gpu or falcon_missing()})
+    if "llama" in args.peers:
+        llama_config(config.model, sum(count_parameters(config.model, 1)[:2]))
+    if "falcon" in args.peers and not args.one_document:
+        log.warning("--peers falcon takes each row as one document; only with --one-document does our training as well")
     if args.decode and config.model.srte_encoding == "learnable":
         columns, limit = columns_to_decode(config.training.seq_len, args.decode), config.model.max_position_embeddings
         if columns > limit:
@@ -120,43 +149,24 @@ def check_options(config: Config, args: argparse.Namespace) -> None:
             )
 
 
+class Timed(NamedTuple):
+    """Training steps that were timed."""
+
+    result: dict[str, Any]
+    """Configuration and figures."""
+    timer: StepTimer
+    engine: Engine
+
+
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Time training steps, print the figures and return them."""
-    import torch
-
-    from fusiontree.benchmarking.step_timer import StepTimer
-    from fusiontree.data.loader import TrainingData
-    from fusiontree.engines.build import build_engine
     from fusiontree.models.flops import training_flops_per_token
+    from fusiontree.models.model import FusionTreeModel
     from fusiontree.parallel.layout import Layout
-    from fusiontree.training.settings import RunSettings
-    from fusiontree.utils.device import peak_flops
 
     model, training, parallel = config.model, config.training, config.parallel
     with Layout(training.device, tp=parallel.tp, cp=parallel.cp, shard_size=parallel.shard_size) as layout:
-        at_full_length = training.model_copy(update={"curriculum": None})
-        ranks = (layout.dp_rank, layout.dp_size)
-        data = TrainingData(config.data, at_full_length, model.vocab_size, *ranks)
-        engine = build_engine(model, parallel, training, layout)
-        settings = RunSettings(
-            config=config,
-            values={},
-            flops_per_token=lambda lengths: training_flops_per_token(model, lengths),
-            peak_flops=peak_flops(layout.device, training.precision),
-        )
-        timer = StepTimer(settings, engine, data, one_document=args.one_document)
-        began = time.perf_counter()
-        timer.run(args.warmup)
-        gc_control.freeze()
-        warmup_s = time.perf_counter() - began
-        if layout.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        times = timer.run(args.steps)
-        # Other dp ranks read other documents; of the ranks that share rows one counts.
-        mine = times.document_lengths if layout.cp_rank == layout.tp_rank == 0 else []
-        lengths = [length for text in layout.gather_text(json.dumps(mine)) for length in json.loads(text)]
-        result = _figures(config, args, settings, layout, engine, times.seconds, lengths)
-        result |= {"warmup_s": warmup_s, "grad_norm": times.grad_norm}
+        result, timer, engine = _time_training(config, args, layout, FusionTreeModel, training_flops_per_token)
         if layout.device.type == "cuda":
             result |= _on_the_gpu(timer, engine, args.profile if layout.is_main else None)
         if args.ops:
@@ -169,10 +179,78 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         if layout.is_main:
             print_table(result)
         if args.peers or args.decode:
+            from fusiontree.benchmarking.others import falcon_and_decoding, time_others
+
             micro, mesh = timer.next_micro_batch(), layout.parameter_mesh(True)
             del engine, timer  # their memory is the peer's
-            result["others"] = others(config, args, micro, mesh, layout.device, result)
+            wanted = falcon_and_decoding(config, args, micro, mesh, layout.device)
+            if "llama" in args.peers:
+                wanted = {"llama": partial(_train_llama, config, args, layout, result["parameters"]), **wanted}
+            result["others"] = time_others(wanted, result, show=layout.is_main, alone=layout.place.world_size == 1)
         return result
+
+
+def _time_training(
+    config: Config,
+    args: argparse.Namespace,
+    layout: Layout,
+    model_class: type[FusionTreeModel],
+    flops_per_token: Callable[[ModelConfig, Sequence[int]], float],
+) -> Timed:
+    """Time steps of training a model of ``model_class``; the caller unfreezes the garbage collection."""
+    import torch
+
+    from fusiontree.benchmarking.step_timer import StepTimer
+    from fusiontree.data.loader import TrainingData
+    from fusiontree.engines.build import build_engine
+    from fusiontree.training.settings import RunSettings
+    from fusiontree.utils.device import peak_flops
+
+    model, training = config.model, config.training
+    at_full_length = training.model_copy(update={"curriculum": None})
+    data = TrainingData(config.data, at_full_length, model.vocab_size, layout.dp_rank, layout.dp_size)
+    engine = build_engine(model, config.parallel, training, layout, model_class)
+    settings = RunSettings(
+        config=config,
+        values={},
+        flops_per_token=partial(flops_per_token, model),
+        peak_flops=peak_flops(layout.device, training.precision),
+    )
+    timer = StepTimer(settings, engine, data, one_document=args.one_document)
+    began = time.perf_counter()
+    timer.run(args.warmup)
+    gc_control.freeze()
+    warmup_s = time.perf_counter() - began
+    if layout.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = timer.run(args.steps)
+    # Other dp ranks read other documents; of the ranks that share rows one counts.
+    mine = times.document_lengths if layout.cp_rank == layout.tp_rank == 0 else []
+    lengths = [length for text in layout.gather_text(json.dumps(mine)) for length in json.loads(text)]
+    result = _figures(config, args, settings, layout, engine, times.seconds, lengths)
+    places = [source.place for source in data.sources]
+    result |= {"data": places, "warmup_s": warmup_s, "grad_norm": times.grad_norm, "loss": times.loss}
+    return Timed(result, timer, engine)
+
+
+def _train_llama(config: Config, args: argparse.Namespace, layout: Layout, parameters: int) -> dict[str, Any]:
+    """Time training of a Llama of ``parameters`` parameters on the batches that our training read."""
+    import torch
+
+    from fusiontree.benchmarking.llama import Llama, llama_config, llama_training_flops
+
+    model, training = llama_config(config.model, parameters), config.training
+    if training.recompute_layers is not None:  # the same share of the layers
+        layers = round(training.recompute_layers * model.num_layers / config.model.num_layers)
+        training = training.model_copy(update={"recompute_layers": layers})
+    config = config.model_copy(update={"model": model, "training": training})
+    figures, timer, engine = _time_training(config, args, layout, Llama, llama_training_flops)
+    found = {"name": "Llama", "layers": model.num_layers, "mlp_size": model.mlp_size}
+    if layout.device.type == "cuda":
+        found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        found["idle_ms"] = breakdown(partial(timer.run, 1), partial(_wait_for_all, engine), None)["idle"]
+    gc_control.unfreeze()
+    return found | {name: figures[name] for name in LLAMA_FIGURES}
 
 
 def _figures(
@@ -204,8 +282,9 @@ def _figures(
         "layout": {"dp": layout.dp_size, "cp": layout.cp_size, "tp": layout.tp_size},
         "parameters": sum(parameters),
         "seq_len": training.seq_len,
+        "rows_per_pass": min(training.micro_batch_size, -(-training.global_batch_size // layout.dp_size)),
         "documents_per_row": len(lengths) * training.seq_len / sum(lengths),
-        "document_tokens": _spread(lengths),
+        "document_tokens": spread(lengths),
         "document_histogram": length_histogram(lengths),
         "step_time_s": seconds,
         "step_time_min_s": min(times),
@@ -227,69 +306,16 @@ def _on_the_gpu(timer: StepTimer, engine: Engine, trace: str | None) -> dict[str
         "reserved_memory_gib": torch.cuda.max_memory_reserved() / 2**30,
     }
 
-    def together() -> None:
-        engine.barrier()
-        torch.cuda.synchronize()
-
-    result["breakdown_ms"] = breakdown(partial(timer.run, 1), together, trace)
+    result["breakdown_ms"] = breakdown(partial(timer.run, 1), partial(_wait_for_all, engine), trace)
     result["memory_gib"] = memory_by_kind(engine.state_tensors(), result["peak_memory_gib"])
     return result
 
 
-def _spread(values: Sequence[int]) -> dict[str, int]:
-    """Return the least, some quantiles and the greatest of ``values``."""
-    ordered = sorted(values)
-    shares = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
-    return {name: ordered[round(share * (len(ordered) - 1))] for name, share in shares.items()}
-
-
-def others(config: Config, args: argparse.Namespace, micro: Any, mesh: Any, device: Any, ours: Any) -> dict[str, Any]:
-    """Time and print the peer's training, and decoding of both, on ``micro``; a failed one has an ``error``.
-
-    A peer that does not fit this device must not lose the figures of our training, which was timed before.
-    """
+def _wait_for_all(engine: Engine) -> None:
     import torch
 
-    from fusiontree.benchmarking import peers
-    from fusiontree.models.initialization import initialize_model
-    from fusiontree.models.model import FusionTreeModel
-
-    ids_BS = micro.input_ids_BS[:1]
-
-    def peer_training() -> dict[str, Any]:
-        peer = peers.train_falcon(
-            config.model, micro.input_ids_BS, micro.labels_BS, mesh, device, steps=args.steps, warmup=args.warmup
-        )
-        peer["ours_over_peer_tokens"] = ours["tokens_per_s_per_gpu"] / peer["tokens_per_s"]
-        peer["ours_over_peer_useful_flops"] = ours["model_tflops_per_gpu"] / peer["model_tflops_per_gpu"]
-        return peer
-
-    def our_decoding() -> dict[str, Any]:
-        with torch.device("meta"):
-            model = FusionTreeModel(config.model)
-        model.to_empty(device=device)
-        initialize_model(model, config.training.seed)
-        return peers.decode_ours(model.bfloat16().eval(), ids_BS, device, tokens=args.decode)
-
-    peer_decoding = partial(peers.decode_falcon, config.model, ids_BS, device, tokens=args.decode)
-    wanted: list[tuple[str, Callable[[], dict[str, Any]], Any]] = [
-        ("falcon_h1", peer_training, args.peers),
-        ("decode", our_decoding, args.decode),
-        ("falcon_h1_decode", peer_decoding, args.peers and args.decode),
-    ]
-    found: dict[str, Any] = {}
-    for name, measure, asked in wanted:
-        if not asked:
-            continue
-        try:
-            gc.collect()
-            torch.cuda.empty_cache()
-            found[name] = measure()
-        except RuntimeError as error:  # of which torch.OutOfMemoryError is one
-            log.warning("%s failed", name, exc_info=True)
-            found[name] = {"error": f"{type(error).__name__}: {error}"}
-        print_others({name: found[name]})
-    return found
+    engine.barrier()
+    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Draws the pictures of README.md and docs/speed.md: ``python docs/images/make.py`` writes them beside this file.
 
-Speeds are copied from tables of docs/speed.md. killed_run.py writes the losses of killed_run.png.
+Speeds are copied from tables of docs/speed.md; sizes.png reads data/sizes.csv, see sizes.py. killed_run.py writes the
+losses of killed_run.png.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -15,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from sizes import ONE_GPU, one_gpu_of, read, size_name
 
 HERE = Path(__file__).parent
 INK, GREY = "#1f2933", "#7b8794"
@@ -157,6 +160,36 @@ def row_length() -> None:
     save(fig, "row_length.png")
 
 
+def sizes() -> None:
+    """Draw MFU by size and row on one GPU, and the speed per GPU of layouts relative to it, from data/sizes.csv."""
+    rows = read()
+    alone = [row for row in rows if row["layout"] == ONE_GPU and row["mfu"] is not None]
+    split = [(row, one) for row in rows if row["layout"] != ONE_GPU and (one := one_gpu_of(row, rows)) is not None]
+    height = 1.1 + 0.3 * max(len(alone), len(split))
+    fig, (use, layouts) = plt.subplots(1, 2, figsize=(9.5, height))
+
+    def bars(ax: Axes, names: list[str], shares: list[float], color: str, label: str) -> None:
+        drawn = ax.barh(range(len(names)), shares, height=0.66, color=color)
+        ax.bar_label(drawn, labels=[f"{share:.1f}%" for share in shares], fontsize=9.5, padding=3)
+        ax.set_yticks(range(len(names)), names, fontsize=9.5)
+        ax.set(xlim=(0, max(shares, default=1) * 1.18), xlabel=label)
+        ax.invert_yaxis()
+
+    def name(row: dict[str, Any]) -> str:
+        return f"{size_name(row['parameters'])}, {row['row']}"
+
+    bars(use, [name(row) for row in alone], [row["mfu"] * 100 for row in alone], MAMBA, "MFU on one GPU (%)")
+    bars(
+        layouts,
+        [f"{name(row)}: {row['layout']}" for row, _ in split],
+        [row["tokens_per_s_per_gpu"] / one["tokens_per_s_per_gpu"] * 100 for row, one in split],
+        ATTENTION,
+        "speed per GPU, one GPU = 100%",
+    )
+    fig.tight_layout(w_pad=2)
+    save(fig, "sizes.png")
+
+
 def step_time() -> None:
     """Draw the parts of a step's time as one bar."""
     fig, ax = plt.subplots(figsize=(8, 2.3))
@@ -258,6 +291,7 @@ if __name__ == "__main__":
     with plt.rc_context(STYLE):
         block()
         row_length()
+        sizes()
         step_time()
         layouts()
         killed_run()

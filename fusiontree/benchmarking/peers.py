@@ -10,6 +10,7 @@ Shape legend: B rows, S tokens, C channels.
 
 from __future__ import annotations
 
+import logging
 import time
 from importlib.util import find_spec
 from itertools import pairwise
@@ -26,7 +27,9 @@ from fusiontree.models.flops import matrix_parameters, visible_keys
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.cross_entropy import linear_cross_entropy
 from fusiontree.utils.device import Mark
-from fusiontree.utils.errors import UserError
+from fusiontree.utils.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
 
 WARMUP_STEPS = 4
 """Tokens decoded before the clock starts."""
@@ -62,14 +65,34 @@ def falcon_training_flops(config: ModelConfig, length: int) -> float:
     return 3.0 * (layers * per_layer + 2.0 * config.vocab_size * config.hidden_size)
 
 
-def require_falcon() -> None:
-    """Check that the peer can be built.
+def choose_peers(asked: list[str] | None, obstacles: dict[str, str]) -> list[str]:
+    """Return the names of the peers to time.
+
+    Args:
+        asked: names; empty means all that can run here, None none.
+        obstacles: for each peer why it cannot run here, empty if it can.
 
     Raises:
-        UserError: transformers is not installed, or is older than Falcon-H1.
+        UserError: a name is unknown, or its peer cannot run here.
     """
-    if not find_spec("transformers") or not find_spec("transformers.models.falcon_h1"):
-        raise UserError("--peers needs transformers with Falcon-H1, 4.57 or newer; pip install 'fusiontree[hf]'")
+    for name in asked or []:
+        if name not in obstacles:
+            raise UserError(f"--peers {name}: there is no such peer{nearest(name, obstacles)}; use llama or falcon")
+        if obstacles[name]:
+            raise UserError(f"--peers {name}: {obstacles[name]}")
+    if asked is None or asked:
+        return list(dict.fromkeys(asked or []))
+    for name, reason in obstacles.items():
+        if reason:
+            log.info("peer %s is left out: %s", name, reason)
+    return [name for name, reason in obstacles.items() if not reason]
+
+
+def falcon_missing() -> str:
+    """Return why the package of Falcon-H1 cannot be used; empty if it can."""
+    if find_spec("transformers") and find_spec("transformers.models.falcon_h1"):
+        return ""
+    return "it needs transformers with Falcon-H1, 4.57 or newer; pip install 'fusiontree[hf]'"
 
 
 def _modules() -> Any:
@@ -162,6 +185,7 @@ def train_falcon(
         "parameters": sum(p.numel() for p in model.parameters()),
         "step_time_s": seconds,
         "tokens_per_s": tokens / seconds,
+        "tokens_per_s_per_gpu": tokens / seconds,
         "model_flops_per_token": flops,
         "model_tflops_per_gpu": tokens / seconds * flops / 1e12,
         "loss": float(loss.detach()),

@@ -28,6 +28,8 @@ class StepTimes:
     """Time between the ends of consecutive steps on the device."""
     grad_norm: float
     """Gradient norm of the last step."""
+    loss: float
+    """Loss of the last step, in nats per token."""
     document_lengths: list[int]
     """Tokens of each document in this rank's rows, over all steps."""
 
@@ -61,7 +63,7 @@ class StepTimer:
         device = self._engine.device
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds, lengths, grad_norm = list[float](), list[int](), math.nan
+        seconds, lengths, grad_norm, loss = list[float](), list[int](), math.nan, math.nan
         for index in range(steps + 1):
             if index < steps:
                 self._number += 1
@@ -69,11 +71,12 @@ class StepTimer:
             else:
                 finished = self._pipeline.drain()
             if finished is not None:
-                step_metrics(finished, self._settings, self._engine.world_size, device)  # as the trainer logs a step
+                # as the trainer logs a step
+                loss = step_metrics(finished, self._settings, self._engine.world_size, device)["lm_loss"]
                 seconds.append(finished.device_s)
                 lengths += document_lengths(_counted(finished.batch))
                 grad_norm = finished.grad_norm
-        return StepTimes(seconds, grad_norm, lengths)
+        return StepTimes(seconds, grad_norm, loss, lengths)
 
     @staticmethod
     def _read(data: TrainingData, one_document: bool) -> Iterator[StepBatch]:

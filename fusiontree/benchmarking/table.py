@@ -33,6 +33,13 @@ def length_histogram(lengths: Sequence[int]) -> list[dict[str, Any]]:
     ]
 
 
+def spread(values: Sequence[int]) -> dict[str, int]:
+    """Return the least, some quantiles and the greatest of ``values``."""
+    ordered = sorted(values)
+    shares = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
+    return {name: ordered[round(share * (len(ordered) - 1))] for name, share in shares.items()}
+
+
 def print_table(result: dict[str, Any]) -> None:
     """Print the figures of our own training."""
     print(f"\n{result['device']}, {result['world_size']} x, torch {result['torch']}, {result['engine']}")
@@ -41,6 +48,7 @@ def print_table(result: dict[str, Any]) -> None:
     rows = [
         ("parameters", _with_unit(result["parameters"])),
         ("row", f"{result['seq_len']:,} tokens, {packed}"),
+        ("data", ", ".join(result["data"])),
         ("step", f"{result['step_time_s'] * 1e3:,.1f} ms"),
         ("throughput", f"{result['tokens_per_s_per_gpu']:,.0f} tokens/s {each}"),
         ("useful work", f"{_with_unit(result['model_tflops_per_gpu'] * 1e12)}FLOP/s {each}"),

@@ -40,7 +40,7 @@ class TokenizerInfo:
     """The tokenizer of a dataset."""
 
     kind: str
-    """byte | huggingface."""
+    """byte | huggingface; synthetic tokens have none that could be saved."""
     name: str
     vocab_size: int
     eos_id: int

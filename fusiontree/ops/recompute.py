@@ -55,23 +55,27 @@ class Recomputed(saved_tensors_hooks):
     def register(self, formula: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any) -> None:
         """Record that ``formula(*inputs)`` computes ``outputs``."""
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-        places = [_place(tensor) for tensor in tensors]
-        taken = {_place(value) for value in inputs if isinstance(value, Tensor)}
-        if len(set(places)) < len(places) or taken & set(places):
+        places = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+        taken = {value.untyped_storage().data_ptr() for value in inputs if isinstance(value, Tensor)}
+        if len(set(places)) < len(places) or not taken.isdisjoint(places):
             return  # a view of an input or of another output: dropping it frees no memory
         recipe = _Recipe(formula, tuple(self._pack(v) if isinstance(v, Tensor) else v for v in inputs), tensors)
         for index, (place, tensor) in enumerate(zip(places, tensors, strict=True)):
             self._recipes[place] = (weakref.ref(tensor), recipe, index)
 
     def _pack(self, tensor: Tensor) -> Any:
-        found = self._recipes.get(_place(tensor))
+        # Called for every tensor that the forward pass saves, so it calls no function of ours.
+        if isinstance(tensor, torch.nn.Parameter):
+            return tensor
+        place = tensor.untyped_storage().data_ptr()
+        found = self._recipes.get(place)
         if found is not None:
             marked, recipe, index = found
             result = marked()
             # The memory of a freed result may have been reused by another tensor.
-            if result is not None and result.dtype == tensor.dtype and _place(result) == _place(tensor):
+            if result is not None and result.dtype == tensor.dtype and result.untyped_storage().data_ptr() == place:
                 return _Use(recipe, index, tensor)
-        return tensor if isinstance(tensor, torch.nn.Parameter) or not tensor.requires_grad else tensor.detach()
+        return tensor.detach() if tensor.requires_grad else tensor
 
     @staticmethod
     def _unpack(saved: Any) -> Tensor:
@@ -111,10 +115,6 @@ class _Use:
 
     def value(self) -> Tensor:
         return self._recipe.values()[self._index].as_strided(*self._layout)
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _laid_out(tensor: Tensor, size: torch.Size, stride: tuple[int, ...], offset: Any) -> Tensor:

@@ -63,10 +63,12 @@ class DistributedModel:
     """This rank's shard of each parameter, by parameter name."""
 
 
-def build_model(config: ModelConfig, layout: Layout) -> DistributedModel:
+def build_model(
+    config: ModelConfig, layout: Layout, model_class: type[FusionTreeModel] = FusionTreeModel
+) -> DistributedModel:
     """Return this rank's part of the model on the meta device: shapes and names, no memory."""
     with torch.device("meta"):
-        model = FusionTreeModel(config)
+        model = model_class(config)
     specs = apply_tensor_parallel(model, layout)
     apply_context_parallel(model, layout)
     return DistributedModel(model, specs)

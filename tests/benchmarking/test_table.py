@@ -15,6 +15,7 @@ RESULT: dict[str, Any] = {
     "engine": "fsdp2",
     "parameters": 1_570_000_000,
     "seq_len": 64,
+    "data": ["synthetic tokens (vocabulary 264, seed 0)"],
     "step_time_s": 0.5,
     "tokens_per_s_per_gpu": 128.0,
     "model_tflops_per_gpu": 0.25,
@@ -44,6 +45,7 @@ def test_the_table_shows_packed_documents(capsys: pytest.CaptureFixture[str]) ->
     assert ["32", "to", "63", "2", "53.6%"] in lines
     assert ["64", "1", "33.3%"] in lines  # no document is longer than its row
     assert ["parameters", "1.57", "G"] in lines
+    assert ["data", "synthetic", "tokens", "(vocabulary", "264,", "seed", "0)"] in lines
     assert ["useful", "work", "250", "GFLOP/s", "per", "process"] in lines
 
 

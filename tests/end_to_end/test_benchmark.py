@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fusiontree import benchmark
-from fusiontree.benchmarking import peers
+from fusiontree.benchmarking import others, peers
 from fusiontree.config.load import load_config
 from fusiontree.data.loader import TrainingData
 from fusiontree.models.flops import training_flops_per_token
@@ -76,12 +76,30 @@ def test_rows_that_only_fill_the_last_pass_are_not_counted(config: str, capsys: 
     assert result["documents_per_row"] == pytest.approx(len(lengths) / 8)
 
 
+SYNTHETIC = "data.train=[{path: synthetic, type: synthetic, weight: 1, options: {vocab_size: 264}}]"
+
+
+def test_no_dataset_is_needed(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table and the JSON object say that the tokens are synthetic."""
+    words = ["--config", config, "--steps", "1", "--warmup", "1", SYNTHETIC, "training.seq_len=1024"]
+    documents = []
+    for options in (["--one-document"], []):
+        assert benchmark.main([*words, "model.max_position_embeddings=1024", *options]) == 0
+        printed = capsys.readouterr().out
+        result = json.loads(printed.splitlines()[-1])
+        assert result["data"] == ["synthetic tokens (vocabulary 264, seed 0)"]
+        assert f"  data          {result['data'][0]}\n" in printed
+        documents.append(result["documents_per_row"])
+    assert documents[0] == 1 < documents[1]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--decode", "4"], "one GPU"),
         (["--decode", "0"], "--decode 0"),
-        (["--peers"], "one GPU"),
+        (["--peers", "falcon"], "one GPU"),
+        (["--peers", "falcom"], "did you mean 'falcon'"),
         (["--profile", "trace.json"], "--profile"),
         (["--steps", "0"], "--steps 0"),
         (["training.seqlen=64"], "seq_len"),
@@ -105,8 +123,22 @@ def test_decoding_beyond_a_learned_table_is_refused(config: str, monkeypatch: py
 
 def test_the_peer_needs_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(benchmark.UserError, match=r"fusiontree\[hf\]"):
-        peers.require_falcon()
+    assert "fusiontree[hf]" in peers.falcon_missing()
+
+
+def test_llama_trains_beside_ours(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the same trainer, on the documents of our steps; the names of peers end where a setting begins."""
+    sizes = ["model.hidden_size=64", "model.gate_rank=32", "model.mamba.head_dim=32", "model.num_layers=6"]
+    words = ["--config", config, "--steps", "1", "--warmup", "1", "--peers", "llama", *sizes]
+    assert benchmark.main(words) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    llama = result["others"]["llama"]
+    assert result["overrides"] == sizes and list(result["others"]) == ["llama"]
+    assert llama["parameters"] == pytest.approx(result["parameters"], rel=0.02)
+    assert llama["documents_per_row"] == result["documents_per_row"] > 1
+    assert llama["tokens_per_s_per_gpu"] > 0 and 4 < llama["loss"] < 7
+    speeds = result["tokens_per_s_per_gpu"] / llama["tokens_per_s_per_gpu"]
+    assert llama["ours_over_peer_tokens"] == pytest.approx(speeds)
 
 
 def test_settings_may_stand_between_options(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +158,8 @@ def test_a_peer_that_does_not_fit_leaves_the_other_figures(config: str, monkeypa
     monkeypatch.setattr(peers, "decode_ours", lambda *_, **__: {"tokens_per_s": 3.0})
     monkeypatch.setattr(peers, "decode_falcon", lambda *_, **__: {"tokens_per_s": 1.0})
     micro = SimpleNamespace(input_ids_BS=torch.zeros(2, 8, dtype=torch.int64), labels_BS=None)
-    args = argparse.Namespace(peers=True, decode=4, steps=1, warmup=1)
-    found = benchmark.others(load_config(config, []), args, micro, None, torch.device("cpu"), {})
+    args = argparse.Namespace(peers=["falcon"], decode=4, steps=1, warmup=1)
+    wanted = others.falcon_and_decoding(load_config(config, []), args, micro, None, torch.device("cpu"))
+    found = others.time_others(wanted, {})
     assert "out of memory" in found["falcon_h1"]["error"]
     assert (found["decode"], found["falcon_h1_decode"]) == ({"tokens_per_s": 3.0}, {"tokens_per_s": 1.0})

@@ -132,7 +132,7 @@ def test_a_token_outside_the_vocabulary_is_located(files: tuple[Path, Path], tmp
 
 
 def test_the_types_that_exist() -> None:
-    assert TOKEN_SOURCES.names()[:2] == ["shards", "megatron"]
+    assert TOKEN_SOURCES.names()[:3] == ["shards", "megatron", "synthetic"]
 
 
 @pytest.mark.timeout(600)

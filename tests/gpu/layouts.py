@@ -4,7 +4,8 @@
     torchrun --nproc-per-node=2 -m tests.gpu.layouts OUT speed:fsdp2-cp2 curve:fsdp2-cp2 …
     python -m tests.gpu.layouts OUT                                   # the table of what was measured
 
-``OUT`` is a folder; datasets are those of configs/bench. Each layout keeps as many activations as fit its memory.
+``OUT`` is a folder; curves train on data/bench/train, token shards of real text. Each layout keeps as many
+activations as fit its memory.
 """
 
 from __future__ import annotations

@@ -356,15 +356,17 @@ def test_norms_and_rotary() -> None:
 
     check(rotated("compiled"), rotated("reference"), [draw(2, 500, 4, 64)])
 
-    def cut(backend: str) -> Callable:
+    def cut(backend: str, first: tuple[int, int]) -> Callable:
         def parts(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            queries, keys = rotate_and_cut(q, k, cos, sin, (3, 1), backend=backend)
-            return *queries, *keys
+            queries, keys = rotate_and_cut(q, k, cos, sin, first, backend=backend)
+            return tuple(part for part in (*queries, *keys) if part.numel())
 
         return parts
 
-    for name in ("auto", "compiled"):
-        check(cut(name), cut("reference"), [draw(2, 500, 4, 64), draw(2, 500, 2, 64, seed=1)])
+    for first in ((3, 1), (4, 2), (0, 0)):
+        for name in ("auto", "compiled"):
+            given = [draw(2, 500, 4, 64), draw(2, 500, 2, 64, seed=1)]
+            check(cut(name, first), cut("reference", first), given)
 
 
 @pytest.mark.parametrize("packed", [False, True])

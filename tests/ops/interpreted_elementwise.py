@@ -72,15 +72,19 @@ def rotations() -> None:
         positions = torch.arange(37).repeat(rows, 1)
         positions[-1, 11:] -= 11
         tables = rotary_reference.rotary_tables(positions, 24, 1e4)
-        fast = rotary_triton.rotate_and_cut(q, k, *tables, (4, 2))
-        plain = rotary_reference.rotate_and_cut(q, k, *tables, (4, 2))
-        say(f"rotation {rows}", [*fast[0], *fast[1]], [*plain[0], *plain[1]])
-        parts = [part + 1 for part in (*plain[0], *plain[1])]
-        say(
-            f"rotation back {rows}",
-            rotary_triton.rotate_back(*parts, *tables),
-            rotary_reference.rotate_back(*parts, *tables),
-        )
+        for first in ((4, 2), (6, 3), (0, 0)):  # local and global heads, or those of one kind
+            fast, plain = (
+                [part for pair in rotate.rotate_and_cut(q, k, *tables, first) for part in pair]
+                for rotate in (rotary_triton, rotary_reference)
+            )
+            assert [part.shape for part in fast] == [part.shape for part in plain]
+            say(f"rotation {rows} {first}", [p for p in fast if p.numel()], [p for p in plain if p.numel()])
+            parts = [part + 1 for part in plain]
+            say(
+                f"rotation back {rows} {first}",
+                rotary_triton.rotate_back(*parts, *tables),
+                rotary_reference.rotate_back(*parts, *tables),
+            )
 
 
 def merges() -> None:

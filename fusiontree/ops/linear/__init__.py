@@ -66,7 +66,7 @@ class _Linears(torch.autograd.Function):
         outputs = [
             (x_NC @ part.t()).view(*x_BSC.shape[:-1], part.shape[0])
             for weight, sizes in zip(weights, splits, strict=True)
-            for part in weight.split(sizes)
+            for part in (weight.split(sizes) if len(sizes) > 1 else (weight,))
         ]
         ctx.save_for_backward(x_BSC, *weights)
         ctx.splits = splits
@@ -75,18 +75,20 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_BSC, *weights = ctx.saved_tensors
+        x_BSC, *saved = ctx.saved_tensors
         x_NC = x_BSC.flatten(0, -2)
         pending = list(grads)
         dx_NC = None
         dweights: list[Tensor | None] = []
-        for weight, sizes in zip(weights, ctx.splits, strict=True):
+        for weight, sizes in zip(saved, ctx.splits, strict=True):
             parts, pending = pending[: len(sizes)], pending[len(sizes) :]
             if all(part is None for part in parts):
                 dweights.append(None)
                 continue
             dweight = torch.empty_like(weight)
-            for part, rows, drows in zip(parts, weight.split(sizes), dweight.split(sizes), strict=True):
+            whole = len(sizes) == 1  # a split into one part would cost the host a view
+            weights = (weight,) if whole else weight.split(sizes)
+            for part, rows, drows in zip(parts, weights, (dweight,) if whole else dweight.split(sizes), strict=True):
                 if part is None:
                     drows.zero_()
                     continue

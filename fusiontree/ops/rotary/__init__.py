@@ -31,10 +31,6 @@ def rotate_and_cut(
     ``first`` has the number of first heads for queries and for keys. The backward concatenates the parts. Queries and
     keys share a call because it costs the host more than the device.
     """
-    if first[0] in (0, q_BSHD.shape[2]):  # only local or only global heads
-        q, k = (apply_rotary(x, cos_BSD, sin_BSD, backend=backend) for x in (q_BSHD, k_BSKD))
-        none = q[:, :, :0], k[:, :, :0]
-        return ((q, none[0]), (k, none[1])) if first[0] else ((none[0], q), (none[1], k))
     q_first, q_rest, k_first, k_rest = _RotateAndCut.apply(q_BSHD, k_BSKD, cos_BSD, sin_BSD, first, backend)
     return (q_first, q_rest), (k_first, k_rest)
 

@@ -1,0 +1,87 @@
+"""Host work per block, forward and backward: it must not grow, as small models and sharded rows wait for the host.
+
+A test that fails because the work grew shows what is new; if the growth is worth it, record the new numbers here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from fusiontree.ops.documents import Documents
+from fusiontree.parallel.activation_checkpointing import checkpoint_activations, fuse_projections
+from tests.helpers import tiny_model
+from tests.models.host_work import HostWork, count_kernels_as_calls
+
+
+class PerBlock(NamedTuple):
+    """Recorded work of a fused block."""
+
+    launches: int
+    """Operations that return new values, and calls of kernels."""
+    views: int
+    own_calls: int
+    """Calls of FusionTree's Python functions."""
+    torch_calls: int
+    """Calls of torch's Python functions (torch 2.13)."""
+
+
+RECORDED = {
+    "none": PerBlock(launches=107, views=171, own_calls=120, torch_calls=511),
+    "selective": PerBlock(launches=114, views=238, own_calls=328, torch_calls=604),
+}
+
+
+def work_of(layers: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> HostWork:
+    """Work of a training pass of a model of ``layers`` fused layers on packed rows."""
+    model = tiny_model(layer_pattern="F" * layers)
+    checkpoint_activations(model, mode)
+    fuse_projections(model)
+    generator = torch.Generator().manual_seed(0)
+    ids_BS, labels_BS = (torch.randint(0, 64, (2, 24), generator=generator) for _ in range(2))
+    documents = Documents.from_positions(torch.cat([torch.arange(10), torch.arange(14)]).expand(2, 24).contiguous())
+
+    def train() -> None:
+        model.zero_grad()
+        output = model(ids_BS, labels_BS=labels_BS, documents=documents)
+        sums = output.layer_sums.sums_LB
+        (output.loss_sum + sums["gate"].sum() + sums["entropy"].sum()).backward()  # as the training loss
+
+    work = HostWork()
+    with monkeypatch.context() as patch:
+        count_kernels_as_calls(work, patch)
+        for _ in range(2):  # the first pass chooses backends and imports them
+            work.reset()
+            with work.counted_calls():
+                train()
+            work.operations.clear()
+            with work:
+                train()
+    return work
+
+
+@pytest.mark.parametrize("mode", RECORDED)
+def test_the_work_per_block_does_not_grow(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    two, three = (work_of(layers, mode, monkeypatch) for layers in (2, 3))
+
+    def of_a_block(kind: str) -> Counter[str]:
+        return Counter(getattr(three, kind)) - Counter(getattr(two, kind))
+
+    launches, views, own = (of_a_block(kind) for kind in ("operations", "views", "own_calls"))
+    torch_calls = three.torch_calls - two.torch_calls
+    found = PerBlock(launches.total(), views.total(), own.total(), torch_calls)
+    recorded = RECORDED[mode]
+    assert found.launches <= recorded.launches, _listed(launches)
+    assert found.own_calls <= 1.03 * recorded.own_calls, _listed(own)
+    if torch.__version__.startswith("2.13"):  # another version may divide an operation into other views and calls
+        assert found.views <= recorded.views, _listed(views)
+        assert found.torch_calls <= 1.03 * recorded.torch_calls
+    # Numbers far above the truth would let the work grow unseen.
+    assert all(now >= 0.9 * then for now, then in zip(found, recorded, strict=True)), f"record {found}"
+
+
+def _listed(counts: Counter[str]) -> str:
+    return "\n".join(f"{count:4} {name}" for name, count in counts.most_common())
