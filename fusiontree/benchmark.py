@@ -145,6 +145,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             peak_flops=peak_flops(layout.device, training.precision),
         )
         timer = StepTimer(settings, engine, data, one_document=args.one_document)
+        engine.checkpointing.announce = log.info
         began = time.perf_counter()
         timer.run(args.warmup)
         gc_control.freeze()
@@ -202,6 +203,7 @@ def _figures(
         "engine": config.parallel.engine,
         "engine_class": type(engine).__name__,
         "layout": {"dp": layout.dp_size, "cp": layout.cp_size, "tp": layout.tp_size},
+        "recompute": engine.checkpointing.summary(),
         "parameters": sum(parameters),
         "seq_len": training.seq_len,
         "documents_per_row": len(lengths) * training.seq_len / sum(lengths),
