@@ -91,6 +91,11 @@ def check_options(config: Config, args: argparse.Namespace) -> None:
         raise UserError(f"--steps {args.steps} and --warmup {args.warmup} must both be at least 1")
     if args.decode is not None and args.decode < 1:
         raise UserError(f"--decode {args.decode} must be at least 1 token")
+    if config.training.activation_checkpointing == "auto" and args.warmup < 2:
+        raise UserError(
+            f"--warmup {args.warmup} must be at least 2: training.activation_checkpointing=auto measures two steps and "
+            f"then keeps its choice"
+        )
     place = process_place()
     device = choose_device(config.training.device, place.local_rank, "training.device")
     if args.profile is not None:

@@ -26,7 +26,7 @@ def start_summary(config: Config, data: TrainingData, layout: Layout) -> list[st
     expected = estimate(model, parallel, training, layout.place.world_size, Hardware(memory_gib=_memory_gib(layout)))
     split, whole, _ = count_parameters(model, tp=1)
     ranks = f"{layout.place.world_size} {layout.device.type} rank{'s' if layout.place.world_size > 1 else ''}"
-    checkpointing = training.activation_checkpointing
+    checkpointing: str = training.activation_checkpointing
     if checkpointing == "auto":
         checkpointing += f", measured in two steps (estimate: {expected.recompute})"
     lines = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +23,12 @@ from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.recompute_mix import LayerCosts, choose_mix, describe_mix, peak_bytes
 from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.errors import UserError
+from tests.end_to_end.runs import metrics
 from tests.engines.batches import micro_batch
 from tests.helpers import tiny_config, tiny_model
 from tests.parallel.auto_memory import partial_memory
+from tests.parallel.table import MODEL, REFERENCE
+from tests.parallel.test_parity import ParityTable
 
 F, S, N = "full", "selective", "none"
 SIZES = {F: 1.0, S: 4.0, N: 6.0}
@@ -237,3 +241,12 @@ def test_modes_may_change_between_steps() -> None:
         model(ids, labels_BS=ids).loss_sum.backward()
         results.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_resumed_run_measures_again_and_has_the_same_losses(tmp_path: Path) -> None:
+    table, run = ParityTable(tmp_path, MODEL, steps=7), tmp_path / "auto"
+    overrides = REFERENCE._replace(checkpointing="auto").overrides()
+    starts: list[Any] = [(str(run), [*overrides, f"training.exit_at_step={stop}"], None) for stop in (4, 7)]
+    table.train(1, [(str(table.run_dir(REFERENCE)), REFERENCE.overrides(), None), *starts])
+    for key in ("loss", "grad_norm", "validation_loss"):
+        assert metrics(run, key) == metrics(table.run_dir(REFERENCE), key)
