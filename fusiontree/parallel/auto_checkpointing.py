@@ -33,7 +33,7 @@ class Memory(Protocol):
     """The memory that a rank's tensors are in."""
 
     def budget(self) -> float:
-        """Return the bytes that tensors may fill at one time."""
+        """Return the bytes that tensors may fill at one time; called after a step."""
         ...
 
     def begin_step(self) -> None:
@@ -84,23 +84,26 @@ class CpuMemory:
     def __init__(self, limit: float, ranks: int) -> None:
         """Divide the share ``limit`` of the free memory among ``ranks`` processes of this machine."""
         self._limit, self._ranks = limit, ranks
+        self._free: int | None = None
 
     def budget(self) -> float:
-        """Return this rank's part of the free memory.
+        """Return this rank's part of the memory that was free when the first step began."""
+        assert self._free is not None, "no step began"
+        return self._limit * self._free / self._ranks
+
+    def begin_step(self) -> None:
+        """Note the free memory.
 
         Raises:
             UserError: the system does not report its free memory.
         """
-        free = available_memory()
-        if free is None:
+        if self._free is None:
+            self._free = available_memory()
+        if self._free is None:
             raise UserError(
                 "training.activation_checkpointing auto needs the free memory, which this system does not report; use "
                 "none, selective or full"
             )
-        return self._limit * free / self._ranks
-
-    def begin_step(self) -> None:
-        """Note nothing."""
 
     def peak(self, nbytes: Sequence[dict[str, float]], modes: Sequence[str]) -> float:
         """Return what the layers keep, and the block that is recomputed: states are not part of the free memory."""
@@ -146,7 +149,6 @@ class AutoCheckpointing(Checkpointing):
         self._seconds, self._tokens, self._limit = seconds, tokens, limit
         self._kept: list[dict[str, float]] = []
         self._round = 0
-        self._budget = 0.0
         self._filled = ""
 
     @contextmanager
@@ -172,7 +174,6 @@ class AutoCheckpointing(Checkpointing):
 
     def _begin(self) -> None:
         if self._round == 0:
-            self._budget = self._memory.budget()
             for forward in self.forwards:
                 forward.before = self._measure
         self._memory.begin_step()
@@ -185,7 +186,8 @@ class AutoCheckpointing(Checkpointing):
         self._round += 1
         peak, modes = self._memory.peak(self._kept, self.modes), self.modes
         base = peak - sum(sizes[mode] - sizes["full"] for sizes, mode in zip(self._kept, modes, strict=True))
-        mine = {"base": base, "budget": self._budget, "kept": self._kept}
+        # Read after the step: NCCL takes memory at its first collectives.
+        mine = {"base": base, "budget": self._memory.budget(), "kept": self._kept}
         ranks = [json.loads(text) for text in self._gather_text(json.dumps(mine))]
         fullest = min(ranks, key=lambda rank: rank["budget"] - rank["base"])
         spare = fullest["budget"] - fullest["base"]

@@ -34,7 +34,7 @@ def kept_bytes(forward: Callable[..., Any], x_BSC: Tensor, *args: Any, **kwargs:
         forward(x_BSC, *args, **kwargs)
     for tensor in (x_BSC, *_tensors_of([out for out, _ in results])):
         full.add(tensor)
-    return {"none": none.nbytes, "selective": selective.nbytes, "full": full.nbytes}
+    return {"none": none.release(), "selective": selective.release(), "full": full.release()}
 
 
 class _KeptMemory:
@@ -58,9 +58,11 @@ class _KeptMemory:
         if not isinstance(base, nn.Parameter) and _place(tensor) not in self._shared:
             self._storages[_place(tensor)] = tensor.untyped_storage()
 
-    @property
-    def nbytes(self) -> int:
-        return sum(storage.nbytes() for storage in self._storages.values())
+    def release(self) -> int:
+        """Return the bytes, and let go of the memory: hooks and what they belong to may refer to each other."""
+        nbytes = sum(storage.nbytes() for storage in self._storages.values())
+        self._storages.clear()
+        return nbytes
 
 
 def _drop(tensor: Tensor) -> None:

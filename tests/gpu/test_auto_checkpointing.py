@@ -49,6 +49,9 @@ def test_the_count_is_what_the_allocator_keeps(letter: str) -> None:
     x_BSC, rest = seen[0][0].detach().requires_grad_(), seen[0][1:]
     seen.clear()
     counted = kept_bytes(block.forward, x_BSC, *rest)
+    before = torch.cuda.memory_allocated()
+    assert kept_bytes(block.forward, x_BSC, *rest) == counted
+    assert torch.cuda.memory_allocated() == before
     for mode in MODES:
         forward = CheckpointedForward(block.forward, mode)
         forward(x_BSC, *rest)  # compiles, and makes what later calls share

@@ -15,6 +15,7 @@ from torch import Tensor
 from fusiontree.engines.build import build_engine
 from fusiontree.models.mixers.base import Seconds
 from fusiontree.ops.documents import Documents
+from fusiontree.parallel import kept_memory
 from fusiontree.parallel.activation_checkpointing import CheckpointedForward, Checkpointing, checkpoint_activations
 from fusiontree.parallel.auto_checkpointing import GIB, AutoCheckpointing
 from fusiontree.parallel.config import ParallelConfig
@@ -105,6 +106,16 @@ def test_the_count_leaves_out_parameters_and_what_layers_share() -> None:
 
     # x, to multiply (other needs no gradient of its own); exp's result, for itself and the first product; that product.
     assert kept_bytes(forward, x, shared)[N] == 2 * 4 * 16 * 4
+
+
+def test_the_count_lets_go_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: waiting for the collector of reference cycles would add every layer's bytes to the measured peak."""
+    seen: list[Any] = []
+    add = kept_memory._KeptMemory.add
+    monkeypatch.setattr(kept_memory._KeptMemory, "add", lambda kept, tensor: (seen.append(kept), add(kept, tensor)))
+    x_BSC, rest = block_inputs()
+    kept_bytes(tiny_model(layer_pattern="F").layers[0].forward, x_BSC, *rest)
+    assert len(set(map(id, seen))) == 3 and not any(kept._storages for kept in seen)
 
 
 class Recorded:
