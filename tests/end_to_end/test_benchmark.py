@@ -84,6 +84,7 @@ def test_rows_that_only_fill_the_last_pass_are_not_counted(config: str, capsys: 
         (["--peers"], "one GPU"),
         (["--profile", "trace.json"], "--profile"),
         (["--steps", "0"], "--steps 0"),
+        (["--warmup", "1", "training.activation_checkpointing=auto"], "--warmup 1 must be at least 2"),
         (["training.seqlen=64"], "seq_len"),
     ],
 )
