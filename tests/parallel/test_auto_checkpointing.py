@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusiontree.engines import torch_engine
 from fusiontree.engines.build import build_engine
 from fusiontree.models.mixers.base import Seconds
 from fusiontree.ops.documents import Documents
@@ -261,3 +262,28 @@ def test_a_resumed_run_measures_again_and_has_the_same_losses(tmp_path: Path) ->
     table.train(1, [(str(table.run_dir(REFERENCE)), REFERENCE.overrides(), None), *starts])
     for key in ("loss", "grad_norm", "validation_loss"):
         assert metrics(run, key) == metrics(table.run_dir(REFERENCE), key)
+
+
+def measured(engine_name: str, precision: str, shared: bool) -> list[dict[str, float]]:
+    """Return the measured bytes of each layer; ``shared`` treats parameters as shared with other ranks."""
+    values = {"seq_len": 32, "max_steps": 1, "global_batch_size": 1, "precision": precision}
+    training = TrainingConfig.model_validate(values | {"activation_checkpointing": "auto"})
+    parallel = ParallelConfig.model_validate({"engine": engine_name})
+    with Layout("cpu") as layout, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_engine, "is_local", lambda mesh: not shared)
+        engine: Any = build_engine(tiny_config(layer_pattern="FMA"), parallel, training, layout)
+        with engine.checkpointing.step():
+            engine.backward(engine.forward(micro_batch(torch.arange(32)[None])).loss_sum / 32, last=True)
+            engine.step(1e-3)
+        return engine.checkpointing._kept
+
+
+@pytest.mark.xdist_group("zero")
+def test_the_count_does_not_depend_on_where_an_engine_keeps_parameters() -> None:
+    for precision in ("fp32", "bf16"):
+        local = measured("ddp", precision, shared=False)
+        for engine in ("ddp", "fsdp2", "zero3"):
+            assert measured(engine, precision, shared=True) == local, (precision, engine)
+    # zero1 casts parameters in each forward, and the backward pass needs the cast copies.
+    cast = measured("zero1", "bf16", shared=True)
+    assert all(a["none"] > b["none"] and a["full"] == b["full"] for a, b in zip(cast, local, strict=True))
