@@ -113,6 +113,11 @@ def check_options(config: Config, args: argparse.Namespace) -> None:
         raise UserError(f"--steps {args.steps} and --warmup {args.warmup} must both be at least 1")
     if args.decode is not None and args.decode < 1:
         raise UserError(f"--decode {args.decode} must be at least 1 token")
+    if config.training.activation_checkpointing == "auto" and args.warmup < 2:
+        raise UserError(
+            f"--warmup {args.warmup} must be at least 2: training.activation_checkpointing=auto measures two steps and "
+            f"then keeps its choice"
+        )
     place = process_place()
     device = choose_device(config.training.device, place.local_rank, "training.device")
     if args.profile is not None:
@@ -217,6 +222,7 @@ def _time_training(
         peak_flops=peak_flops(layout.device, training.precision),
     )
     timer = StepTimer(settings, engine, data, one_document=args.one_document)
+    engine.checkpointing.announce = log.info
     began = time.perf_counter()
     timer.run(args.warmup)
     gc_control.freeze()
@@ -280,6 +286,7 @@ def _figures(
         "engine": config.parallel.engine,
         "engine_class": type(engine).__name__,
         "layout": {"dp": layout.dp_size, "cp": layout.cp_size, "tp": layout.tp_size},
+        "recompute": engine.checkpointing.summary(),
         "parameters": sum(parameters),
         "seq_len": training.seq_len,
         "rows_per_pass": min(training.micro_batch_size, -(-training.global_batch_size // layout.dp_size)),

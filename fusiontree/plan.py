@@ -46,10 +46,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
-    """Yield the configuration in every layout that it allows: tp inside a node, cp, kinds of recomputation."""
+    """Yield the configuration in every layout that it allows: tp inside a node, cp, kinds of recomputation.
+
+    A configuration with ``auto`` keeps it.
+    """
+    automatic = config.training.activation_checkpointing == "auto"
+    modes = ("auto",) if automatic else ("none", "selective", "full")
     for tp in valid_tp(config.model, limit=gpus_per_node):
         for cp in (2**power for power in range(gpus.bit_length())):
-            for mode in ("none", "selective", "full"):
+            for mode in modes:
                 parallel = config.parallel.model_copy(update={"tp": tp, "cp": cp})
                 update = {"activation_checkpointing": mode, "recompute_layers": None}
                 candidate = config.model_copy(

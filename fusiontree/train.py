@@ -275,6 +275,7 @@ def build_trainer(
     records = Records(settings.run_dir, enabled=layout.is_main)
     watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)
     console = Console(config.training.max_steps, enabled=layout.is_main, backends=chosen_backends)
+    engine.checkpointing.announce = lambda line: console.say(f"recompute  {line}")
     if layout.is_main:
         for line in start_summary(config, train_data, layout):
             console.say(line)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from fusiontree.config.root import Config
 from fusiontree.data.loader import TrainingData
 from fusiontree.parallel.layout import Layout
-from fusiontree.planning.cost_model import Hardware, count_parameters, estimate
+from fusiontree.planning.cost_model import GIB, Hardware, count_parameters, estimate
 from fusiontree.tracking.console import short
+from fusiontree.utils.device import available_memory
 
 
 def start_summary(config: Config, data: TrainingData, layout: Layout) -> list[str]:
@@ -20,10 +23,12 @@ def start_summary(config: Config, data: TrainingData, layout: Layout) -> list[st
         layout: the process group.
     """
     model, parallel, training = config.model, config.parallel, config.training
-    expected = estimate(model, parallel, training, layout.place.world_size, Hardware())
+    expected = estimate(model, parallel, training, layout.place.world_size, Hardware(memory_gib=_memory_gib(layout)))
     split, whole, _ = count_parameters(model, tp=1)
     ranks = f"{layout.place.world_size} {layout.device.type} rank{'s' if layout.place.world_size > 1 else ''}"
-    checkpointing = training.activation_checkpointing
+    checkpointing: str = training.activation_checkpointing
+    if checkpointing == "auto":
+        checkpointing += f", measured in two steps (estimate: {expected.recompute})"
     lines = {
         "model": f"{short(split + whole)} parameters, layers {_pattern(model.pattern)}, "
         f"hidden size {model.hidden_size}, vocabulary {model.vocab_size:,}",
@@ -37,6 +42,13 @@ def start_summary(config: Config, data: TrainingData, layout: Layout) -> list[st
         "run": f"{config.run_dir}, {training.max_steps:,} steps",
     }
     return [f"{name:<10} {text}" for name, text in lines.items()]
+
+
+def _memory_gib(layout: Layout) -> float:
+    """Return the memory of this rank's device; on a CPU its part of the free memory."""
+    if layout.device.type == "cuda":
+        return torch.cuda.get_device_properties(layout.device).total_memory / GIB
+    return (available_memory() or 0) / layout.place.local_world_size / GIB
 
 
 def _pattern(letters: str) -> str:

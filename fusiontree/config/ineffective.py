@@ -49,7 +49,10 @@ def _training(config: Config) -> Iterator[Rule]:
         "training.warmup_steps is all of max_steps",
     )
     yield (training.exit_at_step or 0) >= steps, "training.exit_at_step", f"the run ends at max_steps {steps}"
-    yield training.activation_checkpointing == "none", "training.recompute_layers", "nothing is recomputed"
+    mode = training.activation_checkpointing
+    yield mode == "none", "training.recompute_layers", "nothing is recomputed"
+    yield mode == "auto", "training.recompute_layers", "training.activation_checkpointing auto chooses the layers"
+    yield mode != "auto", "training.memory_limit", f"training.activation_checkpointing is {mode}, not auto"
     spikes = "training.spikes.window training.spikes.threshold training.spikes.max_in_a_row"
     yield training.spikes.policy == "off", spikes, "training.spikes.policy is off"
     yield (

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fusiontree.data.batch import MicroBatch
 from fusiontree.models.model import ModelOutput
+from fusiontree.parallel.activation_checkpointing import Checkpointing
 
 __all__ = ["Engine", "ModelOutput", "StepResult"]
 
@@ -52,6 +53,8 @@ class Engine(Protocol):
     """Executes a training step on this process's part of the model."""
 
     device: torch.device
+    checkpointing: Checkpointing
+    """How the blocks recompute activations; ``build_engine`` sets it."""
 
     @property
     def dp_rank(self) -> int:

@@ -11,6 +11,7 @@ from fusiontree.engines.mixed_precision import compute_in
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.parallel.activation_checkpointing import checkpoint_activations, fuse_projections
+from fusiontree.parallel.auto_checkpointing import choose_automatically
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import build_model, materializer, no_weight_decay, shard_groups_leaves_first
@@ -42,7 +43,12 @@ def build_engine(
     spec = ENGINES.get(parallel.engine)
     if spec.casts_parameters:
         compute_in(PRECISION[training.precision], shard_groups_leaves_first(model))
-    checkpoint_activations(model.module, training.activation_checkpointing, training.recompute_layers)
+    mode = training.activation_checkpointing
+    checkpointing = checkpoint_activations(model.module, mode, training.recompute_layers)
+    if mode == "auto":
+        checkpointing = choose_automatically(checkpointing, model_config, training, layout)
     if not spec.casts_parameters:
         fuse_projections(model.module)
-    return spec.build(model, layout, materialize=materialize, decays=decays, parallel=parallel, training=training)
+    engine = spec.build(model, layout, materialize=materialize, decays=decays, parallel=parallel, training=training)
+    engine.checkpointing = checkpointing
+    return engine

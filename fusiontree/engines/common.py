@@ -13,6 +13,7 @@ from fusiontree.data.batch import MicroBatch
 from fusiontree.engines.base import StepResult
 from fusiontree.models.model import FusionTreeModel, ModelOutput
 from fusiontree.optim.config import OPTIMIZERS
+from fusiontree.parallel.activation_checkpointing import Checkpointing
 from fusiontree.parallel.batch_sharding import shard_inputs, sum_over_row
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import DistributedModel
@@ -78,6 +79,9 @@ class GradientWatch:
 
 class CommonEngine:
     """This process among all, the call of the model, the loss scale, and the small values of the state."""
+
+    checkpointing: Checkpointing
+    """Set by ``build_engine``."""
 
     def __init__(self, model: DistributedModel, layout: Layout, training: TrainingConfig) -> None:
         """Take the model, on the meta device, of this process of ``layout``."""

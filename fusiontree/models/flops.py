@@ -9,20 +9,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.mixers import all_mixers, distinct_mixers
+from fusiontree.models.mixers import all_mixers, distinct_mixers, layer_mixers
 
 
 def matrix_parameters(config: ModelConfig) -> int:
     """Return the number of parameters in matrix products: all matrices and the head, without the embedding look-up."""
+    return config.vocab_size * config.hidden_size + sum(matrix_parameters_by_layer(config))
+
+
+def matrix_parameters_by_layer(config: ModelConfig) -> list[int]:
+    """Return the number of parameters in the matrix products of each layer."""
     hidden = config.hidden_size
     per_mixer = {mixer: mixer.matrix_parameters(config) for mixer in distinct_mixers(config)}
-    total = config.vocab_size * hidden
-    total += sum(per_mixer[mixer] for _, mixer in all_mixers(config))
-    if config.use_alignment:
-        total += sum((2 * len(branches) + 1) * hidden * hidden for branches in config.branches)
-    per_layer = 2 * hidden * config.gate_rank + hidden * hidden
-    per_layer += (3 if config.mlp_activation == "swiglu" else 2) * hidden * config.mlp_size
-    return total + config.num_layers * per_layer
+    common = 2 * hidden * config.gate_rank + hidden * hidden
+    common += (3 if config.mlp_activation == "swiglu" else 2) * hidden * config.mlp_size
+    totals = []
+    for layer in range(config.num_layers):
+        mixers = layer_mixers(config, layer)
+        alignment = (2 * len(mixers) + 1) * hidden * hidden if config.use_alignment else 0
+        totals.append(common + alignment + sum(per_mixer[mixer] for mixer in mixers))
+    return totals
 
 
 def visible_keys(length: int, window: int | None = None) -> int:

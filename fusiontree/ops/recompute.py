@@ -9,7 +9,7 @@ other tensors are saved as usual: only marked formulas run twice, and no operati
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,9 +38,15 @@ def mark_recomputable(outputs: Any, formula: Callable[..., Any], *inputs: Any) -
 class Recomputed(saved_tensors_hooks):
     """Context of a forward pass in which results of :func:`recomputed` are not kept for the backward pass."""
 
-    def __init__(self) -> None:
-        """Start without marked results."""
-        super().__init__(self._pack, self._unpack)
+    def __init__(self, watch: Callable[[Tensor, Any], Any] | None = None) -> None:
+        """Start without marked results.
+
+        Args:
+            watch: is given each tensor that an operation saves, and what is kept in its place; for measurements of a
+                forward without a backward.
+        """
+        pack = self._pack if watch is None else lambda tensor: watch(tensor, self._pack(tensor))
+        super().__init__(pack, self._unpack)
         self._recipes: dict[int, tuple[weakref.ref[Tensor], _Recipe, int]] = {}
 
     def __enter__(self) -> None:
@@ -82,12 +88,21 @@ class Recomputed(saved_tensors_hooks):
         return saved.value() if isinstance(saved, _Use) else saved
 
 
+def kept_tensors(saved: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a value packed by :class:`Recomputed` keeps: itself, or a formula's inputs."""
+    if isinstance(saved, Tensor):
+        yield saved
+    elif isinstance(saved, _Use):
+        for value in saved.inputs:
+            yield from kept_tensors(value)
+
+
 class _Recipe:
     """One call of a formula; its values are recomputed at the first use and freed after the last."""
 
     def __init__(self, formula: Callable[..., Any], inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         self._formula = formula
-        self._inputs = inputs
+        self.inputs = inputs
         self._layouts = [(t.size(), t.stride(), t.storage_offset()) for t in outputs]
         self._values: tuple[Tensor, ...] | None = None
         self.uses = 0
@@ -97,7 +112,7 @@ class _Recipe:
         values = self._values
         if values is None:
             with torch.no_grad():
-                found = self._formula(*(v.value() if isinstance(v, _Use) else v for v in self._inputs))
+                found = self._formula(*(v.value() if isinstance(v, _Use) else v for v in self.inputs))
             found = found if isinstance(found, tuple) else (found,)
             values = tuple(_laid_out(t, *layout) for t, layout in zip(found, self._layouts, strict=True))
         self.uses -= 1
@@ -112,6 +127,10 @@ class _Use:
         self._recipe, self._index = recipe, index
         self._layout = (tensor.size(), tensor.stride(), tensor.storage_offset())
         recipe.uses += 1
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        return self._recipe.inputs
 
     def value(self) -> Tensor:
         return self._recipe.values()[self._index].as_strided(*self._layout)

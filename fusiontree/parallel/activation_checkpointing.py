@@ -7,8 +7,8 @@ input), so recomputation restores no generator state.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.attention.flash4 import ALL_BEFORE
 from fusiontree.ops.recompute import Recomputed
+from fusiontree.parallel.recompute_mix import describe_mix, modes_by_layer
 
 _ATEN = torch.ops.aten
 KEPT = {
@@ -33,7 +34,50 @@ Not included: torch's varlen_attn, whose outputs are recomputed.
 """
 
 
-def checkpoint_activations(model: FusionTreeModel, mode: str, layers: int | None = None) -> None:
+class CheckpointedForward:
+    """The forward of a block under one of the modes; the mode may change between steps."""
+
+    def __init__(self, forward: Callable[..., Any], mode: str) -> None:
+        """Wrap ``forward``; ``mode`` is none, selective, full or offload."""
+        self.forward, self.mode = forward, mode
+        self.before: Callable[..., None] | None = None
+        """Called once, with the wrapped forward and its arguments, before the next forward with gradients."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block."""
+        if self.before is not None and torch.is_grad_enabled():
+            before, self.before = self.before, None
+            before(self.forward, *args, **kwargs)
+        return _FORWARDS[self.mode](self.forward, *args, **kwargs)
+
+
+class Checkpointing:
+    """The activation checkpointing of a model's blocks, with modes that do not change."""
+
+    settled = True
+    """The modes do not change any more: CUDA graphs may be captured."""
+
+    def __init__(self, forwards: Sequence[CheckpointedForward]) -> None:
+        """Take the forwards of the blocks, in order."""
+        self.forwards = forwards
+        self.announce: Callable[[str], None] = lambda line: None
+        """Is given one line when modes were chosen; may be replaced."""
+
+    @property
+    def modes(self) -> list[str]:
+        """The mode of each block."""
+        return [forward.mode for forward in self.forwards]
+
+    def step(self) -> AbstractContextManager[None]:
+        """Return the context of one optimizer step; all ranks enter it together."""
+        return nullcontext()
+
+    def summary(self) -> str:
+        """Return the number of layers of each mode."""
+        return describe_mix(self.modes)
+
+
+def checkpoint_activations(model: FusionTreeModel, mode: str, layers: int | None = None) -> Checkpointing:
     """Recompute activations of blocks in the backward pass.
 
     All parameters of a block must be available during its whole backward pass.
@@ -46,14 +90,11 @@ def checkpoint_activations(model: FusionTreeModel, mode: str, layers: int | None
         layers: apply ``mode`` to the first ``layers`` blocks (None: all). The remaining blocks use ``selective`` if
             mode is ``full`` or ``offload``, and no recomputation if mode is ``selective``.
     """
-    wrap: dict[str, Callable[..., Any]] = {"full": _full, "selective": _selective, "offload": _offload}
-    if mode == "none":
-        return
-    for index, block in enumerate(model.layers):
-        if layers is None or index < layers:
-            block.forward = partial(wrap[mode], block.forward)
-        elif mode != "selective":
-            block.forward = partial(_selective, block.forward)
+    forwards = []
+    for block, its_mode in zip(model.layers, modes_by_layer(mode, layers, len(model.layers)), strict=True):
+        forwards.append(CheckpointedForward(block.forward, its_mode))
+        block.forward = forwards[-1]
+    return Checkpointing(forwards)
 
 
 def fuse_projections(model: FusionTreeModel) -> None:
@@ -61,6 +102,10 @@ def fuse_projections(model: FusionTreeModel) -> None:
     for module in model.modules():
         if hasattr(module, "fused_projections"):
             setattr(module, "fused_projections", True)  # noqa: B010
+
+
+def _none(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
 
 
 def _full(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -101,6 +146,9 @@ class _Offloaded:
         return self.tensor.to(self.device, non_blocking=True).requires_grad_(self.requires_grad)
 
 
+_FORWARDS: dict[str, Callable[..., Any]] = {"none": _none, "selective": _selective, "full": _full, "offload": _offload}
+
+
 def _keeping() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """Return the dispatch modes for a forward and for its recomputation.
 
@@ -109,10 +157,10 @@ def _keeping() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     match only the operations in ``KEPT``.
     """
     kept: deque[Any] = deque()
-    return _Kept(kept, replay=False), _Kept(kept, replay=True)
+    return KeptResults(kept, replay=False), KeptResults(kept, replay=True)
 
 
-class _Kept(TorchDispatchMode):
+class KeptResults(TorchDispatchMode):
     """Appends the results of the operations in ``KEPT`` to ``kept``, or with ``replay`` returns them instead."""
 
     def __init__(self, kept: deque[Any], replay: bool) -> None:

@@ -8,6 +8,7 @@ Unit of activations: elements of one token on one rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,19 +16,25 @@ import torch
 
 from fusiontree.engines.config import ENGINES, Sizes, Transfer
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.flops import matrix_parameters
 from fusiontree.models.mixers import all_mixers, layer_mixers
-from fusiontree.models.mixers.base import Seconds
 from fusiontree.models.mixers.split import split_of
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.config import ParallelConfig
+from fusiontree.parallel.recompute_mix import (
+    MATRIX_FLOPS,
+    added_bytes,
+    choose_mix,
+    describe_mix,
+    layer_costs,
+    modes_by_layer,
+    peak_bytes,
+    seconds_by_layer,
+)
 from fusiontree.training.config import TrainingConfig
 
 GIB = 2**30
 # Rates of one H100 SXM in bf16, from the profiled step of hybrid_1b_32k (16 layers, 2,048 wide, 32,768 tokens):
-MATRIX_FLOPS = 727e12
-"""Matrix products of these shapes: 396 ms for 288 TFLOP."""
 ELEMENTWISE_S = (41 + 43 + 17 + 16 + 2) * 1e-3 / (16 * 32768 * 2048)
 """Norms, gates, convolutions, copies: seconds per token, layer and channel of the residual stream."""
 OPTIMIZER_S = 25e-3 / 1.57e9
@@ -61,6 +68,8 @@ class Estimate:
     cp: int
     tp: int
     activation_checkpointing: str
+    recompute: str
+    """Number of layers of each mode of recomputation."""
     accumulation: int
     """Micro-batches of one rank per step."""
     states_gib: float
@@ -70,7 +79,7 @@ class Estimate:
     activations_gib: float
     total_gib: float
     fits: bool
-    """Within 92% of the memory: the allocator, NCCL and CUDA need the rest."""
+    """Within 92% of the memory, or ``training.memory_limit`` under ``auto``; allocator, NCCL and CUDA need the rest."""
     compute_s: float
     communication_s: float
     step_s: float
@@ -155,11 +164,12 @@ def estimate(
     engine = ENGINES.get(parallel.engine)
     memory = engine.memory(sizes, parallel)
     tokens = micro_batch_size * training.seq_len / cp
-    recomputed = model.num_layers if training.recompute_layers is None else training.recompute_layers
-    activations = half * _activation_elements(model, training.activation_checkpointing, tokens, tp, recomputed)
+    usable = hardware.memory_gib * GIB
+    usable *= training.memory_limit if training.activation_checkpointing == "auto" else 0.92
+    modes, activations = _recomputation(model, training, tokens, tp, half, usable - sum(memory))
     total = sum(memory) + activations
 
-    compute = passes * _pass_s(model, training, tokens, tp, recomputed) + OPTIMIZER_S * sizes.shard
+    compute = passes * _pass_s(model, training, tokens, tp, modes) + OPTIMIZER_S * sizes.shard
     communication = _communication_s(model, parallel, engine.traffic(sizes, parallel), passes, tokens, half, hardware)
     step = max(compute, communication) + 0.5 * min(compute, communication) if communication else compute
     per_step = training.global_batch_size * training.seq_len
@@ -169,12 +179,13 @@ def estimate(
         cp=cp,
         tp=tp,
         activation_checkpointing=training.activation_checkpointing,
+        recompute=describe_mix(modes),
         accumulation=passes,
         states_gib=memory.states / GIB,
         gathered_gib=memory.gathered / GIB,
         activations_gib=activations / GIB,
         total_gib=total / GIB,
-        fits=total / GIB <= 0.92 * hardware.memory_gib,
+        fits=total <= usable,
         compute_s=compute,
         communication_s=communication,
         step_s=step,
@@ -183,33 +194,39 @@ def estimate(
     )
 
 
-def _activation_elements(model: ModelConfig, mode: str, tokens: float, tp: int, recomputed: int) -> float:
-    """Return the elements that a rank keeps of one micro-batch, ``tokens`` of which are its own."""
-    others = "selective" if mode in ("full", "offload") else "none"
-    per_layer = [
-        kept_elements(model, layer, mode if layer < recomputed else others, tp) for layer in range(model.num_layers)
+def _recomputation(
+    model: ModelConfig, training: TrainingConfig, tokens: float, tp: int, half: int, budget: float
+) -> tuple[list[str], float]:
+    """Return each layer's mode and the bytes of activations of a micro-batch, ``tokens`` of which are the rank's own.
+
+    Under ``auto`` the modes are those that fill ``budget`` bytes, chosen in two rounds as at run time.
+    """
+    named = ("none", "selective", "full", "offload")
+    nbytes = [
+        {mode: half * tokens * kept_elements(model, layer, mode, tp) for mode in named}
+        for layer in range(model.num_layers)
     ]
-    last = sum(per_layer[recomputed:])
-    if mode != "none" and recomputed:  # backward recomputes one block at a time, after the last ones are freed
-        working = max(kept_elements(model, layer, "none", tp) - per_layer[layer] for layer in range(recomputed))
-        last = max(last, working)
     passing = PASSING_WIDTHS * model.hidden_size * tokens + 2 * model.vocab_size * min(tokens, LOSS_TOKENS)
-    return tokens * (sum(per_layer[:recomputed]) + last) + passing / tp
+    beside = half * passing / tp
+    modes = modes_by_layer(training.activation_checkpointing, training.recompute_layers, model.num_layers)
+    if training.activation_checkpointing == "auto":
+        seconds = seconds_by_layer(model, training.seq_len)
+        layers = [layer_costs(sizes, its, tokens / tp) for sizes, its in zip(nbytes, seconds, strict=True)]
+        for _ in range(2):
+            base = beside + peak_bytes(nbytes, modes) - added_bytes(layers, modes)
+            modes = choose_mix(layers, max(0.0, budget - base))
+    return modes, beside + peak_bytes(nbytes, modes)
 
 
-def _pass_s(model: ModelConfig, training: TrainingConfig, tokens: float, tp: int, recomputed: int) -> float:
+def _pass_s(model: ModelConfig, training: TrainingConfig, tokens: float, tp: int, modes: Sequence[str]) -> float:
     """Return the seconds of one forward and backward of a rank's ``tokens``."""
-    matrices = 6.0 * matrix_parameters(model) / MATRIX_FLOPS
-    kept = repeated = 0.0
-    for layer, mixer in all_mixers(model):
-        seconds = mixer.seconds(model, layer, training.seq_len)
-        if seconds is None:
-            seconds = Seconds(0.0, 3.0 * mixer.flops(model, layer, [training.seq_len]) / MATRIX_FLOPS)
-        kept, repeated = kept + seconds.kept, repeated + seconds.repeated
-    elementwise = ELEMENTWISE_S * model.hidden_size * model.num_layers
-    again = recomputed / model.num_layers if training.activation_checkpointing in ("full", "offload") else 0.0
-    # A recomputed forward is a third of forward and backward; the profiled step already recomputes cheap operations.
-    total = (matrices + repeated) * (1 + again / 3) + kept + elementwise
+    seconds = seconds_by_layer(model, training.seq_len)
+    total = 6.0 * model.vocab_size * model.hidden_size / MATRIX_FLOPS
+    total += ELEMENTWISE_S * model.hidden_size * model.num_layers
+    for its, mode in zip(seconds, modes, strict=True):
+        # A forward is a third of forward and backward; the profiled step already recomputes cheap operations.
+        again = its.repeated / 3 if mode in ("full", "offload") else 0.0
+        total += its.kept + its.repeated + again
     return tokens * total / tp / (1 - IDLE)
 
 

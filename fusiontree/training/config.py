@@ -74,16 +74,25 @@ class TrainingConfig(Section):
     )
     seed: int = setting(0, "Decides initial weights, data order and branch dropout.", ge=0)
     validation: ValidationConfig = setting(ValidationConfig, "Loss on held-out data.")
-    activation_checkpointing: Literal["none", "selective", "full", "offload"] = setting(
+    activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = setting(
         "none",
         "full keeps a block's input and its global attention and recomputes the block in the backward pass; selective "
         "keeps matrix products, attention and scan and recomputes norms, convolutions and activations; offload is full "
-        "with the inputs in CPU memory.",
+        "with the inputs in CPU memory; auto measures two steps and chooses none, selective or full for each layer, as "
+        "fast as memory_limit allows.",
+    )
+    memory_limit: float = setting(
+        0.92,
+        "activation_checkpointing auto: share of the device's memory that tensors may fill (on a CPU: of the free "
+        "memory, divided among the processes of the machine). CUDA, NCCL and fragmentation need the rest.",
+        gt=0,
+        le=1,
     )
     recompute_layers: int | None = setting(
         None,
         "Apply activation_checkpointing to this number of layers, from the first. The remaining layers use selective "
-        "if the mode is full or offload, and no recomputation if it is selective. Absent: all layers.",
+        "if the mode is full or offload, and no recomputation if it is selective. Absent: all layers. No effect under "
+        "auto.",
         ge=0,
     )
     gate_target: float = setting(0.5, "Mean gate of a row that the load balance loss asks for.", ge=0, le=1)

@@ -124,7 +124,7 @@ class StepPipeline:
         device_began = self._queued.step.ended if self._queued else Mark(self.engine.device)
         with self.watchdog.section("wait for data", limit_s):
             batch = self.next_batch()
-        with self.watchdog.section("step", limit_s):
+        with self.watchdog.section("step", limit_s), self.engine.checkpointing.step():
             gradient = self.step.compute_gradient(number, batch, stop_wanted=stop_wanted(), limit_s=limit_s)
             finished = self._read()
             step = self.step.apply(gradient, limit_s=limit_s)

@@ -37,6 +37,11 @@ def test_a_configuration_in_which_all_has_an_effect_says_nothing(tmp_path: Path)
         ("training.warmup_steps=10 training.lr_scheduler=linear", "training.lr_scheduler=linear"),
         ("training.exit_at_step=10", "training.exit_at_step=10"),
         ("training.recompute_layers=1", "training.recompute_layers=1"),
+        (
+            "training.activation_checkpointing=auto training.memory_limit=0.5 training.recompute_layers=1",
+            "training.recompute_layers=1",
+        ),
+        ("training.memory_limit=0.5", "training.memory_limit=0.5"),
         ("training.spikes.threshold=3.0", "training.spikes.threshold=3.0"),
         ("training.spikes.policy=skip", "training.spikes.policy=skip"),
         ("training.validation.rows=3", "training.validation.rows=3"),

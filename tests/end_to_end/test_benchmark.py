@@ -102,6 +102,7 @@ def test_no_dataset_is_needed(config: str, capsys: pytest.CaptureFixture[str]) -
         (["--peers", "falcom"], "did you mean 'falcon'"),
         (["--profile", "trace.json"], "--profile"),
         (["--steps", "0"], "--steps 0"),
+        (["--warmup", "1", "training.activation_checkpointing=auto"], "--warmup 1 must be at least 2"),
         (["training.seqlen=64"], "seq_len"),
     ],
 )

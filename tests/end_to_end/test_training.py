@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,18 @@ def test_another_accumulation_and_recomputation_change_nothing(reference: Path, 
     assert done.returncode == 0, done.stderr
     for key in ("loss", "grad_norm"):
         assert metrics(tmp_path / "run", key) == pytest.approx(metrics(reference, key), rel=1e-5, abs=1e-7), key
+
+
+def test_auto_says_how_much_it_recomputes(reference: Path, data: Path, tmp_path: Path) -> None:
+    done = train(write_config(tmp_path, data), "training.activation_checkpointing=auto", "training.exit_at_step=3")
+    assert done.returncode == 0, done.stderr
+    assert "activation checkpointing: auto, measured in two steps (estimate: none in 2 layers)" in done.stdout
+    assert re.search(r"\nrecompute  none in 2 layers \(auto, 0\.0 of \d+\.\d GiB\)\n", done.stdout)
+    assert metrics(tmp_path / "run") == metrics(reference)[:3]
+    limit = "training.memory_limit=1.0e-12"
+    refused = train(write_config(tmp_path, data, "small"), "training.activation_checkpointing=auto", limit)
+    assert refused.returncode == 2
+    assert re.search(r"a step needs \S+ GiB per rank .* training\.memory_limit 1e-12 allows", refused.stderr)
 
 
 def test_a_run_moves_to_another_number_of_ranks(reference: Path, data: Path, tmp_path: Path) -> None:

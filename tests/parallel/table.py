@@ -97,6 +97,7 @@ OTHER_MODEL = (
 LAYOUTS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 4)]
 FAST = [
     Cell("fsdp2", 1, 2, 2, "selective"),
+    Cell("fsdp2", 1, 2, 2, "auto"),
     Cell("fsdp2", 1, 4, 1),
     Cell("fsdp2", 1, 1, 4),
     Cell("zero3", 1, 2, 2, "selective"),
@@ -115,6 +116,7 @@ GROUPS: dict[str, list[Cell]] = {
         Cell("ddp", 2, 1, 2),
         Cell("ddp", 1, 2, 2, "full"),
         Cell("ddp", 2, 2, 1, "selective"),
+        Cell("ddp", 1, 2, 2, "auto"),
         Cell("ddp", 1, 2, 2, extra=OTHER_MODEL),
     ],
     "zero1 and zero2": [
@@ -122,6 +124,7 @@ GROUPS: dict[str, list[Cell]] = {
         Cell("zero1", 2, 1, 2, extra=OTHER_MODEL),
         Cell("zero2", 1, 2, 2, "selective"),
         Cell("zero2", 2, 1, 2, "full"),
+        Cell("zero2", 2, 1, 2, "auto"),
     ],
     "options of fsdp2": [
         Cell("fsdp2", 2, 1, 2, extra=("parallel.shard_size=2",)),
@@ -131,6 +134,7 @@ GROUPS: dict[str, list[Cell]] = {
     "options of zero3": [
         Cell("zero3", 2, 1, 2, extra=("parallel.zero3_persistence_threshold=200",)),
         Cell("zero3", 1, 2, 2, "full", extra=("parallel.offload=all",)),
+        Cell("zero3", 1, 2, 2, "auto"),
         Cell("zero3", 1, 2, 2, extra=OTHER_MODEL),
     ],
     "eight ranks": [Cell("fsdp2", 2, 2, 2), Cell("zero3", 2, 2, 2), Cell("zero1", 2, 2, 2)],

@@ -1,7 +1,8 @@
 """One rank of a table of layouts: trains every job it is given, one after the other, in one process.
 
 ``python -m tests.parallel.worker CONFIG JSON PORTS`` with a JSON list of [run_dir, overrides, mutation or null] and a
-free port for each; the rank comes from the environment.
+free port for each; the rank comes from the environment. Under ``activation_checkpointing: auto`` memory suffices for a
+part of the layers, and for more of them on higher ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fusiontree.config.load import load_config
 from fusiontree.parallel.validate import check_layout
 from fusiontree.train import train
 from fusiontree.utils.environment import process_place
+from tests.parallel.auto_memory import partial_memory
 from tests.parallel.mutations import mutated
 
 
@@ -26,7 +28,7 @@ def run_jobs(around: Callable[[str | None], AbstractContextManager[None]]) -> No
         os.environ["MASTER_PORT"] = ports[attempt]  # each job's processes meet anew
         config = load_config(config_file, [*overrides, f"run_dir={run_dir}"])
         check_layout(config.model, config.parallel, config.training, process_place().world_size)
-        with around(option):
+        with around(option), partial_memory(0.5):
             assert train(config) == 0, run_dir
 
 

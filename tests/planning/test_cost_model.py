@@ -44,13 +44,14 @@ def test_parameters_are_counted_exactly() -> None:
 
 
 def test_what_layouts_do_to_memory_and_passes() -> None:
-    one, eight = (estimated("bench/hybrid_7b_32k", n, "training.global_batch_size=64") for n in (1, 8))
+    full = "training.activation_checkpointing=full"
+    one, eight = (estimated("bench/hybrid_7b_32k", n, "training.global_batch_size=64", full) for n in (1, 8))
     assert eight.states_gib == pytest.approx(one.states_gib / 8, rel=1e-6)
     assert (one.accumulation, eight.accumulation) == (64, 8)
     assert eight.communication_s > 0 and eight.tokens_per_s > 6 * one.tokens_per_s
     batch = "training.global_batch_size=64"
     for axis in ("tp", "cp"):
-        halved = estimated("bench/hybrid_7b_32k", 8, batch, f"parallel.{axis}=2")
+        halved = estimated("bench/hybrid_7b_32k", 8, batch, full, f"parallel.{axis}=2")
         assert halved.activations_gib < 0.6 * eight.activations_gib
         assert halved.states_gib == pytest.approx(eight.states_gib, rel=1e-6)
         assert halved.accumulation == 2 * eight.accumulation
@@ -72,11 +73,24 @@ def test_what_layouts_do_to_memory_and_passes() -> None:
     assert ddp[0].states_gib == pytest.approx(one.states_gib * (2 + 16 / 8) / 16, rel=1e-6)
     assert ddp[1].states_gib == pytest.approx(one.states_gib * (6 + 12 / 8) / 16, rel=1e-6)
     assert (ddp[1].accumulation, ddp[1].communication_s) == (8, ddp[0].communication_s)
-    slices = estimated("bench/hybrid_7b_32k", 16, "parallel.shard_size=8", "parallel.engine=fsdp2")
+    slices = estimated("bench/hybrid_7b_32k", 16, full, "parallel.shard_size=8", "parallel.engine=fsdp2")
     assert slices.states_gib == pytest.approx(eight.states_gib, rel=1e-6)
-    kept = estimated("bench/hybrid_7b_32k", 8, "parallel.engine=fsdp2", "parallel.reshard_after_forward=false")
+    kept = estimated("bench/hybrid_7b_32k", 8, full, "parallel.engine=fsdp2", "parallel.reshard_after_forward=false")
     assert kept.total_gib > eight.total_gib + 10  # 7 G parameters of two bytes, less what is gathered anyway
     assert kept.communication_s < eight.communication_s
+
+
+def test_auto_fills_the_memory_that_full_recomputation_leaves() -> None:
+    name, modes = "bench/hybrid_7b_32k", ("full", "selective", "none")
+    full, selective, none = (estimated(name, 4, f"training.activation_checkpointing={mode}") for mode in modes)
+    auto = estimated(name, 4)
+    assert full.total_gib < 50 and 70 < auto.total_gib <= 0.92 * 80 < selective.total_gib
+    assert selective.step_s < auto.step_s < full.step_s
+    assert (auto.fits, auto.recompute) == (True, "full in 12 layers, selective in 8")
+    assert estimated(name, 4, "training.memory_limit=0.7").recompute == "full in 16 layers, selective in 4"
+    assert not estimated(name, 4, "training.memory_limit=0.5").fits
+    many = estimated(name, 64, "parallel.tp=4", "training.global_batch_size=64")
+    assert (many.recompute, none.recompute) == ("none in 20 layers",) * 2
 
 
 def test_the_command_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from fusiontree.data.batch import MicroBatch, StepBatch
 from fusiontree.engines.base import StepResult
+from fusiontree.parallel.activation_checkpointing import Checkpointing
 from fusiontree.training.pipeline import BatchStream, StepPipeline
 from fusiontree.training.step import PendingStep, StepGradient
 from fusiontree.training.step_sums import RowSums, StepCounts, TokenSums
@@ -26,6 +27,7 @@ class Fakes:
     """Engine, data, watchdog, spike filter and step of a pipeline, which note the events."""
 
     device, rank = CPU, 0
+    checkpointing = Checkpointing([])
 
     def __init__(self) -> None:
         self.events: list[str] = []
