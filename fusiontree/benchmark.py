@@ -241,9 +241,9 @@ def _time_training(
 
 def _train_llama(config: Config, args: argparse.Namespace, layout: Layout, parameters: int) -> dict[str, Any]:
     """Time training of a Llama of ``parameters`` parameters on the batches that our training read."""
-    import torch
 
     from fusiontree.benchmarking.llama import Llama, llama_config, llama_training_flops
+    from fusiontree.utils.cuda_graph import peak_memory
 
     model, training = llama_config(config.model, parameters), config.training
     if training.recompute_layers is not None:  # the same share of the layers
@@ -253,7 +253,7 @@ def _train_llama(config: Config, args: argparse.Namespace, layout: Layout, param
     figures, timer, engine = _time_training(config, args, layout, Llama, llama_training_flops)
     found = {"name": "Llama", "layers": model.num_layers, "mlp_size": model.mlp_size}
     if layout.device.type == "cuda":
-        found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        found["peak_memory_gib"] = peak_memory(engine.device) / 2**30
         found["idle_ms"] = breakdown(partial(timer.run, 1), partial(_wait_for_all, engine), None)["idle"]
     gc_control.unfreeze()
     return found | {name: figures[name] for name in LLAMA_FIGURES}
@@ -308,8 +308,10 @@ def _on_the_gpu(timer: StepTimer, engine: Engine, trace: str | None) -> dict[str
     """Return memory and where the time of one profiled step goes; writes the trace to a file if one is named."""
     import torch
 
+    from fusiontree.utils.cuda_graph import peak_memory
+
     result: dict[str, Any] = {
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_memory_gib": peak_memory(engine.device) / 2**30,
         "reserved_memory_gib": torch.cuda.max_memory_reserved() / 2**30,
     }
 

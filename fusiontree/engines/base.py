@@ -10,16 +10,48 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusiontree.data.batch import MicroBatch
 from fusiontree.models.model import ModelOutput
 from fusiontree.parallel.activation_checkpointing import Checkpointing
+from fusiontree.parallel.batch_sharding import ModelInputs
 
-__all__ = ["Engine", "ModelOutput", "StepResult"]
+__all__ = ["Engine", "ModelInputs", "ModelOutput", "RecordableEngine", "StepResult"]
+
+
+class GradientWatch:
+    """Watches the gradient that arrives at the embedding's output, once per micro-batch.
+
+    After the reduction a NaN of one rank is a NaN of all. A rank's own backward pass ends at the embedding's output, so
+    nearly every NaN of the pass is in its gradient. Only :meth:`finite` waits for the device.
+    """
+
+    def __init__(self, embedding: nn.Module) -> None:
+        """Watch ``embedding``, the module that turns token ids into vectors."""
+        self.noted: list[Tensor] = []
+        """Sum of each micro-batch's gradient in this step."""
+        self._last: list[Tensor] = []
+        embedding.register_forward_hook(self._forward)
+
+    def _forward(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self._note)
+
+    def _note(self, gradient: Tensor) -> None:
+        # A sum is not finite when an element is not, and needs no memory of the gradient's size.
+        self.noted.append(gradient.sum(dtype=torch.float32))
+
+    def end_step(self) -> None:
+        """Note that the step's last backward pass is over."""
+        self._last, self.noted = self.noted, []
+
+    def finite(self) -> list[bool]:
+        """Return for each micro-batch of the last step whether its gradient was finite on this rank."""
+        return [bool(total.isfinite()) for total in self._last]
 
 
 class StepResult:
@@ -157,4 +189,71 @@ class Engine(Protocol):
 
     def barrier(self) -> None:
         """Wait until every process is here."""
+        ...
+
+
+@runtime_checkable
+class RecordableEngine(Engine, Protocol):
+    """An engine whose forward and backward passes can be recorded as CUDA graphs.
+
+    ``run``, ``run_backward`` and ``run_step`` only queue work on the device: the same work for inputs of the same
+    shapes, at the same addresses. What the passes leave on the host is their pass state.
+    """
+
+    def inputs(
+        self, micro: MicroBatch, branch_scale_LB2: Tensor | None = None, layer_metrics: tuple[str, ...] = ()
+    ) -> ModelInputs:
+        """Return this rank's chunk of a micro-batch, on the CPU."""
+        ...
+
+    def run(self, inputs: ModelInputs) -> ModelOutput:
+        """Do :meth:`Engine.forward` on inputs on the device."""
+        ...
+
+    def update_loss_scale(self) -> None:
+        """Adapt the loss scale before a backward pass."""
+        ...
+
+    def run_backward(self, loss: Tensor, *, last: bool) -> None:
+        """Do :meth:`Engine.backward` at the loss scale of :meth:`update_loss_scale`."""
+        ...
+
+    def mark_stale(self) -> None:
+        """Let the next pass copy or gather the parameters anew."""
+        ...
+
+    def begin_recording(self, *, side_by_side: bool) -> None:
+        """Note that passes are recorded from now on.
+
+        Args:
+            side_by_side: let the device execute the branches of a block at the same time.
+        """
+        ...
+
+    def pass_state(self) -> Any:
+        """Return what the passes of this step left on the host: references to gradients, and how far the step is."""
+        ...
+
+    def set_pass_state(self, state: Any) -> None:
+        """Put the host where it was at :meth:`pass_state`: the device replayed the passes, or did not execute them."""
+        ...
+
+    records_step: bool
+    """Whether :meth:`run_step` only queues work. The host waits in it where the optimizer skips no step by itself."""
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the learning rate of the next steps."""
+        ...
+
+    def run_step(self) -> Tensor:
+        """Clip and apply the gradient; return its norm (scalar, unscaled, before clipping)."""
+        ...
+
+    def end_step(self, norm: Tensor) -> StepResult:
+        """Clear the gradient after :meth:`run_step`."""
+        ...
+
+    @property
+    def gradient_watch(self) -> GradientWatch:
+        """Holds the sum of each micro-batch's gradient."""
         ...

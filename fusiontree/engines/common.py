@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusiontree.data.batch import MicroBatch
-from fusiontree.engines.base import StepResult
+from fusiontree.engines.base import GradientWatch, StepResult
 from fusiontree.models.model import FusionTreeModel, ModelOutput
 from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.activation_checkpointing import Checkpointing
-from fusiontree.parallel.batch_sharding import shard_inputs, sum_over_row
+from fusiontree.parallel.batch_sharding import ModelInputs, shard_inputs, sum_over_row
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import DistributedModel
 from fusiontree.training.config import TrainingConfig
@@ -47,36 +47,6 @@ class LossScale:
             self.good_steps = 0
 
 
-class GradientWatch:
-    """Watches the gradient that arrives at the embedding's output, once per micro-batch.
-
-    After the reduction a NaN of one rank is a NaN of all. A rank's own backward pass ends at the embedding's output, so
-    nearly every NaN of the pass is in its gradient. Only :meth:`finite` waits for the device.
-    """
-
-    def __init__(self, embedding: nn.Module) -> None:
-        """Watch ``embedding``, the module that turns token ids into vectors."""
-        self._now: list[Tensor] = []
-        self._last: list[Tensor] = []
-        embedding.register_forward_hook(self._forward)
-
-    def _forward(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(self._note)
-
-    def _note(self, gradient: Tensor) -> None:
-        # A sum is not finite when an element is not, and needs no memory of the gradient's size.
-        self._now.append(gradient.sum(dtype=torch.float32))
-
-    def end_step(self) -> None:
-        """Note that the step's last backward pass is over."""
-        self._last, self._now = self._now, []
-
-    def finite(self) -> list[bool]:
-        """Return for each micro-batch of the last step whether its gradient was finite on this rank."""
-        return [bool(total.isfinite()) for total in self._last]
-
-
 class CommonEngine:
     """This process among all, the call of the model, the loss scale, and the small values of the state."""
 
@@ -106,6 +76,12 @@ class CommonEngine:
         """Return the optimizer's ``step`` of each tensor."""
         raise NotImplementedError
 
+    def inputs(
+        self, micro: MicroBatch, branch_scale_LB2: Tensor | None = None, layer_metrics: tuple[str, ...] = ()
+    ) -> ModelInputs:
+        """Return this rank's chunk of a micro-batch, on the CPU."""
+        return shard_inputs(micro, branch_scale_LB2, layer_metrics, self.layout)
+
     def _call(
         self,
         model: Callable[..., ModelOutput],
@@ -114,7 +90,11 @@ class CommonEngine:
         layer_metrics: tuple[str, ...] = (),
     ) -> ModelOutput:
         """Call ``model``, which wraps :attr:`module`, on this rank's chunk of a micro-batch."""
-        output = model(**shard_inputs(micro, branch_scale_LB2, layer_metrics, self.layout))
+        return self._call_on(model, self.inputs(micro, branch_scale_LB2, layer_metrics).to(self.device))
+
+    def _call_on(self, model: Callable[..., ModelOutput], inputs: ModelInputs) -> ModelOutput:
+        """Call ``model`` on inputs on the device."""
+        output = model(**inputs._asdict())
         return output._replace(layer_sums=sum_over_row(output.layer_sums, self.layout))
 
     def _loss_sum(self, model: Callable[..., ModelOutput], micro: MicroBatch) -> Tensor:

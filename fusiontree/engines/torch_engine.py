@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusiontree.data.batch import MicroBatch
-from fusiontree.engines.base import StepResult
+from fusiontree.engines.base import GradientWatch, StepResult
 from fusiontree.engines.common import PRECISION, CommonEngine
 from fusiontree.engines.parameters.base import Decays, NamedPiece, Placement
 from fusiontree.engines.parameters.local import LocalParameters
@@ -18,6 +18,7 @@ from fusiontree.engines.parameters.replicated import ReplicatedParameters
 from fusiontree.engines.parameters.sharded import ShardedParameters
 from fusiontree.models.model import ModelOutput
 from fusiontree.optim.build import build_optimizer, fill_states, parameter_groups, scaled_step
+from fusiontree.parallel.batch_sharding import ModelInputs
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import DistributedModel, ShardGroup, shard_groups_leaves_first
 from fusiontree.training.config import TrainingConfig
@@ -74,6 +75,12 @@ class TorchEngine(CommonEngine):
         self._root = root
         self.optimizer = self._build_optimizer(training)
         self._watch_nonfinite()
+        self._scale = torch.ones((), device=self.device)
+        self._rate = torch.zeros((), device=self.device)
+        self.records_step = self.optimizer_spec.scales_gradients and self.device.type == "cuda"
+        if self.records_step:
+            for settings in self.optimizer.param_groups:
+                settings.update(lr=self._rate, capturable=True)
 
     def _build_optimizer(self, training: TrainingConfig) -> torch.optim.Optimizer:
         leaves = [leaf for placement in self.placements for leaf in placement.leaves()]
@@ -88,9 +95,13 @@ class TorchEngine(CommonEngine):
         self, micro: MicroBatch, branch_scale_LB2: Tensor | None = None, layer_metrics: tuple[str, ...] = ()
     ) -> ModelOutput:
         """Run the model on one micro-batch."""
+        return self.run(self.inputs(micro, branch_scale_LB2, layer_metrics).to(self.device))
+
+    def run(self, inputs: ModelInputs) -> ModelOutput:
+        """Run the model on inputs on the device, for training."""
         for placement in self.placements:
             placement.begin(training=True)
-        return self._call(self._root, micro, branch_scale_LB2, layer_metrics)
+        return self._call_on(self._root, inputs)
 
     @torch.no_grad()
     def evaluate(self, micro: MicroBatch) -> Tensor:
@@ -106,36 +117,86 @@ class TorchEngine(CommonEngine):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of ``loss``; ``last`` marks the step's final micro-batch. Reductions are in fp32."""
+        self.update_loss_scale()
+        self.run_backward(loss, last=last)
+
+    def update_loss_scale(self) -> None:
+        """Adapt the loss scale to the last step, for which the host waits if there is a loss scale."""
         scale = self._update_loss_scale()
         if scale is not None:
-            loss = loss * scale
+            self._scale.fill_(scale)
+
+    def run_backward(self, loss: Tensor, *, last: bool) -> None:
+        """Do :meth:`backward` at the loss scale of :meth:`update_loss_scale`."""
+        if self.loss_scale is not None:
+            loss = loss * self._scale
         for placement in self.placements:
             placement.begin_backward(last)
         loss.backward()
         for placement in self.placements:
             placement.end_backward()
+            if last:
+                placement.wait_gradients()
 
-    @torch.no_grad()
+    def mark_stale(self) -> None:
+        """Let the next pass copy or gather the parameters anew."""
+        for placement in self.placements:
+            placement.mark_stale()
+
+    def begin_recording(self, *, side_by_side: bool) -> None:
+        """Let the device execute the branches of blocks that recompute nothing at the same time, or not."""
+        blocks: Any = self.module.layers
+        for block, mode in zip(blocks, self.checkpointing.modes, strict=True):
+            block.may_fork = side_by_side and mode == "none"
+
+    def pass_state(self) -> list[Any]:
+        """Return what the passes of this step left on the host: references to gradients, and how far the step is."""
+        return [placement.pass_state() for placement in self.placements]
+
+    def set_pass_state(self, state: list[Any]) -> None:
+        """Put the host where it was at :meth:`pass_state`: the device replayed the passes, or did not execute them."""
+        for placement, its_state in zip(self.placements, state, strict=True):
+            placement.set_pass_state(its_state)
+
+    @property
+    def gradient_watch(self) -> GradientWatch:
+        """Holds the sum of each micro-batch's gradient."""
+        return self._watch
+
     def step(self, learning_rate: float) -> StepResult:
         """Clip by the global norm, apply the gradient and clear it; a non-finite norm changes no parameter.
 
         An optimizer with ``scales_gradients`` clips and skips on the device. The host then waits for nothing and can
         prepare the next step.
         """
-        for placement in self.placements:
-            placement.wait_gradients()
+        self.set_learning_rate(learning_rate)
+        return self.end_step(self.run_step())
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the learning rate of the next steps."""
+        if not self.records_step:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            return
+        self._rate.fill_(learning_rate)
+
+    @torch.no_grad()
+    def run_step(self) -> Tensor:
+        """Clip and apply the gradient; return its norm (scalar, unscaled, before clipping)."""
         norm = self._global_norm()
         for placement in self.placements:
             placement.set_gradients()
         divisor = torch.ones_like(norm)
         if self.loss_scale:
-            norm = norm / self.loss_scale.scale
-            divisor = divisor * self.loss_scale.scale
+            norm = norm / self._scale
+            divisor = divisor * self._scale
         if self._max_norm:
             divisor = divisor * (norm / self._max_norm).clamp(min=1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         scaled_step(self.optimizer, self.optimizer_spec, divisor, norm)
+        return norm
+
+    def end_step(self, norm: Tensor) -> StepResult:
+        """Clear the gradient after :meth:`run_step`."""
         read_norm = copy_to_host(norm.view(1))
         self.discard()
         return self._result(lambda: read_norm()[0])
@@ -175,8 +236,7 @@ class TorchEngine(CommonEngine):
     def load_state_dict(self, values: dict[str, Any]) -> None:
         """Restore the values of :meth:`state_dict`; fill :meth:`state_tensors` in place before this call."""
         super().load_state_dict(values)
-        for placement in self.placements:
-            placement.mark_stale()
+        self.mark_stale()
 
 
 def is_local(mesh: DeviceMesh) -> bool:

@@ -6,6 +6,7 @@ Shape legend: B rows, S tokens, C channels, n branches of the layer; 2 stands fo
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from fusiontree.models.token_layout import BlockInputs
 from fusiontree.ops.elementwise import fused
 from fusiontree.ops.gate import GivenBranches, gate_mix
 from fusiontree.ops.recompute import recomputed
+from fusiontree.utils.cuda_graph import forked, join
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.layer_metrics import layer_metric_sums
 
@@ -72,6 +74,8 @@ class FusionBlock(nn.Module):
         self.norm = ResidualRMSNorm(hidden, config.norm_eps, config.kernels.elementwise)
         self.backend = config.kernels.elementwise
         self.gather_tokens: Callable[[Tensor], Tensor] = _unchanged
+        self.may_fork = False
+        """Whether no result is recomputed, so that each stream reads what its own branch computed."""
         for mixer in classes:
             if hasattr(self, mixer.module_name) or mixer.module_name in _LATER_ATTRIBUTES:
                 raise UserError(f"mixer {mixer.name}: module_name '{mixer.module_name}' is taken; choose another")
@@ -116,12 +120,26 @@ class FusionBlock(nn.Module):
     def branches(self, u_BSC: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> Tensor:
         """Return the branches' concatenated outputs: ``[B, S, 2C]`` for two branches, ``[B, S, C]`` for one."""
         outputs = []
-        for name, adds_time_encoding in self._branches:
-            input_BSC = u_BSC
-            if adds_time_encoding and inputs.srte_BSC is not None:
-                input_BSC = recomputed(torch.add, u_BSC, inputs.srte_BSC)
-            outputs.append(getattr(self, name)(input_BSC, inputs.mixer, cache and cache[name]))
+        side_by_side = self._side_by_side(u_BSC)
+        for index, (name, adds_time_encoding) in enumerate(self._branches):
+            with forked(u_BSC) if side_by_side and index == 0 else nullcontext():
+                input_BSC = u_BSC
+                if adds_time_encoding and inputs.srte_BSC is not None:
+                    input_BSC = recomputed(torch.add, u_BSC, inputs.srte_BSC)
+                outputs.append(getattr(self, name)(input_BSC, inputs.mixer, cache and cache[name]))
+        if side_by_side:
+            join(u_BSC.device)
         return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+
+    def _side_by_side(self, u_BSC: Tensor) -> bool:
+        """Return whether the device executes both branches at the same time.
+
+        Only where the pass is recorded: in eager passes a second stream costs the host more than it saves the device.
+        Large inputs fill the device without that, and their memory would be freed later.
+        """
+        if not self.may_fork or len(self._branches) < 2 or u_BSC.numel() > _MOST_TO_FORK or not u_BSC.is_cuda:
+            return False
+        return torch.cuda.is_current_stream_capturing()
 
     def combine(
         self,
@@ -153,6 +171,10 @@ class FusionBlock(nn.Module):
         )
         sums = {"gate": gate_B, "entropy": entropy_B, "square": square_B} | metric_sums
         return x_BSC + self.out_proj(mixed_BSC) + self.mlp(z_BSC), sums
+
+
+_MOST_TO_FORK = 1 << 25
+"""Elements of a block's input up to which branches are recorded side by side; 32,768 tokens of 1,024 channels."""
 
 
 def _unchanged(x_BSC: Tensor) -> Tensor:

@@ -6,13 +6,12 @@ decoding. Shape legend: B rows, S tokens, V vocabulary.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from fusiontree.models.cache import DecodeCache
 from fusiontree.models.model import FusionTreeModel
+from fusiontree.utils.cuda_graph import on_recording_stream, record
 
 FEWEST_STEPS = 16
 """Number of remaining steps from which recording pays off: recording costs about as much as three eager steps."""
@@ -23,12 +22,6 @@ _REHEARSALS = 2
 def recordable(device: torch.device) -> bool:
     """Return True if steps on ``device`` can be recorded, which needs CUDA."""
     return device.type == "cuda"
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of ``device`` for trial steps and recording; only one, as cuBLAS keeps memory per stream."""
-    return torch.cuda.Stream()
 
 
 class GraphedStep:
@@ -61,32 +54,19 @@ class GraphedStep:
         self._model = model
         with torch.cuda.device(device):
             self._tokens_B1 = torch.zeros(cache.rows, 1, dtype=torch.int64, device=device)
-            side, current = _side_stream(device), torch.cuda.current_stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
+            with on_recording_stream(device):
                 for _ in range(_REHEARSALS):
                     model(self._tokens_B1, cache=cache.rehearsal())
-            current.wait_stream(side)
             lengths, columns = cache.lengths, cache.columns
-            self._graph = torch.cuda.CUDAGraph()
-            first: Exception | None = None
             try:
-                # thread_local: other threads (such as a data loader that pins memory) may call CUDA during recording.
-                with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
-                    try:
-                        output = model(self._tokens_B1, cache=cache)
-                    except Exception as error:
-                        first = error  # the end of the capture fails too, with an error that hides the cause
-                        raise
-            except Exception as error:
-                torch.cuda.set_stream(current)  # a capture that fails to end does not restore the stream
-                cause = first or error
-                if isinstance(cause, torch.OutOfMemoryError):
-                    raise cause from None
+                self._graph, output = record(lambda: model(self._tokens_B1, cache=cache), device)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
                 raise RuntimeError(
-                    f"the decoding step of {cache.rows} rows cannot be recorded as a CUDA graph: {cause}; eager steps "
+                    f"the decoding step of {cache.rows} rows cannot be recorded as a CUDA graph: {error}; eager steps "
                     f"give the same tokens: generate(graphs=False), or generate.py with --no-graphs"
-                ) from cause
+                ) from error
             finally:
                 cache.lengths, cache.columns = lengths, columns  # recording advanced the counters but computed nothing
         self._logits_BSV = output.logits_BSV

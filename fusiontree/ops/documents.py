@@ -5,7 +5,9 @@ Shape legend: B rows, S tokens of a row (or of a context parallel rank's chunk).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -67,12 +69,38 @@ class Documents:
         """Return boundaries for rows of one document of ``length`` tokens each."""
         return cls.from_positions(torch.arange(length).expand(rows, length).contiguous()).to(device)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Documents:
-        """Copy the tensors to ``device``."""
-        return Documents(
-            send(self.positions_BS, device, non_blocking),
-            send(self.segments_BS, device, non_blocking),
-            send(self.cu_seqlens, device, non_blocking),
-            self.max_seqlen,
-            self.tokens_before,
+    def padded(self, count: int) -> Self:
+        """Return equal boundaries in a form that depends on ``count`` and the shape alone, for recorded passes.
+
+        ``cu_seqlens`` gets ``count`` + 1 entries, at least as many as it has: empty documents follow the last. Nothing
+        else is left to the host: the longest document counts as long as a row, and rows as broken by documents.
+        """
+        missing = count + 1 - len(self.cu_seqlens)
+        assert missing >= 0, f"{len(self.cu_seqlens) - 1} documents do not fit {count}"
+        return replace(
+            self,
+            cu_seqlens=torch.cat([self.cu_seqlens, self.cu_seqlens[-1:].expand(missing)]),
+            max_seqlen=self.positions_BS.shape[1],
+            tokens_before=None,
         )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return the boundaries with every tensor changed, those inside them too."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {
+            name: change(value) if isinstance(value, Tensor) else value.map(change)
+            for name, value in values.items()
+            if isinstance(value, Tensor | Documents)
+        }
+        return replace(self, **changed)
+
+    def nested(self) -> Iterator[Documents]:
+        """Yield these boundaries and those inside them."""
+        yield self
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), Documents):
+                yield from value.nested()
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Copy the tensors to ``device``."""
+        return self.map(lambda tensor: send(tensor, device, non_blocking))

@@ -5,7 +5,7 @@ Shape legend: L layers, B rows, S tokens of a row.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,29 +19,71 @@ from fusiontree.parallel.layout import Layout
 from fusiontree.utils.device import send
 
 
+class ModelInputs(NamedTuple):
+    """This rank's chunk of the rows of a micro-batch, as the keyword arguments of the model's forward."""
+
+    input_ids_BS: Tensor
+    labels_BS: Tensor
+    documents: Documents
+    branch_scale_LB2: Tensor | None
+    layer_metrics: tuple[str, ...]
+
+    @property
+    def document_kinds(self) -> list[int | None]:
+        """What the host knows of the documents and kernels depend on (:attr:`Documents.tokens_before`)."""
+        return [part.tokens_before for part in self.documents.nested()]
+
+    @property
+    def most_documents(self) -> int:
+        """Number of documents, of those of half chunks the greatest."""
+        return max(len(part.cu_seqlens) - 1 for part in self.documents.nested())
+
+    def padded(self, count: int | None) -> ModelInputs:
+        """Return the inputs with boundaries padded to ``count`` documents (:meth:`Documents.padded`); None: as here."""
+        return self if count is None else self._replace(documents=self.documents.padded(count))
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in an order that depends on the layout alone."""
+        scale = [] if self.branch_scale_LB2 is None else [self.branch_scale_LB2]
+        parts = [(part.positions_BS, part.segments_BS, part.cu_seqlens) for part in self.documents.nested()]
+        return [self.input_ids_BS, self.labels_BS, *scale, *(tensor for part in parts for tensor in part)]
+
+    def with_new_boundaries(self) -> ModelInputs:
+        """Return inputs of the same memory with new tensors as boundaries.
+
+        Operations keep what they derive from boundaries (a mask) by the identity of the tensor. They must derive it
+        anew for each batch that is copied into the same memory, and in each recording.
+        """
+        return self._replace(documents=self.documents.map(lambda tensor: tensor.view(tensor.shape)))
+
+    def to(self, device: torch.device) -> ModelInputs:
+        """Return the inputs on ``device``; the host does not wait for the copies."""
+        scale_LB2 = self.branch_scale_LB2
+        return ModelInputs(
+            send(self.input_ids_BS, device, non_blocking=True),
+            send(self.labels_BS, device, non_blocking=True),
+            self.documents.to(device, non_blocking=True),
+            None if scale_LB2 is None else send(scale_LB2, device, non_blocking=True),
+            self.layer_metrics,
+        )
+
+
 def shard_inputs(
     micro: MicroBatch, branch_scale_LB2: Tensor | None, layer_metrics: tuple[str, ...], layout: Layout
-) -> dict[str, Any]:
-    """Return the keyword arguments of the model's forward: this rank's chunk of each sequence, on its device.
+) -> ModelInputs:
+    """Return this rank's chunk of each sequence, on the CPU: on the device, reading boundaries would synchronize.
 
     The batch is on the CPU and equal on all ranks of ``layout.row_group``.
     """
-    device = layout.device
     length = micro.input_ids_BS.shape[1] // layout.cp_size
     piece = slice(layout.cp_rank * length, (layout.cp_rank + 1) * length)
-
-    # Document boundaries are computed on the CPU: on the device, reading them would synchronize.
     if layout.cp_size > 1:
         documents: Documents = PieceDocuments.from_row(micro.positions_BS, layout.cp_rank, layout.cp_size)
     else:
         documents = Documents.from_positions(micro.positions_BS)
-    return {
-        "input_ids_BS": send(micro.input_ids_BS[:, piece], device, non_blocking=True),
-        "labels_BS": send(micro.labels_BS[:, piece], device, non_blocking=True),
-        "documents": documents.to(device, non_blocking=True),
-        "branch_scale_LB2": None if branch_scale_LB2 is None else send(branch_scale_LB2, device, non_blocking=True),
-        "layer_metrics": layer_metrics,
-    }
+    return ModelInputs(
+        micro.input_ids_BS[:, piece], micro.labels_BS[:, piece], documents, branch_scale_LB2, layer_metrics
+    )
 
 
 def sum_over_row(sums: LayerSums, layout: Layout) -> LayerSums:

@@ -12,10 +12,10 @@ heads, D channels of a head, P channels and N state size of a state space head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -54,13 +54,13 @@ class PieceDocuments(Documents):
             mirror_half=Documents.from_positions(positions_BT[:, mirror + half : mirror + length].contiguous()),
         )
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PieceDocuments:
-        """Copy the tensors to ``device``."""
-        return PieceDocuments(
-            **vars(super().to(device, non_blocking)),
-            own_half=self.own_half.to(device, non_blocking),
-            mirror_half=self.mirror_half.to(device, non_blocking),
-        )
+    def padded(self, count: int) -> Self:
+        """Return equal boundaries whose form depends on ``count`` and the shape alone, those of both halves too."""
+        halves: dict[str, Any] = {
+            "own_half": self.own_half.padded(count),
+            "mirror_half": self.mirror_half.padded(count),
+        }
+        return replace(super().padded(count), **halves)
 
 
 def first_half(length: int) -> int:
@@ -213,7 +213,7 @@ class _KeysUpTo(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (short, dshort), (long, dlong) = sorted(zip(ctx.ends, (grads[:2], grads[2:]), strict=True), key=itemgetter(0))
         total = grads[0].new_empty(ctx.shape)
-        total[:, long:] = 0.0
+        total[:, long:].zero_()
         for part, first, second in zip(total.chunk(2, dim=-1), dlong, dshort, strict=True):
             part[:, :long] = first
             part[:, :short].add_(second)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fusiontree.utils.device import choose_device
-from fusiontree.utils.environment import check_meeting_point, process_place, rendezvous_given
+from fusiontree.utils.environment import check_meeting_point, keep_graph_buffers_local, process_place, rendezvous_given
 from fusiontree.utils.errors import UserError
 
 T = TypeVar("T")
@@ -67,6 +67,7 @@ class Layout:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.backend = "nccl" if self.device.type == "cuda" else "gloo"
+        keep_graph_buffers_local()
         timeout = timedelta(seconds=timeout_s)
         world = self.place.world_size
         alone = world == 1 and not rendezvous_given()

@@ -11,6 +11,7 @@ import torch
 
 from fusiontree.training.pipeline import FinishedStep
 from fusiontree.training.settings import RunSettings
+from fusiontree.utils.cuda_graph import peak_memory
 from fusiontree.utils.layer_metrics import layer_metric_values
 
 
@@ -109,5 +110,5 @@ def gate_statistics(means_L: dict[str, list[float]]) -> dict[str, list[float]]:
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of the device, or of the process where the device is the CPU (Linux counts it in KiB)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return peak_memory(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

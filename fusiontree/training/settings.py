@@ -56,9 +56,14 @@ class RunSettings:
         interval = self.config.logging.log_interval
         return (interval > 0 and step % interval == 0) or step == self.last_step
 
+    @property
+    def all_layer_metrics(self) -> tuple[str, ...]:
+        """Names of the layer metrics of logged steps."""
+        return tuple(self.config.logging.layer_metrics)
+
     def layer_metrics(self, step: int) -> tuple[str, ...]:
         """Return the layer metrics to compute in ``step``."""
-        return tuple(self.config.logging.layer_metrics) if self.is_logged(step) else ()
+        return self.all_layer_metrics if self.is_logged(step) else ()
 
     @cached_property
     def loss_weights(self) -> LossWeights:

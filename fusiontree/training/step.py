@@ -20,7 +20,9 @@ from fusiontree.data.batch import FILLER, MicroBatch, StepBatch
 from fusiontree.data.loader import TrainingData
 from fusiontree.engines.base import Engine, StepResult
 from fusiontree.supervision.watchdog import Watchdog
-from fusiontree.training.losses import GlobalCounts, loss_terms
+from fusiontree.training.losses import GlobalCounts
+from fusiontree.training.passes import PassInputs
+from fusiontree.training.recorded_passes import RecordedPasses, build_passes
 from fusiontree.training.schedule import branch_scale, learning_rate
 from fusiontree.training.settings import RunSettings
 from fusiontree.training.spikes import SpikeFilter
@@ -87,6 +89,7 @@ class TrainStep:
         """
         self.settings, self.engine, self.train_data = settings, engine, train_data
         self.watchdog, self.spikes = watchdog, spikes
+        self.passes = build_passes(engine, settings.config.model, settings.training, settings.loss_weights)
 
     def compute_gradient(self, number: int, batch: StepBatch, *, stop_wanted: bool, limit_s: float) -> StepGradient:
         """Queue forward and backward pass of every micro-batch; all ranks call this together.
@@ -118,7 +121,7 @@ class TrainStep:
             spike = self._spike(gradient)
             if spike:
                 self.engine.discard()
-            result = StepResult(lambda: math.nan, unless_finite=spike) if spike else self.engine.step(rate)
+            result = StepResult(lambda: math.nan, unless_finite=spike) if spike else self.passes.step(rate)
         summed = copy_to_host(self.engine.sum_over_rows(gradient.row_terms))
         return PendingStep(
             gradient=gradient,
@@ -157,20 +160,22 @@ class TrainStep:
         token_terms = torch.zeros(len(TokenSums._fields), device=engine.device)
         row_terms: list[Tensor] = []
         losses: list[Tensor] = []
+        # Recorded passes are the same in every step.
+        every_step = isinstance(self.passes, RecordedPasses)
+        metrics = self.settings.all_layer_metrics if every_step else self.settings.layer_metrics(number)
         for index, micro in enumerate(batch.micro_batches):
+            inputs = PassInputs(micro, self._branch_scale(micro, number), metrics, counts, index, index == last)
             with self.watchdog.section(f"forward of micro batch {index}", limit_s):
-                out = engine.forward(micro, self._branch_scale(micro, number), self.settings.layer_metrics(number))
-            row_weight_B = send(micro.row_weight_B, engine.device, non_blocking=True)
-            terms = loss_terms(out, row_weight_B, self.settings.loss_weights, counts)
-            token_terms += TokenSums.pack(terms.lm, terms.z)
+                done = self.passes.forward(inputs)
+            token_terms += TokenSums.pack(done.lm, done.z)
             if index == last:  # before the backward pass, so that nobody waits for it to end
                 with self.watchdog.section("sum of the loss over the ranks", limit_s):
                     read = copy_to_host(engine.sum_over_tokens(token_terms))
             with self.watchdog.section(f"backward of micro batch {index}", limit_s):
-                engine.backward(terms.total, last=index == last)
-            losses.append(terms.lm.detach())
-            row_terms.append(RowSums.pack(terms.load_balance, terms.entropy, *out.layer_sums, row_weight_B))
-            names = tuple(out.layer_sums.sums_LB)
+                self.passes.backward(inputs, done)
+            losses.append(done.lm)
+            row_terms.append(done.row_terms)
+            names = done.sum_names
         return losses, lambda: TokenSums(*read()), sum(row_terms[1:], row_terms[0]), names
 
     def _branch_scale(self, micro: MicroBatch, step: int) -> Tensor | None:

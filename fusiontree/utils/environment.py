@@ -259,3 +259,11 @@ def keep_tuning() -> None:
     Call before the kernels are imported. Without it every process tunes mamba_ssm's scan for one to two minutes.
     """
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+
+
+def keep_graph_buffers_local() -> None:
+    """Let NCCL not register the buffers of recorded collectives, unless the user set this. Call before the first.
+
+    Ranks would have to record at the same moment: NCCL registers a buffer with all of them together.
+    """
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")

@@ -40,14 +40,15 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _off_is_a_word(cls, values: Any) -> Any:
-        """YAML reads a bare ``off`` as false; for settings with the choice "off", restore the word."""
+        """YAML reads a bare ``off`` as false and ``on`` as true; for settings with these choices, restore the word."""
         if not isinstance(values, dict):
             return values
         meant = cls._under_present_names(values)
         for name, field in cls.model_fields.items():
             key = field.alias or name
-            if meant.get(key) is False and "off" in get_args(field.annotation):
-                meant[key] = "off"
+            for value, word in ((False, "off"), (True, "on")):
+                if meant.get(key) is value and word in get_args(field.annotation):
+                    meant[key] = word
         return meant
 
     @classmethod

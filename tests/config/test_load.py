@@ -42,8 +42,11 @@ def test_overrides_win_and_scientific_numbers_are_numbers(file: Path) -> None:
 
 
 def test_a_bare_off_is_a_choice_and_no_boolean(file: Path, tmp_path: Path) -> None:
-    config = load_config(file, ["supervision.health_check=off", "training.spikes.policy=off"])
+    config = load_config(
+        file, ["supervision.health_check=off", "training.spikes.policy=off", "training.cuda_graphs=on"]
+    )
     assert (config.supervision.health_check, config.training.spikes.policy) == ("off", "off")
+    assert config.training.cuda_graphs == "on"
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config))
     assert load_config(again) == config

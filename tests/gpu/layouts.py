@@ -2,6 +2,7 @@
 
     python -m tests.gpu.layouts OUT speed:one-gpu curve:one-gpu       # the reference
     torchrun --nproc-per-node=2 -m tests.gpu.layouts OUT speed:fsdp2-cp2 curve:fsdp2-cp2 …
+    torchrun --nproc-per-node=4 -m tests.gpu.layouts OUT small:ddp-dp4 graphs:ddp-cp4 …
     python -m tests.gpu.layouts OUT                                   # the table of what was measured
 
 ``OUT`` is a folder; curves train on data/bench/train, token shards of real text. Each layout keeps as many
@@ -18,6 +19,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,7 @@ from fusiontree.utils import gc_control
 from fusiontree.utils.environment import process_place
 
 SPEED = "configs/bench/hybrid_1b_32k.yaml"
+SMALL = "configs/bench/hybrid_150m_8k.yaml"
 CURVE = "tests/gpu/curve.yaml"
 STEPS = 200
 
@@ -42,6 +45,12 @@ PARALLEL: dict[str, tuple[str, ...]] = {
     "ddp-cp2": ("parallel.engine=ddp", "parallel.cp=2"),
     "zero3-dp2": ("parallel.engine=zero3",),
     "fsdp2-cp2-128k": ("parallel.engine=fsdp2", "parallel.cp=2"),
+    "ddp-dp2": ("parallel.engine=ddp",),
+    "ddp-dp4": ("parallel.engine=ddp",),
+    "fsdp2-dp4": ("parallel.engine=fsdp2",),
+    "zero3-dp4": ("parallel.engine=zero3",),
+    "ddp-cp4": ("parallel.engine=ddp", "parallel.cp=4"),
+    "ddp-tp2-cp2": ("parallel.engine=ddp", "parallel.tp=2", "parallel.cp=2"),
 }
 BATCHES: dict[str, tuple[str, ...]] = {  # of the speed figures; the curves' global batch is the same for all
     "one-gpu": (),
@@ -57,21 +66,40 @@ BATCHES: dict[str, tuple[str, ...]] = {  # of the speed figures; the curves' glo
         "training.activation_checkpointing=full",
         "training.recompute_layers=9",
     ),
+    "ddp-dp2": ("training.global_batch_size=2", "training.recompute_layers=8"),
+    "ddp-dp4": ("training.global_batch_size=4", "training.recompute_layers=8"),
+    "fsdp2-dp4": ("training.global_batch_size=4", "training.recompute_layers=8"),
+    "zero3-dp4": ("training.global_batch_size=4",),
+    "ddp-cp4": ("training.activation_checkpointing=none",),
+    "ddp-tp2-cp2": ("training.activation_checkpointing=none",),
 }
 
 
 def speed(out: Path, name: str) -> None:
     """Time a layout at 32K tokens per row; rank 0 writes ``OUT/speed-NAME.json``."""
-    overrides = PARALLEL[name] + BATCHES[name]
     steps = "3" if name.endswith("128k") else "8"  # the allocator settles in the first few
+    time_steps(out, f"speed-{name}", SPEED, steps, [*PARALLEL[name], *BATCHES[name]])
+
+
+def small(out: Path, name: str) -> None:
+    """Time the small model with recorded steps; rank 0 writes ``OUT/small-NAME.json``."""
+    split = [int(word[2:]) for word in name.split("-") if word[:2] in ("tp", "cp")]
+    rows = 4 * process_place().world_size // math.prod(split)
+    graphs = "auto" if name.startswith("zero") else "on"
+    settings = [f"training.global_batch_size={rows}", f"training.cuda_graphs={graphs}"]
+    time_steps(out, f"small-{name}", SMALL, "12", [*PARALLEL[name], *settings])
+
+
+def time_steps(out: Path, name: str, config_file: str, steps: str, overrides: list[str]) -> None:
+    """Time training steps; rank 0 writes ``OUT/NAME.json``."""
     args = benchmark.build_parser().parse_args(
-        ["--config", SPEED, "--steps", steps, "--warmup", steps, "--one-document", *overrides]
+        ["--config", config_file, "--steps", steps, "--warmup", steps, "--one-document", *overrides]
     )
     config = load_config(args.config, args.overrides)
     check_layout(config.model, config.parallel, config.training, process_place().world_size)
     result = benchmark.run(config, args)
     if process_place().is_main:
-        (out / f"speed-{name}.json").write_text(json.dumps(result))
+        (out / f"{name}.json").write_text(json.dumps(result))
         print(name, json.dumps(result), flush=True)
 
 
@@ -84,7 +112,25 @@ def curve(out: Path, name: str) -> None:
     assert train(config) == 0
 
 
-JOBS = {"speed": speed, "curve": curve}
+def graphs(out: Path, name: str) -> None:
+    """Compare recorded steps with eager ones: packed rows, two micro-batches per step, clipping, branch dropout."""
+    found = []
+    for mode in ("off", "off", "on"):  # the first run compiles kernels
+        run_dir = out / f"graphs-{name}-{len(found)}-{mode}"
+        settings = [f"run_dir={run_dir}", "training.max_steps=50", "training.micro_batch_size=2"]
+        settings += [f"training.cuda_graphs={mode}", "model.drop_branch_prob=0.1", "model.kernels.attention=flex"]
+        settings += ["data.train=[{path: synthetic, type: synthetic, weight: 1, options: {vocab_size: 264}}]"]
+        assert train(load_config(CURVE, [*PARALLEL[name], *settings])) == 0
+        found.append([(record["loss"], record["grad_norm"]) for record in _records(run_dir) if "grad_norm" in record])
+    assert found[1], "no step was logged"
+    assert found[2] == found[1], f"recorded steps differ from step {_first_difference(found[1], found[2])} on"
+
+
+def _first_difference(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> int:
+    return next(step for step, (a, b) in enumerate(zip(one, other, strict=False), start=1) if a != b)
+
+
+JOBS = {"speed": speed, "small": small, "curve": curve, "graphs": graphs}
 
 
 def measure(out: Path, jobs: list[str]) -> list[str]:
@@ -117,9 +163,9 @@ def measure(out: Path, jobs: list[str]) -> list[str]:
 
 def table(out: Path) -> None:
     """Print both tables from what was written."""
-    speeds = {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("speed-*.json"))}
-    one_gpu = speeds.get("speed-one-gpu")
+    speeds = {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("s*-*.json"))}
     for name, figures in speeds.items():
+        one_gpu = speeds.get(f"{name.partition('-')[0]}-one-gpu")
         rate = figures["tokens_per_s_per_gpu"]
         of_one = f", {rate / one_gpu['tokens_per_s_per_gpu']:.1%} of one GPU" if one_gpu else ""
         print(
@@ -138,9 +184,12 @@ def table(out: Path) -> None:
 
 
 def _losses(run_dir: Path) -> list[float]:
+    return [record["lm_loss"] for record in _records(run_dir) if "lm_loss" in record]
+
+
+def _records(run_dir: Path) -> list[dict[str, Any]]:
     file = run_dir / "metrics.jsonl"
-    records = map(json.loads, file.read_text().splitlines() if file.exists() else [])
-    return [record["lm_loss"] for record in records if "lm_loss" in record]
+    return [json.loads(line) for line in (file.read_text().splitlines() if file.exists() else [])]
 
 
 if __name__ == "__main__":

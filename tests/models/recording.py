@@ -5,23 +5,33 @@ With :func:`pretend_gpu` the code that records and replays steps runs as it does
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from fusiontree.generation import running_batch
 from fusiontree.models import cuda_graph
+from fusiontree.parallel.batch_sharding import ModelInputs
+from fusiontree.training import step
+from fusiontree.training.passes import EagerPasses
+from fusiontree.training.recorded_passes import RecordedPasses
+from fusiontree.utils import cuda_graph as utils_cuda_graph
 
 # What a capture refuses: reading a value on the host, and bringing one from it.
-_FORBIDDEN = {"_local_scalar_dense", "item", "lift_fresh", "nonzero", "is_nonzero", "equal"}
+_READ = {"_local_scalar_dense", "item"}
+_FORBIDDEN = _READ | {"lift_fresh", "nonzero", "is_nonzero", "equal"}
 
 
 class _Recorder(TorchDispatchMode):
+    reads = False
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
@@ -30,11 +40,11 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in _FORBIDDEN:
+        if name in _FORBIDDEN - (_READ if self.reads else set()):
             raise RuntimeError(f"{name} cannot be part of a graph")
         for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and _place(value) not in self._made:
-                self._written.append((value, value.clone()))
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._written += [(one, one.clone()) for one in tree_leaves(value) if _place(one) not in self._made]
         out = func(*args, **(kwargs or {}))
         self._made |= _places(out) - _places((args, kwargs))
         self.calls.append((func, args, kwargs or {}, out))
@@ -43,7 +53,7 @@ class _Recorder(TorchDispatchMode):
     def undo(self) -> None:
         """Put back what was written to tensors from before: a capture computes nothing."""
         for tensor, before in reversed(self._written):
-            tensor.copy_(before)
+            tensor.data.copy_(before)  # not a change that autograd sees: a backward pass may be recorded next
 
 
 class _Graph:
@@ -52,10 +62,14 @@ class _Graph:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
+    @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, recorded in self.calls:
             inputs = _places((args, kwargs))
             again = func(*args, **kwargs)
+            for result in tree_leaves(again):
+                if isinstance(result, torch.ScriptObject):  # a collective; on a GPU the graph waits for it where needed
+                    result.wait()
             for old, new in zip(tree_leaves(recorded), tree_leaves(again), strict=True):
                 if isinstance(old, torch.Tensor) and _place(old) not in inputs:
                     old.copy_(new)
@@ -64,7 +78,7 @@ class _Graph:
 class _Capture:
     """In the place of ``torch.cuda.graph``; as that one, it ends a failed capture with an error of its own."""
 
-    def __init__(self, graph: _Graph, stream: Any = None, capture_error_mode: str = "global") -> None:
+    def __init__(self, graph: _Graph, pool: Any, stream: Any = None, capture_error_mode: str = "global") -> None:
         assert stream is not None and capture_error_mode == "thread_local"
         self._graph, self._recorder, self._stream = graph, _Recorder(), stream
 
@@ -81,8 +95,36 @@ class _Capture:
         torch.cuda.set_stream(torch.cuda.default_stream())
 
 
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> list[_Graph]:
-    """Let steps be recorded on the CPU; return the list of the graphs that will be made."""
+@contextmanager
+def recorded_on_cpu() -> Iterator[list[_Graph]]:
+    """Let the trainer record the passes of its steps on the CPU; yield the list of the graphs that will be made.
+
+    This recording executes collectives, so all ranks must record the same passes: rows count as packed on all of them.
+    """
+
+    def build(engine: Any, model: Any, training: Any, weights: Any) -> RecordedPasses:
+        return RecordedPasses(engine, weights, EagerPasses(engine, weights), required=True)
+
+    wait = dist.Work.wait
+
+    def wait_unrecorded(work: dist.Work, *arguments: Any) -> Any:
+        with _disable_current_modes():  # gloo copies results here, and a replayed collective does so itself
+            return wait(work, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "build_passes", build)
+        patch.setattr(dist.Work, "wait", wait_unrecorded)
+        packed = property(lambda inputs: [None for _ in inputs.documents.nested()])
+        patch.setattr(ModelInputs, "document_kinds", packed)
+        yield pretend_gpu(patch, reads=True)
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *, reads: bool = False) -> list[_Graph]:
+    """Let steps be recorded on the CPU; return the list of the graphs that will be made.
+
+    ``reads`` allows to read values: on a CPU the model reads the greatest position, of which it knows a bound on a GPU.
+    """
+    monkeypatch.setattr(_Recorder, "reads", reads)
     made: list[_Graph] = []
     main = SimpleNamespace(wait_stream=lambda other: None)
     current = [main]
@@ -93,19 +135,24 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> list[_Graph]:
 
     pretended = {
         "device": lambda device: nullcontext(),
-        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
         "stream": lambda stream: nullcontext(),
         "default_stream": lambda: main,
-        "current_stream": lambda: current[0],
+        "current_stream": lambda device=None: current[0],
         "set_stream": lambda stream: current.__setitem__(0, stream),
         "CUDAGraph": graph,
         "graph": _Capture,
+        "graph_pool_handle": lambda: None,
+        "empty_cache": lambda: None,
+        "memory_reserved": lambda device: 0,
+        "memory_allocated": lambda device: 0,
+        "synchronize": lambda device=None: None,
     }
     for name, value in pretended.items():
         monkeypatch.setattr(torch.cuda, name, value)
     for module in (cuda_graph, running_batch):
         monkeypatch.setattr(module, "recordable", lambda device: True)
-    monkeypatch.setattr(cuda_graph, "_side_stream", cuda_graph._side_stream.__wrapped__)
+    monkeypatch.setattr(utils_cuda_graph, "recording_stream", utils_cuda_graph.recording_stream.__wrapped__)
     return made
 
 

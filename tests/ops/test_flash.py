@@ -34,10 +34,12 @@ def attend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     return load(request.param)
 
 
+@pytest.mark.parametrize("padded", [0, 6, 9])
 @pytest.mark.parametrize("starts", [None, [[0], [0]], [[0, 3, 16, 17, 40], [0]]])
 @pytest.mark.parametrize("window", [None, 1, 7, 16, 49, 50, 64])
-def test_windows_and_documents(attend: Any, window: int | None, starts: list[list[int]] | None) -> None:
+def test_windows_and_documents(attend: Any, window: int | None, starts: list[list[int]] | None, padded: int) -> None:
     documents = None if starts is None else Documents.from_positions(positions(2, 50, starts))
+    documents = documents.padded(padded) if documents is not None and padded else documents
     compare(inputs(50, 50), attend, window=window, documents=documents)
     compare(inputs(50, 50, 6, 3), attend, window=window, documents=documents, scale=0.3)
 
@@ -53,7 +55,9 @@ def test_keys_before_the_queries(attend: Any, window: int | None, halo: int) -> 
     p = positions(2, 20, [[0, 6, 15], [0]])
     for begins in ((3, 100), (0, 2), (100, 0)):  # differently in each row
         p[0, :6], p[1] = torch.arange(6) + begins[0], torch.arange(20) + begins[1]
-        compare(inputs(20, 20 + halo), attend, documents=Documents.from_positions(p), **kind)
+        documents = Documents.from_positions(p)
+        for given in (documents, documents.padded(4), documents.padded(7)):
+            compare(inputs(20, 20 + halo), attend, documents=given, **kind)
 
 
 def test_slices_of_one_product(attend: Any) -> None:

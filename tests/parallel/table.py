@@ -94,6 +94,7 @@ OTHER_MODEL = (
     "model.attention_type=pyramidal",
     "model.srte_encoding=sincos",
 )
+RECORDED = ("training.cuda_graphs=on",)
 LAYOUTS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 4)]
 FAST = [
     Cell("fsdp2", 1, 2, 2, "selective"),
@@ -137,6 +138,7 @@ GROUPS: dict[str, list[Cell]] = {
         Cell("zero3", 1, 2, 2, "auto"),
         Cell("zero3", 1, 2, 2, extra=OTHER_MODEL),
     ],
+    "recorded steps": [Cell("ddp", *axis, extra=RECORDED) for axis in ((2, 1, 1), (1, 2, 1), (1, 1, 2))],
     "eight ranks": [Cell("fsdp2", 2, 2, 2), Cell("zero3", 2, 2, 2), Cell("zero1", 2, 2, 2)],
 }
 """The whole table; the cells of a group have one number of ranks and run in one start of processes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,14 @@ class Placement:
 
     def wait_gradients(self) -> None:
         """Let later work of the device's stream come after all reductions."""
+
+    def pass_state(self) -> Any:
+        """Return what the passes of this step left on the host: references to gradients, and how far the step is."""
+        raise NotImplementedError(f"{type(self).__name__} does not define pass_state")
+
+    def set_pass_state(self, state: Any) -> None:
+        """Put the host where it was at :meth:`pass_state`."""
+        raise NotImplementedError
 
     def gradients(self) -> list[Tensor]:
         """Return this rank's shards of the reduced gradient."""

@@ -8,6 +8,7 @@ before the next forward pass the shards, cast to the dtype of the model, are all
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -164,6 +165,15 @@ class FlatBuffer:
         if self._reduction is not None and self._sums is not None:
             self._reduction.wait()
             self._sums, self._places = None, []
+
+    def pass_state(self) -> Any:
+        """Return the references to this step's gradients, and its reduction."""
+        return self._sums, self._places, self._reduction, self.gradient
+
+    def set_pass_state(self, state: Any) -> None:
+        """Put the references where they were at :meth:`pass_state`."""
+        self._sums, self._places, self._reduction, self.gradient = state
+        self._arrived.clear()
 
     def discard(self) -> None:
         """Drop the gradients; the step is over."""

@@ -9,6 +9,7 @@ on. Gradients of one micro-batch stay as the backward pass made them, and those 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,15 +68,35 @@ class LocalParameters(Placement):
             torch._foreach_copy_(list(copies), list(masters))
         self._in_step = training
 
+    def pass_state(self) -> Any:
+        """Return the gradients of this step, and whether the parameters were copied."""
+        return dict(self._gradients), self._in_step
+
+    def set_pass_state(self, state: Any) -> None:
+        """Put the host where it was at :meth:`pass_state`."""
+        gradients, self._in_step = state
+        self._gradients.clear()  # the hooks hold this dictionary
+        self._gradients.update(gradients)
+
     def gradients(self) -> list[Tensor]:
         """Return the gradients as the backward passes made or summed them."""
         return list(self._gradients.values())
 
     def set_gradients(self) -> None:
         """Give the gradients to the optimizer's parameters, in fp32."""
+        narrow: list[tuple[Tensor, Tensor]] = []  # fp32 gradient and its 16-bit values
         for master in self._masters.values():
             gradient = self._gradients.pop(master, None)
-            master.grad = torch.zeros_like(master) if gradient is None else gradient.float()
+            if gradient is None:
+                master.grad = torch.zeros_like(master)
+            elif gradient.dtype == master.dtype:
+                master.grad = gradient
+            else:
+                master.grad = torch.empty_like(master)
+                narrow.append((master.grad, gradient))
+        if narrow:  # few launches for all parameters
+            wide, given = zip(*narrow, strict=True)
+            torch._foreach_copy_(list(wide), list(given))
 
     def discard(self) -> None:
         """Clear the gradients; the step is over."""

@@ -164,6 +164,17 @@ class ReplicatedParameters(Placement):
         while self._travelling:
             self._travelling.popleft().land()
 
+    def pass_state(self) -> Any:
+        """Return each buffer's gradients of this step, and how many buffers were gathered."""
+        return [flat.pass_state() for flat in self.buffers], self._stale, self._started, self._awaited
+
+    def set_pass_state(self, state: Any) -> None:
+        """Put the host where it was at :meth:`pass_state`."""
+        states, self._stale, self._started, self._awaited = state
+        self._travelling.clear()
+        for flat, its_state in zip(self.buffers, states, strict=True):
+            flat.set_pass_state(its_state)
+
     def gradients(self) -> list[Tensor]:
         """Return this rank's shard of each buffer's gradient."""
         return [flat.gradient for flat in self.buffers if flat.gradient is not None]

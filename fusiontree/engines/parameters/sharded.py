@@ -98,6 +98,15 @@ class ShardedParameters(Placement):
         for module in self._modules():
             module.reshard()
 
+    def pass_state(self) -> Any:
+        """Return the gradients of this step."""
+        return [parameter.grad for parameter in self._parameters.values()]
+
+    def set_pass_state(self, state: Any) -> None:
+        """Put the host where it was at :meth:`pass_state`."""
+        for parameter, gradient in zip(self._parameters.values(), state, strict=True):
+            parameter.grad = gradient
+
     def gradients(self) -> list[Tensor]:
         """Return this rank's shards of the gradient."""
         return [_shard(p.grad) for p in self._parameters.values() if p.grad is not None]

@@ -137,14 +137,16 @@ def _with_keys_before(positions_BS: Tensor, starts: Tensor, longest: int, before
     """Return each row's sequences: first the keys that no query sees, then its documents. Does not synchronize.
 
     Keys of a document that starts in the row begin at its start; keys of the row's first document begin as far left as
-    the position of its first token.
+    the position of its first token. Empty documents behind the last stay empty.
     """
     rows, length = positions_BS.shape
     with torch.inference_mode(False):  # the cached tensors must also be usable in training
-        first = starts[:-1]
+        first = starts[:-1].clamp(max=rows * length - 1)
         reach = positions_BS.flatten()[first.long()].clamp(max=before).int()
         row = torch.arange(rows + 1, dtype=torch.int32, device=starts.device)
-        of_keys = torch.cat([row * (length + before), first + (first // length + 1) * before - reach])
+        of_documents = first + (first // length + 1) * before - reach
+        of_documents = torch.where(starts[:-1] < rows * length, of_documents, rows * (length + before))
+        of_keys = torch.cat([row * (length + before), of_documents])
         of_queries = torch.cat([row[:-1] * length, starts])
         return Sequences(of_queries.sort().values, of_keys.sort().values, longest, longest + before)
 

@@ -18,8 +18,8 @@ from fusiontree.ops.conv.reference import shifted_products
 from fusiontree.ops.elementwise import compiled
 
 _TAPS = 4
-_FORWARD = {"TOKENS": 64, "BC": 128, "num_warps": 1}  # tokens and channels per program: fastest of twelve tried
-_BACKWARD = {"TOKENS": 64, "BC": 128, "num_warps": 1}
+_FORWARD = {"TOKENS": 32, "BC": 128, "num_warps": 1}  # tokens and channels per program: fastest of those tried
+_BACKWARD = {"TOKENS": 64, "BC": 64, "num_warps": 1}
 
 
 def shifted_products_triton(

@@ -16,7 +16,7 @@ from fusiontree.ops.elementwise import compiled
 from fusiontree.ops.norm import reference
 
 _WIDEST = 8192  # maximum channels per group that fit into registers
-_FORWARD_TOKENS, _BACKWARD_TOKENS = 16, 64  # tokens per program
+_PROGRAMS = 2048  # that keep a large GPU busy
 
 
 def gated_rms_norm_triton(y_BSC: Tensor, z_BSC: Tensor, weight_C: Tensor, *, groups: int, eps: float) -> Tensor:
@@ -134,9 +134,11 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         rows = _rows(x)
+        tokens, channels = rows.shape
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _norm_forward[(triton.cdiv(rows.shape[0], _FORWARD_TOKENS),)](
-            rows, weight_C, out, rows.stride(0), rows.shape[0], eps, TOKENS=_FORWARD_TOKENS, **_shape(rows.shape[1])
+        each = _tokens_per_program(tokens, most=16)
+        _norm_forward[(triton.cdiv(tokens, each),)](
+            rows, weight_C, out, rows.stride(0), tokens, eps, TOKENS=each, **_shape(channels)
         )
         ctx.save_for_backward(x, weight_C)
         ctx.eps = eps
@@ -153,13 +155,24 @@ class _Norm(torch.autograd.Function):
         added = dout if dstream is None else _rows(dstream)
         tokens, channels = rows.shape
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        programs = triton.cdiv(tokens, _BACKWARD_TOKENS)
+        each = _tokens_per_program(tokens, most=64)
+        programs = triton.cdiv(tokens, each)
         partial = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
         _norm_backward[(programs,)](
             rows, weight_C, dout, added, dx, partial, rows.stride(0), dout.stride(0), added.stride(0), tokens, ctx.eps,
-            TOKENS=_BACKWARD_TOKENS, STREAM=dstream is not None, **_shape(channels),
+            TOKENS=each, STREAM=dstream is not None, **_shape(channels),
         )  # fmt: skip
         return dx, partial.sum(0).to(weight_C.dtype), None
+
+
+def _tokens_per_program(tokens: int, most: int) -> int:
+    """Return a power of two from 8 to ``most`` that gives about :data:`_PROGRAMS` programs.
+
+    A program loops over its tokens and writes one partial sum of the weight's gradient: fewer tokens keep more programs
+    in flight, more tokens make fewer partial sums. One H100, 768 channels, backward pass with its sum: 8,192 tokens
+    take 23 us by 8 and 72 us by 64, 32,768 tokens 79 us by 16 and 112 us by 64.
+    """
+    return min(most, max(8, triton.next_power_of_2(triton.cdiv(tokens, _PROGRAMS))))
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -174,9 +187,10 @@ class _GatedNorm(torch.autograd.Function):
         y, z = _rows(y_BSC), _rows(z_BSC)
         tokens, channels = y.shape
         out_BSC = torch.empty(y_BSC.shape, dtype=y_BSC.dtype, device=y_BSC.device)
-        _gated_norm_forward[(groups * triton.cdiv(tokens, _FORWARD_TOKENS),)](
+        each = _tokens_per_program(tokens, most=16)
+        _gated_norm_forward[(groups * triton.cdiv(tokens, each),)](
             y, z, weight_C, out_BSC, y.stride(0), z.stride(0), tokens, channels, eps,
-            TOKENS=_FORWARD_TOKENS, **_shape(channels // groups),
+            TOKENS=each, **_shape(channels // groups),
         )  # fmt: skip
         ctx.save_for_backward(y_BSC, z_BSC, weight_C)
         ctx.groups, ctx.eps = groups, eps
@@ -189,11 +203,12 @@ class _GatedNorm(torch.autograd.Function):
         tokens, channels = y.shape
         dy_BSC = torch.empty(y_BSC.shape, dtype=y_BSC.dtype, device=y_BSC.device)
         dz_BSC = torch.empty(z_BSC.shape, dtype=z_BSC.dtype, device=z_BSC.device)
-        programs = triton.cdiv(tokens, _BACKWARD_TOKENS)
+        each = _tokens_per_program(tokens, most=64)
+        programs = triton.cdiv(tokens, each)
         partial = torch.empty(programs, channels, dtype=torch.float32, device=y_BSC.device)
         _gated_norm_backward[(ctx.groups * programs,)](
             y, z, weight_C, dout, dy_BSC, dz_BSC, partial, y.stride(0), z.stride(0), dout.stride(0), tokens, channels,
-            ctx.eps, TOKENS=_BACKWARD_TOKENS, **_shape(channels // ctx.groups),
+            ctx.eps, TOKENS=each, **_shape(channels // ctx.groups),
         )  # fmt: skip
         return dy_BSC, dz_BSC, partial.sum(0).to(weight_C.dtype), None, None
 
