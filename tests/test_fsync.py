@@ -33,8 +33,8 @@ def log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Log:
     def renaming(real: Callable[..., None]) -> Callable[..., None]:
         def rename(source: Any, target: Any, **options: Any) -> None:
             real(source, target, **options)
-            if Path(target).is_relative_to(tmp_path):  # another thread may write files elsewhere
-                events.append(("rename", Path(source).absolute(), Path(target).absolute()))
+            if (there := Path(target).absolute()).is_relative_to(tmp_path):  # another thread may write files elsewhere
+                events.append(("rename", Path(source).absolute(), there))
 
         return rename
 
