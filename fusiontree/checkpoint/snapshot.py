@@ -8,6 +8,7 @@ the copy runs at full link speed.
 from __future__ import annotations
 
 import contextlib
+import weakref
 
 import torch
 from torch import Tensor
@@ -32,10 +33,12 @@ class Snapshot:
         for rectangle in plan.mine:
             starts.append(end)
             end += -(-plan.nbytes(rectangle) // _ALIGN) * _ALIGN
-        self._memory = torch.zeros(max(end, 1), dtype=torch.uint8)
-        self.locked = device.type == "cuda" and _page_lock(self._memory)
+        memory = torch.zeros(max(end, 1), dtype=torch.uint8)
+        self.locked = device.type == "cuda" and _page_lock(memory)
+        flat = self._memory = memory.numpy()
+        # Memory must be unlocked before it is freed: CUDA would take later memory at its address for locked.
+        self._unlock = weakref.finalize(flat, _page_unlock, memory.data_ptr()) if self.locked else None
         self.buffers: dict[Rectangle, Tensor] = {}
-        flat = self._memory.numpy()
         for rectangle, start in zip(plan.mine, starts, strict=True):
             # From numpy, so that each buffer has a separate storage: torch.save writes complete storages.
             part = torch.from_numpy(flat[start : start + plan.nbytes(rectangle)])
@@ -50,10 +53,10 @@ class Snapshot:
             torch.cuda.synchronize()
 
     def close(self) -> None:
-        """Unlock the memory."""
-        if self.locked:
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
-            self.locked = False
+        """Unlock the memory; it is also unlocked when no buffer is in use any more."""
+        if self._unlock is not None:
+            self._unlock()
+        self.locked = False
 
 
 def live_pieces(plan: SavePlan, tensors: dict[str, Tensor]) -> dict[Rectangle, Tensor]:
@@ -75,3 +78,7 @@ def _page_lock(memory: Tensor) -> bool:
     with contextlib.suppress(RuntimeError):  # clears the error, which CUDA would report again at the next kernel
         torch.zeros(1, device="cuda")
     return False
+
+
+def _page_unlock(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)

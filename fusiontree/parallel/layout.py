@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fusiontree.utils.cuda_graph import release_graphs
 from fusiontree.utils.device import choose_device
 from fusiontree.utils.environment import check_meeting_point, keep_graph_buffers_local, process_place, rendezvous_given
 from fusiontree.utils.errors import UserError
@@ -189,7 +190,8 @@ class Layout:
         dist.barrier(group=self.cpu_group)
 
     def close(self) -> None:
-        """End the process groups."""
+        """End the process groups, and the CUDA graphs that may use them."""
+        release_graphs()
         if dist.is_initialized():
             dist.destroy_process_group()
 

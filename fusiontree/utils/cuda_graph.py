@@ -30,6 +30,20 @@ class GraphPool:
 
 
 _POOLS: weakref.WeakSet[GraphPool] = weakref.WeakSet()
+_GRAPHS: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+
+
+def release_graphs() -> None:
+    """Discard all recordings; they cannot be replayed any more.
+
+    Before process groups end: NCCL waits for ever to close a communicator that a CUDA graph still refers to.
+    """
+    graphs = list(_GRAPHS)
+    if graphs:
+        torch.cuda.synchronize()
+    for graph in graphs:
+        graph.reset()
+    _GRAPHS.clear()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -96,6 +110,7 @@ def record(
     """
     current = torch.cuda.current_stream(device)
     graph, first = torch.cuda.CUDAGraph(), None
+    _GRAPHS.add(graph)
     pool = pool or GraphPool()
     torch.cuda.empty_cache()  # the graph cannot use what torch keeps for later allocations
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)

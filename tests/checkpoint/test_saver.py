@@ -137,12 +137,12 @@ def test_one_save_at_a_time_and_its_memory_is_used_again(tmp_path: Path, gate: t
     saver = make(tmp_path)
     saver.save(1, state(1), {"config": {}})
     assert saver._snapshot is not None
-    memory = saver._snapshot._memory.data_ptr()
+    memory = saver._snapshot._memory.ctypes.data
     threading.Timer(0.2, gate.set).start()
     saver.save(2, state(2), {"config": {}})  # waits for the first
     assert [r.step for r in saver.poll()] == [1]
     saver.wait()
-    assert saver._snapshot._memory.data_ptr() == memory
+    assert saver._snapshot._memory.ctypes.data == memory
     for step in (1, 2):
         found = blank(state())
         load_checkpoint(tmp_path / f"step-{step:08d}", found)

@@ -76,17 +76,27 @@ BATCHES: dict[str, tuple[str, ...]] = {  # of the speed figures; the curves' glo
 
 
 def speed(out: Path, name: str) -> None:
-    """Time a layout at 32K tokens per row; rank 0 writes ``OUT/speed-NAME.json``."""
+    """Time a layout at 32K tokens per row with recorded steps; rank 0 writes ``OUT/speed-NAME.json``."""
     steps = "3" if name.endswith("128k") else "8"  # the allocator settles in the first few
-    time_steps(out, f"speed-{name}", SPEED, steps, [*PARALLEL[name], *BATCHES[name]])
+    settings = [*PARALLEL[name], *BATCHES[name], f"training.cuda_graphs={_recorded(name)}"]
+    time_steps(out, f"speed-{name}", SPEED, steps, settings)
+
+
+def eager(out: Path, name: str) -> None:
+    """Time a layout at 32K tokens per row without recorded steps; rank 0 writes ``OUT/eager-NAME.json``."""
+    settings = [*PARALLEL[name], *BATCHES[name], "training.cuda_graphs=off"]
+    time_steps(out, f"eager-{name}", SPEED, "8", settings)
+
+
+def _recorded(name: str) -> str:
+    return "auto" if name.startswith("zero") else "on"
 
 
 def small(out: Path, name: str) -> None:
     """Time the small model with recorded steps; rank 0 writes ``OUT/small-NAME.json``."""
     split = [int(word[2:]) for word in name.split("-") if word[:2] in ("tp", "cp")]
     rows = 4 * process_place().world_size // math.prod(split)
-    graphs = "auto" if name.startswith("zero") else "on"
-    settings = [f"training.global_batch_size={rows}", f"training.cuda_graphs={graphs}"]
+    settings = [f"training.global_batch_size={rows}", f"training.cuda_graphs={_recorded(name)}"]
     time_steps(out, f"small-{name}", SMALL, "12", [*PARALLEL[name], *settings])
 
 
@@ -130,7 +140,7 @@ def _first_difference(one: list[tuple[float, float]], other: list[tuple[float, f
     return next(step for step, (a, b) in enumerate(zip(one, other, strict=False), start=1) if a != b)
 
 
-JOBS = {"speed": speed, "small": small, "curve": curve, "graphs": graphs}
+JOBS = {"speed": speed, "eager": eager, "small": small, "curve": curve, "graphs": graphs}
 
 
 def measure(out: Path, jobs: list[str]) -> list[str]:
@@ -163,7 +173,7 @@ def measure(out: Path, jobs: list[str]) -> list[str]:
 
 def table(out: Path) -> None:
     """Print both tables from what was written."""
-    speeds = {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("s*-*.json"))}
+    speeds = {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("[se]*-*.json"))}
     for name, figures in speeds.items():
         one_gpu = speeds.get(f"{name.partition('-')[0]}-one-gpu")
         rate = figures["tokens_per_s_per_gpu"]

@@ -47,7 +47,7 @@ def run(tmp_path: Path, name: str, settings: list[str], data: Path, steps: int =
     folder.mkdir(exist_ok=True)
     config = write_config(folder, data)
     common = ["training.device=cuda", f"training.max_steps={steps}", "checkpoint.save_interval=20", *SIZES]
-    assert train(load_config(str(config), [*common, "training.precision=bf16", *settings])) == 0
+    assert train(load_config(str(config), [*common, "training.precision=bf16", *settings])) in (0, 75)  # 75: to go on
     return folder / "run"
 
 

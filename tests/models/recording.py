@@ -61,6 +61,10 @@ class _Graph:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.was_reset = False
+
+    def reset(self) -> None:
+        self.was_reset = True
 
     @torch.no_grad()
     def replay(self) -> None:

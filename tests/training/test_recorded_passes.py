@@ -320,3 +320,18 @@ def test_an_engine_that_cannot_record_is_refused_by_name() -> None:
     engine: Any = SimpleNamespace(device=torch.device("cuda"), world_size=1)
     with pytest.raises(UserError, match="SimpleNamespace does not record its passes"):
         build_passes(engine, tiny_config(), TrainingConfig.model_validate(TRAINING | {"cuda_graphs": "on"}), WEIGHTS)
+
+
+def test_the_end_of_the_process_groups_discards_recordings(
+    monkeypatch: pytest.MonkeyPatch, engine: TorchEngine
+) -> None:
+    """NCCL would wait for ever to close a communicator that a CUDA graph refers to."""
+    made = pretend_gpu(monkeypatch)
+    passes = RecordedPasses(engine, WEIGHTS, EagerPasses(engine, WEIGHTS))
+    for step in range(3):
+        inputs = pass_inputs([[0, 7], [0]], step)
+        passes.backward(inputs, passes.forward(inputs))
+        passes.step(1e-3)
+    assert made and not any(graph.was_reset for graph in made)
+    engine.layout.close()
+    assert all(graph.was_reset for graph in made)

@@ -19,9 +19,14 @@ from fusiontree.ops.attention.reference import AttentionInputs
 from fusiontree.ops.attention.sdpa import sdpa
 from fusiontree.ops.attention.split_causal import can_attend_in_parts, causal_suffix_attention
 
+_SHAPES = 64
+"""Shapes and windows that a process compiles; after torch's limit of 8 it would build masks of all pairs of tokens."""
+
 
 @functools.cache
 def _compiled(function: Callable) -> Any:
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _SHAPES)
     return torch.compile(function, dynamic=False)
 
 
