@@ -125,7 +125,9 @@ def curve(out: Path, name: str) -> None:
 def graphs(out: Path, name: str) -> None:
     """Compare recorded steps with eager ones: packed rows, two micro-batches per step, clipping, branch dropout."""
     found = []
+    port = int(os.environ.get("MASTER_PORT", "29500"))
     for mode in ("off", "off", "on"):  # the first run compiles kernels
+        os.environ["MASTER_PORT"] = str(port + 100 * (len(found) + 1))  # the processes of each run meet anew
         run_dir = out / f"graphs-{name}-{len(found)}-{mode}"
         settings = [f"run_dir={run_dir}", "training.max_steps=50", "training.micro_batch_size=2"]
         settings += [f"training.cuda_graphs={mode}", "model.drop_branch_prob=0.1", "model.kernels.attention=flex"]

@@ -93,6 +93,15 @@ class ShardedParameters(Placement):
             states = {state: _shard(values) for state, values in self._states[name].items()}
             yield Leaf(self._shards[name], self.decays(name, parameter), states)
 
+    def begin_backward(self, last: bool) -> None:
+        """Let gathers of a recorded pass come after its start; FSDP2 begins the first one without waiting for it."""
+        root: Any = self._root
+        if self._gloo or not isinstance(root, FSDPModule) or not torch.cuda.is_current_stream_capturing():
+            return
+        streams = root._get_fsdp_state()._comm_ctx
+        for stream in (streams.all_gather_copy_in_stream, streams.all_gather_stream):
+            stream.wait_stream(torch.cuda.current_stream())
+
     def end_evaluation(self) -> None:
         """Free gathered parameters, as a backward pass does: the shards may be loaded anew."""
         for module in self._modules():
