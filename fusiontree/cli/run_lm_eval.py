@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="All other options of the harness can be given too: lm_eval run --help.",
     )
     parser.add_argument("--model", metavar="TYPE", help="type of model (default fusiontree)")
-    model_args = "checkpoint=RUN, and device, dtype, batch_size, max_length, max_gen_toks, padding_side, seed"
+    model_args = "checkpoint=RUN, and dtype, max_length, max_gen_toks, padding_side, seed"
     parser.add_argument("--model_args", metavar="NAME=VALUE,…", help=model_args)
     parser.add_argument("--tasks", metavar="TASK,…", help="tasks, groups or tags")
     parser.add_argument("--include_path", metavar="DIR", help="folder of further task files")

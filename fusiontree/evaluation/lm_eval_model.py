@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import lm_eval.models  # noqa: F401  the harness registers its own models only while no model is registered
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
