@@ -104,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {args.output}: the folder '{args.output.parent}' does not exist")
     given = {name: getattr(args, name) for name in EvaluationConfig.model_fields if getattr(args, name) is not None}
     evaluation_settings(given)  # errors in the options need no checkpoint
-    harness = harness_tasks(args, given)
     folder = find_checkpoint(args.checkpoint)
+    harness = harness_tasks(args, given)
     if args.check:
         check_inputs(given)
         print(f"ok: {folder}")

@@ -25,6 +25,8 @@ from fusiontree.utils.device import choose_device, choose_dtype
 from fusiontree.utils.environment import process_place
 from fusiontree.utils.errors import UserError
 
+TIMEOUT_S = 86_400.0
+"""How long a rank waits for a rank with more or longer requests."""
 REPORT_S = 30.0
 """Seconds between two lines on how many requests are answered."""
 
@@ -72,7 +74,7 @@ class FusionTreeLM(LM):
         self._device = choose_device(wanted, place.local_rank)
         self.folder = find_checkpoint(Path(checkpoint))
         self.dtype = choose_dtype(dtype, self._device)
-        self.layout = Layout(self._device.type) if place.world_size > 1 else None
+        self.layout = Layout(self._device.type, TIMEOUT_S) if place.world_size > 1 else None
         self._rank, self._world_size = place.rank, place.world_size
         model, self.settings = load_model(self.folder, self._device, self.dtype)
         self.responder = Responder(
