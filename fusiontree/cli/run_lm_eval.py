@@ -25,6 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_args", metavar="NAME=VALUE,…", help=model_args)
     parser.add_argument("--tasks", metavar="TASK,…", help="tasks, groups or tags")
     parser.add_argument("--include_path", metavar="DIR", help="folder of further task files")
+    parser.add_argument("--batch_size", metavar="N", help="rows computed together (default 1)")
+    parser.add_argument("--output_path", metavar="DIR", help="folder of results")
+    parser.add_argument("--log_samples", action="store_true", help="write every answer there")
     return parser
 
 

@@ -20,13 +20,15 @@ from torch import Tensor
 from fusiontree.data.tokenizers import Tokenizer
 from fusiontree.evaluation.generation_options import GenerationOptions
 from fusiontree.generation.decoding import generate
-from fusiontree.generation.running_batch import pad_left
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.hashing import stable_hash
 
 LOGITS_AT_ONCE = 1 << 26
 """Maximum number of logits computed together; 256 MiB in fp32."""
+
+COLUMNS = {"cuda": 64}
+"""Rows are padded to a multiple of it, so that kernels which are compiled per length see few lengths."""
 
 Answered = Callable[[int, Any], None]
 
@@ -225,15 +227,7 @@ class Responder:
     ) -> list[Scored]:
         """Score ``continuations[i]``, whose tokens but the last end row ``row_of[i]`` of ``inputs``."""
         device = self.model.embed.weight.device
-        input_ids_BS, mask_BS = pad_left(inputs)
-        ends = [input_ids_BS.shape[1]] * len(inputs)
-        if self.padding_side == "right":
-            ends = [len(row) for row in inputs]
-            shift = [end - input_ids_BS.shape[1] for end in ends]
-            input_ids_BS, mask_BS = (
-                torch.stack([row_S.roll(by) for row_S, by in zip(x_BS, shift, strict=True)])
-                for x_BS in (input_ids_BS, mask_BS)
-            )
+        input_ids_BS, mask_BS, ends = pad_rows(inputs, self.padding_side, COLUMNS.get(device.type, 1))
         padded = not bool(mask_BS.all())
         hidden_BSC = self.model(
             input_ids_BS.to(device), padding_mask_BS=mask_BS.to(device) if padded else None, hidden_only=True
@@ -258,6 +252,25 @@ class Responder:
             logprobs.append(logits_NV.gather(1, some_N[:, None])[:, 0] - logits_NV.logsumexp(dim=1))
             hits.append(logits_NV.index_fill_(1, never_N, -torch.inf).argmax(dim=1) == some_N)
         return torch.cat(logprobs).double().cpu(), torch.cat(hits).cpu()
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], side: Literal["left", "right"], multiple: int
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Stack rows, padded to a multiple of ``multiple`` columns.
+
+    Returns:
+        ``(input_ids_BS, padding_mask_BS, ends)``: int64, 0 on pads; bool, True on real tokens; the column behind each
+        row's last token.
+    """
+    columns = -(-max(map(len, rows)) // multiple) * multiple
+    input_ids_BS = torch.zeros(len(rows), columns, dtype=torch.int64)
+    mask_BS = torch.zeros(len(rows), columns, dtype=torch.bool)
+    ends = [columns if side == "left" else len(row) for row in rows]
+    for index, (row, end) in enumerate(zip(rows, ends, strict=True)):
+        input_ids_BS[index, end - len(row) : end] = torch.tensor(row)
+        mask_BS[index, end - len(row) : end] = True
+    return input_ids_BS, mask_BS, ends
 
 
 def rolling_windows(tokens: Sequence[int], prefix: int, length: int) -> Iterator[ScoreRequest]:

@@ -162,6 +162,7 @@ def test_data_that_is_missing_is_one_error(place, capsys):
     assert re.match("error: the data of absent cannot be loaded.*absent.jsonl.*HF_HOME", error)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow  # the harness's list of its own tasks takes long
 def test_an_unknown_task_is_one_error(place, capsys):
     arguments = ["--checkpoint", str(place / "run"), "--device", "cpu", "--include-path", str(place / "tasks")]
@@ -169,12 +170,13 @@ def test_an_unknown_task_is_one_error(place, capsys):
     assert "no task 'tiny_choise'; did you mean 'tiny_choice'" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow  # as above
 def test_the_harness_command_knows_the_model_type(place, capsys):
     words = ["--model_args", f"checkpoint={place / 'run'},dtype=float32", "--tasks", "tiny_choice"]
     words += ["--device", "cpu", "--batch_size", "2"]
-    options = ["--include_path", str(place / "tasks"), "--output_path", str(place / "out")]
-    assert fusiontree(["lm-eval", *words, *options]) == 0
+    words += ["--include_path", str(place / "tasks"), "--output_path", str(place / "out")]
+    assert fusiontree(["lm-eval", *words]) == 0
     assert "tiny_choice" in capsys.readouterr().out
     (file,) = (place / "out").rglob("results*.json")
     values = json.loads(file.read_text())
@@ -183,6 +185,7 @@ def test_the_harness_command_knows_the_model_type(place, capsys):
     assert sys.argv[0] != "lm_eval"
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_several_processes_share_the_requests(place, capsys, tmp_path):
     single = evaluate(place, capsys, ",".join(TASKS))

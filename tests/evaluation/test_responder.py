@@ -57,8 +57,9 @@ def plain(model, context: list[int], continuation: list[int]) -> tuple[float, bo
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch_size", [1, 3, 20])
-def test_loglikelihoods_are_those_of_the_row_alone(model, side, batch_size):
+@pytest.mark.parametrize(("batch_size", "columns"), [(1, 1), (3, 1), (3, 16), (20, 1)])
+def test_loglikelihoods_are_those_of_the_row_alone(model, side, batch_size, columns, monkeypatch):
+    monkeypatch.setitem(responder_module.COLUMNS, "cpu", columns)
     answers = responder(model, batch_size=batch_size, padding_side=side).loglikelihood(PAIRS)
     for (context, continuation), answer in zip(PAIRS, answers, strict=True):
         text = (context + continuation).encode()
