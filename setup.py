@@ -46,6 +46,9 @@ setup(
         "wandb": ["wandb>=0.18,<1"],  # experiment tracker
         "tensorboard": ["tensorboard>=2.14,<3"],  # experiment tracker
         "hf": ["transformers>=4.57,<6"],  # peers and exports, shards at hf://
+        # `fusiontree evaluate --lm-eval`; before 0.4.12 the harness gathers results of several processes by accelerate
+        # alone.
+        "lm-eval": ["lm-eval>=0.4.12,<0.5"],
         "dev": [
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",  # a hung process group must fail, not wait

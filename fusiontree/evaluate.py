@@ -1,5 +1,7 @@
 """Evaluates a checkpoint: ``python -m fusiontree.evaluate --checkpoint DIR --tasks perplexity needle …``.
 
+With ``--lm-eval TASK,TASK`` it runs tasks of lm-evaluation-harness in place of ours, under torchrun on several GPUs.
+
 Prints a table on a terminal. With ``--json``, or where standard output is no terminal, it prints one JSON object with
 the same numbers in full precision there; without ``--json`` the table is then on standard error.
 """
@@ -13,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
 
@@ -21,6 +23,12 @@ from fusiontree.cli.program import add_device_options, run_program
 from fusiontree.data.format import ShardDamage
 from fusiontree.evaluation.config import EvaluationConfig, Task
 from fusiontree.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fusiontree.evaluation.lm_eval_tasks import HarnessTasks
+
+HARNESS_SETTINGS = ("batch_size", "seed")
+"""Settings that tasks of lm-evaluation-harness use too."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,12 +62,24 @@ def build_parser() -> argparse.ArgumentParser:
     setting("recall_pairs", "N", type=int)
     setting("batch_size", "N", type=int)
     setting("seed", "N", type=int)
+    _add_harness(parser)
     json_help = "print one JSON object instead of a table, as where standard output is no terminal"
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object to this file")
     parser.add_argument("--check", action="store_true", help="check options, checkpoint and data, then exit")
     add_device_options(parser)
     return parser
+
+
+def _add_harness(parser: argparse.ArgumentParser) -> None:
+    """Add the options of lm-evaluation-harness's tasks."""
+    group = parser.add_argument_group("tasks of lm-evaluation-harness", "in place of --tasks; see docs/evaluation.md")
+    add = group.add_argument
+    add("--lm-eval", metavar="TASK,…", help="tasks, groups or tags of lm-evaluation-harness, or YAML files of tasks")
+    add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's number)")
+    add("--limit", type=float, metavar="N", help="questions per task, or their share if below 1 (default: all)")
+    path = "folder of further task files; may be given several times"
+    add("--include-path", type=Path, action="append", default=[], metavar="DIR", help=path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from fusiontree.checkpoint.load import find_checkpoint, load_model
     from fusiontree.data.tokenizers import load_tokenizer
-    from fusiontree.evaluation.tasks import Evaluation, table
+    from fusiontree.evaluation.tasks import Evaluation
     from fusiontree.utils.device import choose_device, choose_dtype
 
     if args.output and not args.output.parent.is_dir():
@@ -85,10 +105,13 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in EvaluationConfig.model_fields if getattr(args, name) is not None}
     evaluation_settings(given)  # errors in the options need no checkpoint
     folder = find_checkpoint(args.checkpoint)
+    harness = harness_tasks(args, given)
     if args.check:
         check_inputs(given)
         print(f"ok: {folder}")
         return 0
+    if harness is not None:
+        return run_harness(args, harness, folder, given)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     model, resolved = load_model(folder, device, dtype)
@@ -105,15 +128,72 @@ def run(args: argparse.Namespace) -> int:
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": round(time.perf_counter() - began, 3),
         "settings": settings.model_dump(mode="json"),
-        "results": finite(results),
     }
+    show(args, values, results)
+    return 0
+
+
+def harness_tasks(args: argparse.Namespace, given: dict[str, Any]) -> HarnessTasks | None:
+    """Return the tasks of lm-evaluation-harness; None without ``--lm-eval``.
+
+    Raises:
+        UserError: a task or option is wrong, or the harness is not installed.
+    """
+    from fusiontree.evaluation.lm_eval_tasks import HarnessTasks
+
+    if args.lm_eval is None:
+        options = {"--num-fewshot": args.num_fewshot, "--limit": args.limit, "--include-path": args.include_path}
+        for option, value in options.items():
+            if value not in (None, []):
+                raise UserError(f"{option} is for tasks of lm-evaluation-harness; give --lm-eval TASK,… too")
+        return None
+    for name in given:
+        if name not in HARNESS_SETTINGS:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} has no effect on the tasks of --lm-eval; call the command once for each")
+    names = [name.strip() for name in args.lm_eval.split(",") if name.strip()]
+    tasks = HarnessTasks(names, args.num_fewshot, args.limit, args.include_path)
+    tasks.check()
+    return tasks
+
+
+def run_harness(args: argparse.Namespace, tasks: HarnessTasks, folder: Path, given: dict[str, Any]) -> int:
+    """Run tasks of lm-evaluation-harness; the first of several processes prints their results."""
+    from fusiontree.checkpoint.load import read_state
+    from fusiontree.evaluation.lm_eval_model import FusionTreeLM
+
+    settings = evaluation_settings({**read_state(folder)["config"].get("evaluation", {}), **given})
+    lm = FusionTreeLM(folder, args.device, args.dtype, settings.batch_size, seed=settings.seed)
+    if lm.rank == 0:
+        print(f"{folder}: {lm.world_size} x {lm.device.type}, {lm.dtype}", file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    results = tasks.run(lm)
+    values = {
+        "checkpoint": str(folder),
+        "device": str(lm.device),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "seconds": round(time.perf_counter() - began, 3),
+        "processes": lm.world_size,
+        "settings": {name: getattr(settings, name) for name in HARNESS_SETTINGS},
+        "lm_eval": tasks.settings(),
+    }
+    if lm.rank == 0:
+        show(args, values, {"lm_eval": results})
+    lm.close()
+    return 0
+
+
+def show(args: argparse.Namespace, values: dict[str, Any], results: dict[str, Any]) -> None:
+    """Print results as a table and as JSON with ``values``, and write ``--output``."""
+    from fusiontree.evaluation.tasks import table
+
+    values = {**values, "results": finite(results)}
     if args.json or not sys.stdout.isatty():
         print(json.dumps(values))
     if not args.json:
         print(table(results), file=sys.stdout if sys.stdout.isatty() else sys.stderr)
     if args.output:
         args.output.write_text(json.dumps(values, indent=1) + "\n")
-    return 0
 
 
 def check_inputs(given: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "training": {"engines.base", "data", "checkpoint", "supervision", "tracking", "utils"},
     "planning": {"parallel", "models", "engines.base", "utils"},
     "generation": {"models", "checkpoint", "utils"},
-    "evaluation": {"models", "generation", "data", "checkpoint", "utils"},
+    "evaluation": {"models", "generation", "data", "checkpoint", "parallel.layout", "utils"},
     "benchmarking": {"training", "supervision", "engines.base", "data", "models", "ops", "utils"},
     "config": {"utils"},
 }
@@ -45,6 +45,7 @@ RESERVED: dict[str, set[str]] = {
     "tensorboard": {"tracking"},
     "tqdm": {"tracking"},
     "pyarrow": {"data"},
+    "lm_eval": {"evaluation", "cli"},
 }
 # Files that are copied into exported folders, where they stand beside each other without us.
 EXPORTED = ROOT / "convert" / "hf_model"

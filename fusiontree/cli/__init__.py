@@ -22,6 +22,7 @@ VERBS = {
     "train": Verb("fusiontree.train", "train a model; started again, the run goes on"),
     "generate": Verb("fusiontree.generate", "continue prompts with a checkpoint"),
     "evaluate": Verb("fusiontree.evaluate", "measure a checkpoint: perplexity, needle, recall"),
+    "lm-eval": Verb("fusiontree.cli.run_lm_eval", "lm-evaluation-harness with the model type fusiontree"),
     "benchmark": Verb("fusiontree.benchmark", "measure throughput, MFU and memory of a configuration"),
     "plan": Verb("fusiontree.plan", "estimate memory and speed of a configuration in every layout"),
     "preflight": Verb("fusiontree.preflight", "measure the links between the nodes of a job"),

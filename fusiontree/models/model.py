@@ -44,6 +44,8 @@ class ModelOutput(NamedTuple):
     logits_BSV: Tensor | None
     layer_sums: LayerSums
     cache: DecodeCache | None
+    hidden_BSC: Tensor | None = None
+    """Input of the head, after the last norm."""
 
 
 class LanguageModelHead(nn.Module):
@@ -96,6 +98,7 @@ class FusionTreeModel(nn.Module):
         row_weight_B: Tensor | None = None,
         cache: DecodeCache | None = None,
         logits_to_keep: int | None = None,
+        hidden_only: bool = False,
         layer_metrics: tuple[str, ...] = (),
     ) -> ModelOutput:
         """Run the model on rows of one document each, packed rows, padded rows, or the next tokens of cached texts.
@@ -112,6 +115,7 @@ class FusionTreeModel(nn.Module):
                 continue the cached texts. The cache is updated in place and returned. For inference only: no gradient
                 flows through it.
             logits_to_keep: compute logits only for the last ``logits_to_keep`` tokens; None means all.
+            hidden_only: return the head's input in place of logits; callers apply :attr:`head` to the tokens they need.
             layer_metrics: names of layer metrics whose sums to return.
 
         Raises:
@@ -135,6 +139,8 @@ class FusionTreeModel(nn.Module):
         if cache is not None:
             cache.advance(layout.counts, input_ids_BS.shape[1])
         hidden_BSC = self.norm(x_BSC)
+        if hidden_only:
+            return ModelOutput(None, None, None, layer_sums, cache, hidden_BSC)
         if labels_BS is None:
             if logits_to_keep is not None:
                 hidden_BSC = hidden_BSC[:, -logits_to_keep:]

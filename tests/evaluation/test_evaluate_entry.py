@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from fusiontree.cli.run_lm_eval import main as run_lm_eval
 from fusiontree.data.config import DataConfig
 from fusiontree.data.tokenizers import ByteTokenizer, save_tokenizer
 from fusiontree.data.validation import ValidationData
@@ -166,12 +168,32 @@ def test_the_same_seed_gives_the_same_numbers_and_batches_do_not_matter(call):
         (["--data", "PLACE/foreign"], "tokenizer 'other'.*trained with 'byte'"),
         (["--output", "no/folder/x.json"], "folder 'no/folder' does not exist"),
         (["--device", "tpu"], "device 'tpu'"),
+        (["--num-fewshot", "0"], "--num-fewshot is for tasks of lm-evaluation-harness; give --lm-eval"),
+        (["--include-path", "x"], "--include-path is for tasks"),
+        (["--lm-eval", "hellaswag", "--seq-len", "8"], "--seq-len has no effect on the tasks of --lm-eval"),
     ],
 )
 def test_what_the_user_got_wrong_is_one_error_with_exit_code_2(call, place, arguments, message):
     code, out, err = call(*[argument.replace("PLACE", str(place)) for argument in arguments])
     assert (code, out) == (2, "")
     assert re.search(f"error: .*{message}", err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("program", ["evaluate", "lm-eval"])
+def test_without_the_harness_the_error_says_how_to_install_it(call, monkeypatch, capsys, program):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    if program == "evaluate":
+        code, _, err = call("--lm-eval", "hellaswag")
+    else:
+        code, err = run_lm_eval(["--tasks", "hellaswag"]), capsys.readouterr().err
+    assert code == 2
+    assert "lm-evaluation-harness is not installed; pip install 'fusiontree[lm-eval]'" in err
+
+
+def test_the_harness_command_shows_its_help_without_the_harness(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_lm_eval(["--help"])
+    assert not ended.value.code and "checkpoint=RUN" in capsys.readouterr().out
 
 
 def test_a_mistyped_checkpoint_is_an_error(place, capsys):
