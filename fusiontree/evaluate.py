@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from fusiontree.cli.program import add_device_options, run_program
 from fusiontree.data.format import ShardDamage
-from fusiontree.evaluation.config import EvaluationConfig, Task
+from fusiontree.evaluation.config import EvaluationConfig
 from fusiontree.utils.errors import UserError
 
 
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
             f"--{name.replace('_', '-')}", default=None, metavar=metavar, help=fields[name].description, **options
         )
 
-    parser.add_argument("--tasks", nargs="+", choices=get_args(Task), help=fields["tasks"].description)
+    setting("tasks", "TASK", nargs="+")
     setting("data", "DIR")
     setting("text", "FILE", nargs="+")
     setting("seq_len", "N", type=int)
@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     """
     from fusiontree.checkpoint.load import find_checkpoint, load_model
     from fusiontree.data.tokenizers import load_tokenizer
-    from fusiontree.evaluation.tasks import Evaluation, table
+    from fusiontree.evaluation.scorer import ModelScorer
+    from fusiontree.evaluation.tasks import Setup, run_tasks, table
     from fusiontree.utils.device import choose_device, choose_dtype
 
     if args.output and not args.output.parent.is_dir():
@@ -96,8 +97,11 @@ def run(args: argparse.Namespace) -> int:
     seq_len = settings.seq_len or resolved["training"]["seq_len"]
     print(f"{folder}: {device}, {dtype}", file=sys.stderr, flush=True)
     began = time.perf_counter()
-    results = Evaluation(model, load_tokenizer(folder), settings, seq_len, resolved.get("data", {})).run(
-        lambda task: print(f"{task} …", file=sys.stderr, flush=True)
+    tokenizer = load_tokenizer(folder)
+    scorer = ModelScorer(model, tokenizer.unknown_ids(model.config.vocab_size))
+    results = run_tasks(
+        Setup(model.config, tokenizer, settings, seq_len, scorer, resolved.get("data", {})),
+        lambda task: print(f"{task} …", file=sys.stderr, flush=True),
     )
     values = {
         "checkpoint": str(folder),

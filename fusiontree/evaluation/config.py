@@ -1,21 +1,64 @@
-"""The ``evaluation`` section: tasks of ``python -m fusiontree.evaluate`` and their sizes."""
+"""The ``evaluation`` section: tasks and their sizes, and the registry of tasks; importing it needs no torch."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
 
+from pydantic import field_validator
+
+from fusiontree.utils.registry import Registry
 from fusiontree.utils.settings import PathText, Section, setting
 
-Task = Literal["perplexity", "text", "needle", "copy", "recall"]
+if TYPE_CHECKING:
+    from fusiontree.evaluation.tasks import Task
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One kind of task."""
+
+    about: str
+    """What it measures, for the help of the command."""
+    load: Callable[[], Task]
+    """Returns the task; may import torch."""
+
+
+TASKS: Registry[TaskSpec] = Registry("evaluation task")
+"""Tasks that ``evaluation.tasks`` may name; docs/evaluation.md adds one from a user's file."""
+
+
+def _of_module(module: str, name: str) -> Callable[[], Task]:
+    def load() -> Task:
+        task: Task = getattr(import_module(f"fusiontree.evaluation.{module}"), name)()
+        return task
+
+    return load
+
+
+for _name, _module, _class, _about in (
+    ("perplexity", "corpus_tasks", "Perplexity", "loss on token shards"),
+    ("text", "corpus_tasks", "TextFiles", "loss on text files"),
+    ("needle", "random_tasks", "Needle", "find a pair in random tokens"),
+    ("copy", "random_tasks", "Copy", "repeat random tokens"),
+    ("recall", "random_tasks", "Recall", "answer for many pairs of random tokens"),
+):
+    TASKS.register(_name, TaskSpec(_about, _of_module(_module, _class)))
+
+
+def task_list() -> str:
+    """Return names and descriptions of all registered tasks."""
+    return ", ".join(f"{name} ({spec.about})" for name, spec in TASKS.items())
 
 
 class EvaluationConfig(Section):
     """Tasks and their sizes; options of the command replace them."""
 
-    tasks: list[Task] = setting(
+    tasks: list[str] = setting(
         ["perplexity"],
-        "perplexity on token shards, text (perplexity on text files), needle (find a pair in random tokens), copy "
-        "(repeat random tokens), recall (answer for many pairs).",
+        f"Tasks, in this order: {task_list()}, or one that a plugin registers.",
         min_length=1,
     )
     data: PathText | None = setting(
@@ -51,3 +94,10 @@ class EvaluationConfig(Section):
     recall_pairs: int = setting(8, "Number of pairs per row of recall.", ge=1)
     batch_size: int = setting(4, "Rows computed together.", unit="rows", ge=1)
     seed: int = setting(0, "Seed of the random tokens.")
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: list[str]) -> list[str]:
+        for name in tasks:
+            TASKS.get(name)
+        return tasks
