@@ -8,12 +8,13 @@ import torch
 
 from fusiontree.data.batch import MicroBatch
 from fusiontree.data.tokenizers import ByteTokenizer
-from fusiontree.evaluation.scorer import ModelScorer
-from fusiontree.evaluation.scoring import CorpusScore, score_answers, score_batches, score_text, text_rows
+from fusiontree.evaluation.scorer import ModelScorer, micro_batch
+from fusiontree.evaluation.scoring import CorpusScore, answer_table, score_answers, score_batches, score_text, text_rows
 from fusiontree.evaluation.synthetic import IGNORED, AnswerRows, copy_rows, needle_rows, recall_rows
 from fusiontree.evaluation.text_bytes import text_bytes
 from fusiontree.generation.decoding import generate
 from fusiontree.generation.sampling import SamplingConfig
+from fusiontree.parallel.batch_sharding import fill_up_rows
 from tests.evaluation.scorers import LogitsScorer
 from tests.helpers import tiny_model
 
@@ -175,3 +176,48 @@ def test_bytes_of_a_rows_text_leave_out_ends_and_cut_characters():
     score = CorpusScore(nats=8 * math.log(2), tokens=4, text_bytes=16)
     assert (score.bits_per_token, score.bits_per_byte) == (pytest.approx(2), pytest.approx(0.5))
     assert math.isnan(CorpusScore(1.0, 4).bits_per_byte)
+
+
+class SomeRank(ModelScorer):
+    """One of several ranks that share the rows; keeps its part of the table."""
+
+    def __init__(self, model, rank: int, ranks: int) -> None:
+        super().__init__(model)
+        self.dp_rank, self.dp_size = rank, ranks
+        self.part, self.shapes = None, []
+
+    def score(self, micro):
+        self.shapes.append(tuple(micro.input_ids_BS.shape))
+        return super().score(micro)
+
+    def sum_over_rows(self, values):
+        self.part = values
+        return values
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(2, 4), (3, 1), (4, 2), (9, 4)])
+def test_ranks_share_rows_in_batches_of_one_shape_and_their_parts_add_up(ranks, batch_size):
+    model = tiny_model()
+    rows = recall_rows(ALPHABET, 40, 5, 7, 0)
+    whole = answer_table(ModelScorer(model), rows, 7)
+    scorers = [SomeRank(model, rank, ranks) for rank in range(ranks)]
+    for scorer in scorers:
+        answer_table(scorer, rows, batch_size)
+    assert all(scorer.shapes == scorers[0].shapes for scorer in scorers)
+    parts = torch.stack([scorer.part for scorer in scorers])
+    assert ((parts != 0).any(-1).sum(0) == 1).all()  # each row on one rank
+    torch.testing.assert_close(parts.sum(0), whole, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4, 6])
+def test_rows_are_filled_up_by_another_document_without_labels(multiple):
+    rows = recall_rows(ALPHABET, 15, 2, 3, 0)
+    micro = micro_batch(rows.input_ids_BS, rows.labels_BS)
+    filled = fill_up_rows(micro, multiple)
+    length = filled.input_ids_BS.shape[1]
+    assert length % multiple == 0 and 15 <= length < 15 + multiple
+    assert (filled.labels_BS[:, 15:] == IGNORED).all()
+    assert filled.positions_BS[0].tolist() == [*range(15), *range(length - 15)]
+    model = ModelScorer(tiny_model())
+    for score, expected in zip(model.score(filled), model.score(micro), strict=True):
+        torch.testing.assert_close(score[:, :15], expected)
