@@ -64,7 +64,7 @@ def _draw_positions(axes: Axes, records: list[dict[str, Any]]) -> None:
         error = [record["standard_error"] for record in mine]
         label = name or Path(data).name
         axes.errorbar(context, loss, yerr=error, marker="o", markersize=4, linewidth=1.5, capsize=2, label=label)
-    axes.set_xscale("log", base=2)
+    _powers_of_two(axes)
     axes.set(title="Loss by context", xlabel="tokens before the predicted token", ylabel="nats per token")
     axes.legend()
 
@@ -78,7 +78,7 @@ def _draw_lengths(axes: Axes, by_task: dict[str, list[dict[str, Any]]]) -> None:
         (line,) = axes.plot(lengths, mean, marker="o", markersize=4, linewidth=1.5, label=task)
         if pair[1]:
             axes.axhline(records[0][pair[1]], color=line.get_color(), linestyle=":", linewidth=1)
-    axes.set_xscale("log", base=2)
+    _powers_of_two(axes)
     axes.set(
         title="Accuracy by length",
         xlabel="tokens of the row",
@@ -86,3 +86,8 @@ def _draw_lengths(axes: Axes, by_task: dict[str, list[dict[str, Any]]]) -> None:
         ylim=(-0.03, 1.03),
     )
     axes.legend(fontsize=9)
+
+
+def _powers_of_two(axes: Axes) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
