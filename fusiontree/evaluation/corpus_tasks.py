@@ -115,8 +115,8 @@ class Positions:
                 yield {
                     "data": place,
                     "set": name,
-                    "from": 2**bucket,
-                    "to": min(2 ** (bucket + 1) - 1, setup.seq_len),
+                    "from": 2**bucket // 2 + 1,
+                    "to": min(2**bucket, setup.seq_len),
                     "tokens": int(tokens),
                     "nats_per_token": mean,
                     "standard_error": error,

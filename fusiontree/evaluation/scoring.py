@@ -94,13 +94,14 @@ def answer_batches(scorer: Scorer, answers: AnswerRows, batch_size: int) -> Iter
 def score_positions(scorer: Scorer, batches: Iterable[MicroBatch], rows: int, seq_len: int) -> Tensor:
     """Return nats and tokens by row and bucket of context, fp64 ``[R, K, 2]``; all ranks call this together.
 
-    Bucket ``k`` holds labels with 2^k to 2^(k+1) - 1 tokens of their document before them in the row.
+    Bucket 0 holds labels with one token of their document before them in the row, bucket ``k`` those with
+    2^(k-1) + 1 to 2^k tokens, so that rows of a power of two end with a full bucket.
     """
-    buckets = seq_len.bit_length()
+    buckets = (seq_len - 1).bit_length() + 1
 
     def measure(micro: MicroBatch, scores: TokenScores) -> Tensor:
         asked_BS = micro.labels_BS != IGNORED
-        exponents_BS = torch.frexp((micro.positions_BS + 1).double()).exponent.long() - 1
+        exponents_BS = torch.frexp(micro.positions_BS.double()).exponent.long()  # the bit length
         values_BS2 = torch.stack([-scores.log_likelihood.double(), asked_BS.double()], dim=-1)
         values_BS2 = values_BS2.masked_fill(~asked_BS[..., None], 0)
         table_BK2 = torch.zeros(len(asked_BS), buckets, 2, dtype=torch.float64)

@@ -46,10 +46,10 @@ def test_buckets_hold_powers_of_two_of_the_documents_own_tokens() -> None:
     )
     table = score_positions(Counting(), [batch], 2, 16)
     assert table.shape == (2, 5, 2)
-    assert table[1, :, 1].tolist() == [1, 2, 4, 8, 1]
-    assert table[1, :, 0].tolist() == [1, 2 + 3, 4 + 5 + 6 + 7, sum(range(8, 16)), 16]
-    assert table[0, :, 1].tolist() == [2, 4, 1 + 4, 4, 0]  # 4 labels of the first document, 11 of the second
-    assert table[0, :, 0].tolist() == [2, 10, 4 + 22, 8 + 9 + 10 + 11, 0]
+    assert table[1, :, 1].tolist() == [1, 1, 2, 4, 8]
+    assert table[1, :, 0].tolist() == [1, 2, 3 + 4, 5 + 6 + 7 + 8, sum(range(9, 17))]
+    assert table[0, :, 1].tolist() == [2, 2, 4, 4, 3]  # 4 labels of the first document, 11 of the second
+    assert table[0, :, 0].tolist() == [2, 4, 2 * 7, 26, 9 + 10 + 11]
 
 
 def setup_of(place: Path, **settings: Any) -> Setup:
@@ -63,7 +63,7 @@ def test_positions_of_a_file_add_up_to_its_loss(tmp_path: Path) -> None:
     place.write_bytes(TEXT.encode() * 3)
     results = run_tasks(setup_of(place, tasks=["text", "positions"], stride=16))
     (whole,), buckets = results["text"], results["positions"]
-    assert [(r["from"], r["to"]) for r in buckets] == [(1, 1), (2, 3), (4, 7), (8, 15), (16, 16)]
+    assert [(r["from"], r["to"]) for r in buckets] == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16)]
     assert sum(r["tokens"] for r in buckets) == whole["tokens"]
     nats = sum(r["tokens"] * r["nats_per_token"] for r in buckets)
     assert nats / whole["tokens"] == pytest.approx(whole["nats_per_token"], rel=1e-9)
