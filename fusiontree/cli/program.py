@@ -44,8 +44,8 @@ def run_program(
         action="append",
         default=[],
         metavar="MODULE",
-        help="module (dotted name, or path of a .py file) that adds mixers, optimizers, metrics or token sources; "
-        "may be given several times",
+        help="module (dotted name, or path of a .py file) that adds mixers, optimizers, metrics, token sources or "
+        "tasks; may be given several times",
     )
     args, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:

@@ -1,4 +1,4 @@
-"""Import of a user's modules, which add mixers, optimizers, metrics or token sources to the registries."""
+"""Import of a user's modules, which add mixers, optimizers, metrics, token sources or tasks to the registries."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Config(Section):
     plugins: list[str] = setting(
         list,
         "Python modules (dotted names, or paths that end in .py) to import first; they register mixers, optimizers, "
-        "metrics or token sources.",
+        "metrics, token sources or evaluation tasks.",
     )
     model: ModelConfig = setting(..., "Shape of the model.")
     parallel: ParallelConfig = setting(ParallelConfig, "Layout over processes.")

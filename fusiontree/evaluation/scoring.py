@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from fusiontree.data.batch import IGNORED, MicroBatch
-from fusiontree.data.tokenizers import Tokenizer
+from fusiontree.evaluation.scorer import Scorer, TokenScores, micro_batch, row_table, shares
 from fusiontree.evaluation.synthetic import AnswerRows
-from fusiontree.generation.text import REPLACEMENT
-from fusiontree.models.model import FusionTreeModel
-from fusiontree.models.token_layout import documents_of_positions
+from fusiontree.evaluation.text_bytes import ByteCount
 
 
 @dataclass(frozen=True)
@@ -67,91 +64,95 @@ class AnswerScore:
     """Fraction of the rows in which every labelled token was the most likely token, as greedy decoding needs."""
 
 
-@torch.inference_mode()
-def score_answers(
-    model: FusionTreeModel, answers: AnswerRows, batch_size: int, never: Sequence[int] = ()
-) -> AnswerScore:
-    """Score labelled tokens, each given all tokens before it; ``never`` are ids that generation does not draw.
+def score_answers(scorer: Scorer, answers: AnswerRows, batch_size: int) -> AnswerScore:
+    """Score labelled tokens, each given all tokens before it; all ranks call this together."""
+    table_RK = answer_table(scorer, answers, batch_size)
+    nats, right, tokens = (float(column) for column in table_RK.sum(0))
+    whole = float((table_RK[:, 1] == table_RK[:, 2]).double().mean())
+    return AnswerScore(nats / tokens, right / tokens, whole)
 
-    Logits are computed from the first labelled column on, so long rows cost no more memory than their answers.
+
+def answer_table(scorer: Scorer, answers: AnswerRows, batch_size: int) -> Tensor:
+    """Return each row's nats, labels that greedy decoding chooses, and number of labels, fp64 ``[R, 3]``."""
+
+    def measure(micro: MicroBatch, scores: TokenScores) -> Tensor:
+        nats_B = -scores.log_likelihood.sum(1, dtype=torch.float64)
+        return torch.stack([nats_B, scores.chosen.sum(1), (micro.labels_BS != IGNORED).sum(1)], dim=1)
+
+    batches = answer_batches(scorer, answers, batch_size)
+    return row_table(scorer, batches, len(answers.labels_BS), 3, measure)
+
+
+def answer_batches(scorer: Scorer, answers: AnswerRows, batch_size: int) -> Iterator[MicroBatch]:
+    """Yield this rank's share of rows of one document each."""
+    count = len(answers.labels_BS)
+    for numbers in shares(count, batch_size, scorer):
+        rows = [min(number, count - 1) for number in numbers]  # a filler has some row's tokens and no label
+        yield micro_batch(answers.input_ids_BS[rows], answers.labels_BS[rows], numbers)
+
+
+def score_positions(scorer: Scorer, batches: Iterable[MicroBatch], rows: int, seq_len: int) -> Tensor:
+    """Return nats and tokens by row and bucket of context, fp64 ``[R, K, 2]``; all ranks call this together.
+
+    Bucket 0 holds labels with one token of their document before them in the row, bucket ``k`` those with
+    2^(k-1) + 1 to 2^k tokens, so that rows of a power of two end with a full bucket.
     """
-    device = model.embed.weight.device
-    never_N = torch.tensor(list(never), dtype=torch.int64, device=device)
-    labelled_S = (answers.labels_BS != IGNORED).any(dim=0)
-    keep = answers.labels_BS.shape[1] - int(labelled_S.nonzero()[0])
-    nats, right, tokens, whole = 0.0, 0, 0, 0
-    for input_ids_BS, labels_BS in zip(
-        answers.input_ids_BS.split(batch_size), answers.labels_BS.split(batch_size), strict=True
-    ):
-        logits_BKV = model(input_ids_BS.to(device), logits_to_keep=keep).logits_BSV
-        for logits_KV, labels_K in zip(logits_BKV, labels_BS[:, -keep:].to(device), strict=True):
-            asked_K = labels_K != IGNORED
-            logits_KV, labels_K = logits_KV[asked_K].float(), labels_K[asked_K]
-            nats += float(torch.nn.functional.cross_entropy(logits_KV, labels_K, reduction="sum"))
-            hits = int((logits_KV.index_fill(1, never_N, -torch.inf).argmax(dim=-1) == labels_K).sum())
-            right, tokens, whole = right + hits, tokens + labels_K.numel(), whole + (hits == labels_K.numel())
-    return AnswerScore(nats / tokens, right / tokens, whole / len(answers.labels_BS))
+    buckets = (seq_len - 1).bit_length() + 1
+
+    def measure(micro: MicroBatch, scores: TokenScores) -> Tensor:
+        asked_BS = micro.labels_BS != IGNORED
+        exponents_BS = torch.frexp(micro.positions_BS.double()).exponent.long()  # the bit length
+        values_BS2 = torch.stack([-scores.log_likelihood.double(), asked_BS.double()], dim=-1)
+        values_BS2 = values_BS2.masked_fill(~asked_BS[..., None], 0)
+        table_BK2 = torch.zeros(len(asked_BS), buckets, 2, dtype=torch.float64)
+        return table_BK2.scatter_add_(1, exponents_BS[..., None].expand_as(values_BS2), values_BS2).flatten(1)
+
+    return row_table(scorer, batches, rows, 2 * buckets, measure).view(rows, buckets, 2)
 
 
-@torch.inference_mode()
 def score_batches(
-    model: FusionTreeModel, batches: Iterable[MicroBatch], tokenizer: Tokenizer | None = None
+    scorer: Scorer, batches: Iterable[MicroBatch], rows: int, byte_count: ByteCount | None = None
 ) -> CorpusScore:
-    """Return the loss over packed rows, with document boundaries as in training.
+    """Return the loss over packed rows, with document boundaries as in training; all ranks call this together.
 
     Args:
-        model: on its device.
-        batches: packed rows.
-        tokenizer: counts the bytes of the text; None leaves them 0.
+        scorer: the model.
+        batches: this rank's share of the rows.
+        rows: of all ranks, numbered from 0.
+        byte_count: counts the bytes of the text; None leaves them 0.
     """
-    device = model.embed.weight.device
-    nats, tokens, size = 0.0, 0, 0
-    for batch in batches:
-        labels_BS = batch.labels_BS.masked_fill(batch.row_weight_B[:, None] == 0, IGNORED)
-        output = model(
-            batch.input_ids_BS.to(device),
-            labels_BS=labels_BS.to(device),
-            documents=documents_of_positions(batch.positions_BS, device),
-        )
-        nats += float(output.loss_sum)
-        tokens += int((labels_BS != IGNORED).sum())
-        if tokenizer is not None:
-            size += sum(text_bytes(tokenizer, labels_S[labels_S != IGNORED].tolist()) for labels_S in labels_BS)
-    return CorpusScore(nats, tokens, size)
+
+    def measure(micro: MicroBatch, scores: TokenScores) -> Tensor:
+        labels_BS = micro.labels_BS
+        size = [0 if byte_count is None else byte_count.count(row[row != IGNORED].tolist()) for row in labels_BS]
+        nats_B = -scores.log_likelihood.sum(1, dtype=torch.float64)
+        return torch.stack([nats_B, (labels_BS != IGNORED).sum(1), torch.tensor(size)], dim=1)
+
+    nats, tokens, size = row_table(scorer, batches, rows, 3, measure).sum(0).tolist()
+    return CorpusScore(nats, int(tokens), int(size))
 
 
-def text_bytes(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
-    """Return the UTF-8 bytes of the text that a row's tokens decode to, without ends of documents.
-
-    Counts no byte of a character that the row's edges cut, which decoders replace by U+FFFD: at most 6 bytes per row.
-    """
-    size = 0
-    for is_end, document in groupby(tokens, lambda token: token == tokenizer.eos_id):
-        if not is_end:
-            size += len(tokenizer.decode(list(document)).strip(REPLACEMENT).encode())
-    return size
-
-
-@torch.inference_mode()
 def score_text(
-    model: FusionTreeModel, tokens: Sequence[int], *, seq_len: int, stride: int, batch_size: int, size: int = 0
+    scorer: Scorer,
+    tokens: Sequence[int],
+    *,
+    seq_len: int,
+    stride: int,
+    batch_size: int,
+    size: int = 0,
+    byte_count: ByteCount | None = None,
 ) -> CorpusScore:
     """Return the loss of one text of ``size`` bytes. Every token but the first is scored once.
 
     Rows of ``seq_len`` tokens start ``stride`` tokens apart and score only tokens that no earlier row scored, so the
-    tokens of all rows but the first have at least ``seq_len - stride`` tokens before them. The first token's share of
-    the bytes is not counted.
+    tokens of all rows but the first have at least ``seq_len - stride`` tokens before them. The first token's bytes are
+    not counted; without an exact ``byte_count`` these are its share of ``size``. All ranks call this together.
     """
-    device = model.embed.weight.device
-    nats, scored = 0.0, 0
-    rows = list(text_rows(tokens, seq_len, stride))
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
-        labels_BS = torch.stack([labels_S for _, labels_S in batch])
-        output = model(torch.stack([ids_S for ids_S, _ in batch]).to(device), labels_BS=labels_BS.to(device))
-        nats += float(output.loss_sum)
-        scored += int((labels_BS != IGNORED).sum())
-    return CorpusScore(nats, scored, size * scored / len(tokens))
+    ids_RS, labels_RS = (torch.stack(part) for part in zip(*text_rows(tokens, seq_len, stride), strict=True))
+    nats, _, scored = answer_table(scorer, AnswerRows(ids_RS, labels_RS), batch_size).sum(0).tolist()
+    if byte_count is not None and byte_count.is_exact:
+        return CorpusScore(nats, int(scored), byte_count.count(tokens[1:]))
+    return CorpusScore(nats, int(scored), size * scored / len(tokens))
 
 
 def text_rows(tokens: Sequence[int], seq_len: int, stride: int) -> Iterable[tuple[Tensor, Tensor]]:

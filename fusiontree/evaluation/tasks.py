@@ -1,23 +1,22 @@
-"""The tasks of an evaluation, each returning plain records for JSON and table."""
+"""An evaluation: tasks over one model, each returning plain records for JSON and table."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fusiontree.data.config import DataConfig
 from fusiontree.data.tokenizers import Tokenizer
 from fusiontree.data.validation import ValidationData
-from fusiontree.evaluation.config import EvaluationConfig
-from fusiontree.evaluation.scoring import AnswerScore, CorpusScore, score_answers, score_batches, score_text
-from fusiontree.evaluation.synthetic import AnswerRows, copy_rows, needle_rows, recall_rows
-from fusiontree.models.model import FusionTreeModel
+from fusiontree.evaluation.config import TASKS, EvaluationConfig
+from fusiontree.evaluation.long_text import LongText
+from fusiontree.evaluation.scorer import Scorer
+from fusiontree.models.config import ModelConfig
 from fusiontree.utils.errors import UserError
 
 Record = dict[str, Any]
@@ -27,91 +26,76 @@ ALPHABET_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A model, its tokenizer, and the tasks to run."""
+class Setup:
+    """Everything that a task reads: model sizes, tokenizer, settings and data; and the scorer that it calls."""
 
-    model: FusionTreeModel
+    model: ModelConfig
     tokenizer: Tokenizer
     config: EvaluationConfig
     seq_len: int
-    """Row length of perplexity and text, in tokens."""
+    """Row length of tasks on text, in tokens."""
+    scorer: Scorer
     data_settings: dict[str, Any] = field(default_factory=dict)
     """The run's ``data`` section: its validation sets, and how remote datasets are read."""
 
-    def run(self, report: Callable[[str], None]) -> dict[str, list[Record]]:
-        """Return the records of every task; calls ``report`` with the name of each task that begins.
-
-        Raises:
-            UserError: a dataset or file cannot be read, or a length does not fit; found before the first task runs.
-        """
-        self._check()
-        tasks: dict[str, Callable[[], Iterator[Record]]] = {
-            "perplexity": self._perplexity,
-            "text": self._text,
-            "needle": self._needle,
-            "copy": self._copy,
-            "recall": self._recall,
-        }
-        results: dict[str, list[Record]] = {}
-        for name in dict.fromkeys(self.config.tasks):
-            report(name)
-            results[name] = list(tasks[name]())
-        return results
-
     @property
-    def _lengths(self) -> list[int]:
+    def lengths(self) -> list[int]:
+        """Row lengths of tasks on made-up rows, in tokens."""
         return self.config.lengths or [self.seq_len]
 
-    @cached_property
-    def _alphabet(self) -> torch.Tensor:
-        """Tokens that random rows are made of, without the end of a document."""
+    def known_ids(self) -> torch.Tensor:
+        """Return the ids of the tokenizer's tokens without the end of a document, int64."""
         info = self.tokenizer.info
-        unknown = torch.tensor(self.tokenizer.unknown_ids(info.vocab_size), dtype=torch.int64)
+        unknown = torch.tensor([*self.tokenizer.unknown_ids(info.vocab_size), info.eos_id], dtype=torch.int64)
         tokens = torch.arange(info.vocab_size)
-        tokens = tokens[~torch.isin(tokens, unknown)]
-        if self.config.alphabet == "data":
-            batches = next(iter(self._datasets(ALPHABET_ROWS).values())).micro_batches()
-            tokens = torch.cat([batch.input_ids_BS[batch.row_weight_B > 0].flatten() for batch in batches]).unique()
-        return tokens[tokens != info.eos_id]
+        return tokens[~torch.isin(tokens, unknown)]
 
-    def _check(self) -> None:
-        config, limit = self.config, self.model.config.max_position_embeddings
-        lengths = set()
-        if {"perplexity", "text"} & set(config.tasks):
-            lengths.add(self.seq_len)
-        if {"needle", "copy", "recall"} & set(config.tasks):
-            lengths |= set(self._lengths)
-        if max(lengths) > limit and self.model.config.srte_encoding == "learnable":
-            raise UserError(
-                f"rows of {max(lengths)} tokens are longer than the model's max_position_embeddings {limit}, and its "
-                f"learnable srte_encoding has no entries there; evaluate at most {limit}"
-            )
-        if "perplexity" in config.tasks:
-            self._datasets(config.max_rows)
-        if "text" in config.tasks:
-            if not config.text:
-                raise UserError("the task text needs a file; give --text FILE")
-            for file in config.text:
-                self._read(file)
-            if not 1 <= self._stride <= self.seq_len:
-                raise UserError(
-                    f"stride {self._stride} is not between 1 and seq_len {self.seq_len}; tokens would be left out"
-                )
-        for length in self._lengths:  # cheap: the errors of rows that are too short
-            if "needle" in config.tasks:
-                for depth in config.depths:
-                    needle_rows(self._alphabet, length, depth, 1, config.needle_tokens, 0)
-            if "copy" in config.tasks:
-                copy_rows(self._alphabet, length, 1, 0)
-            if "recall" in config.tasks:
-                recall_rows(self._alphabet, length, config.recall_pairs, 1, 0)
+    @cached_property
+    def alphabet(self) -> torch.Tensor:
+        """Tokens that random rows are made of, without the end of a document."""
+        if self.config.alphabet == "vocabulary":
+            return self.known_ids()
+        data = next(iter(self.datasets(ALPHABET_ROWS, shared=False).values()))
+        tokens = [batch.input_ids_BS[batch.row_weight_B > 0].flatten() for batch in data.micro_batches()]
+        unique = torch.cat(tokens).unique()
+        return unique[unique != self.tokenizer.eos_id]
 
-    @property
-    def _stride(self) -> int:
-        return self.config.stride or max(1, self.seq_len // 2)
+    @cached_property
+    def long_text(self) -> LongText:
+        """Text to hide needles in: that of ``config.text``, else that of the (first) dataset.
 
-    def _datasets(self, max_rows: int) -> dict[str, ValidationData]:
-        """Open the datasets to evaluate, by name: ``config.data``, else every validation set of the run."""
+        Raises:
+            UserError: a file cannot be read, or there is no dataset.
+        """
+        if self.config.text:
+            return LongText.of_files(self.tokenizer, [self.read_text(file)[0] for file in self.config.text])
+        return LongText.of_source(self.tokenizer, next(iter(self.datasets(0).values())).source)
+
+    def read_text(self, file: str) -> tuple[list[int], int]:
+        """Return a file's tokens and its size in bytes.
+
+        Raises:
+            UserError: it cannot be read as UTF-8, or is too short to predict a token.
+        """
+        try:
+            text = Path(file).read_bytes().decode("utf-8")  # reading it as text would change line ends
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"text file '{file}' cannot be read as UTF-8: {error}") from None
+        tokens = self.tokenizer.encode(text)
+        if len(tokens) < 2:
+            raise UserError(f"text file '{file}' has {len(tokens)} tokens; at least 2 are needed to predict one")
+        return tokens, len(text.encode())
+
+    def datasets(self, max_rows: int, *, shared: bool = True) -> dict[str, ValidationData]:
+        """Open the datasets to evaluate, by name: ``config.data``, else every validation set of the run.
+
+        Args:
+            max_rows: of each dataset; 0 means all.
+            shared: read this rank's share of the rows instead of all.
+
+        Raises:
+            UserError: there is no dataset, it cannot be read, or another tokenizer made it.
+        """
         given = self.config.data or self.data_settings.get("validation")
         if given is None:
             raise UserError("no dataset is given, and the run has no data.validation; give --data DIR")
@@ -123,7 +107,9 @@ class Evaluation:
                 seq_len=self.seq_len,
                 micro_batch_size=self.config.batch_size,
                 max_rows=max_rows,
-                vocab_size=self.model.config.vocab_size,
+                vocab_size=self.model.vocab_size,
+                dp_rank=self.scorer.dp_rank if shared else 0,
+                dp_size=self.scorer.dp_size if shared else 1,
                 name=name,
             )
             made_with = data.source.tokenizer
@@ -135,77 +121,53 @@ class Evaluation:
                 )
         return found
 
-    def _perplexity(self) -> Iterator[Record]:
-        for name, data in self._datasets(self.config.max_rows).items():
-            score = score_batches(self.model, data.micro_batches(), self.tokenizer)
-            labels = {"set": name} if name else {}
-            path = data.source.place
-            yield {**labels, "data": path, "seq_len": self.seq_len, "rows": data.rows, **_corpus(score)}
-
-    def _read(self, file: str) -> tuple[list[int], int]:
-        """Return a file's tokens and its size in bytes."""
-        try:
-            text = Path(file).read_bytes().decode("utf-8")  # reading it as text would change line ends
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"text file '{file}' cannot be read as UTF-8: {error}") from None
-        tokens = self.tokenizer.encode(text)
-        if len(tokens) < 2:
-            raise UserError(f"text file '{file}' has {len(tokens)} tokens; at least 2 are needed to predict one")
-        return tokens, len(text.encode())
-
-    def _text(self) -> Iterator[Record]:
-        sizes = {"seq_len": self.seq_len, "stride": self._stride}
-        for file in self.config.text:
-            tokens, size = self._read(file)
-            score = score_text(self.model, tokens, **sizes, batch_size=self.config.batch_size, size=size)
-            yield {"file": file, **sizes, **_corpus(score)}
-
-    def _needle(self) -> Iterator[Record]:
-        config = self.config
-        for length in self._lengths:
-            for depth in config.depths:
-                arguments = (self._alphabet, length, depth, config.rows, config.needle_tokens, config.seed)
-                score = self._score(needle_rows(*arguments))
-                control = self._score(needle_rows(*arguments, with_needle=False))
-                labels = {"length": length, "depth": depth, "rows": config.rows, "found": score.row_accuracy}
-                yield self._answered(labels, score, nats_per_token_without_needle=control.nats_per_token)
-
-    def _copy(self) -> Iterator[Record]:
-        for length in self._lengths:
-            rows = copy_rows(self._alphabet, length, self.config.rows, self.config.seed)
-            yield self._answered({"length": length, "rows": self.config.rows}, self._score(rows))
-
-    def _recall(self) -> Iterator[Record]:
-        config = self.config
-        for length in self._lengths:
-            rows = recall_rows(self._alphabet, length, config.recall_pairs, config.rows, config.seed)
-            labels = {"length": length, "pairs": config.recall_pairs, "rows": config.rows}
-            yield self._answered(labels, self._score(rows))
-
-    def _score(self, rows: AnswerRows) -> AnswerScore:
-        never = self.tokenizer.unknown_ids(self.model.config.vocab_size)
-        return score_answers(self.model, rows, self.config.batch_size, never)
-
-    def _answered(self, labels: Record, score: AnswerScore, **control: float) -> Record:
-        """Return the record of a cell, with the score of uniform guessing among the tokens."""
-        return {
-            **labels,
-            "token_accuracy": score.token_accuracy,
-            "nats_per_token": score.nats_per_token,
-            **control,
-            "alphabet": self._alphabet.numel(),
-            "chance_nats_per_token": math.log(self._alphabet.numel()),
-        }
+    def check_length(self, length: int) -> None:
+        """Raise UserError if the model has no position encoding for rows of ``length`` tokens."""
+        limit = self.model.max_position_embeddings
+        if length > limit and self.model.srte_encoding == "learnable":
+            raise UserError(
+                f"rows of {length} tokens are longer than the model's max_position_embeddings {limit}, and its "
+                f"learnable srte_encoding has no entries there; evaluate at most {limit}"
+            )
 
 
-def _corpus(score: CorpusScore) -> Record:
-    return {
-        "tokens": score.tokens,
-        "nats_per_token": score.nats_per_token,
-        "perplexity": score.perplexity,
-        "bits_per_token": score.bits_per_token,
-        "bits_per_byte": score.bits_per_byte,
-    }
+class Task(Protocol):
+    """Measures one ability of a model. ``TASKS.register(NAME, TaskSpec(ABOUT, MyTask))`` adds one."""
+
+    def check(self, setup: Setup) -> None:
+        """Find errors in settings and inputs; called before the first task runs, and cheap.
+
+        Raises:
+            UserError: a setting or an input is wrong.
+        """
+        ...
+
+    def run(self, setup: Setup) -> Iterator[Record]:
+        """Yield the records, all with the same keys, equal on every rank.
+
+        All ranks call this together. Each calls ``setup.scorer`` for its share of the rows, equally often.
+        """
+        ...
+
+
+def run_tasks(setup: Setup, report: Callable[[str], None] = lambda name: None) -> dict[str, list[Record]]:
+    """Return the records of every task of ``setup.config.tasks``; all ranks call this together.
+
+    Args:
+        setup: model, tokenizer, settings, data.
+        report: called with the name of each task that begins.
+
+    Raises:
+        UserError: a dataset or file cannot be read, or a length does not fit; found before the first task runs.
+    """
+    tasks = {name: TASKS.get(name).load() for name in setup.config.tasks}
+    for task in tasks.values():
+        task.check(setup)
+    results: dict[str, list[Record]] = {}
+    for name, task in tasks.items():
+        report(name)
+        results[name] = list(task.run(setup))
+    return results
 
 
 def table(results: dict[str, list[Record]]) -> str:

@@ -19,7 +19,7 @@ from fusiontree.models.mixers.base import MixerInputs
 from fusiontree.models.norm import RMSNorm
 from fusiontree.models.srte import SharedTimeEncoding
 from fusiontree.models.token_layout import BlockInputs, lay_out_tokens
-from fusiontree.ops.cross_entropy import linear_cross_entropy
+from fusiontree.ops.cross_entropy import TokenScores, linear_cross_entropy, linear_token_scores
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.rotary import rotary_tables
 from fusiontree.utils.errors import UserError
@@ -46,6 +46,8 @@ class ModelOutput(NamedTuple):
     cache: DecodeCache | None
     hidden_BSC: Tensor | None = None
     """Input of the head, after the last norm."""
+    token_scores: TokenScores | None = None
+    """Scores of the labels, ``[B, S]``."""
 
 
 class LanguageModelHead(nn.Module):
@@ -59,14 +61,19 @@ class LanguageModelHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, channels))
         self.backend = backend
 
-    def forward(self, hidden_BSC: Tensor, labels_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the logits ``[B, S, V]``, or with labels ``(loss_sum, z_sum)``.
+    def forward(
+        self, hidden_BSC: Tensor, labels_BS: Tensor | None = None, never_M: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the logits ``[B, S, V]``, or with labels ``(loss_sum, z_sum)``, or with ``never_M`` their scores.
 
         Both sums are fp32 scalars over the tokens whose label is not negative: cross entropy in nats, and squared
-        log-partition.
+        log-partition. The scores are :class:`TokenScores` of shape ``[B, S]``.
         """
         if labels_BS is None:
             return F.linear(hidden_BSC, self.weight)
+        if never_M is not None:
+            scores = linear_token_scores(hidden_BSC.flatten(0, 1), self.weight, labels_BS.flatten(), never_M)
+            return TokenScores(*(score_N.view(labels_BS.shape) for score_N in scores))
         return linear_cross_entropy(hidden_BSC.flatten(0, 1), self.weight, labels_BS.flatten(), backend=self.backend)
 
 
@@ -100,6 +107,7 @@ class FusionTreeModel(nn.Module):
         logits_to_keep: int | None = None,
         hidden_only: bool = False,
         layer_metrics: tuple[str, ...] = (),
+        never_M: Tensor | None = None,
     ) -> ModelOutput:
         """Run the model on rows of one document each, packed rows, padded rows, or the next tokens of cached texts.
 
@@ -117,6 +125,8 @@ class FusionTreeModel(nn.Module):
             logits_to_keep: compute logits only for the last ``logits_to_keep`` tokens; None means all.
             hidden_only: return the head's input in place of logits; callers apply :attr:`head` to the tokens they need.
             layer_metrics: names of layer metrics whose sums to return.
+            never_M: returns each label's scores instead of the loss sums, for inference; holds the int64 ids of tokens
+                that generation never draws (may be empty).
 
         Raises:
             TypeError: the padding mask is not boolean.
@@ -147,6 +157,9 @@ class FusionTreeModel(nn.Module):
             return ModelOutput(None, None, self.head(hidden_BSC), layer_sums, cache)
         if layout.padding_mask_BS is not None:
             labels_BS = labels_BS.masked_fill(~layout.padding_mask_BS, -100)
+        if never_M is not None:
+            scores = self.head(hidden_BSC, labels_BS, never_M)
+            return ModelOutput(None, None, None, layer_sums, cache, scores)
         loss_sum, z_sum = self.head(hidden_BSC, labels_BS)
         return ModelOutput(loss_sum, z_sum, None, layer_sums, cache)
 

@@ -5,15 +5,17 @@ Shape legend: L layers, B rows, S tokens of a row.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusiontree.data.batch import MicroBatch
+from fusiontree.data.batch import IGNORED, MicroBatch
 from fusiontree.models.model import LayerSums
+from fusiontree.ops.cross_entropy import TokenScores
 from fusiontree.ops.documents import Documents
-from fusiontree.parallel.collectives import sum_identity
+from fusiontree.parallel.collectives import all_gather, sum_identity
 from fusiontree.parallel.context_parallel import PieceDocuments
 from fusiontree.parallel.layout import Layout
 from fusiontree.utils.device import send
@@ -69,16 +71,17 @@ class ModelInputs(NamedTuple):
 
 
 def shard_inputs(
-    micro: MicroBatch, branch_scale_LB2: Tensor | None, layer_metrics: tuple[str, ...], layout: Layout
+    micro: MicroBatch, branch_scale_LB2: Tensor | None, layer_metrics: tuple[str, ...], layout: Layout | None
 ) -> ModelInputs:
     """Return this rank's chunk of each sequence, on the CPU: on the device, reading boundaries would synchronize.
 
-    The batch is on the CPU and equal on all ranks of ``layout.row_group``.
+    The batch is on the CPU and equal on all ranks of ``layout.row_group``. Without a layout the chunk is all of it.
     """
-    length = micro.input_ids_BS.shape[1] // layout.cp_size
-    piece = slice(layout.cp_rank * length, (layout.cp_rank + 1) * length)
-    if layout.cp_size > 1:
-        documents: Documents = PieceDocuments.from_row(micro.positions_BS, layout.cp_rank, layout.cp_size)
+    cp_rank, cp_size = (0, 1) if layout is None else (layout.cp_rank, layout.cp_size)
+    length = micro.input_ids_BS.shape[1] // cp_size
+    piece = slice(cp_rank * length, (cp_rank + 1) * length)
+    if cp_size > 1:
+        documents: Documents = PieceDocuments.from_row(micro.positions_BS, cp_rank, cp_size)
     else:
         documents = Documents.from_positions(micro.positions_BS)
     return ModelInputs(
@@ -98,3 +101,30 @@ def sum_over_row(sums: LayerSums, layout: Layout) -> LayerSums:
     layers = len(packed) // len(sums.sums_LB)
     *summed_LB, count_1B = sum_identity(packed, layout.row_group).split([layers] * len(sums.sums_LB) + [1])
     return LayerSums(dict(zip(sums.sums_LB, summed_LB, strict=True)), count_1B[0])
+
+
+def fill_up_rows(micro: MicroBatch, multiple: int) -> MicroBatch:
+    """Append tokens without labels, as another document, until the rows' length divides by ``multiple`` (cp x tp)."""
+    rows, length = micro.input_ids_BS.shape
+    missing = -length % multiple
+    if not missing:
+        return micro
+    zeros_BP = torch.zeros(rows, missing, dtype=torch.int64)
+    return replace(
+        micro,
+        input_ids_BS=torch.cat([micro.input_ids_BS, zeros_BP], dim=1),
+        labels_BS=torch.cat([micro.labels_BS, zeros_BP + IGNORED], dim=1),
+        positions_BS=torch.cat([micro.positions_BS, zeros_BP + torch.arange(missing)], dim=1),
+    )
+
+
+def gather_scores(scores: TokenScores, length: int, layout: Layout | None) -> TokenScores:
+    """Return the scores of full rows of ``length`` tokens on the CPU, from those of each rank's chunk; collective.
+
+    Every rank of ``layout.row_group`` gets the same values; ranks of one cp rank hold equal scores.
+    """
+    packed_2BS = torch.stack([scores.log_likelihood, scores.chosen.to(torch.float32)])
+    if layout is not None and layout.cp_size > 1:
+        pieces_R2BS = all_gather(packed_2BS, layout.cp_group)
+        packed_2BS = torch.cat(pieces_R2BS.unbind(0), dim=-1)
+    return TokenScores(packed_2BS[0, :, :length].cpu(), packed_2BS[1, :, :length].cpu() > 0)

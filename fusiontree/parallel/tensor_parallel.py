@@ -20,7 +20,7 @@ from fusiontree.models.mixers import mixer_of
 from fusiontree.models.mixers.mamba2 import CausalConv
 from fusiontree.models.mixers.split import Ranges, split_of
 from fusiontree.models.model import FusionTreeModel, LanguageModelHead
-from fusiontree.ops.cross_entropy import linear_cross_entropy
+from fusiontree.ops.cross_entropy import TokenScores, linear_cross_entropy, linear_token_scores
 from fusiontree.parallel.collectives import gather_stack, scatter_tokens
 from fusiontree.parallel.exchanges import gather_tokens
 from fusiontree.parallel.global_tensor import ShardSpec
@@ -53,17 +53,24 @@ class VocabParallelHead(LanguageModelHead):
         self.backend = whole.backend
         self.group = group
 
-    def forward(self, hidden_BSC: Tensor, labels_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return ``(loss_sum, z_sum)`` of the chunk, equal on all ranks of the group."""
+    def forward(
+        self, hidden_BSC: Tensor, labels_BS: Tensor | None = None, never_M: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return ``(loss_sum, z_sum)`` or the labels' scores of the chunk, equal on all ranks of the group."""
         assert labels_BS is not None, "the full logits are not computed under tensor parallelism"
-        hidden_BSC = gather_tokens(hidden_BSC, self.group)
+        hidden_NC = gather_tokens(hidden_BSC, self.group).flatten(0, 1)
+        start = dist.get_rank(self.group) * self.weight.shape[0]
+
+        def gather(part: Tensor) -> Tensor:
+            return gather_stack(part, self.group)
+
+        if never_M is not None:
+            scores = linear_token_scores(
+                hidden_NC, self.weight, labels_BS.flatten(), never_M, vocab_start=start, gather_parts=gather
+            )
+            return TokenScores(*(score_N.view(labels_BS.shape) for score_N in scores))
         return linear_cross_entropy(
-            hidden_BSC.flatten(0, 1),
-            self.weight,
-            labels_BS.flatten(),
-            vocab_start=dist.get_rank(self.group) * self.weight.shape[0],
-            gather_parts=lambda part: gather_stack(part, self.group),
-            backend=self.backend,
+            hidden_NC, self.weight, labels_BS.flatten(), vocab_start=start, gather_parts=gather, backend=self.backend
         )
 
 

@@ -1,4 +1,4 @@
-"""Named parts of one kind, to which a user's module can add: mixers, optimizers, metrics, token sources."""
+"""Named parts of one kind, to which a user's module can add: mixers, optimizers, metrics, token sources, tasks."""
 
 from __future__ import annotations
 

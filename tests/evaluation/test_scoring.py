@@ -1,42 +1,43 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fusiontree.data.batch import MicroBatch
 from fusiontree.data.tokenizers import ByteTokenizer
-from fusiontree.evaluation.scoring import CorpusScore, score_answers, score_batches, score_text, text_bytes, text_rows
+from fusiontree.evaluation.scorer import ModelScorer, micro_batch
+from fusiontree.evaluation.scoring import CorpusScore, answer_table, score_answers, score_batches, score_text, text_rows
 from fusiontree.evaluation.synthetic import IGNORED, AnswerRows, copy_rows, needle_rows, recall_rows
+from fusiontree.evaluation.text_bytes import text_bytes
 from fusiontree.generation.decoding import generate
 from fusiontree.generation.sampling import SamplingConfig
+from fusiontree.parallel.batch_sharding import fill_up_rows
+from tests.evaluation.scorers import LogitsScorer
 from tests.helpers import tiny_model
 
 ALPHABET = torch.arange(60)
 
 
-class LooksBack:
+class LooksBack(LogitsScorer):
     """Predicts what followed the longest earlier match of the last tokens: the retrieval that the tasks measure."""
 
-    embed = SimpleNamespace(weight=torch.zeros(1))
+    def logits(self, text: list[int]) -> torch.Tensor:
+        logits_SV = torch.zeros(len(text), 64)
+        for at in range(1, len(text)):
 
-    def __call__(self, input_ids_BS: torch.Tensor, *, logits_to_keep: int) -> SimpleNamespace:
-        logits_BSV = torch.zeros(*input_ids_BS.shape, 64)
-        for row, text in enumerate(input_ids_BS.tolist()):
-            for at in range(1, len(text)):
+            def match(earlier: int, at: int = at) -> int:
+                size = 0
+                while size <= earlier and text[earlier - size] == text[at - size]:
+                    size += 1
+                return size
 
-                def match(earlier: int, at: int = at, text: list[int] = text) -> int:
-                    size = 0
-                    while size <= earlier and text[earlier - size] == text[at - size]:
-                        size += 1
-                    return size
-
-                best = max(range(at), key=match)
-                if match(best):
-                    logits_BSV[row, at, text[best + 1]] = 20.0
-        return SimpleNamespace(logits_BSV=logits_BSV[:, -logits_to_keep:])
+            best = max(range(at), key=match)
+            if match(best):
+                logits_SV[at, text[best + 1]] = 20.0
+        return logits_SV
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_answer_scores_equal_the_full_logits_and_no_batching_changes_them():
     nats = torch.nn.functional.cross_entropy(logits[asked], rows.labels_BS[asked])
     hits = (logits.argmax(-1) == rows.labels_BS) & asked
     for batch_size in (1, 3, 7):
-        score = score_answers(model, rows, batch_size)
+        score = score_answers(ModelScorer(model), rows, batch_size)
         assert score.nats_per_token == pytest.approx(float(nats), rel=1e-5)
         assert score.token_accuracy == pytest.approx(int(hits.sum()) / int(asked.sum()))
         assert score.row_accuracy == pytest.approx(float((hits.sum(1) == asked.sum(1)).float().mean()))
@@ -77,11 +78,11 @@ def test_answers_are_chosen_among_ids_that_generation_draws():
     rows = recall_rows(ALPHABET, 40, 5, 7, 0)
     asked = rows.labels_BS != IGNORED
     never = sorted(set(range(64)) - set(rows.labels_BS[asked][:1].tolist()))
-    score = score_answers(model, rows, 7, never)  # one id is left
+    score = score_answers(ModelScorer(model, never), rows, 7)  # one id is left
     assert score.token_accuracy == pytest.approx(
         float((rows.labels_BS[asked] == rows.labels_BS[asked][0]).double().mean())
     )
-    assert score.nats_per_token == score_answers(model, rows, 7).nats_per_token
+    assert score.nats_per_token == score_answers(ModelScorer(model), rows, 7).nats_per_token
 
 
 def test_a_row_counts_as_found_exactly_when_greedy_decoding_writes_the_answer():
@@ -94,7 +95,7 @@ def test_a_row_counts_as_found_exactly_when_greedy_decoding_writes_the_answer():
     text = torch.cat([prompts, answers], dim=1)
     labels = text[:, 1:].clone()
     labels[:, :19] = IGNORED
-    assert score_answers(model, AnswerRows(text[:, :-1], labels), 4).row_accuracy == 0.5
+    assert score_answers(ModelScorer(model), AnswerRows(text[:, :-1], labels), 4).row_accuracy == 0.5
 
 
 def test_packed_rows_score_as_their_documents_alone_and_fillers_not_at_all():
@@ -112,7 +113,8 @@ def test_packed_rows_score_as_their_documents_alone_and_fillers_not_at_all():
         row_weight_B=torch.tensor([1.0, 1.0, 0.0]),
         sources_B=torch.zeros(3, dtype=torch.int64),
     )
-    score = score_batches(model, [batch, batch])
+    again = replace(batch, rows_B=torch.tensor([2, 3, -1]))
+    score = score_batches(ModelScorer(model), [batch, again], 4)
     nats = sum(
         float(torch.nn.functional.cross_entropy(model(d[None]).logits_BSV[0, :-1].detach(), d[1:], reduction="sum"))
         for d in documents
@@ -148,7 +150,7 @@ def test_text_score_is_the_sum_over_its_windows():
         logits = model(torch.tensor([tokens[start:target]])).logits_BSV[0, -1].detach()
         nats -= float(logits.log_softmax(-1)[tokens[target]])
     for batch_size in (1, 3, 100):
-        score = score_text(model, tokens, seq_len=8, stride=4, batch_size=batch_size)
+        score = score_text(ModelScorer(model), tokens, seq_len=8, stride=4, batch_size=batch_size)
         assert score.tokens == 29
         assert score.nats == pytest.approx(nats, rel=1e-5)
 
@@ -174,3 +176,48 @@ def test_bytes_of_a_rows_text_leave_out_ends_and_cut_characters():
     score = CorpusScore(nats=8 * math.log(2), tokens=4, text_bytes=16)
     assert (score.bits_per_token, score.bits_per_byte) == (pytest.approx(2), pytest.approx(0.5))
     assert math.isnan(CorpusScore(1.0, 4).bits_per_byte)
+
+
+class SomeRank(ModelScorer):
+    """One of several ranks that share the rows; keeps its part of the table."""
+
+    def __init__(self, model, rank: int, ranks: int) -> None:
+        super().__init__(model)
+        self.dp_rank, self.dp_size = rank, ranks
+        self.part, self.shapes = None, []
+
+    def score(self, micro):
+        self.shapes.append(tuple(micro.input_ids_BS.shape))
+        return super().score(micro)
+
+    def sum_over_rows(self, values):
+        self.part = values
+        return values
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(2, 4), (3, 1), (4, 2), (9, 4)])
+def test_ranks_share_rows_in_batches_of_one_shape_and_their_parts_add_up(ranks, batch_size):
+    model = tiny_model()
+    rows = recall_rows(ALPHABET, 40, 5, 7, 0)
+    whole = answer_table(ModelScorer(model), rows, 7)
+    scorers = [SomeRank(model, rank, ranks) for rank in range(ranks)]
+    for scorer in scorers:
+        answer_table(scorer, rows, batch_size)
+    assert all(scorer.shapes == scorers[0].shapes for scorer in scorers)
+    parts = torch.stack([scorer.part for scorer in scorers])
+    assert ((parts != 0).any(-1).sum(0) == 1).all()  # each row on one rank
+    torch.testing.assert_close(parts.sum(0), whole, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4, 6])
+def test_rows_are_filled_up_by_another_document_without_labels(multiple):
+    rows = recall_rows(ALPHABET, 15, 2, 3, 0)
+    micro = micro_batch(rows.input_ids_BS, rows.labels_BS)
+    filled = fill_up_rows(micro, multiple)
+    length = filled.input_ids_BS.shape[1]
+    assert length % multiple == 0 and 15 <= length < 15 + multiple
+    assert (filled.labels_BS[:, 15:] == IGNORED).all()
+    assert filled.positions_BS[0].tolist() == [*range(15), *range(length - 15)]
+    model = ModelScorer(tiny_model())
+    for score, expected in zip(model.score(filled), model.score(micro), strict=True):
+        torch.testing.assert_close(score[:, :15], expected)

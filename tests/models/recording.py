@@ -148,8 +148,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *, reads: bool = False) -> list
         "graph": _Capture,
         "graph_pool_handle": lambda: None,
         "empty_cache": lambda: None,
-        "memory_reserved": lambda device: 0,
-        "memory_allocated": lambda device: 0,
+        "memory_reserved": lambda device=None: 0,
+        "memory_allocated": lambda device=None: 0,
         "synchronize": lambda device=None: None,
     }
     for name, value in pretended.items():
