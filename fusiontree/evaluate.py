@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.output and not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: the folder '{args.output.parent}' does not exist")
-    given = {name: getattr(args, name) for name in EvaluationConfig.model_fields if getattr(args, name) is not None}
+    options = {name: getattr(args, name, None) for name in EvaluationConfig.model_fields}
+    given = {name: value for name, value in options.items() if value is not None}
     evaluation_settings(given)  # errors in the options need no checkpoint
     folder = find_checkpoint(args.checkpoint)
     if args.check:
