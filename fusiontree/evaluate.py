@@ -2,6 +2,9 @@
 
 Prints a table on a terminal. With ``--json``, or where standard output is no terminal, it prints one JSON object with
 the same numbers in full precision there; without ``--json`` the table is then on standard error.
+
+Under ``torchrun`` every process loads the model and computes a share of the rows; with ``--cp N``, each group of N
+processes computes its rows together, each a chunk of the tokens.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -21,6 +25,9 @@ from fusiontree.cli.program import add_device_options, run_program
 from fusiontree.data.format import ShardDamage
 from fusiontree.evaluation.config import EvaluationConfig
 from fusiontree.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fusiontree.parallel.layout import Layout
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,11 +59,22 @@ def build_parser() -> argparse.ArgumentParser:
     setting("rows", "N", type=int)
     setting("needle_tokens", "N", type=int)
     setting("recall_pairs", "N", type=int)
+    setting("distractors", "N", type=int)
+    setting("needles", "N", type=int)
+    setting("hops", "N", type=int)
     setting("batch_size", "N", type=int)
     setting("seed", "N", type=int)
     json_help = "print one JSON object instead of a table, as where standard output is no terminal"
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw loss by context and accuracy by length as PNG")
+    parser.add_argument(
+        "--cp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that compute a row together (default 1); needs torchrun",
+    )
     parser.add_argument("--check", action="store_true", help="check options, checkpoint and data, then exit")
     add_device_options(parser)
     return parser
@@ -75,14 +93,11 @@ def run(args: argparse.Namespace) -> int:
         CheckpointDamage: a file of the checkpoint differs from its recorded hash.
         ShardDamage: the dataset cannot be read.
     """
-    from fusiontree.checkpoint.load import find_checkpoint, load_model
-    from fusiontree.data.tokenizers import load_tokenizer
-    from fusiontree.evaluation.scorer import ModelScorer
-    from fusiontree.evaluation.tasks import Setup, run_tasks, table
-    from fusiontree.utils.device import choose_device, choose_dtype
+    from fusiontree.checkpoint.load import find_checkpoint
 
-    if args.output and not args.output.parent.is_dir():
-        raise UserError(f"--output {args.output}: the folder '{args.output.parent}' does not exist")
+    for option, file in (("--output", args.output), ("--plot", args.plot)):
+        if file and not file.parent.is_dir():
+            raise UserError(f"{option} {file}: the folder '{file.parent}' does not exist")
     options = {name: getattr(args, name, None) for name in EvaluationConfig.model_fields}
     given = {name: value for name, value in options.items() if value is not None}
     evaluation_settings(given)  # errors in the options need no checkpoint
@@ -91,34 +106,101 @@ def run(args: argparse.Namespace) -> int:
         check_inputs(given)
         print(f"ok: {folder}")
         return 0
-    device = choose_device(args.device)
+    with evaluation_layout(args.device, args.cp) as layout:
+        values = evaluate(args, folder, given, layout)
+    if layout is None or layout.is_main:
+        show(args, values)
+    return 0
+
+
+@contextmanager
+def evaluation_layout(device: str, cp: int) -> Iterator[Layout | None]:
+    """Join the other processes for the ``with`` block; a process alone needs no process group.
+
+    Raises:
+        UserError: the processes do not divide by ``cp``, or the device is not there.
+    """
+    from fusiontree.utils.device import choose_device
+    from fusiontree.utils.environment import process_place
+
+    place = process_place()
+    if cp < 1 or place.world_size % cp:
+        raise UserError(f"--cp {cp} does not divide {place.world_size} processes; start a multiple of it with torchrun")
+    if place.world_size == 1:
+        yield None
+        return
+    from fusiontree.parallel.layout import Layout
+
+    choose_device(device, place.local_rank)  # errors name the option
+    with Layout(device, cp=cp) as layout:
+        yield layout
+
+
+def evaluate(args: argparse.Namespace, folder: Path, given: dict[str, Any], layout: Layout | None) -> dict[str, Any]:
+    """Evaluate ``folder`` on this process or, all processes together, on ``layout``; return the JSON object.
+
+    Raises:
+        UserError: an option or a dataset is wrong, or the model cannot be split along the tokens.
+        CheckpointDamage: a file of the checkpoint differs from its recorded hash.
+        ShardDamage: the dataset cannot be read.
+    """
+    from fusiontree.checkpoint.load import load_model
+    from fusiontree.data.tokenizers import load_tokenizer
+    from fusiontree.evaluation.plots import check_plot
+    from fusiontree.evaluation.scorer import ModelScorer
+    from fusiontree.evaluation.tasks import Setup, run_tasks
+    from fusiontree.parallel.context_parallel import apply_context_parallel
+    from fusiontree.utils.device import choose_device, choose_dtype
+
+    device = choose_device(args.device) if layout is None else layout.device
     dtype = choose_dtype(args.dtype, device)
     model, resolved = load_model(folder, device, dtype)
+    if layout is not None:
+        apply_context_parallel(model, layout)
     settings = evaluation_settings({**resolved.get("evaluation", {}), **given})
+    if args.plot:
+        check_plot(settings.tasks)
     seq_len = settings.seq_len or resolved["training"]["seq_len"]
-    print(f"{folder}: {device}, {dtype}", file=sys.stderr, flush=True)
+    is_main = layout is None or layout.is_main
+
+    def report(text: str) -> None:
+        if is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    processes = "" if layout is None else f", {layout.place.world_size} processes, cp {layout.cp_size}"
+    report(f"{folder}: {device}, {dtype}{processes}")
     began = time.perf_counter()
     tokenizer = load_tokenizer(folder)
-    scorer = ModelScorer(model, tokenizer.unknown_ids(model.config.vocab_size))
-    results = run_tasks(
-        Setup(model.config, tokenizer, settings, seq_len, scorer, resolved.get("data", {})),
-        lambda task: print(f"{task} …", file=sys.stderr, flush=True),
-    )
-    values = {
+    scorer = ModelScorer(model, tokenizer.unknown_ids(model.config.vocab_size), layout)
+    setup = Setup(model.config, tokenizer, settings, seq_len, scorer, resolved.get("data", {}))
+    results = run_tasks(setup, lambda task: report(f"{task} …"))
+    return {
         "checkpoint": str(folder),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "processes": scorer.dp_size * args.cp,
+        "cp": args.cp,
         "seconds": round(time.perf_counter() - began, 3),
         "settings": settings.model_dump(mode="json"),
-        "results": finite(results),
+        "results": results,
     }
+
+
+def show(args: argparse.Namespace, values: dict[str, Any]) -> None:
+    """Print the results of :func:`evaluate`, and write the files that options name."""
+    from fusiontree.evaluation.plots import plot_results
+    from fusiontree.evaluation.tasks import table
+
+    results = values["results"]
+    values = finite(values)
     if args.json or not sys.stdout.isatty():
         print(json.dumps(values))
     if not args.json:
         print(table(results), file=sys.stdout if sys.stdout.isatty() else sys.stderr)
     if args.output:
         args.output.write_text(json.dumps(values, indent=1) + "\n")
-    return 0
+    if args.plot:
+        plot_results(results, args.plot)
 
 
 def check_inputs(given: dict[str, Any]) -> None:

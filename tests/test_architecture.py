@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "training": {"engines.base", "data", "checkpoint", "supervision", "tracking", "utils"},
     "planning": {"parallel", "models", "engines.base", "utils"},
     "generation": {"models", "checkpoint", "utils"},
-    "evaluation": {"parallel", "models", "ops", "generation", "data", "checkpoint", "utils"},
+    "evaluation": {"parallel", "models", "ops", "generation", "data", "checkpoint", "tracking", "utils"},
     "benchmarking": {"training", "supervision", "engines.base", "data", "models", "ops", "utils"},
     "config": {"utils"},
 }

@@ -44,6 +44,10 @@ class TokenizerFile:
     """A tokenizer for texts in which ``backend`` reads a special token: a Unigram model without them. Else None."""
     drops: bool
     """Whether the model leaves out characters that its vocabulary lacks, without a token for them."""
+    byte_level: bool = False
+    """Whether each character of a token stands for one byte of text (byte-level BPE)."""
+    changes_text: bool = False
+    """Whether some texts do not come back from their tokens."""
     notes: list[str] = field(default_factory=list)
     """One sentence per setting of the file that was switched off or that changes texts."""
 
@@ -85,7 +89,8 @@ def read_tokenizer(path: Path, eos: str | None = None, eos_id: int | None = None
         literal = _load(json.dumps(values), path)
         _switch_off(literal)
         literal.encode_special_tokens = True
-    notes += _lost_text(backend)
+    lost = _lost_text(backend)
+    notes += lost
     size = max(vocabulary.values()) + 1  # ids may have gaps
     unknown = _unknown_id(values["model"], vocabulary)
     special = np.zeros(size, bool)
@@ -94,7 +99,10 @@ def read_tokenizer(path: Path, eos: str | None = None, eos_id: int | None = None
     if unknown is not None and unknown != eos_id:
         special[unknown] = False  # counted instead
     drops = unknown is None and _drops_text(values, vocabulary)
-    return TokenizerFile(backend, eos_id, size, special, unknown, literal, drops, notes)
+    byte_level = not lost and (values.get("decoder") or {}).get("type") == "ByteLevel"
+    return TokenizerFile(
+        backend, eos_id, size, special, unknown, literal, drops, byte_level, changes_text=bool(lost), notes=notes
+    )
 
 
 def raised_by_library(error: BaseException) -> bool:

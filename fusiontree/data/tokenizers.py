@@ -50,6 +50,15 @@ class Tokenizer(ABC):
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, without end-of-document tokens."""
 
+    def token_bytes(self) -> np.ndarray | None:
+        """Return the bytes of text of each token by id, 0 for special tokens; None if a token alone does not say."""
+        return None
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether the tokens of some texts decode to another text."""
+        return False
+
     @property
     def eos_id(self) -> int:
         """The end-of-document token."""
@@ -74,6 +83,10 @@ class ByteTokenizer(Tokenizer):
     def encode_utf8(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return each text's bytes."""
         return [np.frombuffer(text, np.uint8).astype(np.uint16) for text in texts]
+
+    def token_bytes(self) -> np.ndarray:
+        """Return 1 for each byte and 0 for the end of a document."""
+        return np.append(np.ones(256, np.int64), 0)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text; invalid UTF-8 becomes the replacement character."""
@@ -143,6 +156,22 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.file.unknown_id is not None:
             return int(np.count_nonzero(tokens == self.file.unknown_id))
         return count_dropped(self.backend, text) if self.file.drops else 0
+
+    def token_bytes(self) -> np.ndarray | None:
+        """Return the bytes of each token of a byte-level vocabulary, whose characters stand for one byte each."""
+        if not self.file.byte_level:
+            return None
+        added = self.backend.get_added_tokens_decoder()
+        sizes = np.zeros(self.file.vocab_size, np.int64)
+        for text, token in self.backend.get_vocab(with_added_tokens=True).items():
+            sizes[token] = len(text.encode()) if token in added else len(text)
+        sizes[self.file.special] = 0
+        return sizes
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether the tokens of some texts decode to another text."""
+        return self.file.changes_text
 
     def unknown_ids(self, vocab_size: int) -> list[int]:
         """Return the ids that stand for no token; a vocabulary may have gaps."""

@@ -41,9 +41,18 @@ def _of_module(module: str, name: str) -> Callable[[], Task]:
 for _name, _module, _class, _about in (
     ("perplexity", "corpus_tasks", "Perplexity", "loss on token shards"),
     ("text", "corpus_tasks", "TextFiles", "loss on text files"),
+    ("positions", "corpus_tasks", "Positions", "loss on token shards and text files by tokens of context"),
     ("needle", "random_tasks", "Needle", "find a pair in random tokens"),
     ("copy", "random_tasks", "Copy", "repeat random tokens"),
     ("recall", "random_tasks", "Recall", "answer for many pairs of random tokens"),
+    ("needle_single", "needle_tasks", "SingleNeedle", "find a number in sentences"),
+    ("needle_multikey", "needle_tasks", "MultiKeyNeedle", "find one number among those of other keys"),
+    ("needle_text", "needle_tasks", "TextNeedle", "the same in real text, of text files or else the dataset"),
+    ("needle_multivalue", "needle_tasks", "MultiValueNeedle", "find all numbers of a key"),
+    ("needle_multiquery", "needle_tasks", "MultiQueryNeedle", "find the numbers of several keys"),
+    ("variable_tracking", "row_tasks", "VariableTracking", "follow chains of assignments"),
+    ("common_words", "row_tasks", "CommonWords", "name the commonest word of a list"),
+    ("frequent_words", "row_tasks", "FrequentWords", "name the three commonest words of a list"),
 ):
     TASKS.register(_name, TaskSpec(_about, _of_module(_module, _class)))
 
@@ -74,13 +83,17 @@ class EvaluationConfig(Section):
         min_length=1,
     )
     data: PathText | None = setting(
-        None, "Dataset folder for perplexity. Absent means every dataset of the run's data.validation."
+        None,
+        "Dataset folder for perplexity, positions and needle_text (which reads the first of several). Absent means "
+        "every dataset of the run's data.validation.",
     )
-    text: list[PathText] = setting([], "UTF-8 files for the task text.")
+    text: list[PathText] = setting([], "UTF-8 files for the tasks text, positions and needle_text.")
     seq_len: int | None = setting(
-        None, "Row length of perplexity and text. Absent means training.seq_len.", unit="tokens", ge=2
+        None, "Row length of perplexity, text and positions. Absent means training.seq_len.", unit="tokens", ge=2
     )
-    max_rows: int = setting(0, "Rows that perplexity reads, spread over the dataset; 0 reads all.", unit="rows", ge=0)
+    max_rows: int = setting(
+        0, "Rows that perplexity and positions read, spread over the dataset; 0 reads all.", unit="rows", ge=0
+    )
     stride: int | None = setting(
         None,
         "text: tokens that each row starts after the previous row; each token is scored with at least "
@@ -89,7 +102,10 @@ class EvaluationConfig(Section):
         ge=1,
     )
     lengths: list[int] | None = setting(
-        None, "Row lengths of needle, copy and recall. Absent means seq_len alone.", unit="tokens", min_length=1
+        None,
+        "Row lengths of tasks other than perplexity, text and positions. Absent means seq_len alone.",
+        unit="tokens",
+        min_length=1,
     )
     depths: list[float] = setting(
         [0.0, 0.25, 0.5, 0.75, 1.0],
@@ -101,9 +117,26 @@ class EvaluationConfig(Section):
         "Tokens of needle, copy and recall: the whole vocabulary, or only those that occur in 64 rows of data (a "
         "model knows nothing of tokens that it was not trained on).",
     )
-    rows: int = setting(16, "Rows of every cell of needle, copy and recall.", unit="rows", ge=1)
+    rows: int = setting(
+        16,
+        "Rows of every cell (length and depth) of tasks other than perplexity, text and positions.",
+        unit="rows",
+        ge=1,
+    )
     needle_tokens: int = setting(4, "Tokens of the needle's key, and of its value.", unit="tokens", ge=1)
     recall_pairs: int = setting(8, "Number of pairs per row of recall.", ge=1)
+    distractors: int = setting(
+        3,
+        "Wrong answers per row of tasks in sentences, each computed as a row of its own; 0 leaves only exact_match.",
+        ge=0,
+    )
+    needles: int = setting(
+        4,
+        "Needles of needle_multikey and needle_text, values of needle_multivalue, keys of needle_multiquery; at least "
+        "distractors + 1 needles are hidden.",
+        ge=1,
+    )
+    hops: int = setting(4, "variable_tracking: assignments of a variable to the next, per chain.", ge=1)
     batch_size: int = setting(4, "Rows computed together.", unit="rows", ge=1)
     seed: int = setting(0, "Seed of the random tokens.")
 

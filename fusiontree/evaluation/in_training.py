@@ -11,8 +11,8 @@ from fusiontree.evaluation.config import TASKS
 from fusiontree.evaluation.scorer import Scorer
 from fusiontree.evaluation.tasks import Record, Setup, run_tasks
 
-_SIZES = frozenset({"rows", "tokens", "alphabet", "data"})
-"""Entries that describe the input of a record and do not name it; beside ``data`` stands the name of the set."""
+_SIZES = frozenset({"rows", "tokens", "answer_tokens", "choices", "alphabet", "bytes", "bytes_from", "data"})
+"""Entries that describe the input of a record and do not name it; beside ``data`` may stand the name of the set."""
 
 
 def training_setup(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Setup:
@@ -75,6 +75,8 @@ def measures(records: list[Record]) -> dict[str, float]:
     rest = [name for name in first if not name.startswith("chance") and name not in _SIZES]
     names = [name for name in rest if isinstance(first[name], float) and name != "depth"]
     labels = [name for name in rest if name not in names and any(record[name] != first[name] for record in records)]
+    if "data" in first and len({tuple(record[name] for name in labels) for record in records}) < len(records):
+        labels.append("data")  # of files, which are in no named set
     found = {name: statistics.fmean(record[name] for record in records) for name in names}
     for record in records if len(records) > 1 else ():
         cell = "_".join(f"{label}_{str(record[label]).rpartition('/')[2]}" for label in labels)

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from fusiontree.data.batch import IGNORED, MicroBatch
-from fusiontree.data.tokenizers import Tokenizer
-from fusiontree.data.validation import ValidationData
 from fusiontree.evaluation.scorer import Scorer, TokenScores, micro_batch, row_table, shares
 from fusiontree.evaluation.synthetic import AnswerRows
-from fusiontree.generation.text import REPLACEMENT
+from fusiontree.evaluation.text_bytes import ByteCount
 
 
 @dataclass(frozen=True)
@@ -77,39 +74,56 @@ def score_answers(scorer: Scorer, answers: AnswerRows, batch_size: int) -> Answe
 
 def answer_table(scorer: Scorer, answers: AnswerRows, batch_size: int) -> Tensor:
     """Return each row's nats, labels that greedy decoding chooses, and number of labels, fp64 ``[R, 3]``."""
-    count = len(answers.labels_BS)
-
-    def batches() -> Iterator[MicroBatch]:
-        for numbers in shares(count, batch_size, scorer):
-            rows = [min(number, count - 1) for number in numbers]  # a filler has some row's tokens and no label
-            yield micro_batch(answers.input_ids_BS[rows], answers.labels_BS[rows], numbers)
 
     def measure(micro: MicroBatch, scores: TokenScores) -> Tensor:
         nats_B = -scores.log_likelihood.sum(1, dtype=torch.float64)
         return torch.stack([nats_B, scores.chosen.sum(1), (micro.labels_BS != IGNORED).sum(1)], dim=1)
 
-    return row_table(scorer, batches(), count, 3, measure)
+    batches = answer_batches(scorer, answers, batch_size)
+    return row_table(scorer, batches, len(answers.labels_BS), 3, measure)
 
 
-def score_dataset(scorer: Scorer, data: ValidationData, tokenizer: Tokenizer | None = None) -> CorpusScore:
-    """Return the loss over a dataset's rows, with document boundaries as in training; all ranks call this together.
+def answer_batches(scorer: Scorer, answers: AnswerRows, batch_size: int) -> Iterator[MicroBatch]:
+    """Yield this rank's share of rows of one document each."""
+    count = len(answers.labels_BS)
+    for numbers in shares(count, batch_size, scorer):
+        rows = [min(number, count - 1) for number in numbers]  # a filler has some row's tokens and no label
+        yield micro_batch(answers.input_ids_BS[rows], answers.labels_BS[rows], numbers)
 
-    Args:
-        scorer: the model.
-        data: this rank's share of the dataset.
-        tokenizer: counts the bytes of the text; None leaves them 0.
+
+def score_positions(scorer: Scorer, batches: Iterable[MicroBatch], rows: int, seq_len: int) -> Tensor:
+    """Return nats and tokens by row and bucket of context, fp64 ``[R, K, 2]``; all ranks call this together.
+
+    Bucket ``k`` holds labels with 2^k to 2^(k+1) - 1 tokens of their document before them in the row.
     """
-    return score_batches(scorer, data.micro_batches(), data.rows, tokenizer)
+    buckets = seq_len.bit_length()
+
+    def measure(micro: MicroBatch, scores: TokenScores) -> Tensor:
+        asked_BS = micro.labels_BS != IGNORED
+        exponents_BS = torch.frexp((micro.positions_BS + 1).double()).exponent.long() - 1
+        values_BS2 = torch.stack([-scores.log_likelihood.double(), asked_BS.double()], dim=-1)
+        values_BS2 = values_BS2.masked_fill(~asked_BS[..., None], 0)
+        table_BK2 = torch.zeros(len(asked_BS), buckets, 2, dtype=torch.float64)
+        return table_BK2.scatter_add_(1, exponents_BS[..., None].expand_as(values_BS2), values_BS2).flatten(1)
+
+    return row_table(scorer, batches, rows, 2 * buckets, measure).view(rows, buckets, 2)
 
 
 def score_batches(
-    scorer: Scorer, batches: Iterable[MicroBatch], rows: int, tokenizer: Tokenizer | None = None
+    scorer: Scorer, batches: Iterable[MicroBatch], rows: int, byte_count: ByteCount | None = None
 ) -> CorpusScore:
-    """Return the loss over packed rows numbered below ``rows``; see :func:`score_dataset`."""
+    """Return the loss over packed rows, with document boundaries as in training; all ranks call this together.
+
+    Args:
+        scorer: the model.
+        batches: this rank's share of the rows.
+        rows: of all ranks, numbered from 0.
+        byte_count: counts the bytes of the text; None leaves them 0.
+    """
 
     def measure(micro: MicroBatch, scores: TokenScores) -> Tensor:
         labels_BS = micro.labels_BS
-        size = [0 if tokenizer is None else text_bytes(tokenizer, row[row != IGNORED].tolist()) for row in labels_BS]
+        size = [0 if byte_count is None else byte_count.count(row[row != IGNORED].tolist()) for row in labels_BS]
         nats_B = -scores.log_likelihood.sum(1, dtype=torch.float64)
         return torch.stack([nats_B, (labels_BS != IGNORED).sum(1), torch.tensor(size)], dim=1)
 
@@ -117,29 +131,26 @@ def score_batches(
     return CorpusScore(nats, int(tokens), int(size))
 
 
-def text_bytes(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
-    """Return the UTF-8 bytes of the text that a row's tokens decode to, without ends of documents.
-
-    Counts no byte of a character that the row's edges cut, which decoders replace by U+FFFD: at most 6 bytes per row.
-    """
-    size = 0
-    for is_end, document in groupby(tokens, lambda token: token == tokenizer.eos_id):
-        if not is_end:
-            size += len(tokenizer.decode(list(document)).strip(REPLACEMENT).encode())
-    return size
-
-
 def score_text(
-    scorer: Scorer, tokens: Sequence[int], *, seq_len: int, stride: int, batch_size: int, size: int = 0
+    scorer: Scorer,
+    tokens: Sequence[int],
+    *,
+    seq_len: int,
+    stride: int,
+    batch_size: int,
+    size: int = 0,
+    byte_count: ByteCount | None = None,
 ) -> CorpusScore:
     """Return the loss of one text of ``size`` bytes. Every token but the first is scored once.
 
     Rows of ``seq_len`` tokens start ``stride`` tokens apart and score only tokens that no earlier row scored, so the
-    tokens of all rows but the first have at least ``seq_len - stride`` tokens before them. The first token's share of
-    the bytes is not counted. All ranks call this together.
+    tokens of all rows but the first have at least ``seq_len - stride`` tokens before them. The first token's bytes are
+    not counted; without an exact ``byte_count`` these are its share of ``size``. All ranks call this together.
     """
     ids_RS, labels_RS = (torch.stack(part) for part in zip(*text_rows(tokens, seq_len, stride), strict=True))
     nats, _, scored = answer_table(scorer, AnswerRows(ids_RS, labels_RS), batch_size).sum(0).tolist()
+    if byte_count is not None and byte_count.is_exact:
+        return CorpusScore(nats, int(scored), byte_count.count(tokens[1:]))
     return CorpusScore(nats, int(scored), size * scored / len(tokens))
 
 

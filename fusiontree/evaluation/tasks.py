@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from fusiontree.data.config import DataConfig
 from fusiontree.data.tokenizers import Tokenizer
 from fusiontree.data.validation import ValidationData
 from fusiontree.evaluation.config import TASKS, EvaluationConfig
+from fusiontree.evaluation.long_text import LongText
 from fusiontree.evaluation.scorer import Scorer
 from fusiontree.models.config import ModelConfig
 from fusiontree.utils.errors import UserError
@@ -57,6 +59,32 @@ class Setup:
         tokens = [batch.input_ids_BS[batch.row_weight_B > 0].flatten() for batch in data.micro_batches()]
         unique = torch.cat(tokens).unique()
         return unique[unique != self.tokenizer.eos_id]
+
+    @cached_property
+    def long_text(self) -> LongText:
+        """Text to hide needles in: that of ``config.text``, else that of the (first) dataset.
+
+        Raises:
+            UserError: a file cannot be read, or there is no dataset.
+        """
+        if self.config.text:
+            return LongText.of_files(self.tokenizer, [self.read_text(file)[0] for file in self.config.text])
+        return LongText.of_source(self.tokenizer, next(iter(self.datasets(0).values())).source)
+
+    def read_text(self, file: str) -> tuple[list[int], int]:
+        """Return a file's tokens and its size in bytes.
+
+        Raises:
+            UserError: it cannot be read as UTF-8, or is too short to predict a token.
+        """
+        try:
+            text = Path(file).read_bytes().decode("utf-8")  # reading it as text would change line ends
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"text file '{file}' cannot be read as UTF-8: {error}") from None
+        tokens = self.tokenizer.encode(text)
+        if len(tokens) < 2:
+            raise UserError(f"text file '{file}' has {len(tokens)} tokens; at least 2 are needed to predict one")
+        return tokens, len(text.encode())
 
     def datasets(self, max_rows: int, *, shared: bool = True) -> dict[str, ValidationData]:
         """Open the datasets to evaluate, by name: ``config.data``, else every validation set of the run.

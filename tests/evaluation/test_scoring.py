@@ -9,8 +9,9 @@ import torch
 from fusiontree.data.batch import MicroBatch
 from fusiontree.data.tokenizers import ByteTokenizer
 from fusiontree.evaluation.scorer import ModelScorer
-from fusiontree.evaluation.scoring import CorpusScore, score_answers, score_batches, score_text, text_bytes, text_rows
+from fusiontree.evaluation.scoring import CorpusScore, score_answers, score_batches, score_text, text_rows
 from fusiontree.evaluation.synthetic import IGNORED, AnswerRows, copy_rows, needle_rows, recall_rows
+from fusiontree.evaluation.text_bytes import text_bytes
 from fusiontree.generation.decoding import generate
 from fusiontree.generation.sampling import SamplingConfig
 from tests.evaluation.scorers import LogitsScorer
