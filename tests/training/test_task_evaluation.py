@@ -42,11 +42,14 @@ SECTIONS: dict[str, Any] = {
     },
 }
 FAST = [Cell("fsdp2", 1, 2, 1)]
-SLOW = [
-    *(Cell(engine, *axis) for engine in ("ddp", "zero1", "zero3") for axis in ((2,), (1, 2), (1, 1, 2))),
-    *(Cell("fsdp2", 2), Cell("fsdp2", tp=2), Cell("zero2", 2)),
-    Cell("ddp", 2, extra=RECORDED),
-]
+SLOW = {
+    "dp 2": [
+        *(Cell(engine, 2) for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")),
+        Cell("ddp", 2, extra=RECORDED),
+    ],
+    "cp 2": [Cell(engine, cp=2) for engine in ("ddp", "zero1", "zero3")],
+    "tp 2": [Cell(engine, tp=2) for engine in ("ddp", "fsdp2", "zero1", "zero3")],
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +89,9 @@ def test_measures_are_the_offline_ones_and_training_does_not_change(table: Table
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_same_under_every_engine_and_layout(table: Table) -> None:
-    check(table, SLOW)
+@pytest.mark.parametrize("cells", SLOW.values(), ids=list(SLOW))
+def test_the_same_under_every_engine_and_layout(table: Table, cells: list[Cell]) -> None:
+    check(table, cells)
 
 
 def test_a_resumed_run_evaluates_as_an_uninterrupted_one(table: Table) -> None:
