@@ -58,7 +58,7 @@ def needle_rows(
     at = round(depth * haystack)
     hidden_BP = pair_BP if with_needle else decoy_BP
     text_BL = torch.cat([filler_BH[:, :at], hidden_BP, filler_BH[:, at:], pair_BP], dim=1)
-    return _answers(text_BL, first_answer=length + 1 - needle_tokens)
+    return answer_rows(text_BL, first_answer=length + 1 - needle_tokens)
 
 
 def copy_rows(alphabet_A: Tensor, length: int, rows: int, seed: int) -> AnswerRows:
@@ -71,7 +71,7 @@ def copy_rows(alphabet_A: Tensor, length: int, rows: int, seed: int) -> AnswerRo
     if half < 2:
         raise UserError(f"a row of {length} tokens holds no repetition; copy needs at least 3")
     first_BH = _draw(alphabet_A, (rows, half), _generator("copy", seed, length))
-    return _answers(torch.cat([first_BH, first_BH], dim=1), first_answer=half + 1)
+    return answer_rows(torch.cat([first_BH, first_BH], dim=1), first_answer=half + 1)
 
 
 def recall_rows(alphabet_A: Tensor, length: int, pairs: int, rows: int, seed: int) -> AnswerRows:
@@ -104,7 +104,9 @@ def recall_rows(alphabet_A: Tensor, length: int, pairs: int, rows: int, seed: in
     return AnswerRows(text_BL[:, :-1], labels_BL[:, 1:])
 
 
-def _answers(text_BL: Tensor, first_answer: int) -> AnswerRows:
+def answer_rows(text_BL: Tensor | list[list[int]], first_answer: int) -> AnswerRows:
+    """Return rows whose tokens from index ``first_answer`` on are scored; the last token is a label only."""
+    text_BL = torch.as_tensor(text_BL)
     labels_BS = text_BL[:, 1:].clone()
     labels_BS[:, : first_answer - 1] = IGNORED
     return AnswerRows(text_BL[:, :-1], labels_BS)

@@ -15,8 +15,21 @@ from tests.data.datasets import write
 from tests.helpers import save_checkpoint, tiny_model
 from tests.parallel.launch import run_ranks
 
-TASKS = ["perplexity", "text", "positions", "copy", "recall", "needle_text", "variable_tracking"]
-SIZES = ["--lengths", "700", "--rows", "3", "--recall-pairs", "3", "--depths", "0.5", "--stride", "20", "--hops", "2"]
+TASKS = ["perplexity", "text", "positions", "copy", "recall", "needle_text"]
+SIZES = [
+    "--lengths",
+    "501",
+    "--rows",
+    "3",
+    "--recall-pairs",
+    "3",
+    "--depths",
+    "0.5",
+    "--stride",
+    "20",
+    "--max-rows",
+    "13",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [f"document {number} says {'abc'[number % 3] * 40}.\n" for number in range(40)]
     tokens = [np.append(ByteTokenizer().encode_utf8([text.encode()])[0], 256) for text in texts]
     write(folder / "held_out", [tokens], ByteTokenizer.info)
-    (folder / "text.txt").write_bytes("fünf Wörter über den\r\n Gate-Mix\r\n".encode() * 30)
+    (folder / "text.txt").write_bytes("fünf Wörter über den\r\n Gate-Mix\r\n".encode() * 16)
     run = folder / "run"
     run.mkdir()
     values = {
@@ -52,7 +65,7 @@ def alone(place: Path) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize(("ranks", "cp"), [(2, 1), (2, 2), (4, 2)], ids=["dp 2", "cp 2", "dp 2 cp 2"])
+@pytest.mark.parametrize(("ranks", "cp"), [(2, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_every_layout_gives_the_records_of_one_process(place: Path, alone: dict[str, Any], ranks: int, cp: int) -> None:
     output = place / f"ranks{ranks}cp{cp}.json"
     arguments = options(place, "--output", str(output), "--cp", str(cp), "--batch-size", "2")
@@ -62,7 +75,10 @@ def test_every_layout_gives_the_records_of_one_process(place: Path, alone: dict[
     for task, records in alone.items():
         assert len(values["results"][task]) == len(records)
         for record, expected in zip(values["results"][task], records, strict=True):
-            assert record == pytest.approx(expected, rel=1e-6), task
+            assert record.keys() == expected.keys()
+            for name, value in expected.items():
+                wanted = value if isinstance(value, str) else pytest.approx(value, rel=1e-6)
+                assert record[name] == wanted, (task, name)
     printed = [(place / f"rank{rank}.log").read_text().count("{") for rank in range(ranks)]
     assert printed[0] and not any(printed[1:])
 
