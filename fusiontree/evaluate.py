@@ -116,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
     for option, file in (("--output", args.output), ("--plot", args.plot)):
         if file and not file.parent.is_dir():
             raise UserError(f"{option} {file}: the folder '{file.parent}' does not exist")
-    given = {name: getattr(args, name) for name in EvaluationConfig.model_fields if getattr(args, name) is not None}
+    options = {name: getattr(args, name, None) for name in EvaluationConfig.model_fields}
+    given = {name: value for name, value in options.items() if value is not None}
     evaluation_settings(given)  # errors in the options need no checkpoint
     folder = find_checkpoint(args.checkpoint)
     harness = harness_tasks(args, given)

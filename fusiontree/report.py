@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 from fusiontree.cli.program import run_program
 from fusiontree.tracking.console import clock, short
+from fusiontree.tracking.curves import task_curves
 from fusiontree.tracking.goodput import Goodput, account
 from fusiontree.tracking.records import read_records
 from fusiontree.tracking.report_page import write_page
@@ -54,6 +56,12 @@ def summary(run_dir: Path, goodput: Goodput) -> list[tuple[str, str]]:
         lines.append(("last validation", f"loss {_loss(last['validation_loss'])} at step {last['step']}"))
         if sizes := _validation_tokens(last):
             lines.append(("validation tokens", sizes))
+    if tasks := task_curves(records):
+        step, values = tasks[0].steps[-1], ", ".join(f"{t.task} {t.measure} {t.values['mean'][-1]:.4g}" for t in tasks)
+        cost = [r["evaluation_share"] for r in records if isinstance(r.get("evaluation_share"), float)]
+        lines.append(("last evaluation", f"{values} at step {step}"))
+        if cost:
+            lines.append(("evaluation cost", f"{statistics.median(cost):.2%} of the step time"))
     lines.append(
         ("goodput", f"{goodput.share:.1%}: {clock(goodput.kept_s)} of {clock(goodput.busy_s)} became kept steps")
     )

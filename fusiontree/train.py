@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.program import run_program
 from fusiontree.cli.run_checks import check_data, check_kernels, check_trackers, notes
+from fusiontree.cli.task_evaluation import check_run_tasks, check_tasks, task_evaluation
 from fusiontree.config.load import config_values, dump_config, load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout
@@ -125,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
             log.warning("note: %s", note)
     if args.check:
         check_data(config, world_size)
+        check_tasks(config)
         check_trackers(config)
         if unchecked := check_kernels(config):
             log.warning("note: %s", unchecked)
@@ -160,6 +162,7 @@ def train(config: Config) -> int:
         with lock_run_folder(config, layout) as lock:
             initial = initial_state(config, layout, train_data)
             tokenizer_files, changes = write_run_folder(config, layout, train_data)
+            check_run_tasks(config, Path(config.run_dir))
             engine = build_engine(config.model, parallel, config.training, layout)
             trainer = build_trainer(config, layout, engine, train_data, validation_data, tokenizer_files, lock, initial)
             report_changes(trainer.records, trainer.console, changes)
@@ -283,6 +286,7 @@ def build_trainer(
         StepLog(engine, settings, records, watchdog, console),
         HealthMonitor(engine, settings, records, watchdog),
         PeerWatch(engine, watchdog),
+        *task_evaluation(settings, engine, records, watchdog, console),
     ]
     saver = Saver(settings.run_dir / "checkpoints", config.checkpoint, layout.checkpoint_group, lock.lost_reason)
     return Trainer(settings, engine, train_data, validation_data, saver, records, watchdog, console, observers)

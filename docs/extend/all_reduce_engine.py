@@ -95,14 +95,6 @@ class AllReduceEngine(CommonEngine):
         """Run the model on this rank's chunk of one micro-batch."""
         return self._call(self.module, micro, branch_scale_LB2, layer_metrics)
 
-    @torch.no_grad()
-    def evaluate(self, micro: MicroBatch) -> Tensor:
-        """Return the summed cross entropy of this rank's tokens."""
-        self.module.eval()
-        loss_sum = self._loss_sum(self.module, micro)
-        self.module.train()
-        return loss_sum
-
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss`` to that of earlier micro-batches."""
         scale = self._update_loss_scale()

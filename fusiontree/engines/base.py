@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from fusiontree.data.batch import MicroBatch
 from fusiontree.models.model import ModelOutput
 from fusiontree.parallel.activation_checkpointing import Checkpointing
-from fusiontree.parallel.batch_sharding import ModelInputs
+from fusiontree.parallel.batch_sharding import ModelInputs, TokenScores
 
-__all__ = ["Engine", "ModelInputs", "ModelOutput", "RecordableEngine", "StepResult"]
+__all__ = ["Engine", "ModelInputs", "ModelOutput", "RecordableEngine", "StepResult", "TokenScores"]
 
 
 class GradientWatch:
@@ -146,6 +146,17 @@ class Engine(Protocol):
 
     def evaluate(self, micro: MicroBatch) -> Tensor:
         """Return the summed cross entropy of this rank's tokens, without gradients and without branch dropout."""
+        ...
+
+    def score(self, micro: MicroBatch, never_M: Tensor) -> TokenScores:
+        """Return the scores of the labels of full rows, ``[B, S]`` on the CPU, without gradients and branch dropout.
+
+        All ranks call this together, with micro-batches of equal shape; ranks that share rows (cp x tp) get the same.
+
+        Args:
+            micro: full rows of any length, the same on all ranks that share them.
+            never_M: int64 ids, on the CPU, that are not taken for the most likely token.
+        """
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,14 @@ from fusiontree.engines.base import GradientWatch, StepResult
 from fusiontree.models.model import FusionTreeModel, ModelOutput
 from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.activation_checkpointing import Checkpointing
-from fusiontree.parallel.batch_sharding import ModelInputs, shard_inputs, sum_over_row
+from fusiontree.parallel.batch_sharding import (
+    ModelInputs,
+    TokenScores,
+    fill_up_rows,
+    gather_scores,
+    shard_inputs,
+    sum_over_row,
+)
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import DistributedModel
 from fusiontree.training.config import TrainingConfig
@@ -97,11 +105,30 @@ class CommonEngine:
         output = model(**inputs._asdict())
         return output._replace(layer_sums=sum_over_row(output.layer_sums, self.layout))
 
-    def _loss_sum(self, model: Callable[..., ModelOutput], micro: MicroBatch) -> Tensor:
+    @contextmanager
+    def evaluating(self) -> Iterator[Callable[..., ModelOutput]]:
+        """Return the model to call once, in evaluation mode, for a forward pass that no backward pass follows."""
+        self.module.eval()
+        yield self.module
+        self.module.train()
+
+    @torch.no_grad()
+    def evaluate(self, micro: MicroBatch) -> Tensor:
         """Return the summed cross entropy of this rank's tokens."""
-        loss_sum = self._call(model, micro).loss_sum
+        with self.evaluating() as model:
+            loss_sum = self._call(model, micro).loss_sum
         assert loss_sum is not None, "a micro-batch has labels"
         return loss_sum
+
+    @torch.no_grad()
+    def score(self, micro: MicroBatch, never_M: Tensor) -> TokenScores:
+        """Return the scores of the labels of full rows, on the CPU."""
+        layout, length = self.layout, micro.input_ids_BS.shape[1]
+        inputs = self.inputs(fill_up_rows(micro, layout.cp_size * layout.tp_size)).to(self.device)
+        with self.evaluating() as model:
+            scores = model(**inputs._asdict(), never_M=never_M.to(self.device)).token_scores
+        assert scores is not None, "a micro-batch has labels"
+        return gather_scores(scores, length, layout)
 
     def _result(self, read_norm: Callable[[], float]) -> StepResult:
         """Return the result of a step, given the function that waits for its gradient norm."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,17 +104,16 @@ class TorchEngine(CommonEngine):
             placement.begin(training=True)
         return self._call_on(self._root, inputs)
 
-    @torch.no_grad()
-    def evaluate(self, micro: MicroBatch) -> Tensor:
-        """Return the summed cross entropy of this rank's tokens."""
+    @contextmanager
+    def evaluating(self) -> Iterator[Callable[..., ModelOutput]]:
+        """Return the model with its parameters in place, in evaluation mode."""
         for placement in self.placements:
             placement.begin(training=False)
         self.module.eval()
-        loss_sum = self._loss_sum(self._root, micro)
+        yield self._root
         self.module.train()
         for placement in self.placements:
             placement.end_evaluation()
-        return loss_sum
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of ``loss``; ``last`` marks the step's final micro-batch. Reductions are in fp32."""

@@ -70,6 +70,18 @@ class EvaluationConfig(Section):
         f"Tasks, in this order: {task_list()}, or one that a plugin registers.",
         min_length=1,
     )
+    interval: int = setting(
+        0,
+        "Training: steps between evaluations on the training ranks, the last step included; 0 never evaluates.",
+        unit="steps",
+        ge=0,
+    )
+    training_tasks: list[str] = setting(
+        ["needle", "copy", "recall"],
+        "Training: tasks of these evaluations. They use the sizes below and at most training.micro_batch_size rows "
+        "at once.",
+        min_length=1,
+    )
     data: PathText | None = setting(
         None,
         "Dataset folder for perplexity, positions and needle_text (which reads the first of several). Absent means "
@@ -128,7 +140,7 @@ class EvaluationConfig(Section):
     batch_size: int = setting(4, "Rows computed together.", unit="rows", ge=1)
     seed: int = setting(0, "Seed of the random tokens.")
 
-    @field_validator("tasks")
+    @field_validator("tasks", "training_tasks")
     @classmethod
     def _known(cls, tasks: list[str]) -> list[str]:
         for name in tasks:

@@ -38,5 +38,8 @@ class SupervisionConfig(Section):
         ge=0,
     )
     slow_timeout_s: float = setting(
-        1800.0, "The same for starting, the first step (kernels compile), validating and saving.", unit="seconds", ge=0
+        1800.0,
+        "The same for starting, the first step (kernels compile), validating, evaluating and saving.",
+        unit="seconds",
+        ge=0,
     )

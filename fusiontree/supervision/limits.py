@@ -20,7 +20,7 @@ class TimeLimits:
     step_s: float
     """Any section of a step, on every rank: while one rank retries to read, the others wait for it in a collective."""
     slow_s: float
-    """Starting, the first step, validating, saving."""
+    """Starting, the first step, validating, evaluating, saving."""
     collective_s: float
     """A collective operation, before the communication library fails it."""
 

@@ -166,6 +166,13 @@ class Console:
         text = f"step {step}/{self.max_steps}  validation loss {loss:.4f} on {tokens} tokens{name and f' of {name}'}"
         self.say(f"\033[1;36m{text}\033[0m" if self._bar is not None else text, NOTICE)
 
+    def evaluated(self, step: int, measures: dict[str, dict[str, float]], seconds: float, share: float) -> None:
+        """Show an evaluation: each task's main measure, its seconds, and their share of the time of the steps."""
+        mains = [next(iter(found.items())) for found in measures.values()]
+        text = ", ".join(f"{task} {name} {value:.4g}" for task, (name, value) in zip(measures, mains, strict=True))
+        text = f"step {step}/{self.max_steps}  evaluation {text}  ({seconds:.1f} s, {share:.2%} of the step time)"
+        self.say(f"\033[1;36m{text}\033[0m" if self._bar is not None else text, NOTICE)
+
     def say(self, message: str, level: int = logging.INFO) -> None:
         """Write a message; with ``--quiet`` only messages of level NOTICE and above are shown."""
         if self.enabled:

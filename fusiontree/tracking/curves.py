@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,18 @@ COLORS = {
 
 
 @dataclass(frozen=True)
+class TaskCurves:
+    """The main measure of an evaluation task over optimizer steps."""
+
+    task: str
+    measure: str
+    """Its name, such as ``token_accuracy``."""
+    steps: list[int]
+    values: dict[str, list[float]]
+    """``mean`` over the cells (lengths, depths, sets), and each cell's own; NaN at steps that did not measure it."""
+
+
+@dataclass(frozen=True)
 class RunCurves:
     """Curves over optimizer steps. L layers, N logged steps, V validations."""
 
@@ -38,6 +50,7 @@ class RunCurves:
     validation_loss_V: list[float]
     resumes: list[int]
     """Steps after which the run continued from a checkpoint."""
+    tasks: list[TaskCurves] = field(default_factory=list)
 
     @property
     def gate_range(self) -> float:
@@ -50,6 +63,7 @@ class RunCurves:
         last = len(self.step_N) - 1
         chosen = [i for i in range(last + 1) if (last - i) % stride == 0]
         values: dict[str, Any] = dict(vars(self)) | {"gate_range": self.gate_range}
+        values["tasks"] = [vars(task) for task in self.tasks]
         for name, curve in values.items():
             if name.endswith(("_N", "_NL")):
                 values[name] = [curve[i] for i in chosen]
@@ -78,7 +92,29 @@ def read_curves(run_dir: Path) -> RunCurves:
         validation_step_V=[r["step"] for r in validation],
         validation_loss_V=[_number(r["validation_loss"]) for r in validation],
         resumes=[e.get("to_step", e.get("step", 0)) for e in read_records(run_dir / "events.jsonl") if _continues(e)],
+        tasks=task_curves(records),
     )
+
+
+def task_curves(records: list[dict[str, Any]]) -> list[TaskCurves]:
+    """Return the curve of each task from ``evaluation/TASK/MEASURE`` and ``evaluation/TASK/MEASURE/CELL``.
+
+    The first measure of a record is the task's main one.
+    """
+    evaluations = [record for record in records if "evaluation_s" in record]
+    found: dict[str, TaskCurves] = {}
+    for index, record in enumerate(evaluations):
+        for key, value in record.items():
+            prefix, _, rest = key.partition("/")
+            task, _, rest = rest.partition("/")
+            measure, _, cell = rest.partition("/")
+            if prefix != "evaluation" or not measure:
+                continue
+            curves = found.setdefault(task, TaskCurves(task, measure, [r["step"] for r in evaluations], {}))
+            if measure == curves.measure:
+                values = curves.values.setdefault(cell or "mean", [math.nan] * len(evaluations))
+                values[index] = _number(value)
+    return list(found.values())
 
 
 def _number(value: Any) -> float:

@@ -34,8 +34,9 @@ def write_page(run_dir: Path, summary: Sequence[tuple[str, str]], goodput: Goodp
         (f.get("time", ""), f["event"], str(f.get("step", "")), f.get("reason", f.get("folder", "")))
         for f in goodput.faults
     ]
+    curves = _curves(run_dir)
     data = {
-        "curves": _curves(run_dir),
+        "curves": curves,
         "colors": COLORS,
         "wall_s": goodput.wall_s,
         "shares": goodput.shares(),
@@ -50,6 +51,11 @@ def write_page(run_dir: Path, summary: Sequence[tuple[str, str]], goodput: Goodp
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
         summary="".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in summary),
+        tasks="".join(
+            f'<section class="half" data-curves><h2>{html.escape(task["task"])} '
+            f'<small>{html.escape(task["measure"])}</small></h2><div id="task{number}" class="chart"></div></section>'
+            for number, task in enumerate(curves["tasks"] if curves else ())
+        ),
         interruptions=_table("Interruptions", ["resumed after step", "time lost", "cause"], interruptions),
         faults=_table("Faults", ["time", "event", "step", "reason"], faults),
         config=_config(run_dir / "config.yaml"),

@@ -98,6 +98,7 @@ def follow(path: Path, after_step: int) -> Iterator[dict[str, Any] | None]:
     A run that goes back rewrites the file; steps that were yielded before are not yielded again.
     """
     inode, position, last = 0, 0, after_step
+    kinds: set[str] = set()  # of the records of step ``last`` that were yielded
     while True:
         fresh: list[dict[str, Any]] = []
         if path.is_file():
@@ -112,10 +113,18 @@ def follow(path: Path, after_step: int) -> Iterator[dict[str, Any] | None]:
                 parsed = (parse_line(line) for line in whole.split(b"\n"))
                 fresh = [record for record in parsed if record is not None]
         for record in fresh:
-            if record["step"] > last or (record["step"] == last and "validation_loss" in record):
-                last = record["step"]
+            kind = _kind(record)
+            if record["step"] > last:
+                last, kinds = record["step"], set()
+            if record["step"] == last > after_step and kind not in kinds:
+                kinds.add(kind)
                 yield record
         yield None
+
+
+def _kind(record: dict[str, Any]) -> str:
+    """Return which of the records of one step this is: the step itself, a validation or an evaluation."""
+    return "validation" if "validation_loss" in record else "evaluation" if "evaluation_s" in record else "step"
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

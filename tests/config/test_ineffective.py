@@ -60,6 +60,7 @@ def test_a_configuration_in_which_all_has_an_effect_says_nothing(tmp_path: Path)
         ("data.max_skipped_rows=3", "data.max_skipped_rows=3"),
         ("checkpoint.keep_last=0 checkpoint.keep_every=5", "checkpoint.keep_every=5"),
         ("checkpoint.keep_best=2", "checkpoint.keep_best=2"),
+        ("evaluation.training_tasks=[copy]", "evaluation.training_tasks=['copy']"),
         ("logging.wandb.project=x", "logging.wandb.project=x"),
         ("logging.tensorboard.folder=x", "logging.tensorboard.folder=x"),
         ("supervision.straggler_interval=5", "supervision.straggler_interval=5"),

@@ -37,6 +37,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ("parallel.shard_size=1 parallel.engine=ddp", ["parallel.shard_size is for engine fsdp2"]),
         ("training.device=cuda", ["training.device is cuda", "training.device=cpu"]),
         ("model.kernels.ssd=mamba_ssm", ["mamba_ssm"]),
+        ("evaluation.interval=2 evaluation.lengths=[4]", ["a row of 4 tokens holds no needle"]),
     ],
 )
 def test_mistakes(
@@ -50,6 +51,12 @@ def test_mistakes(
         assert part in done.stderr, done.stderr
     checkpoints = tmp_path / "run" / "checkpoints"
     assert not checkpoints.exists() or not list(checkpoints.iterdir())
+
+
+def test_the_check_finds_mistakes_in_tasks(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, data)
+    assert main(["--config", str(config), "--check", "evaluation.interval=2", "evaluation.depths=[0.5]"]) == 0
+    assert "depth 2.0" in refused(capsys, config, "--check", "evaluation.interval=2", "evaluation.depths=[2.0]")
 
 
 def test_the_folder_of_another_run_is_left_alone(

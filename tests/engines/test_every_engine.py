@@ -134,3 +134,17 @@ def test_the_state_space_and_the_last_norm_stay_fp32(case: tuple[str, bool]) -> 
             module.register_forward_pre_hook(note)
         engine.evaluate(micro_batch(IDS_BS))
     assert seen == {"kept": {torch.float32}, "other": {torch.float16}}
+
+
+@EVERY_ENGINE
+def test_token_scores_add_up_to_the_loss(case: tuple[str, bool]) -> None:
+    with opened(case) as engine:
+        backward(engine, last=True)
+        engine.step(1e-2)
+        labels_BS = IDS_BS.roll(-1, 1).masked_fill(IDS_BS < 5, -100)
+        micro = micro_batch(IDS_BS, labels_BS=labels_BS)
+        total, scores = engine.evaluate(micro), engine.score(micro, torch.tensor([], dtype=torch.int64))
+        assert engine.module.training
+    assert scores.log_likelihood.shape == scores.chosen.shape == (1, 16)
+    assert not scores.log_likelihood[0, :5].any()
+    assert -float(scores.log_likelihood.sum()) == pytest.approx(float(total), rel=1e-5)

@@ -88,3 +88,15 @@ def test_a_run_goes_on_from_a_checkpoint_between_recorded_steps(tmp_path: Path, 
     run(tmp_path, "parts", ["training.exit_at_step=25"], data)
     assert metrics(run(tmp_path, "parts", [], data), "loss") == expected
     assert recorded
+
+
+def test_tasks_between_recorded_steps_change_no_step(tmp_path: Path, recorded: list[str]) -> None:
+    """Their rows have other lengths than training's, and every second step has an evaluation behind it."""
+    data = build_data(tmp_path)
+    tasks = ["evaluation.interval=2", "evaluation.lengths=[100, 512]", "evaluation.rows=3", "evaluation.depths=[0.5]"]
+    run(tmp_path, "warm-up", ["training.cuda_graphs=off"], data, 20)
+    runs = [run(tmp_path, name, more, data) for name, more in (("without", []), ("with", tasks))]
+    for key in ("loss", "grad_norm"):
+        assert metrics(runs[1], key) == metrics(runs[0], key)
+    assert len(metrics(runs[1], "evaluation/copy/token_accuracy")) == STEPS // 2
+    assert recorded

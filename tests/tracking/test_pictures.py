@@ -13,7 +13,7 @@ import pytest
 
 from fusiontree.cli.plot_run import main as plot
 from fusiontree.report import main as report
-from fusiontree.tracking.curves import read_curves, smooth
+from fusiontree.tracking.curves import read_curves, smooth, task_curves
 
 STEPS, LAYERS = 1500, 3
 
@@ -120,3 +120,38 @@ def test_report_names_the_tokens_of_training_and_of_each_validation_set(
         assert re.search(r"^  training tokens +150,000 seen$", text, re.MULTILINE)
         assert f"<dt>validation tokens</dt><dd>{shown}</dd>" in page
         assert "<dt>training tokens</dt><dd>150,000 seen</dd>" in page
+
+
+EVALUATIONS: list[dict[str, Any]] = [
+    {
+        "step": step,
+        "evaluation/needle/found": 0.25 * n,
+        "evaluation/needle/nats_per_token": 3.0,
+        "evaluation/needle/found/depth_0.5": 0.5 * n,
+        **({"evaluation/<b>/bits": None} if n == 2 else {}),
+        "evaluation_s": 0.5,
+        "evaluation_share": 0.001 * n,
+    }
+    for n, step in ((1, 500), (2, 1000))
+]
+
+
+def test_each_task_has_a_curve_of_its_first_measure_and_of_each_cell() -> None:
+    needle, bits = task_curves([{"step": 1, "loss": 2.0}, *EVALUATIONS])
+    assert (needle.task, needle.measure, needle.steps) == ("needle", "found", [500, 1000])
+    assert needle.values == {"mean": [0.25, 0.5], "depth_0.5": [0.5, 1.0]}
+    assert bits.steps == [500, 1000]
+    assert all(math.isnan(value) for value in bits.values["mean"])
+
+
+def test_the_report_has_a_chart_per_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in EVALUATIONS)
+    assert report([str(run)]) == 0
+    text, page = capsys.readouterr().out, (run / "report.html").read_text()
+    assert re.search(r"^  last evaluation +needle found 0\.5, <b> bits nan at step 1000$", text, re.MULTILINE)
+    assert re.search(r"^  evaluation cost +0\.15% of the step time$", text, re.MULTILINE)
+    assert '<h2>needle <small>found</small></h2><div id="task0"' in page
+    assert '<h2>&lt;b&gt; <small>bits</small></h2><div id="task1"' in page
+    assert [task["task"] for task in page_data(page)["curves"]["tasks"]] == ["needle", "<b>"]

@@ -167,6 +167,24 @@ def test_a_file_that_is_rewritten_is_followed_without_repeats(tmp_path: Path) ->
     assert new() == [4]
 
 
+def test_all_records_of_a_step_are_sent_once(tmp_path: Path) -> None:
+    """A step's own metrics, its validation and its evaluation; those of the checkpoint's step were sent before."""
+    path = tmp_path / "metrics.jsonl"
+    lines = follow(path, after_step=1)
+
+    def new() -> list[str]:
+        return [min(record) for record in iter(lambda: next(lines), None)]
+
+    of_step = ['"loss": 1.0', '"evaluation_s": 0.1', '"validation_loss": 2.0']
+    text = "".join(f'{{"step": {step}, {values}}}\n' for step in (1, 2) for values in of_step)
+    path.write_text(text)
+    assert new() == ["loss", "evaluation_s", "step"]  # the smallest name of each record
+    back = tmp_path / "new"
+    back.write_text(text + '{"step": 3, "evaluation_s": 0.2}\n')
+    back.replace(path)
+    assert new() == ["evaluation_s"]
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tracker.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'fusiontree\[wandb\]'"):

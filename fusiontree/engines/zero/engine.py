@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -156,13 +157,12 @@ class ZeroEngine(CommonEngine):
         """Run the model on one micro batch."""
         return self._call(self._engine, micro, branch_scale_LB2, layer_metrics)
 
-    @torch.no_grad()
-    def evaluate(self, micro: MicroBatch) -> Tensor:
-        """Return the summed cross entropy of this rank's tokens."""
+    @contextmanager
+    def evaluating(self) -> Iterator[Callable[..., ModelOutput]]:
+        """Return DeepSpeed's engine in evaluation mode."""
         self._engine.eval()
-        loss_sum = self._loss_sum(self._engine, micro)
+        yield self._engine
         self._engine.train()
-        return loss_sum
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss``; gradients are reduced in fp32 over the ranks."""
