@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
@@ -43,7 +43,7 @@ def plot_run(run_dir: Path, output: Path, references: dict[str, float] | None = 
     import matplotlib.pyplot as plt
 
     curves = read_curves(run_dir)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(11, 7), width_ratios=(1.35, 1), constrained_layout=True)
         (loss_axes, gate_axes), (speed_axes, rate_axes) = axes
         _draw_loss(loss_axes, curves, references or {})
