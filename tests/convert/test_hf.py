@@ -327,3 +327,16 @@ def test_keys_of_a_config_that_no_model_computes_are_refused(tmp_path: Path, cap
     values = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(values | {"rope_scaling": {"type": "linear", "factor": 2}}))
     assert "rope_scaling" in refused(capsys, tmp_path / "hf", tmp_path / "again", "--to", "dcp")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("branch_norm", True), ("branch_mix", "mean"), ("mlp_input", "residual"), ("global_rope", False)],
+)
+def test_settings_that_the_exported_code_lacks_are_refused(
+    name: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training_run(tmp_path / "run", **{name: value})
+    said = refused(capsys, tmp_path / "run", tmp_path / "hf", "--to", "hf")
+    assert f"does not compute model.{name} {value}; convert to safetensors" in said
+    assert not (tmp_path / "hf").exists()

@@ -25,7 +25,7 @@ def study(**changes: Any) -> StudyConfig:
 
 
 def config_of(run: Run) -> Any:
-    return load_config(run.config, [a for a in run.arguments(Path("out"))[2:]])
+    return load_config(run.config, run.arguments(Path("out"))[2:])
 
 
 def test_every_run_spends_the_flops_of_the_reference() -> None:
@@ -114,7 +114,7 @@ def test_mistakes_in_the_file_are_named(changes: dict[str, Any], message: str, t
 
 
 def test_a_mistake_in_an_arm_names_the_arm() -> None:
-    with pytest.raises(UserError, match="size tiny, arm wrong: .*unknown key 'model.nothing'"):
+    with pytest.raises(UserError, match=r"size tiny, arm wrong: .*unknown key 'model.nothing'"):
         plan_runs(study(arms={"fused": {}, "wrong": {"set": {"model.nothing": 1}}}))
 
 

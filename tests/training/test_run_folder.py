@@ -125,5 +125,5 @@ def test_a_damaged_config_is_replaced_by_that_of_the_newest_checkpoint(run_dir: 
 
 def test_a_run_of_a_version_without_a_setting_resumes_with_its_default(run_dir: Path) -> None:
     check_run_folder(run_dir, changed("model", "branch_mix", "gate"))
-    with pytest.raises(UserError, match="model.branch_mix: 'gate' in the folder, 'mean' now"):
+    with pytest.raises(UserError, match=r"model.branch_mix: 'gate' in the folder, 'mean' now"):
         check_run_folder(run_dir, changed("model", "branch_mix", "mean"))
