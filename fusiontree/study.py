@@ -42,7 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the table of runs and exit")
     add("--no-evaluation", action="store_true", help="leave out the study's evaluation")
     add("--no-pictures", action="store_true", help="write report.md without pictures (they need matplotlib)")
-    add("--report", type=Path, metavar="RESULTS", help="run nothing; write the report of this results.json into --out")
+    add(
+        "--report",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS",
+        help="run nothing; write the report of these results.json into --out, with one results.json of all",
+    )
     add("--set", nargs="+", default=[], metavar="section.key=value", help="settings of all runs, over the study's")
     return parser
 
@@ -65,10 +71,13 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.report:
         from fusiontree.studying.report import write_report
-        from fusiontree.studying.results import read_results
+        from fusiontree.studying.results import RESULTS, merged, read_results
+        from fusiontree.utils.files import write_json
 
-        results = read_results(args.report)
+        results = merged([read_results(path) for path in args.report])
         args.out.mkdir(parents=True, exist_ok=True)
+        if len(args.report) > 1:
+            write_json(args.out / RESULTS, results, indent=0)
         print(write_report(results, args.out, pictures=not args.no_pictures))
         return 0
     if not args.study:

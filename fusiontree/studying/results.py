@@ -18,6 +18,8 @@ RESULTS, EVALUATION = "results.json", "evaluation.json"
 _FORMAT = "fusiontree-study"
 _COPIED = ("size", "arm", "seed", "searched", "parameters", "steps", "tokens")
 """Fields of a run that its entry repeats."""
+_COMPLETE = ("waiting", "failed", "unfinished", "finished")
+"""States of a run, the most complete last."""
 _POINTS = 60
 """Points per curve, besides the validations."""
 _LAST = 0.1
@@ -127,6 +129,32 @@ def read_results(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("format") != _FORMAT:
         raise UserError(f"'{file}' holds no results of a study (format {_FORMAT})")
     return values
+
+
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the results of one study of which machines computed different runs; of a run the most complete entry.
+
+    Raises:
+        UserError: the parts are of studies with another reference or budget.
+    """
+    first, *others = parts
+    study, runs = dict(first["study"]), {run["name"]: run for run in first["runs"]}
+    failed = dict(first["failed"])
+    for part in others:
+        for name in ("reference", "equal"):
+            if part["study"][name] != study[name]:
+                raise UserError(
+                    f"the results differ in {name}: {study[name]} and {part['study'][name]}; merge one study's"
+                )
+        for section in ("sizes", "arms"):
+            study[section] = {**part["study"][section], **study[section]}
+        failed |= part["failed"]
+        for run in part["runs"]:
+            known = runs.get(run["name"])
+            if known is None or _COMPLETE.index(run["state"]) > _COMPLETE.index(known["state"]):
+                runs[run["name"]] = run
+    kept = {name: reason for name, reason in failed.items() if runs[name]["state"] == "failed"}
+    return {**first, "study": study, "failed": kept, "runs": list(runs.values())}
 
 
 def _rounded(value: float, digits: int = 5) -> float:

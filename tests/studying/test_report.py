@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fusiontree.studying.report import write_report
-from fusiontree.studying.results import curve, final_loss, read_results
+from fusiontree.studying.results import curve, final_loss, merged, read_results
 from fusiontree.studying.summary import accuracy_by_length, fit_run, summarize
 from fusiontree.utils.errors import UserError
 from tests.studying.test_runs import study
@@ -134,6 +134,18 @@ def test_losses_and_curves_of_a_run(tmp_path: Path) -> None:
         file.write(json.dumps({"step": 201, "tokens": 2010, "validation_loss": 2.5}) + "\n")
     assert final_loss(tmp_path) == 2.5
     assert final_loss(tmp_path / "nothing") is None
+
+
+def test_results_of_two_machines_are_merged(results: dict[str, Any]) -> None:
+    one, other = copy.deepcopy(results), copy.deepcopy(results)
+    one["runs"][1]["state"] = other["runs"][0]["state"] = "waiting"
+    one["runs"][2]["state"] = "failed"
+    one["failed"] = {one["runs"][2]["name"]: "exit code 1"}
+    both = merged([one, other])
+    assert [run["state"] for run in both["runs"]] == ["finished"] * 6 and not both["failed"]
+    other["study"]["reference"] = "mean"
+    with pytest.raises(UserError, match="differ in reference"):
+        merged([one, other])
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
