@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from fusiontree.studying.results import EVALUATION, final_loss
 from fusiontree.studying.runs import Run, choose_rates
 from fusiontree.tracking.console import clock, short
 from fusiontree.tracking.records import read_records
-from fusiontree.utils.environment import child_environment
+from fusiontree.utils.environment import environment_with_defaults, name_of_gpu
 from fusiontree.utils.files import write_json
 
 DONE = "study.json"
@@ -188,14 +189,15 @@ class Workers:
         kernels = self.folder / "kernels"  # compiled once for all runs of the study
         changes = {"TRITON_CACHE_DIR": str(kernels / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor")}
         if self.gpus:
-            changes["CUDA_VISIBLE_DEVICES"] = str(slot)
+            changes["CUDA_VISIBLE_DEVICES"] = name_of_gpu(slot)
+        threads = max(1, (os.cpu_count() or 1) // self.slots)
         log = path.with_name(f"{path.name}.log").open("ab")
         process = subprocess.Popen(
             self.command(run, evaluates),
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=child_environment(**changes),
+            env={**environment_with_defaults(OMP_NUM_THREADS=str(threads)), **changes},
             start_new_session=True,  # Ctrl-C reaches this process alone, which stops the runs in order
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )

@@ -17,6 +17,7 @@ from fusiontree.studying.results import RESULTS, collect
 from fusiontree.studying.runs import Run, plan_runs
 from fusiontree.studying.workers import DONE, Workers
 from fusiontree.tracking.records import read_records
+from fusiontree.utils.environment import name_of_gpu
 from tests.studying.test_runs import BASE, study
 
 TRAIN = """
@@ -112,6 +113,13 @@ def test_finished_runs_are_evaluated_and_rates_follow_the_search(tmp_path: Path)
     assert entry["rate"] in (1e-3, 2e-3)
     assert entry["evaluation"] == {"recall": [{"length": 64, "token_accuracy": 0.25}]}
     assert len(json.dumps(results)) < 40_000
+
+
+def test_runs_are_placed_on_the_gpus_that_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6")
+    assert [name_of_gpu(0), name_of_gpu(1)] == ["4", "6"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert name_of_gpu(1) == "1"
 
 
 def wait_for(condition: Any, limit_s: float = 120.0) -> None:
