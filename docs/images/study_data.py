@@ -16,10 +16,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import zstandard
 
+from fusiontree.data.format import read_dataset, write_dataset
 from fusiontree.data.tokenizers import train_bpe
 
 SUFFIXES = (".c", ".h", ".S", ".rst", ".txt", ".py", ".sh", ".pl", ".dts", ".dtsi", ".yaml", ".rs", ".json")
@@ -77,6 +79,15 @@ def beginning(file: Path, size: float) -> Iterator[str]:
                 return
 
 
+def keep_first(folder: Path, shards: int) -> None:
+    """Reduce a dataset to its first shards."""
+    info = read_dataset(folder)
+    for shard in info.shards[shards:]:
+        for file in (folder / shard.name, (folder / shard.name).with_suffix(".index")):
+            file.unlink()
+    write_dataset(folder, replace(info, shards=info.shards[:shards], statistics={}))
+
+
 def main() -> int:
     """Build both splits; return the exit code of the build."""
     parser = argparse.ArgumentParser(description="Build the data of configs/study/blocks.yaml.")
@@ -87,6 +98,7 @@ def main() -> int:
     parser.add_argument("--vocab-size", type=int, default=16384, help="tokens of the BPE (default 16384)")
     parser.add_argument("--bpe-megabytes", type=float, default=48, help="text that the BPE is trained on (default 48)")
     parser.add_argument("--shard-mb", type=float, default=36, help="megabytes of text per shard (default 36)")
+    parser.add_argument("--shards", type=int, metavar="N", help="keep only the first N shards of the training split")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     write_splits(args.tree, args.out, args.megabytes * 1e6, args.validation_megabytes * 1e6)
@@ -97,6 +109,8 @@ def main() -> int:
         command += ["--tokenizer", tokenizer, "--shard-mb", args.shard_mb, "--output", args.out / split]
         if code := subprocess.run([str(word) for word in command]).returncode:
             return code
+    if args.shards:
+        keep_first(args.out / "train", args.shards)
     return 0
 
 

@@ -94,7 +94,7 @@ OTHER_MODEL = (
     "model.attention_type=pyramidal",
     "model.srte_encoding=sincos",
 )
-NO_GATE = ("model.load_balance_coeff=0.0", "model.entropy_reg_coeff=0.0")
+NO_GATE = ("model.load_balance_coeff=0", "model.entropy_reg_coeff=0")
 NORMED = ("model.branch_norm=true",)
 MEAN = ("model.branch_mix=mean", "model.branch_norm=true", *NO_GATE)
 CONCATENATED = ("model.branch_mix=concat", "model.branch_norm=true", *NO_GATE)
