@@ -16,6 +16,7 @@ import yaml
 from fusiontree.studying.results import RESULTS, collect
 from fusiontree.studying.runs import Run, plan_runs
 from fusiontree.studying.workers import DONE, Workers
+from fusiontree.supervision.run_lock import RUN_LOCK
 from fusiontree.tracking.records import read_records
 from fusiontree.utils.environment import name_of_gpu
 from tests.studying.test_runs import BASE, study
@@ -122,7 +123,7 @@ def test_runs_are_placed_on_the_gpus_that_are_shown(monkeypatch: pytest.MonkeyPa
     assert name_of_gpu(1) == "1"
 
 
-def wait_for(condition: Any, limit_s: float = 120.0) -> None:
+def wait_for(condition: Any, limit_s: float = 400.0) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end
@@ -130,6 +131,7 @@ def wait_for(condition: Any, limit_s: float = 120.0) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_study_goes_on_and_reports(tmp_path: Path) -> None:
     """Real training on CPUs: the study is killed, started again, and writes its report; a broken arm is named."""
     out, file = tmp_path / "out", tmp_path / "study.yaml"
@@ -139,14 +141,17 @@ def test_a_killed_study_goes_on_and_reports(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = out / "tiny/fused/seed-0"
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    wait_for(lambda: any(r["step"] >= 10 for r in read_records(run / "metrics.jsonl")))
-    process.kill()
-    process.wait()
+    try:
+        wait_for(lambda: any(r["step"] >= 10 for r in read_records(run / "metrics.jsonl")))
+    finally:
+        process.kill()
+        process.wait()
     wait_for(lambda: any(e["event"] == "interrupted" for e in read_records(run / "events.jsonl")))
     assert not (run / DONE).exists()
-    time.sleep(2.0)  # the other run ends as well
+    other = run.parent.parent / "mean/seed-0"
+    wait_for(lambda: read_records(other / "events.jsonl") and not (other / RUN_LOCK).exists())
 
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert again.returncode == 1, again.stdout + again.stderr
     assert "failed: tiny/broken/seed-0: exit code 2" in again.stderr
     assert "tiny/fused/seed-0: resumed after step" in again.stdout
