@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,8 +30,6 @@ from fusiontree.utils.errors import UserError
 if TYPE_CHECKING:
     from fusiontree.benchmarking.step_timer import StepTimer
     from fusiontree.engines.base import Engine
-    from fusiontree.models.config import ModelConfig
-    from fusiontree.models.model import FusionTreeModel
     from fusiontree.parallel.layout import Layout
     from fusiontree.training.settings import RunSettings
 
@@ -165,13 +163,11 @@ class Timed(NamedTuple):
 
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Time training steps, print the figures and return them."""
-    from fusiontree.models.flops import training_flops_per_token
-    from fusiontree.models.model import FusionTreeModel
     from fusiontree.parallel.layout import Layout
 
     model, training, parallel = config.model, config.training, config.parallel
     with Layout(training.device, tp=parallel.tp, cp=parallel.cp, shard_size=parallel.shard_size) as layout:
-        result, timer, engine = _time_training(config, args, layout, FusionTreeModel, training_flops_per_token)
+        result, timer, engine = _time_training(config, args, layout)
         if layout.device.type == "cuda":
             result |= _on_the_gpu(timer, engine, args.profile if layout.is_main else None)
         if args.ops:
@@ -195,30 +191,25 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         return result
 
 
-def _time_training(
-    config: Config,
-    args: argparse.Namespace,
-    layout: Layout,
-    model_class: type[FusionTreeModel],
-    flops_per_token: Callable[[ModelConfig, Sequence[int]], float],
-) -> Timed:
-    """Time steps of training a model of ``model_class``; the caller unfreezes the garbage collection."""
+def _time_training(config: Config, args: argparse.Namespace, layout: Layout) -> Timed:
+    """Time steps of training; the caller unfreezes the garbage collection."""
     import torch
 
     from fusiontree.benchmarking.step_timer import StepTimer
     from fusiontree.data.loader import TrainingData
     from fusiontree.engines.build import build_engine
+    from fusiontree.models.flops import training_flops_per_token
     from fusiontree.training.settings import RunSettings
     from fusiontree.utils.device import peak_flops
 
     model, training = config.model, config.training
     at_full_length = training.model_copy(update={"curriculum": None})
     data = TrainingData(config.data, at_full_length, model.vocab_size, layout.dp_rank, layout.dp_size)
-    engine = build_engine(model, config.parallel, training, layout, model_class)
+    engine = build_engine(model, config.parallel, training, layout)
     settings = RunSettings(
         config=config,
         values={},
-        flops_per_token=partial(flops_per_token, model),
+        flops_per_token=partial(training_flops_per_token, model),
         peak_flops=peak_flops(layout.device, training.precision),
     )
     timer = StepTimer(settings, engine, data, one_document=args.one_document)
@@ -242,7 +233,7 @@ def _time_training(
 def _train_llama(config: Config, args: argparse.Namespace, layout: Layout, parameters: int) -> dict[str, Any]:
     """Time training of a Llama of ``parameters`` parameters on the batches that our training read."""
 
-    from fusiontree.benchmarking.llama import Llama, llama_config, llama_training_flops
+    from fusiontree.benchmarking.llama import llama_config
     from fusiontree.utils.cuda_graph import peak_memory
 
     model, training = llama_config(config.model, parameters), config.training
@@ -250,7 +241,7 @@ def _train_llama(config: Config, args: argparse.Namespace, layout: Layout, param
         layers = round(training.recompute_layers * model.num_layers / config.model.num_layers)
         training = training.model_copy(update={"recompute_layers": layers})
     config = config.model_copy(update={"model": model, "training": training})
-    figures, timer, engine = _time_training(config, args, layout, Llama, llama_training_flops)
+    figures, timer, engine = _time_training(config, args, layout)
     found = {"name": "Llama", "layers": model.num_layers, "mlp_size": model.mlp_size}
     if layout.device.type == "cuda":
         found["peak_memory_gib"] = peak_memory(engine.device) / 2**30

@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": {"parallel", "models", "ops", "generation", "data", "checkpoint", "tracking", "utils"},
     "benchmarking": {"training", "supervision", "engines.base", "data", "models", "ops", "utils"},
     "config": {"utils"},
+    "studying": {"config", "models", "planning", "tracking", "utils"},
 }
 """Besides these, every room may import any room's config.py, config/root.py (these sections together) and
 config/moved.py: they import only utils."""

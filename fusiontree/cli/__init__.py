@@ -26,6 +26,7 @@ VERBS = {
     "benchmark": Verb("fusiontree.benchmark", "measure throughput, MFU and memory of a configuration"),
     "plan": Verb("fusiontree.plan", "estimate memory and speed of a configuration in every layout"),
     "preflight": Verb("fusiontree.preflight", "measure the links between the nodes of a job"),
+    "study": Verb("fusiontree.study", "train the arms of a study side by side and compare them"),
     "report": Verb("fusiontree.report", "goodput, interruptions and losses of a run"),
     "plot": Verb("fusiontree.cli.plot_run", "draw losses, gates, learning rate and throughput of a run"),
     "quickstart": Verb("fusiontree.cli.quickstart", "build data, train, resume, generate and plot with a small model"),

@@ -79,10 +79,13 @@ def _model(config: Config) -> Iterator[Rule]:
     model = config.model
     mixers = {name for names in model.branches for name in names}
     heads = "model.num_kv_heads model.head_dim model.global_heads model.window_size model.attention_type"
+    heads += " model.global_rope"
     yield "attention" not in mixers, f"{heads} model.rope_theta", "no layer has attention"
     yield "mamba2" not in mixers, "model.mamba model.srte_encoding", "no layer has Mamba"
     gate = "model.gate_rank model.use_alignment model.drop_branch_prob model.load_balance_coeff model.entropy_reg_coeff"
     yield all(len(names) == 1 for names in model.branches), gate, "no layer has two branches"
+    yield model.branch_mix != "gate", "model.gate_rank", f"model.branch_mix {model.branch_mix} has no gate"
+    yield model.global_heads == 0, "model.global_rope", "there are no global heads"
     yield model.local_heads == 0, "model.window_size model.attention_type", "all heads are global"
     yield (
         model.kernels.ssd == "triton" and "mamba2" in mixers,

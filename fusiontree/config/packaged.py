@@ -15,10 +15,10 @@ def packaged_folder() -> Path:
 
 
 def packaged_names(kind: str = "") -> list[str]:
-    """Return the names that stand for a packaged file; ``kind`` is ``maps``, or empty for configurations."""
+    """Return the names that stand for a packaged file; ``kind`` is ``maps``, ``study``, or empty for configurations."""
     folder = packaged_folder() / kind
     names = (file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
-    return sorted(name for name in names if kind or not name.startswith("maps/"))
+    return sorted(name for name in names if kind or not name.startswith(("maps/", "study/")))
 
 
 def find_file(given: Path, kind: str = "") -> Path:

@@ -67,7 +67,10 @@ NO_EFFECT = frozenset(
 )
 """Keys of a config.json that do not change what a model computes, or are sizes that the weights' shapes show."""
 _HEAD = ("model.head.weight", "lm_head.weight")
-_LEFT_OUT = ("kernels", "letters", "mixers")  # settings of the machine, and of mixers that the code does not have
+_UNSUPPORTED = ("branch_norm", "branch_mix", "mlp_input", "global_rope")
+"""Settings of which the exported code has the default alone."""
+_LEFT_OUT = ("kernels", "letters", "mixers", *_UNSUPPORTED)
+"""Settings of the machine, of mixers that the code does not have, and those that are always the default."""
 
 
 def exported_name(name: str) -> str:
@@ -175,7 +178,7 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
         max_shard_bytes: maximum size of a weight file; a larger tensor gets a separate file.
 
     Raises:
-        UserError: the model has layers of other mixers than the exported code.
+        UserError: the model has layers of other mixers, or settings, than the exported code.
     """
     others = sorted(set(stream.source.model_config.pattern) - set(LETTERS))
     if others:
@@ -183,6 +186,12 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
             f"the exported code has no mixers of the layers {', '.join(others)}, only of {', '.join(LETTERS)}; convert "
             f"to safetensors"
         )
+    model_config = stream.source.model_config
+    for name in _UNSUPPORTED:
+        if getattr(model_config, name) != ModelConfig.model_fields[name].default:
+            raise UserError(
+                f"the exported code does not compute model.{name} {getattr(model_config, name)}; convert to safetensors"
+            )
     names = [name for name in stream.source.entries if name.startswith("model.")]
     shards = plan_shards({name: stream.entry(name) for name in names}, max_shard_bytes)
     weight_map: dict[str, str] = {}

@@ -9,7 +9,6 @@ from fusiontree.engines.common import PRECISION
 from fusiontree.engines.config import ENGINES
 from fusiontree.engines.mixed_precision import compute_in
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.model import FusionTreeModel
 from fusiontree.parallel.activation_checkpointing import checkpoint_activations, fuse_projections
 from fusiontree.parallel.auto_checkpointing import choose_automatically
 from fusiontree.parallel.config import ParallelConfig
@@ -23,7 +22,6 @@ def build_engine(
     parallel: ParallelConfig,
     training: TrainingConfig,
     layout: Layout,
-    model_class: type[FusionTreeModel] = FusionTreeModel,
 ) -> Engine:
     """Return the configured engine with a freshly initialised model.
 
@@ -32,9 +30,8 @@ def build_engine(
         parallel: the ``parallel`` section.
         training: the ``training`` section.
         layout: this process among all.
-        model_class: a subclass trains other blocks by the same engine.
     """
-    model = build_model(model_config, layout, model_class)
+    model = build_model(model_config, layout)
     materialize = materializer(model_config, training.seed, layout.device, model.specs)
 
     def decays(name: str, parameter: nn.Parameter) -> bool:

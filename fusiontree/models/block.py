@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.gate import Alignment, FusionGate
+from fusiontree.models.gate import Alignment, BranchNorm, FusionGate, even_sums
 from fusiontree.models.mixers import layer_mixers
 from fusiontree.models.mixers.base import Mixer
 from fusiontree.models.mixers.cache import LayerCache
@@ -47,6 +47,19 @@ class MLP(nn.Module):
         return self.down(recomputed(swiglu, self.gate(z_BSC), self.up(z_BSC)))
 
 
+class NormedMLP(MLP):
+    """``x + mlp(norm(x))``: the MLP of a transformer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.norm = ResidualRMSNorm(config.hidden_size, config.norm_eps, config.kernels.elementwise)
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        """Return the residual stream after the MLP, ``[B, S, C]``."""
+        z_BSC, x_BSC = self.norm(x_BSC)
+        return x_BSC + super().forward(z_BSC)
+
+
 def _swiglu(gate_BSC: Tensor, up_BSC: Tensor) -> Tensor:
     return F.silu(gate_BSC) * up_BSC
 
@@ -56,7 +69,8 @@ class FusionBlock(nn.Module):
 
     The layer's letter in ``layer_pattern`` selects the mixers of its one or two branches. With two branches the gate
     multiplies the first output by g and the second by 1 - g. With one branch the output of the missing branch is
-    treated as zero, and the weights of the alignment have no columns for it.
+    treated as zero, and the weights of the alignment have no columns for it. ``branch_mix`` replaces the gate by the
+    mean, the concatenation or the sum of the branches that the layer has.
 
     ``gather_tokens`` is called before ``branches`` and ``scatter_tokens`` after it. Without tensor parallelism both
     return their input unchanged; tensor parallelism replaces them by an all-gather and a reduce-scatter.
@@ -84,10 +98,18 @@ class FusionBlock(nn.Module):
         alone: GivenBranches = "second" if classes[0].weighed_as_second else "first"
         self.given_branches: GivenBranches = "both" if len(classes) == 2 else alone
         self.scatter_tokens: Callable[[Tensor], Tensor] = _unchanged
+        self.branch_norm: BranchNorm | None = None
+        if config.branch_norm:
+            self.branch_norm = BranchNorm(len(classes), hidden, config.norm_eps, config.kernels.elementwise)
         self.align = Alignment(len(classes), hidden) if config.use_alignment else None
-        self.gate = FusionGate(config)
-        self.out_proj = nn.Linear(hidden, hidden, bias=False)
-        self.mlp = MLP(config)
+        self.reads_alignment = config.reads_alignment
+        self.gate = FusionGate(config) if config.branch_mix == "gate" else None
+        self.mix = config.branch_mix
+        self.out_proj: nn.Linear | None = None
+        if config.branch_mix != "sum":
+            width = hidden * len(classes) if config.branch_mix == "concat" else hidden
+            self.out_proj = nn.Linear(width, hidden, bias=False)
+        self.mlp = NormedMLP(config) if config.mlp_input == "residual" else MLP(config)
 
     def mixers(self) -> dict[str, Mixer]:
         """Return the mixers of the branches in order, by ``module_name``."""
@@ -149,28 +171,52 @@ class FusionBlock(nn.Module):
         padding_mask_BS: Tensor | None = None,
         layer_metrics: tuple[str, ...] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``x + out_proj(gated mix of outputs) + mlp(aligned outputs)``, and the sums of :meth:`forward`."""
+        """Return ``x + out_proj(mix of outputs) + mlp(aligned outputs)``, and the sums of :meth:`forward`.
+
+        With ``mlp_input`` residual: ``y + mlp(norm(y))`` with ``y = x + out_proj(mix of outputs)``.
+        """
         branches = len(self._branches)
         metric_sums: dict[str, Tensor] = {}
         if layer_metrics:
             outputs = dict(zip(self.mixers(), outputs_BSC.detach().chunk(branches, dim=-1), strict=True))
             with torch.no_grad():
                 metric_sums = layer_metric_sums(layer_metrics, outputs, padding_mask_BS)
+        if self.branch_norm is not None:
+            outputs_BSC = self.branch_norm(outputs_BSC)
         if branch_scale_B2 is not None:
             start = 1 if self.given_branches == "second" else 0
             scale_BSn = branch_scale_B2[:, None, start : start + branches].to(outputs_BSC.dtype)
             outputs_BSC = (outputs_BSC.unflatten(-1, (branches, -1)) * scale_BSn.unsqueeze(-1)).flatten(2)
+        z_BSC = self._aligned(outputs_BSC) if self.reads_alignment else None
+        mixed_BSC, sums = self._mixed(z_BSC, outputs_BSC, x_BSC.shape[-1], padding_mask_BS)
+        x_BSC = x_BSC + mixed_BSC
+        if isinstance(self.mlp, NormedMLP):
+            return self.mlp(x_BSC), sums | metric_sums
+        return x_BSC + self.mlp(z_BSC), sums | metric_sums
+
+    def _aligned(self, outputs_BSC: Tensor) -> Tensor:
+        """Return the input of gate and MLP, ``[B, S, C]``."""
         if self.align is not None:
-            z_BSC = self.align(outputs_BSC)
-        elif branches == 2:
-            z_BSC = torch.add(*outputs_BSC.chunk(2, dim=-1)) / 2
+            return self.align(outputs_BSC)
+        if len(self._branches) == 2:
+            return torch.add(*outputs_BSC.chunk(2, dim=-1)) / 2
+        return outputs_BSC / 2  # the mean of the output and of zeros for the missing branch
+
+    def _mixed(
+        self, z_BSC: Tensor | None, outputs_BSC: Tensor, channels: int, padding_mask_BS: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what the branches add to the residual stream, ``[B, S, C]``, and the sums of the gate's statistics."""
+        if self.gate is not None:
+            mixed_BSC, (gate_B, entropy_B, square_B) = gate_mix(
+                self.gate(z_BSC), outputs_BSC, padding_mask_BS, given=self.given_branches, backend=self.backend
+            )
+            sums = {"gate": gate_B, "entropy": entropy_B, "square": square_B}
         else:
-            z_BSC = outputs_BSC / 2  # the mean of the output and of zeros for the missing branch
-        mixed_BSC, (gate_B, entropy_B, square_B) = gate_mix(
-            self.gate(z_BSC), outputs_BSC, padding_mask_BS, given=self.given_branches, backend=self.backend
-        )
-        sums = {"gate": gate_B, "entropy": entropy_B, "square": square_B} | metric_sums
-        return x_BSC + self.out_proj(mixed_BSC) + self.mlp(z_BSC), sums
+            sums = even_sums(outputs_BSC, channels, padding_mask_BS)
+            mixed_BSC = outputs_BSC
+            if self.mix != "concat" and len(self._branches) == 2:
+                mixed_BSC = recomputed(_sum if self.mix == "sum" else _mean, outputs_BSC)
+        return mixed_BSC if self.out_proj is None else self.out_proj(mixed_BSC), sums
 
 
 _MOST_TO_FORK = 1 << 25
@@ -181,5 +227,15 @@ def _unchanged(x_BSC: Tensor) -> Tensor:
     return x_BSC
 
 
-_LATER_ATTRIBUTES = ("align", "gate", "out_proj", "mlp", "scatter_tokens", "given_branches")
+def _sum(outputs_BSC: Tensor) -> Tensor:
+    return torch.add(*outputs_BSC.chunk(2, dim=-1))
+
+
+def _mean(outputs_BSC: Tensor) -> Tensor:
+    return _sum(outputs_BSC) / 2
+
+
+_LATER_ATTRIBUTES = (
+    *("align", "gate", "out_proj", "mlp", "scatter_tokens", "given_branches", "branch_norm", "mix", "reads_alignment"),
+)
 """Attributes that the constructor sets after the mixers; ``hasattr`` does not find them when a mixer is added."""

@@ -81,11 +81,24 @@ class ModelConfig(Section):
     )
     max_position_embeddings: int = setting(32768, "Longest sequence that the model is made for.", unit="tokens", ge=1)
     rope_theta: float = setting(500000.0, "Base of the rotary position encoding.", gt=0)
+    global_rope: bool = setting(True, "Rotary positions on global heads; false: on local heads alone.")
     srte_encoding: Literal["none", "sincos", "learnable"] = setting(
         "sincos", "Shared relative time encoding, added to the input of every Mamba branch."
     )
     gate_rank: int = setting(256, "Rank of the gate's two projections.", ge=1)
     use_alignment: bool = setting(True, "Combine both branches by a learned alignment; false: by their mean.")
+    branch_norm: bool = setting(False, "Normalize the output of each branch (RMS norm) before they are combined.")
+    branch_mix: Literal["gate", "mean", "concat", "sum"] = setting(
+        "gate",
+        "Combination of the branches that is added to the residual stream: gate weighs each channel by the learned "
+        "gate; mean averages; concat concatenates (these three followed by a projection); sum adds the branches, "
+        "without projection.",
+    )
+    mlp_input: Literal["branches", "residual"] = setting(
+        "branches",
+        "Input of the MLP: branches reads the aligned branches, so that mix and MLP are computed side by side; "
+        "residual reads the norm of the residual stream after the mix, as in a transformer.",
+    )
     mlp_ratio: float = setting(2.0, "Inner width of the MLP as a multiple of hidden_size.", gt=0)
     mlp_activation: Literal["gelu", "swiglu"] = setting("gelu", "Non-linearity of the MLP.")
     norm_eps: float = setting(1e-5, "Added to the mean square in every norm.", gt=0)
@@ -114,6 +127,11 @@ class ModelConfig(Section):
         """Names of each layer's mixers, in the order of its branches."""
         letters = LETTERS | {letter: tuple(names) for letter, names in (self.letters or {}).items()}
         return [letters[letter] for letter in self.pattern]
+
+    @property
+    def reads_alignment(self) -> bool:
+        """Whether a gate or the MLP reads the combined branches."""
+        return self.branch_mix == "gate" or self.mlp_input == "branches"
 
     @property
     def attention_head_dim(self) -> int:
@@ -192,6 +210,7 @@ class ModelConfig(Section):
             self._check_pattern(self.layer_pattern)
         self._check_heads()
         self._check_mamba()
+        self._check_mix()
         if self.srte_encoding == "sincos" and self.hidden_size % 2:
             raise ValueError(f"hidden_size {self.hidden_size} is odd; srte_encoding sincos needs an even hidden_size")
         if self.mlp_size < 1:
@@ -245,6 +264,18 @@ class ModelConfig(Section):
                 f"{self.global_heads} global heads do not divide by {group}: a group would mix both kinds; change "
                 f"global_heads or num_kv_heads"
             )
+
+    def _check_mix(self) -> None:
+        if self.use_alignment and self.branch_mix != "gate" and self.mlp_input == "residual":
+            raise ValueError(
+                f"use_alignment: branch_mix {self.branch_mix} with mlp_input residual does not read the alignment; set "
+                f"use_alignment to false"
+            )
+        for name in ("load_balance_coeff", "entropy_reg_coeff"):
+            if getattr(self, name) and self.branch_mix != "gate":
+                raise ValueError(
+                    f"{name} {getattr(self, name)} needs a gate, and branch_mix is {self.branch_mix}; set {name} to 0"
+                )
 
     def _check_mamba(self) -> None:
         if self.d_inner % self.mamba.head_dim:

@@ -21,13 +21,14 @@ def matrix_parameters_by_layer(config: ModelConfig) -> list[int]:
     """Return the number of parameters in the matrix products of each layer."""
     hidden = config.hidden_size
     per_mixer = {mixer: mixer.matrix_parameters(config) for mixer in distinct_mixers(config)}
-    common = 2 * hidden * config.gate_rank + hidden * hidden
+    common = 2 * hidden * config.gate_rank if config.branch_mix == "gate" else 0
     common += (3 if config.mlp_activation == "swiglu" else 2) * hidden * config.mlp_size
     totals = []
     for layer in range(config.num_layers):
         mixers = layer_mixers(config, layer)
         alignment = (2 * len(mixers) + 1) * hidden * hidden if config.use_alignment else 0
-        totals.append(common + alignment + sum(per_mixer[mixer] for mixer in mixers))
+        projection = {"sum": 0, "concat": len(mixers)}.get(config.branch_mix, 1) * hidden * hidden
+        totals.append(common + alignment + projection + sum(per_mixer[mixer] for mixer in mixers))
     return totals
 
 

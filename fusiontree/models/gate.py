@@ -5,12 +5,15 @@ Shape legend: B rows, S tokens, C channels.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
 from fusiontree.ops.linear import project
+from fusiontree.ops.norm import rms_norm
 from fusiontree.ops.recompute import recomputed
 
 
@@ -29,6 +32,40 @@ class Alignment(nn.Module):
         """Map the branches' concatenated outputs, ``[B, S, branches * hidden_size]``, to ``[B, S, hidden_size]``."""
         inner_BSC, skip_BSC = project(ma_BSC, (self.up, self.skip), joint=self.fused_projections)
         return self.down(recomputed(F.gelu, inner_BSC)) + skip_BSC
+
+
+class BranchNorm(nn.Module):
+    """RMS norm of each branch's output separately, with separate weights."""
+
+    def __init__(self, branches: int, hidden_size: int, eps: float, backend: str) -> None:
+        super().__init__()
+        self.branches, self.eps, self.backend = branches, eps, backend
+        self.weight = nn.Parameter(torch.empty(branches * hidden_size))
+
+    def forward(self, outputs_BSC: Tensor) -> Tensor:
+        """Normalize the branches' concatenated outputs, ``[B, S, branches * hidden_size]``."""
+        return recomputed(self._normalized, outputs_BSC, self.weight)
+
+    def _normalized(self, outputs_BSC: Tensor, weight_C: Tensor) -> Tensor:
+        parts = zip(outputs_BSC.chunk(self.branches, dim=-1), weight_C.chunk(self.branches), strict=True)
+        normed = [rms_norm(part_BSC, weight, self.eps, backend=self.backend) for part_BSC, weight in parts]
+        return torch.cat(normed, dim=-1)
+
+
+def even_sums(outputs_BSC: Tensor, channels: int, counted_BS: Tensor | None) -> dict[str, Tensor]:
+    """Return the statistics of a block without a gate: those of gates that are 0.5 everywhere, ``[B]`` in fp32.
+
+    Args:
+        outputs_BSC: gives rows, tokens and device.
+        channels: of the residual stream.
+        counted_BS: True on tokens included in the sums; None means all.
+    """
+    rows, length, _ = outputs_BSC.shape
+    if counted_BS is None:
+        count_B = torch.full((rows,), float(length * channels), device=outputs_BSC.device)
+    else:
+        count_B = counted_BS.sum(1).float() * channels
+    return {"gate": 0.5 * count_B, "entropy": math.log(2.0) * count_B, "square": 0.25 * count_B}
 
 
 class FusionGate(nn.Module):

@@ -22,6 +22,9 @@ ROWS_PER_BLOCK = 1024
 
 _GATE_UP = re.compile(r"layers\.\d+\.gate\.up\.weight")
 _RESIDUAL_OUTPUT = re.compile(r"layers\.\d+\.(out_proj|mlp\.down)\.weight")
+_SUMMED_OUTPUT = re.compile(r"layers\.\d+\.(mamba\.out_proj|attention\.o_proj)\.weight")
+"""Written to the residual stream without a further projection if ``branch_mix`` is sum."""
+_NORMS = ("norm", "branch_norm")
 
 
 def no_weight_decay(name: str, config: ModelConfig) -> bool:
@@ -31,7 +34,7 @@ def no_weight_decay(name: str, config: ModelConfig) -> bool:
     """
     *_, module, leaf = ("", *name.split("."))
     owner = mixer_of(name, config)
-    return leaf == "bias" or module == "norm" or (owner is not None and owner[1] in owner[0].no_decay)
+    return leaf == "bias" or module in _NORMS or (owner is not None and owner[1] in owner[0].no_decay)
 
 
 def initialize_parameter(
@@ -44,7 +47,8 @@ def initialize_parameter(
     """Return a parameter's initial values in fp32 on the CPU.
 
     Matrices are normal with standard deviation ``initializer_range``, divided by sqrt(2 num_layers) where they write
-    to the residual stream (``out_proj`` and ``mlp.down`` of a block). The gate's ``up`` is zero, so gates start at
+    to the residual stream (``out_proj`` and ``mlp.down`` of a block; the built-in mixers' output projections if
+    ``branch_mix`` is sum). The gate's ``up`` is zero, so gates start at
     0.5. Norms are one, biases zero. Mixers can have other rules (:meth:`Mixer.initial_values`).
 
     Args:
@@ -84,11 +88,11 @@ def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, generator: tor
     values = owner[0].initial_values(owner[1], shape, config, generator) if owner else None
     if values is not None:
         return values
-    if module == "norm":
+    if module in _NORMS:
         return torch.ones(shape)
     if leaf == "bias" or _GATE_UP.fullmatch(name):
         return torch.zeros(shape)
     std = config.initializer_range
-    if _RESIDUAL_OUTPUT.fullmatch(name):
+    if _RESIDUAL_OUTPUT.fullmatch(name) or (config.branch_mix == "sum" and _SUMMED_OUTPUT.fullmatch(name)):
         std /= math.sqrt(2 * config.num_layers)
     return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -63,12 +63,10 @@ class DistributedModel:
     """This rank's shard of each parameter, by parameter name."""
 
 
-def build_model(
-    config: ModelConfig, layout: Layout, model_class: type[FusionTreeModel] = FusionTreeModel
-) -> DistributedModel:
+def build_model(config: ModelConfig, layout: Layout) -> DistributedModel:
     """Return this rank's part of the model on the meta device: shapes and names, no memory."""
     with torch.device("meta"):
-        model = model_class(config)
+        model = FusionTreeModel(config)
     specs = apply_tensor_parallel(model, layout)
     apply_context_parallel(model, layout)
     return DistributedModel(model, specs)

@@ -125,8 +125,17 @@ def kept_elements(model: ModelConfig, layer: int, mode: str, tp: int) -> float:
     if model.use_alignment:
         products += 3 * between
         rest += between
-    products += (model.gate_rank + hidden + model.mlp_size) / tp  # terms only added to the residual are not kept
-    rest += hidden + between + model.mlp_size / tp  # the gathered input of the branches, the mixture, the MLP's GELU
+    if model.branch_mix == "gate":
+        products += (model.gate_rank + hidden) / tp
+    products += model.mlp_size / tp  # terms only added to the residual are not kept
+    rest += hidden + model.mlp_size / tp  # the gathered input of the branches, the MLP's GELU
+    if model.branch_mix in ("gate", "mean"):
+        rest += between  # the mixture, input of a projection
+    if model.branch_norm:
+        rest += len(mixers) * between
+    if model.mlp_input == "residual":
+        products += between  # the residual stream, input of the MLP's norm
+        rest += between
     return between + products + (rest if mode == "none" else 0.0)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fusiontree.checkpoint.folders import STATE, complete_checkpoints
+from fusiontree.models.config import ModelConfig
 from fusiontree.supervision.run_lock import GUARD, RUN_LOCK
 from fusiontree.tracking.console import NOTICE, Console
 from fusiontree.tracking.records import Records, read_records
@@ -33,6 +34,11 @@ _IDENTITY = (
     ("training", ("seed", "seq_len", "global_batch_size", "curriculum", "gate_target", "gate_margin")),
 )
 """The datasets are compared by their content instead, see :func:`check_same_data`: they may move."""
+_MODEL_DEFAULTS = {
+    f"model.{name}": ModelConfig.model_fields[name].default
+    for name in ("branch_norm", "branch_mix", "mlp_input", "global_rope")
+}
+"""Settings that came later than the first runs."""
 
 
 def _identity(values: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +75,9 @@ def check_run_folder(run_dir: Path, values: dict[str, Any]) -> None:
     before = _saved_values(run_dir)
     _check_initial(run_dir, before, values)
     saved, wanted = _identity(before), _identity(values)
+    if saved:
+        # A folder of a version that lacked a setting was trained with the meaning of its default.
+        saved = {name: _MODEL_DEFAULTS[name] for name in wanted if name in _MODEL_DEFAULTS} | saved
     differing = [k for k in sorted(saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]
     if saved and differing:
         lines = "\n".join(f"  {k}: {saved.get(k)!r} in the folder, {wanted.get(k)!r} now" for k in differing)

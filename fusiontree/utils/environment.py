@@ -190,6 +190,12 @@ def environment_with_defaults(**defaults: str) -> dict[str, str]:
     return {**defaults, **os.environ}
 
 
+def name_of_gpu(index: int) -> str:
+    """Return the value of CUDA_VISIBLE_DEVICES that shows a process only the GPU that is ``index`` here."""
+    shown = _text("CUDA_VISIBLE_DEVICES")
+    return shown.split(",")[index].strip() if shown else str(index)
+
+
 def rendezvous_given() -> bool:
     """True if a launcher set the address where the ranks meet (``MASTER_ADDR`` and ``MASTER_PORT``)."""
     return _text("MASTER_ADDR") is not None and _text("MASTER_PORT") is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 PATTERNS = ["FF", "MM", "AA", "FMAF", "MAF"]
 
-VARIANTS: dict[str, dict[str, Any]] = {
+EXPORTED_VARIANTS: dict[str, dict[str, Any]] = {
     **{f"pattern {pattern}": {"layer_pattern": pattern} for pattern in PATTERNS},
     "window longer than the text": {"layer_pattern": "FA", "window_size": 60},
     "window of one": {"layer_pattern": "FA", "window_size": 1},
@@ -21,4 +21,32 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learned time encoding": {"srte_encoding": "learnable"},
     "mean instead of alignment": {"use_alignment": False, "layer_pattern": "FMA"},
     "swiglu, tied head": {"mlp_activation": "swiglu", "tie_word_embeddings": True},
+}
+"""Those that the code of a Hugging Face folder computes."""
+
+LLAMA: dict[str, Any] = {
+    "layer_pattern": "AA",
+    "global_heads": 4,
+    "branch_mix": "sum",
+    "mlp_input": "residual",
+    "mlp_activation": "swiglu",
+    "use_alignment": False,
+    "srte_encoding": "none",
+}
+"""A plain Llama: attention and MLP in turn."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    **EXPORTED_VARIANTS,
+    "gate over normalized branches": {"branch_norm": True, "layer_pattern": "FMA"},
+    "mean of normalized branches": {"branch_norm": True, "branch_mix": "mean", "layer_pattern": "FMA"},
+    "concatenated branches": {"branch_mix": "concat", "layer_pattern": "FMA"},
+    "sum and MLP in turn": {
+        "layer_pattern": "FMA",
+        "branch_mix": "sum",
+        "mlp_input": "residual",
+        "use_alignment": False,
+    },
+    "gate and MLP in turn": {"layer_pattern": "FMA", "mlp_input": "residual"},
+    "global heads without rotation": {"global_rope": False, "layer_pattern": "FA"},
+    "plain Llama": LLAMA,
 }

@@ -94,6 +94,17 @@ OTHER_MODEL = (
     "model.attention_type=pyramidal",
     "model.srte_encoding=sincos",
 )
+NO_GATE = ("model.load_balance_coeff=0", "model.entropy_reg_coeff=0")
+NORMED = ("model.branch_norm=true",)
+MEAN = ("model.branch_mix=mean", "model.branch_norm=true", *NO_GATE)
+CONCATENATED = ("model.branch_mix=concat", "model.branch_norm=true", *NO_GATE)
+IN_TURN = (
+    "model.branch_mix=sum",
+    "model.mlp_input=residual",
+    "model.use_alignment=false",
+    "model.global_rope=false",
+    *NO_GATE,
+)
 RECORDED = ("training.cuda_graphs=on",)
 LAYOUTS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 4)]
 FAST = [
@@ -137,6 +148,13 @@ GROUPS: dict[str, list[Cell]] = {
         Cell("zero3", 1, 2, 2, "full", extra=("parallel.offload=all",)),
         Cell("zero3", 1, 2, 2, "auto"),
         Cell("zero3", 1, 2, 2, extra=OTHER_MODEL),
+    ],
+    "mixes of branches": [
+        Cell("fsdp2", 2, 1, 2, "full", extra=NORMED),
+        Cell("ddp", 1, 2, 2, extra=MEAN),
+        Cell("zero3", 1, 2, 2, extra=CONCATENATED),
+        Cell("fsdp2", 1, 2, 2, "selective", extra=IN_TURN),
+        Cell("fsdp2", 1, 2, 2, "selective", extra=CONCATENATED),
     ],
     "recorded steps": [Cell("ddp", *axis, extra=RECORDED) for axis in ((2, 1, 1), (1, 2, 1), (1, 1, 2))],
     "eight ranks": [Cell("fsdp2", 2, 2, 2), Cell("zero3", 2, 2, 2), Cell("zero1", 2, 2, 2)],

@@ -121,3 +121,9 @@ def test_a_damaged_config_is_replaced_by_that_of_the_newest_checkpoint(run_dir: 
     check_run_folder(run_dir, VALUES)
     with pytest.raises(UserError, match=r"training.global_batch_size: 2 in the folder, 4 now"):
         check_run_folder(run_dir, changed("training", "global_batch_size", 4))
+
+
+def test_a_run_of_a_version_without_a_setting_resumes_with_its_default(run_dir: Path) -> None:
+    check_run_folder(run_dir, changed("model", "branch_mix", "gate"))
+    with pytest.raises(UserError, match=r"model.branch_mix: 'gate' in the folder, 'mean' now"):
+        check_run_folder(run_dir, changed("model", "branch_mix", "mean"))

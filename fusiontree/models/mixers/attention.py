@@ -89,6 +89,7 @@ class LocalGlobalAttention(Mixer):
         super().__init__(config, layer)
         self.head_dim = config.attention_head_dim
         self.backend = config.kernels.elementwise
+        self.rotates_global = config.global_rope
         self.num_heads, self.local_heads = config.num_heads, config.local_heads
         self.local_kv_heads, self.global_kv_heads = config.local_kv_heads, config.global_kv_heads
         width, hidden = self.head_dim, config.hidden_size
@@ -109,7 +110,17 @@ class LocalGlobalAttention(Mixer):
         )
         local, local_kv = self.local_part(q.shape[2], k.shape[2])
         # From here on, local and global heads are computed separately.
-        queries, keys = rotate_and_cut(q, k, inputs.cos_BSD, inputs.sin_BSD, (local, local_kv), backend=self.backend)
+        rotate = partial(rotate_and_cut, first=(local, local_kv), backend=self.backend)
+        if self.rotates_global or local == q.shape[2]:
+            queries, keys = rotate(q, k, inputs.cos_BSD, inputs.sin_BSD)
+        else:
+            # The rotation returns contiguous heads, which the attention kernels expect.
+            queries, keys = (
+                (x[:, :, :n].contiguous(), x[:, :, n:].contiguous()) for x, n in ((q, local), (k, local_kv))
+            )
+            if local:
+                (q_local, _), (k_local, _) = rotate(queries[0], keys[0], inputs.cos_BSD, inputs.sin_BSD)
+                queries, keys = (q_local, queries[1]), (k_local, keys[1])
         values = v.split([local_kv, v.shape[2] - local_kv], dim=2)
         cores = (self.local_core, self.global_core)
         caches = (cache.local, cache.everything) if cache else (None, None)

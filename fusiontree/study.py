@@ -1,0 +1,193 @@
+"""Trains the arms of a study side by side and writes one report: ``python -m fusiontree.study FILE --out DIR``.
+
+The same command goes on after a stop: finished runs are skipped, unfinished ones resume. ``--report RESULTS`` writes
+the report again from a results.json alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusiontree.cli.program import run_program
+from fusiontree.tracking.console import short
+from fusiontree.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fusiontree.studying.config import StudyConfig
+    from fusiontree.studying.runs import Run
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusiontree.study",
+        description="Train the arms of a study side by side, at equal FLOPs or tokens, and write one report. Started "
+        "again, the study goes on.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("study", nargs="?", metavar="FILE", help="the study's YAML file, or a packaged name such as blocks")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the runs, results.json and report.md")
+    add("--gpus", type=int, metavar="N", help="GPUs, one run on each at a time (default: all)")
+    add("--processes", type=int, metavar="N", help="train on CPUs, N runs at a time, instead of on GPUs")
+    add("--only", nargs="+", metavar="PATTERN", help="runs to start, by SIZE/ARM/seed-S, e.g. '60m/*' '*/fused/*'")
+    add("--time-limit", type=float, metavar="S", help="seconds after which running runs save a checkpoint and stop")
+    add("--every", type=float, default=15.0, metavar="S", help="seconds between lines of progress (default 15)")
+    add("--dry-run", action="store_true", help="print the table of runs and exit")
+    add("--no-evaluation", action="store_true", help="leave out the study's evaluation")
+    add("--no-pictures", action="store_true", help="write report.md without pictures (they need matplotlib)")
+    add(
+        "--report",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS",
+        help="run nothing; write the report of these results.json into --out, with one results.json of all",
+    )
+    add("--set", nargs="+", default=[], metavar="section.key=value", help="settings of all runs, over the study's")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a study; return the exit code: 0 all selected runs are finished, 1 runs failed, 75 stopped, 2 user error."""
+    return run_program(build_parser, run, argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run, plan or report as asked; return the exit code of :func:`main`.
+
+    Raises:
+        UserError: an option, the study or a configuration is wrong, or matplotlib is missing.
+    """
+    if not args.no_pictures and not args.dry_run and importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "matplotlib, which draws the pictures, is not installed; install it, or give --no-pictures and write the "
+            "report elsewhere with --report"
+        )
+    if args.report:
+        from fusiontree.studying.report import write_report
+        from fusiontree.studying.results import RESULTS, merged, read_results
+        from fusiontree.utils.files import write_json
+
+        results = merged([read_results(path) for path in args.report])
+        args.out.mkdir(parents=True, exist_ok=True)
+        if len(args.report) > 1:
+            write_json(args.out / RESULTS, results, indent=0)
+        print(write_report(results, args.out, pictures=not args.no_pictures))
+        return 0
+    if not args.study:
+        raise UserError("give the study's FILE, or --report RESULTS; see --help")
+    from fusiontree.studying.config import load_study
+    from fusiontree.studying.runs import plan_runs
+
+    changed = {**dict(map(_setting, args.set)), **({"training.device": "cpu"} if args.processes else {})}
+    study = load_study(Path(args.study))
+    study = study.model_copy(update={"set": {**study.set, **changed}})
+    if args.no_evaluation:
+        study = study.model_copy(update={"evaluate": []})
+    runs = plan_runs(study)
+    only = _selection(args.only, runs)
+    if args.dry_run:
+        print_table(study, [run for run in runs if only(run)])
+        return 0
+    return run_study(args, study, runs, only)
+
+
+def run_study(args: argparse.Namespace, study: StudyConfig, runs: list[Run], only: Callable[[Run], bool]) -> int:
+    """Train the selected runs and write results and report; return the exit code of :func:`main`."""
+    from fusiontree.studying.report import write_report
+    from fusiontree.studying.results import RESULTS, collect
+    from fusiontree.studying.workers import Workers
+    from fusiontree.utils.files import write_json
+
+    slots, gpus = _slots(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    workers = Workers(
+        study,
+        runs,
+        args.out,
+        slots,
+        gpus=gpus,
+        only=only,
+        time_limit_s=args.time_limit,
+        say=lambda line: print(line, flush=True),
+        every_s=args.every,
+    )
+    workers.run_all()
+    known = workers.runs()
+    results = collect(study, known, args.out, workers.is_finished, workers.failed)
+    write_json(args.out / RESULTS, results, indent=0)
+    print(f"{args.out / RESULTS}\n{write_report(results, args.out, pictures=not args.no_pictures)}")
+    for name, reason in workers.failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    left = [run.name for run in known if only(run) and run.name not in workers.failed and not workers.is_finished(run)]
+    if workers.failed:
+        return 1
+    if left:
+        print(f"{len(left)} runs are not finished; the same command goes on")
+        return 75
+    return 0
+
+
+def print_table(study: StudyConfig, runs: Sequence[Run]) -> None:
+    """Print one line per run: parameters, FLOPs per token, steps, tokens and the whole run's FLOPs."""
+    head = ("run", "parameters", "MFLOPs/token", "steps", "tokens", "FLOPs", "rate")
+    width = max([len(head[0]), *(len(run.name) for run in runs)])
+    print(f"{head[0]:<{width}}" + "".join(f"{name:>14}" for name in head[1:]))
+    for run in runs:
+        rate = "of search" if run.rate is None else f"{run.rate:.3g}"
+        cells = [short(run.parameters), f"{run.flops_per_token / 1e6:.1f}", f"{run.steps:,}", short(run.tokens)]
+        print(f"{run.name:<{width}}" + "".join(f"{cell:>14}" for cell in (*cells, f"{run.flops:.4g}", rate)))
+    total = sum(run.flops for run in runs)
+    print(f"{len(runs)} runs, {short(sum(run.tokens for run in runs))} tokens, {total:.4g} FLOPs; equal {study.equal}")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    from fusiontree.config.load import parse_yaml
+
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise UserError(f"--set '{text}' is not of the form section.key=value")
+    return name, parse_yaml(value, f"--set '{text}'")
+
+
+def _selection(patterns: Sequence[str] | None, runs: Sequence[Run]) -> Callable[[Run], bool]:
+    """Return whether ``--only`` selects a run.
+
+    Raises:
+        UserError: a pattern selects none.
+    """
+    for pattern in patterns or []:
+        if not any(fnmatchcase(run.name, pattern) for run in runs):
+            raise UserError(f"--only '{pattern}' selects no run; runs are {', '.join(run.name for run in runs[:6])} …")
+    return lambda run: patterns is None or any(fnmatchcase(run.name, pattern) for pattern in patterns)
+
+
+def _slots(args: argparse.Namespace) -> tuple[int, bool]:
+    """Return how many runs go side by side, and whether each has a GPU.
+
+    Raises:
+        UserError: the numbers contradict each other or the machine.
+    """
+    if args.gpus is not None and args.processes is not None:
+        raise UserError("--gpus and --processes exclude each other; give one")
+    if args.processes is not None:
+        if args.processes < 1:
+            raise UserError(f"--processes {args.processes}: give at least 1")
+        return args.processes, False
+    import torch
+
+    found = torch.cuda.device_count()
+    wanted = found if args.gpus is None else args.gpus
+    if not 1 <= wanted <= found:
+        raise UserError(f"--gpus {wanted}: this machine has {found} GPUs; give 1 to {found}, or --processes N for CPUs")
+    return wanted, True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Studies: many runs described by one file, trained side by side, and compared in one report."""

@@ -1,0 +1,171 @@
+"""The report of a study: report.md and its pictures, from results.json alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusiontree.studying.statistics import LEVEL, mean_and_spread
+from fusiontree.studying.summary import ArmResult, SizeResult, accuracy_by_length, summarize
+from fusiontree.tracking.console import short
+
+REPORT = "report.md"
+
+
+def write_report(results: dict[str, Any], folder: Path, *, pictures: bool = True) -> Path:
+    """Write report.md and, unless ``pictures`` is False, its pictures into ``folder``; return the report's path."""
+    sizes = summarize(results)
+    drawn: list[tuple[str, str]] = []
+    if pictures and sizes:
+        from fusiontree.studying.pictures import draw
+
+        drawn = draw(results, sizes, folder)
+    path = folder / REPORT
+    path.write_text("\n".join(_lines(results, sizes, drawn)) + "\n")
+    return path
+
+
+def _lines(results: dict[str, Any], sizes: list[SizeResult], drawn: list[tuple[str, str]]) -> Iterable[str]:
+    study = results["study"]
+    yield "# Study: " + (study["purpose"] or "arms compared")
+    yield ""
+    yield _setup(study)
+    yield ""
+    if notes := [f"- `{arm}`: {setup['note']}" for arm, setup in study["arms"].items() if setup["note"]]:
+        yield from (*notes, "")
+    for size in sizes:
+        yield from _size_lines(size, study["reference"])
+    yield from _unfinished(results)
+    for name, title in drawn:
+        yield from (f"## {title}", "", f"![{title}]({name})", "")
+
+
+def _setup(study: dict[str, Any]) -> str:
+    equal = "training FLOPs" if study["equal"] == "flops" else "training tokens"
+    rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
+    text = f"All runs of a size spend the {equal} of `{study['reference']}`. "
+    if len(study["learning_rates"]) > 1:
+        text += f"Peak learning rate: of {rates}, the one with the lowest loss of each arm on the first size and seed. "
+    else:
+        text += f"Peak learning rate: {rates} on the first size. "
+    text += (
+        f"Larger sizes multiply it by (parameters of the first / of the size)^{study['rate_exponent']:g}. FLOPs are "
+        f"those of matrix products, attention and scans, forward and backward, in rows of one document."
+    )
+    return text
+
+
+def _size_lines(size: SizeResult, reference: str) -> Iterable[str]:
+    yield from (f"## {size.size}", "")
+    cells = []
+    for arm in size.arms:
+        run = arm.runs[0]
+        cells.append(
+            (
+                f"`{arm.arm}`",
+                short(run["parameters"]),
+                f"{run['flops_per_token'] / 1e6:.4g}",
+                short(run["tokens"]),
+                f"{run['tokens'] * run['flops_per_token']:.3e}",
+                f"{run['rate']:g}",
+                short(run["curve"]["tokens_per_s"] or 0),
+                f"{arm.mean:.4f}",
+                "" if math.isnan(arm.spread) else f"{arm.spread:.4f}",
+                str(len(arm.runs)),
+                _difference(arm, reference),
+            )
+        )
+    head = ("arm", "parameters", "MFLOPs per token", "tokens", "FLOPs", "rate", "tokens/s", "final loss")
+    yield from _table((*head, "std", "seeds", f"difference from `{reference}`"), cells)
+    yield ""
+    yield _noise_text(size, reference)
+    yield ""
+    if any(arm.fits for arm in size.arms):
+        yield (
+            "Fit of loss = a + b (FLOPs / FLOPs of the run)^-c to each run's losses after a fifth of its tokens; ± is "
+            "the standard deviation between seeds. The learning rate falls during a run, so that the fit describes the "
+            "curve and does not predict longer runs."
+        )
+        yield ""
+        yield from _table(("arm", "a", "b", "c", "residual"), [_fit_cells(arm) for arm in size.arms if arm.fits])
+        yield ""
+    yield from _accuracy_lines(size)
+
+
+def _difference(arm: ArmResult, reference: str) -> str:
+    if arm.arm == reference:
+        return "—"
+    return "" if math.isnan(arm.difference) else f"{arm.difference:+.4f} {arm.verdict}"
+
+
+def _noise_text(size: SizeResult, reference: str) -> str:
+    if size.noise is None:
+        return "One seed per arm: the noise between seeds is unknown, and no difference can be called one."
+    needed = sorted({f"{arm.needed:.4f}" for arm in size.arms if not math.isnan(arm.needed)})
+    comparisons = len(size.arms) - 1
+    text = (
+        f"Noise: the standard deviation between seeds, pooled over arms, is {size.noise.std:.4f} nats "
+        f"({size.noise.degrees} degrees of freedom). Test: a two-sided t-test with this deviation at {LEVEL:.0%}, "
+        f"divided by {comparisons} comparisons (Bonferroni)"
+    )
+    if not needed:
+        return text + f"; `{reference}` has no finished run to compare with."
+    return text + f"; a difference from `{reference}` exceeds the noise above {' or '.join(needed)} nats."
+
+
+def _fit_cells(arm: ArmResult) -> tuple[str, ...]:
+    def cell(values: Sequence[float]) -> str:
+        mean, spread = mean_and_spread(values)
+        return f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}")
+
+    columns = ([fit.a for fit in arm.fits], [fit.b for fit in arm.fits], [fit.c for fit in arm.fits])
+    residual = max(fit.residual for fit in arm.fits)
+    return (f"`{arm.arm}`", *(cell(values) for values in columns), f"{residual:.4f}")
+
+
+def _accuracy_lines(size: SizeResult) -> Iterable[str]:
+    by_arm = {arm.arm: accuracy_by_length(arm.runs) for arm in size.arms}
+    for task in sorted({task for found in by_arm.values() for task in found}):
+        lengths = sorted({length for found in by_arm.values() for length in found.get(task, {})})
+        cells = []
+        for arm, found in by_arm.items():
+            if task in found:
+                values = [found[task].get(length) for length in lengths]
+                cells.append((f"`{arm}`", *("" if value is None else _accuracy(value) for value in values)))
+        yield f"Accuracy on {task} by row length, mean over depths and seeds:"
+        yield ""
+        yield from _table(("arm", *(f"{length:,}" for length in lengths)), cells)
+        yield ""
+
+
+def _accuracy(value: tuple[float, float]) -> str:
+    mean, spread = value
+    return f"{mean:.1%}" + ("" if math.isnan(spread) else f" ± {spread:.1%}")
+
+
+def _unfinished(results: dict[str, Any]) -> Iterable[str]:
+    """Name the runs that are missing, so that nobody takes the tables for complete."""
+    missing = [run for run in results["runs"] if run["state"] != "finished"]
+    broken = [run for run in results["runs"] if run["state"] == "finished" and not _is_finite(run.get("final_loss"))]
+    if not missing and not broken:
+        return
+    yield from ("## Not in the tables", "")
+    for run in missing:
+        reason = results["failed"].get(run["name"], "")
+        yield f"- {run['name']}: {run['state']}{': ' + reason if reason else ''}"
+    for run in broken:
+        yield f"- {run['name']}: its final loss is not finite"
+    yield ""
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|---" * len(head) + "|"
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"

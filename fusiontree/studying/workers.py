@@ -1,0 +1,244 @@
+"""Runs a study's runs side by side, one per slot (a GPU, or a process on CPUs), and says how far they are."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from fusiontree.studying.config import StudyConfig
+from fusiontree.studying.results import EVALUATION, final_loss
+from fusiontree.studying.runs import Run, choose_rates
+from fusiontree.tracking.console import clock, short
+from fusiontree.tracking.records import read_records
+from fusiontree.utils.environment import environment_with_defaults, name_of_gpu
+from fusiontree.utils.files import write_json
+
+DONE = "study.json"
+"""File in a run's folder that says that its training is finished."""
+_STOPPED = 75
+_GRACE_S = 120.0
+"""Time in which a stopped run may save its checkpoint."""
+_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
+
+
+@dataclass
+class Job:
+    """A process of a run."""
+
+    run: Run
+    slot: int
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    evaluates: bool
+    began: float = field(default_factory=time.monotonic)
+    step_before: int = 0
+    """Step of the run when the process started."""
+
+
+class Workers:
+    """Starts runs in free slots until all are finished, failed or stopped.
+
+    A finished run is skipped, an unfinished one resumes from its checkpoint, and a failed one is named while the others
+    go on. SIGTERM, SIGINT and the time limit let every run save a checkpoint.
+    """
+
+    def __init__(
+        self,
+        study: StudyConfig,
+        runs: Sequence[Run],
+        folder: Path,
+        slots: int,
+        *,
+        gpus: bool,
+        only: Callable[[Run], bool],
+        time_limit_s: float | None,
+        say: Callable[[str], None],
+        every_s: float = 15.0,
+    ) -> None:
+        """Prepare; ``runs`` are of :func:`plan_runs`, ``only`` selects those to start."""
+        self.study, self.planned, self.folder, self.slots = study, list(runs), folder, slots
+        self.gpus, self.only, self.say, self.every_s = gpus, only, say, every_s
+        self.began = time.monotonic()
+        self.deadline = None if time_limit_s is None else self.began + time_limit_s
+        self.jobs: list[Job] = []
+        self.failed: dict[str, str] = {}
+        """Name of a failed run -> its last line of output."""
+        self.stopping: str | None = None
+        """Why no run is started any more."""
+        self.interrupted = 0
+        self.spent = 0.0
+        """FLOPs of the steps that this call's finished processes computed."""
+
+    def run_all(self) -> None:
+        """Run until nothing is left to do."""
+        handlers = {number: signal.signal(number, self._stop_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        said = time.monotonic()
+        try:
+            while self._start_jobs() or self.jobs:
+                time.sleep(0.2)
+                for job in [job for job in self.jobs if job.process.poll() is not None]:
+                    self._finish(job)
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    self.stop("the time limit is reached")
+                if time.monotonic() - said >= self.every_s:
+                    said = time.monotonic()
+                    self.say(self.progress())
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for job in self.jobs:
+                job.process.kill()
+
+    def stop(self, reason: str) -> None:
+        """Start no further run and ask the running ones to save and end; kill them after a grace period."""
+        if self.stopping is None:
+            self.stopping = reason
+            self.say(f"{reason}: {len(self.jobs)} runs save a checkpoint and stop")
+            for job in self.jobs:
+                job.process.terminate()
+            self.deadline = time.monotonic() + _GRACE_S
+        elif self.deadline is not None and time.monotonic() > self.deadline:
+            for job in self.jobs:
+                job.process.kill()
+
+    def runs(self) -> list[Run]:
+        """Return all runs, with the learning rates that are known by now."""
+        return choose_rates(self.study, self.planned, self._loss_of)
+
+    def is_finished(self, run: Run) -> bool:
+        """Whether the run is trained and, if the study says so, evaluated."""
+        if run.rate is None or not (self.folder / run.name / DONE).is_file():
+            return False
+        return not self.study.evaluate or (self.folder / run.name / EVALUATION).is_file()
+
+    def progress(self) -> str:
+        """Return one line: finished runs, rate, time left, and the state of every running one."""
+        runs = [run for run in self.runs() if self.only(run)]
+        finished = sum(map(self.is_finished, runs))
+        states = [self._state(job) for job in self.jobs]
+        elapsed = time.monotonic() - self.began
+        rate = (self.spent + sum(flops for _, flops, _ in states)) / elapsed
+        left = sum(run.flops for run in runs if not self.is_finished(run) and run.name not in self.failed)
+        left -= sum(reached for _, _, reached in states)
+        eta = clock(left / rate) if rate > 0 else "unknown"
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        head = f"{clock(elapsed)}  {finished}/{len(runs)} runs finished{failed}, {rate / 1e12:.3g} TFLOP/s, {eta} left"
+        return "\n".join([head, *(f"    {text}" for text, _, _ in states)])
+
+    def _loss_of(self, run: Run) -> float | None:
+        if run.name in self.failed:
+            return float("nan")
+        return final_loss(self.folder / run.name) if self.is_finished(run) else None
+
+    def _state(self, job: Job) -> tuple[str, float, float]:
+        """Return a line about a job, the FLOPs that it computed, and those that its run has behind it."""
+        if job.evaluates:
+            return f"{job.run.name}: evaluation", 0.0, job.run.flops
+        records = [r for r in read_records(self.folder / job.run.name / "metrics.jsonl") if "lm_loss" in r]
+        if not records:
+            return f"{job.run.name}: starting", 0.0, 0.0
+        last, per_step = records[-1], job.run.tokens_per_step * job.run.flops_per_token
+        loss = last["lm_loss"] if last["lm_loss"] is not None else float("nan")
+        text = f"{job.run.name}: step {last['step']}/{job.run.steps}, loss {loss:.3f}"
+        text += f", {short(last['tokens_per_s'] or 0)} tokens/s"
+        return text, max(0, last["step"] - job.step_before) * per_step, last["step"] * per_step
+
+    def _start_jobs(self) -> bool:
+        """Fill free slots; return whether a process runs."""
+        taken = {job.slot for job in self.jobs}
+        names = {job.run.name for job in self.jobs}
+        for slot in (slot for slot in range(self.slots) if slot not in taken and self.stopping is None):
+            waiting = [
+                run
+                for run in self.runs()
+                if run.rate is not None
+                and self.only(run)
+                and run.name not in names
+                and run.name not in self.failed
+                and not self.is_finished(run)
+            ]
+            if not waiting:
+                break
+            # The longest first, so that no slot is left with a long run at the end; a search decides what follows it.
+            run = max(waiting, key=lambda run: (run.searched, run.flops))
+            self._start(run, slot)
+            names.add(run.name)
+        return bool(self.jobs)
+
+    def command(self, run: Run, evaluates: bool) -> list[str]:
+        """Return the command line that trains or evaluates a run."""
+        if not evaluates:
+            return [sys.executable, "-m", "fusiontree.train", "--quiet", *run.arguments(self.folder)]
+        path = self.folder / run.name
+        words = ["--checkpoint", str(path), *self.study.evaluate, "--json", "--output", str(path / EVALUATION)]
+        return [sys.executable, "-m", "fusiontree.evaluate", *words]
+
+    def _start(self, run: Run, slot: int) -> None:
+        path = self.folder / run.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        evaluates = (path / DONE).is_file()
+        kernels = self.folder / "kernels"  # compiled once for all runs of the study
+        changes = {"TRITON_CACHE_DIR": str(kernels / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor")}
+        if self.gpus:
+            changes["CUDA_VISIBLE_DEVICES"] = name_of_gpu(slot)
+        threads = max(1, (os.cpu_count() or 1) // self.slots)
+        log = path.with_name(f"{path.name}.log").open("ab")
+        process = subprocess.Popen(
+            self.command(run, evaluates),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**environment_with_defaults(OMP_NUM_THREADS=str(threads)), **changes},
+            start_new_session=True,  # Ctrl-C reaches this process alone, which stops the runs in order
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        records = [] if evaluates else read_records(path / "metrics.jsonl")
+        before = max((r["step"] for r in records), default=0)
+        self.jobs.append(Job(run, slot, process, log, evaluates, step_before=before))
+        begins = "evaluated" if evaluates else f"resumed after step {before}" if before else "started"
+        self.say(f"{run.name}: {begins} ({run.steps} steps, {short(run.tokens)} tokens)")
+
+    def _finish(self, job: Job) -> None:
+        self.jobs.remove(job)
+        job.log.close()
+        path = self.folder / job.run.name
+        code, seconds = job.process.returncode, time.monotonic() - job.began
+        self.spent += self._state(job)[1]
+        if code == 0 and not job.evaluates:
+            write_json(path / DONE, {"steps": job.run.steps, "seconds": round(seconds, 1)})
+            loss = final_loss(path)
+            text = "not finite" if loss is None else f"{loss:.4f}"
+            self.say(f"{job.run.name}: finished in {clock(seconds)}, loss {text}")
+        elif code == 0:
+            self.say(f"{job.run.name}: evaluated in {clock(seconds)}")
+        elif code == _STOPPED or self.stopping is not None:
+            self.interrupted += 1
+            if self.stopping is None:  # another program stopped the run; the next start of the study resumes it
+                self.failed[job.run.name] = "stopped by a signal"
+        else:
+            self.failed[job.run.name] = f"exit code {code}: {_last_line(Path(job.log.name))}"
+            self.say(f"{job.run.name}: FAILED, {self.failed[job.run.name]} (see {job.log.name})")
+
+    def _stop_signal(self, number: int, _: object) -> None:
+        self.stop(f"signal {signal.Signals(number).name}")
+
+
+def _end_with_parent() -> None:
+    """Let the kernel send SIGTERM to a run whose study was killed: the run saves a checkpoint and ends."""
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _last_line(log: Path) -> str:
+    """Return the last line of a log that names an error, else the last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "rror" in line]
+    return (errors or lines or ["no output"])[-1][:300]

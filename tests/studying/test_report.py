@@ -1,0 +1,156 @@
+"""The report, made from results alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusiontree.studying.report import write_report
+from fusiontree.studying.results import curve, final_loss, merged, read_results
+from fusiontree.studying.summary import accuracy_by_length, fit_run, summarize
+from fusiontree.utils.errors import UserError
+from tests.studying.test_runs import study
+
+ARMS = {"fused": 2.0, "mean": 2.001, "llama": 2.3}
+
+
+def entry(arm: str, seed: int, size: str = "tiny", **changes: Any) -> dict[str, Any]:
+    """Return a finished run whose loss falls by a power law to the arm's level, 0.002 above it for seed 3."""
+    final = ARMS[arm] + (0.002 if seed else 0.0)
+    tokens = [1000 * step for step in range(1, 21)]
+    losses = [final - 0.5 + 0.5 * (t / 20_000) ** -0.4 for t in tokens]
+    return {
+        "size": size,
+        "arm": arm,
+        "seed": seed,
+        "searched": False,
+        "name": f"{size}/{arm}/seed-{seed}",
+        "rate": 1e-3,
+        "parameters": 50_000,
+        "steps": 20,
+        "tokens": 20_000,
+        "flops_per_token": 3e5,
+        "state": "finished",
+        "final_loss": final,
+        "curve": {
+            "tokens": tokens,
+            "seconds": [t / 1000 for t in tokens],
+            "loss": losses,
+            "validation_tokens": tokens,
+            "validation_loss": losses,
+            "tokens_per_s": 1000.0,
+        },
+        "evaluation": {"recall": [{"length": n, "depth": d, "token_accuracy": d} for n in (64, 128) for d in (0, 1)]},
+        **changes,
+    }
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    runs = [entry(arm, seed) for arm in ARMS for seed in (0, 3)]
+    return {
+        "format": "fusiontree-study",
+        "study": study().model_dump(mode="json"),
+        "failed": {},
+        "runs": runs,
+    }
+
+
+def test_differences_are_judged_by_the_noise_between_seeds(results: dict[str, Any]) -> None:
+    (size,) = summarize(results)
+    assert size.noise is not None and size.noise.std == pytest.approx(0.002 / math.sqrt(2)) and size.noise.degrees == 3
+    arms = {arm.arm: arm for arm in size.arms}
+    assert [arm.arm for arm in size.arms] == ["fused", "mean", "llama"]
+    assert arms["mean"].verdict == "within noise" and arms["llama"].verdict == "worse"
+    assert arms["llama"].difference == pytest.approx(0.3)
+    # Two comparisons, three degrees of freedom: t = 4.177
+    assert arms["llama"].needed == pytest.approx(4.177 * 0.002 / math.sqrt(2), rel=1e-3)
+    assert [fit.c for fit in arms["fused"].fits] == [pytest.approx(0.4, abs=0.011)] * 2
+
+
+def test_only_finished_runs_and_chosen_rates_count(results: dict[str, Any]) -> None:
+    results["runs"][0] |= {"searched": True, "name": "tiny/fused/lr-0.001-seed-0"}
+    results["runs"].append(entry("fused", 0, searched=True, name="tiny/fused/lr-0.004-seed-0", final_loss=2.5))
+    results["runs"].append(entry("mean", 5, state="unfinished", final_loss=9.0))
+    results["runs"].append(entry("mean", 6, final_loss=math.nan))
+    (size,) = summarize(results)
+    losses = {arm.arm: arm.losses for arm in size.arms}
+    assert losses["fused"] == [2.0, pytest.approx(2.002)] and len(losses["mean"]) == 2
+
+
+def test_one_seed_gives_no_verdict(results: dict[str, Any], tmp_path: Path) -> None:
+    results["runs"] = [run for run in results["runs"] if run["seed"] == 0]
+    (size,) = summarize(results)
+    assert size.noise is None and {arm.verdict for arm in size.arms if arm.arm != "fused"} == {"unknown"}
+    assert "the noise between seeds is unknown" in write_report(results, tmp_path, pictures=False).read_text()
+
+
+def test_accuracy_is_averaged_over_depths() -> None:
+    found = accuracy_by_length([entry("fused", 0), entry("fused", 3)])
+    assert found == {"recall": {64: (0.5, 0.0), 128: (0.5, 0.0)}}
+
+
+def test_the_fit_leaves_out_the_beginning() -> None:
+    run = entry("fused", 0)
+    run["curve"]["validation_loss"][:3] = [99.0] * 3
+    fit = fit_run(run)
+    assert fit is not None and fit.residual < 1e-3
+
+
+def test_the_report_and_its_pictures(results: dict[str, Any], tmp_path: Path) -> None:
+    larger = [entry(arm, seed, "wide") | {"tokens": 40_000} for arm in ARMS for seed in (0, 3)]
+    results["runs"] += larger
+    results["study"]["sizes"]["wide"] = results["study"]["sizes"]["tiny"]
+    results["runs"].append(entry("mean", 7, state="failed"))
+    results["failed"]["tiny/mean/seed-7"] = "exit code 2: error: why"
+    before = copy.deepcopy(results)
+    text = write_report(results, tmp_path).read_text()
+    assert results == before
+    for name in ("final", "loss_tokens", "loss_flops", "loss_time", "ladder", "recall"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+        assert f"({name}.png)" in text
+    for words in (
+        "| `llama` | 50k | 0.3 | 20k | 6.000e+09 | 0.001 | 1k | 2.3010 | 0.0014 | 2 | +0.3000 worse |",
+        "is 0.0014 nats (3 degrees of freedom)",
+        "- tiny/mean/seed-7: failed: exit code 2: error: why",
+        "| `fused` | 50.0% ± 0.0% | 50.0% ± 0.0% |",
+    ):
+        assert words in text
+
+
+def test_losses_and_curves_of_a_run(tmp_path: Path) -> None:
+    lines = [{"step": s, "tokens": 10 * s, "lm_loss": 3.0, "step_time_s": 0.5, "averaged_steps": 2} for s in range(200)]
+    lines += [{"step": 200, "tokens": 2000, "lm_loss": None, "step_time_s": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert final_loss(tmp_path) == 3.0
+    values = curve(tmp_path)
+    assert 40 <= len(values["tokens"]) <= 60 and values["tokens"][-1] == 1990 and values["seconds"][-1] == 200.0
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 201, "tokens": 2010, "validation_loss": 2.5}) + "\n")
+    assert final_loss(tmp_path) == 2.5
+    assert final_loss(tmp_path / "nothing") is None
+
+
+def test_results_of_two_machines_are_merged(results: dict[str, Any]) -> None:
+    one, other = copy.deepcopy(results), copy.deepcopy(results)
+    one["runs"][1]["state"] = other["runs"][0]["state"] = "waiting"
+    one["runs"][2]["state"] = "failed"
+    one["failed"] = {one["runs"][2]["name"]: "exit code 1"}
+    both = merged([one, other])
+    assert [run["state"] for run in both["runs"]] == ["finished"] * 6 and not both["failed"]
+    other["study"]["reference"] = "mean"
+    with pytest.raises(UserError, match="differ in reference"):
+        merged([one, other])
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no results of a study"):
+        read_results(tmp_path)
