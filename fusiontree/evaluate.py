@@ -216,8 +216,8 @@ def harness_tasks(args: argparse.Namespace, given: dict[str, Any]) -> HarnessTas
     from fusiontree.evaluation.lm_eval_tasks import HarnessTasks
 
     if args.lm_eval is None:
-        options = {"--num-fewshot": args.num_fewshot, "--limit": args.limit, "--include-path": args.include_path}
-        for option, value in options.items():
+        unused = {"--num-fewshot": args.num_fewshot, "--limit": args.limit, "--include-path": args.include_path}
+        for option, value in unused.items():
             if value not in (None, []):
                 raise UserError(f"{option} is for tasks of lm-evaluation-harness; give --lm-eval TASK,… too")
         return None
