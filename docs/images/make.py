@@ -166,7 +166,7 @@ def sizes() -> None:
     alone = [row for row in rows if row["layout"] == ONE_GPU and row["mfu"] is not None]
     split = [(row, one) for row in rows if row["layout"] != ONE_GPU and (one := one_gpu_of(row, rows)) is not None]
     height = 1.1 + 0.3 * max(len(alone), len(split))
-    fig, (use, layouts) = plt.subplots(1, 2, figsize=(9.5, height))
+    fig, (use, layouts) = plt.subplots(1, 2, figsize=(10.5, height))
 
     def bars(ax: Axes, names: list[str], shares: list[float], color: str, label: str) -> None:
         drawn = ax.barh(range(len(names)), shares, height=0.66, color=color)
@@ -176,12 +176,13 @@ def sizes() -> None:
         ax.invert_yaxis()
 
     def name(row: dict[str, Any]) -> str:
-        return f"{size_name(row['parameters'])}, {row['row']}"
+        device = row["device"].removeprefix("NVIDIA ").split()[0]
+        return f"{device}: {size_name(row['parameters'])}, {row['row']}"
 
     bars(use, [name(row) for row in alone], [row["mfu"] * 100 for row in alone], MAMBA, "MFU on one GPU (%)")
     bars(
         layouts,
-        [f"{name(row)}: {row['layout']}" for row, _ in split],
+        [f"{name(row)}, {row['layout']}" for row, _ in split],
         [row["tokens_per_s_per_gpu"] / one["tokens_per_s_per_gpu"] * 100 for row, one in split],
         ATTENTION,
         "speed per GPU, one GPU = 100%",
