@@ -21,19 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from fusiontree.cli.program import add_device_options, run_program
 from fusiontree.data.format import ShardDamage
-from fusiontree.evaluation.config import EvaluationConfig
+from fusiontree.evaluation.config import EvaluationConfig, evaluation_settings
+from fusiontree.evaluation.lm_eval_command import add_harness_options, harness_tasks, run_harness
 from fusiontree.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from fusiontree.evaluation.lm_eval_tasks import HarnessTasks
     from fusiontree.parallel.layout import Layout
-
-HARNESS_SETTINGS = ("batch_size", "seed")
-"""Settings that tasks of lm-evaluation-harness use too."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     setting("hops", "N", type=int)
     setting("batch_size", "N", type=int)
     setting("seed", "N", type=int)
-    _add_harness(parser)
+    add_harness_options(parser)
     json_help = "print one JSON object instead of a table, as where standard output is no terminal"
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object to this file")
@@ -87,17 +82,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_harness(parser: argparse.ArgumentParser) -> None:
-    """Add the options of lm-evaluation-harness's tasks."""
-    group = parser.add_argument_group("tasks of lm-evaluation-harness", "in place of --tasks; see docs/evaluation.md")
-    add = group.add_argument
-    add("--lm-eval", metavar="TASK,…", help="tasks, groups or tags of lm-evaluation-harness, or YAML files of tasks")
-    add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's number)")
-    add("--limit", type=float, metavar="N", help="questions per task, or their share if below 1 (default: all)")
-    path = "folder of further task files; may be given several times"
-    add("--include-path", type=Path, action="append", default=[], metavar="DIR", help=path)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code: 0 done, 2 user error."""
     return run_program(build_parser, run, argv, errors=(UserError, ShardDamage))
@@ -112,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         ShardDamage: the dataset cannot be read.
     """
     from fusiontree.checkpoint.load import find_checkpoint
+    from fusiontree.utils.environment import process_place
 
     for option, file in (("--output", args.output), ("--plot", args.plot)):
         if file and not file.parent.is_dir():
@@ -126,10 +111,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"ok: {folder}")
         return 0
     if harness is not None:
-        return run_harness(args, harness, folder, given)
-    with evaluation_layout(args.device, args.cp) as layout:
-        values = evaluate(args, folder, given, layout)
-    if layout is None or layout.is_main:
+        values, is_main = run_harness(args, harness, folder, given), process_place().is_main
+    else:
+        with evaluation_layout(args.device, args.cp) as layout:
+            values, is_main = evaluate(args, folder, given, layout), layout is None or layout.is_main
+    if is_main:
         show(args, values)
     return 0
 
@@ -207,56 +193,6 @@ def evaluate(args: argparse.Namespace, folder: Path, given: dict[str, Any], layo
     }
 
 
-def harness_tasks(args: argparse.Namespace, given: dict[str, Any]) -> HarnessTasks | None:
-    """Return the tasks of lm-evaluation-harness; None without ``--lm-eval``.
-
-    Raises:
-        UserError: a task or option is wrong, or the harness is not installed.
-    """
-    from fusiontree.evaluation.lm_eval_tasks import HarnessTasks
-
-    if args.lm_eval is None:
-        unused = {"--num-fewshot": args.num_fewshot, "--limit": args.limit, "--include-path": args.include_path}
-        for option, value in unused.items():
-            if value not in (None, []):
-                raise UserError(f"{option} is for tasks of lm-evaluation-harness; give --lm-eval TASK,… too")
-        return None
-    options = [f"--{name.replace('_', '-')}" for name in given if name not in HARNESS_SETTINGS]
-    options += ["--cp"] * (args.cp != 1) + ["--plot"] * (args.plot is not None)
-    for option in options:
-        raise UserError(f"{option} has no effect on the tasks of --lm-eval; call the command once for each")
-    names = [name.strip() for name in args.lm_eval.split(",") if name.strip()]
-    tasks = HarnessTasks(names, args.num_fewshot, args.limit, args.include_path)
-    tasks.check()
-    return tasks
-
-
-def run_harness(args: argparse.Namespace, tasks: HarnessTasks, folder: Path, given: dict[str, Any]) -> int:
-    """Run tasks of lm-evaluation-harness; the first of several processes prints their results."""
-    from fusiontree.checkpoint.load import read_state
-    from fusiontree.evaluation.lm_eval_model import FusionTreeLM
-
-    settings = evaluation_settings({**read_state(folder)["config"].get("evaluation", {}), **given})
-    lm = FusionTreeLM(folder, args.device, args.dtype, settings.batch_size, seed=settings.seed)
-    if lm.rank == 0:
-        print(f"{folder}: {lm.world_size} x {lm.device.type}, {lm.dtype}", file=sys.stderr, flush=True)
-    began = time.perf_counter()
-    results = tasks.run(lm)
-    values = {
-        "checkpoint": str(folder),
-        "device": str(lm.device),
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "seconds": round(time.perf_counter() - began, 3),
-        "processes": lm.world_size,
-        "settings": {name: getattr(settings, name) for name in HARNESS_SETTINGS},
-        "lm_eval": tasks.settings(),
-    }
-    if lm.rank == 0:
-        show(args, {**values, "results": {"lm_eval": results}})
-    lm.close()
-    return 0
-
-
 def show(args: argparse.Namespace, values: dict[str, Any]) -> None:
     """Print the results of :func:`evaluate`, and write the files that options name."""
     from fusiontree.evaluation.plots import plot_results
@@ -284,22 +220,6 @@ def check_inputs(given: dict[str, Any]) -> None:
         for path in paths:
             if path is not None and "://" not in str(path) and not Path(path).exists():
                 raise UserError(f"{option} {path}: there is no such file or folder")
-
-
-def evaluation_settings(values: dict[str, Any]) -> EvaluationConfig:
-    """Validate settings from the run and the command line.
-
-    Raises:
-        UserError: an option is invalid; the message names all of them.
-    """
-    try:
-        return EvaluationConfig.model_validate(values)
-    except ValidationError as error:
-        problems = [
-            f"--{str(problem['loc'][0]).replace('_', '-')} {problem['input']}: {problem['msg'].lower()}"
-            for problem in error.errors()
-        ]
-        raise UserError("; ".join(problems)) from None
 
 
 def finite(value: Any) -> Any:

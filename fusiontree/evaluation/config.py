@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import field_validator
+from pydantic import ValidationError, field_validator
 
+from fusiontree.utils.errors import UserError
 from fusiontree.utils.registry import Registry
 from fusiontree.utils.settings import PathText, Section, setting
 
@@ -146,3 +147,19 @@ class EvaluationConfig(Section):
         for name in tasks:
             TASKS.get(name)
         return tasks
+
+
+def evaluation_settings(values: dict[str, Any]) -> EvaluationConfig:
+    """Validate settings from the run and the command line.
+
+    Raises:
+        UserError: an option is invalid; the message names all of them.
+    """
+    try:
+        return EvaluationConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            f"--{str(problem['loc'][0]).replace('_', '-')} {problem['input']}: {problem['msg'].lower()}"
+            for problem in error.errors()
+        ]
+        raise UserError("; ".join(problems)) from None

@@ -150,7 +150,7 @@ class FusionTreeModel(nn.Module):
             cache.advance(layout.counts, input_ids_BS.shape[1])
         hidden_BSC = self.norm(x_BSC)
         if hidden_only:
-            return ModelOutput(None, None, None, layer_sums, cache, hidden_BSC)
+            return ModelOutput(None, None, None, layer_sums, cache, hidden_BSC=hidden_BSC)
         if labels_BS is None:
             if logits_to_keep is not None:
                 hidden_BSC = hidden_BSC[:, -logits_to_keep:]
@@ -159,7 +159,7 @@ class FusionTreeModel(nn.Module):
             labels_BS = labels_BS.masked_fill(~layout.padding_mask_BS, -100)
         if never_M is not None:
             scores = self.head(hidden_BSC, labels_BS, never_M)
-            return ModelOutput(None, None, None, layer_sums, cache, scores)
+            return ModelOutput(None, None, None, layer_sums, cache, token_scores=scores)
         loss_sum, z_sum = self.head(hidden_BSC, labels_BS)
         return ModelOutput(loss_sum, z_sum, None, layer_sums, cache)
 
