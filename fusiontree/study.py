@@ -38,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--processes", type=int, metavar="N", help="train on CPUs, N runs at a time, instead of on GPUs")
     add("--only", nargs="+", metavar="PATTERN", help="runs to start, by SIZE/ARM/seed-S, e.g. '60m/*' '*/fused/*'")
     add("--time-limit", type=float, metavar="S", help="seconds after which running runs save a checkpoint and stop")
+    known = "results.json of the same study on other machines: what is finished there is not run again"
+    add("--known", nargs="+", type=Path, default=[], metavar="RESULTS", help=known)
     add("--every", type=float, default=15.0, metavar="S", help="seconds between lines of progress (default 15)")
     add("--dry-run", action="store_true", help="print the table of runs and exit")
     add("--no-evaluation", action="store_true", help="leave out the study's evaluation")
@@ -101,11 +103,12 @@ def run(args: argparse.Namespace) -> int:
 def run_study(args: argparse.Namespace, study: StudyConfig, runs: list[Run], only: Callable[[Run], bool]) -> int:
     """Train the selected runs and write results and report; return the exit code of :func:`main`."""
     from fusiontree.studying.report import write_report
-    from fusiontree.studying.results import RESULTS, collect
+    from fusiontree.studying.results import RESULTS, collect, merged, read_results
     from fusiontree.studying.workers import Workers
     from fusiontree.utils.files import write_json
 
     slots, gpus = _slots(args)
+    elsewhere = [read_results(path) for path in args.known]
     args.out.mkdir(parents=True, exist_ok=True)
     workers = Workers(
         study,
@@ -117,10 +120,11 @@ def run_study(args: argparse.Namespace, study: StudyConfig, runs: list[Run], onl
         time_limit_s=args.time_limit,
         say=lambda line: print(line, flush=True),
         every_s=args.every,
+        elsewhere=merged(elsewhere)["runs"] if elsewhere else [],
     )
     workers.run_all()
     known = workers.runs()
-    results = collect(study, known, args.out, workers.is_finished, workers.failed)
+    results = merged([collect(study, known, args.out, workers.is_finished, workers.failed), *elsewhere])
     write_json(args.out / RESULTS, results, indent=0)
     print(f"{args.out / RESULTS}\n{write_report(results, args.out, pictures=not args.no_pictures)}")
     for name, reason in workers.failed.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fusiontree.studying.config import StudyConfig
 from fusiontree.studying.results import EVALUATION, final_loss
@@ -63,12 +64,17 @@ class Workers:
         time_limit_s: float | None,
         say: Callable[[str], None],
         every_s: float = 15.0,
+        elsewhere: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """Prepare; ``runs`` are of :func:`plan_runs`, ``only`` selects those to start."""
+        """Prepare; ``runs`` are of :func:`plan_runs`, ``only`` selects those to start.
+
+        ``elsewhere`` has entries of runs in the results of other machines; finished ones are not started.
+        """
         self.study, self.planned, self.folder, self.slots = study, list(runs), folder, slots
         self.gpus, self.only, self.say, self.every_s = gpus, only, say, every_s
         self.began = time.monotonic()
         self.deadline = None if time_limit_s is None else self.began + time_limit_s
+        self.elsewhere = {run["name"]: run for run in elsewhere if run["state"] == "finished"}
         self.jobs: list[Job] = []
         self.failed: dict[str, str] = {}
         """Name of a failed run -> its last line of output."""
@@ -116,6 +122,8 @@ class Workers:
 
     def is_finished(self, run: Run) -> bool:
         """Whether the run is trained and, if the study says so, evaluated."""
+        if self._result_elsewhere(run) is not None:
+            return True
         if run.rate is None or not (self.folder / run.name / DONE).is_file():
             return False
         return not self.study.evaluate or (self.folder / run.name / EVALUATION).is_file()
@@ -137,7 +145,17 @@ class Workers:
     def _loss_of(self, run: Run) -> float | None:
         if run.name in self.failed:
             return float("nan")
+        if (other := self._result_elsewhere(run)) is not None:
+            return float("nan") if other["final_loss"] is None else float(other["final_loss"])
         return final_loss(self.folder / run.name) if self.is_finished(run) else None
+
+    def _result_elsewhere(self, run: Run) -> dict[str, Any] | None:
+        """Return the entry of the same run, finished on another machine; its numbers are rounded."""
+        entry = self.elsewhere.get(run.name)
+        if entry is None or run.rate is None or entry["rate"] is None:
+            return None
+        same = entry["steps"] == run.steps and math.isclose(entry["rate"], run.rate, rel_tol=1e-3)
+        return entry if same else None
 
     def _state(self, job: Job) -> tuple[str, float, float]:
         """Return a line about a job, the FLOPs that it computed, and those that its run has behind it."""

@@ -54,7 +54,9 @@ class Stubs(Workers):
         return [sys.executable, "-c", TRAIN, str(self.folder / run.name), str(run.steps), *flags]
 
 
-def workers(folder: Path, said: list[str], time_limit_s: float | None = None, **changes: Any) -> Stubs:
+def workers(
+    folder: Path, said: list[str], time_limit_s: float | None = None, elsewhere: Any = (), **changes: Any
+) -> Stubs:
     values = study(**changes)
     return Stubs(
         values,
@@ -65,6 +67,7 @@ def workers(folder: Path, said: list[str], time_limit_s: float | None = None, **
         only=lambda run: run.arm != "llama",
         time_limit_s=time_limit_s,
         say=said.append,
+        elsewhere=elsewhere,
     )
 
 
@@ -114,6 +117,25 @@ def test_finished_runs_are_evaluated_and_rates_follow_the_search(tmp_path: Path)
     assert entry["rate"] in (1e-3, 2e-3)
     assert entry["evaluation"] == {"recall": [{"length": 64, "token_accuracy": 0.25}]}
     assert len(json.dumps(results)) < 40_000
+
+
+def test_what_was_finished_on_another_machine_is_not_run_again_and_decides_rates(tmp_path: Path) -> None:
+    rates = {"learning_rates": [1e-3, 2e-3], "evaluate": []}
+    first = workers(tmp_path / "first", [], **rates)
+    first.only = lambda run: run.searched and run.arm == "mean"
+    first.run_all()
+    results = collect(first.study, first.runs(), first.folder, first.is_finished, {})["runs"]
+    for run in results:  # the losses decide, not the order
+        run["final_loss"] = 1.0 if "lr-0.002" in run["name"] else 2.0
+    said: list[str] = []
+    second = workers(tmp_path / "second", said, elsewhere=results, **rates)
+    second.only = lambda run: run.arm == "mean"
+    second.run_all()
+    assert started(said) == ["tiny/mean/seed-3"]
+    assert next(run.rate for run in second.runs() if run.name == "tiny/mean/seed-3") == 2e-3
+    changed = [{**run, "steps": run["steps"] + 1} for run in results]  # of another budget
+    third = workers(tmp_path / "third", [], elsewhere=changed, **rates)
+    assert not any(third.is_finished(run) for run in third.runs())
 
 
 def test_runs_are_placed_on_the_gpus_that_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
