@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.end_to_end.runs import ROOT, environment
 
 SECONDS, MIB = 5.0, 300.0
@@ -19,6 +21,7 @@ def simulate(folder: Path, rank: int) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_thousand_ranks(tmp_path: Path) -> None:
     for rank in (0, 1, 1023):  # rank 0 writes what the others read
         result = simulate(tmp_path, rank)

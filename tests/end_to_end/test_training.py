@@ -96,6 +96,7 @@ def test_the_token_hash_is_that_of_the_rows_that_were_read(reference: Path, data
     assert metrics(reference, "tokens_hash") == expected
 
 
+@pytest.mark.slow
 def test_three_ranks_share_a_batch_of_eight(reference: Path, data: Path, tmp_path: Path) -> None:
     """Eight rows do not divide by three ranks; fillers keep them in step and count nothing."""
     done = train(write_config(tmp_path, data), "training.max_steps=6", "training.validation.interval=0", processes=3)
@@ -186,6 +187,7 @@ def test_relaunches_of_a_finished_run_are_no_failures(reference: Path, data: Pat
     assert len(metrics(tmp_path / "run")) == 20
 
 
+@pytest.mark.slow
 def test_a_store_that_is_silent_longer_than_a_step_may_hang_is_waited_for(data: Path, tmp_path: Path) -> None:
     """The scene: reading was to be retried for minutes, and the watchdog ended the job ("hung in 'wait for data'")."""
     store = f"data.train='pipe:sleep 2; cat {data / 'train'}/{{name}}'"
@@ -204,6 +206,7 @@ def test_low_precision_learns(data: Path, tmp_path: Path, precision: str) -> Non
     assert losses[-1] < losses[0] - 0.3
 
 
+@pytest.mark.slow
 def test_curriculum_keeps_the_tokens_of_a_step(data: Path, tmp_path: Path) -> None:
     stages = "training.curriculum=[[16, 3], [32, 4]]"
     config = write_config(tmp_path, data)
@@ -216,6 +219,7 @@ def test_curriculum_keeps_the_tokens_of_a_step(data: Path, tmp_path: Path) -> No
     assert metrics(tmp_path / "run")[:5] == metrics(tmp_path / "whole")[:5]
 
 
+@pytest.mark.slow
 def test_shards_inside_a_node_and_copies_between(reference: Path, data: Path, tmp_path: Path) -> None:
     """Four ranks, parameters sharded over pairs; saved so, and resumed by one process."""
     config = write_config(tmp_path, data)

@@ -89,7 +89,7 @@ def test_one_process_logs_a_value_per_layer_on_logged_steps(alone: dict[int, dic
     [
         ["parallel.tp=2"],
         ["parallel.cp=2", "training.activation_checkpointing=full"],
-        ["parallel.engine=zero3", "training.micro_batch_size=4"],
+        pytest.param(["parallel.engine=zero3", "training.micro_batch_size=4"], marks=pytest.mark.slow),
     ],
     ids=["tp 2", "cp 2", "dp 2"],
 )

@@ -63,7 +63,9 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ParityTable:
 CELLS = [Cell("fsdp2", 1, 1, 2), Cell("fsdp2", 1, 2, 1, "full"), Cell("zero3", 2, 1, 1)]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.layout)
+@pytest.mark.parametrize(
+    "cell", [*CELLS[:2], pytest.param(CELLS[2], marks=pytest.mark.slow)], ids=lambda cell: cell.layout
+)
 def test_layouts_have_the_loss_and_gradient_norm_of_one_process(table: ParityTable, cell: Cell) -> None:
     if cell.engine == "zero3":
         pytest.importorskip("deepspeed")

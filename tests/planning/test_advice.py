@@ -73,6 +73,7 @@ def test_the_recommendation_says_why() -> None:
     assert "no layout fits" in recommendation(layout(fits=False), [], 8)[1]
 
 
+@pytest.mark.slow
 def test_256_gpus_for_a_batch_of_128(capsys: pytest.CaptureFixture[str]) -> None:
     v1 = ["--config", str(CONFIGS / "pretrain_v1.yaml"), "--gpus", "256", "--tokens", "300B"]
     assert main(v1) == 0
