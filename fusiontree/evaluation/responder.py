@@ -4,7 +4,7 @@ Needs no lm_eval; :mod:`fusiontree.evaluation.lm_eval_model` makes the harness's
 tokenized, how long texts are cut, and which windows score a whole text follow the harness's adapter of Hugging Face
 models, so that an exported model gets the same answers there.
 
-Shape legend: B rows, S tokens, C channels, N scored tokens, V vocabulary.
+Shape legend: B rows, S tokens, C channels, N scored tokens, M token ids.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fusiontree.data.tokenizers import Tokenizer
 from fusiontree.evaluation.generation_options import GenerationOptions
 from fusiontree.generation.decoding import generate
 from fusiontree.models.model import FusionTreeModel
+from fusiontree.ops.cross_entropy import linear_token_scores
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.hashing import stable_hash
 
@@ -235,23 +236,16 @@ class Responder:
         spans = [(row, ends[row] - len(tokens), ends[row]) for row, tokens in zip(row_of, continuations, strict=True)]
         hidden_NC = torch.cat([hidden_BSC[row, start:end] for row, start, end in spans])
         targets_N = torch.tensor([token for tokens in continuations for token in tokens], device=device)
-        logprob_N, hit_N = self._score_tokens(hidden_NC, targets_N)
+        chunk = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
+        never_M = torch.tensor(self.never, dtype=torch.int64, device=device)
+        scores = linear_token_scores(hidden_NC, self.model.head.weight, targets_N, never_M, chunk_tokens=chunk)
         sizes = [len(tokens) for tokens in continuations]
         return [
             Scored(float(logprobs.sum()), bool(hits.all()))
-            for logprobs, hits in zip(logprob_N.split(sizes), hit_N.split(sizes), strict=True)
+            for logprobs, hits in zip(
+                scores.log_likelihood.double().cpu().split(sizes), scores.chosen.cpu().split(sizes), strict=True
+            )
         ]
-
-    def _score_tokens(self, hidden_NC: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log-probability of each target (fp64) and whether it is the most likely token, on the CPU."""
-        never_N = torch.tensor(self.never, dtype=torch.int64, device=targets_N.device)
-        at_once = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
-        logprobs, hits = [], []
-        for some_NC, some_N in zip(hidden_NC.split(at_once), targets_N.split(at_once), strict=True):
-            logits_NV = self.model.head(some_NC[None])[0].float()
-            logprobs.append(logits_NV.gather(1, some_N[:, None])[:, 0] - logits_NV.logsumexp(dim=1))
-            hits.append(logits_NV.index_fill_(1, never_N, -torch.inf).argmax(dim=1) == some_N)
-        return torch.cat(logprobs).double().cpu(), torch.cat(hits).cpu()
 
 
 def pad_rows(
