@@ -15,11 +15,11 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fusiontree.data.tokenizers import Tokenizer
 from fusiontree.evaluation.generation_options import GenerationOptions
 from fusiontree.generation.decoding import generate
+from fusiontree.generation.running_batch import pad_rows
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.cross_entropy import linear_token_scores
 from fusiontree.utils.errors import UserError
@@ -246,25 +246,6 @@ class Responder:
                 scores.log_likelihood.double().cpu().split(sizes), scores.chosen.cpu().split(sizes), strict=True
             )
         ]
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int]], side: Literal["left", "right"], multiple: int
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Stack rows, padded to a multiple of ``multiple`` columns.
-
-    Returns:
-        ``(input_ids_BS, padding_mask_BS, ends)``: int64, 0 on pads; bool, True on real tokens; the column behind each
-        row's last token.
-    """
-    columns = -(-max(map(len, rows)) // multiple) * multiple
-    input_ids_BS = torch.zeros(len(rows), columns, dtype=torch.int64)
-    mask_BS = torch.zeros(len(rows), columns, dtype=torch.bool)
-    ends = [columns if side == "left" else len(row) for row in rows]
-    for index, (row, end) in enumerate(zip(rows, ends, strict=True)):
-        input_ids_BS[index, end - len(row) : end] = torch.tensor(row)
-        mask_BS[index, end - len(row) : end] = True
-    return input_ids_BS, mask_BS, ends
 
 
 def rolling_windows(tokens: Sequence[int], prefix: int, length: int) -> Iterator[ScoreRequest]:

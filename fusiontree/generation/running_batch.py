@@ -6,6 +6,7 @@ Shape legend: B rows of the cache, S tokens of the padded prompts, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -117,10 +118,24 @@ def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     Returns:
         ``(input_ids_BS, padding_mask_BS)``: int64, 0 on pads; bool, True on real tokens.
     """
-    longest = max(len(prompt) for prompt in prompts)
-    input_ids_BS = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    padding_mask_BS = torch.zeros(len(prompts), longest, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        input_ids_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
-        padding_mask_BS[row, longest - len(prompt) :] = True
+    input_ids_BS, padding_mask_BS, _ = pad_rows(prompts)
     return input_ids_BS, padding_mask_BS
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], side: Literal["left", "right"] = "left", multiple: int = 1
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Stack rows, padded to a multiple of ``multiple`` columns.
+
+    Returns:
+        ``(input_ids_BS, padding_mask_BS, ends)``: int64, 0 on pads; bool, True on real tokens; the column behind each
+        row's last token.
+    """
+    columns = -(-max(map(len, rows)) // multiple) * multiple
+    input_ids_BS = torch.zeros(len(rows), columns, dtype=torch.int64)
+    mask_BS = torch.zeros(len(rows), columns, dtype=torch.bool)
+    ends = [columns if side == "left" else len(row) for row in rows]
+    for index, (row, end) in enumerate(zip(rows, ends, strict=True)):
+        input_ids_BS[index, end - len(row) : end] = torch.tensor(row)
+        mask_BS[index, end - len(row) : end] = True
+    return input_ids_BS, mask_BS, ends
