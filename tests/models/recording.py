@@ -5,6 +5,7 @@ With :func:`pretend_gpu` the code that records and replays steps runs as it does
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -157,6 +158,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *, reads: bool = False) -> list
     for module in (cuda_graph, running_batch):
         monkeypatch.setattr(module, "recordable", lambda device: True)
     monkeypatch.setattr(utils_cuda_graph, "recording_stream", utils_cuda_graph.recording_stream.__wrapped__)
+    for kept in ("_GRAPHS", "_POOLS"):  # garbage of this test is not what a later test's layout discards
+        monkeypatch.setattr(utils_cuda_graph, kept, weakref.WeakSet())
     return made
 
 
