@@ -80,6 +80,7 @@ def test_a_test_that_hangs_is_ended_and_has_seen_the_mistake(tree: Path, tmp_pat
     assert verdicts(tmp_path / "out", tree, slow, limit_s=12.0) == ["timeout"]
 
 
+@pytest.mark.slow
 def test_a_second_start_runs_only_what_has_changed(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,7 +64,8 @@ def megatron(action: str, folder: Path, tp: int, tensors: dict[str, tuple[Tensor
     return torch.load(f"{file}.loaded", weights_only=True) if action == "load" else {}
 
 
-@pytest.mark.parametrize("written_for", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("written_for", [1, 2])
 def test_megatron_loads_what_we_write_and_we_read_it_back(written_for: int, tmp_path: Path):
     training_run(tmp_path / "run", tie_word_embeddings=written_for == 2, layer_pattern="FMA")
     convert(tmp_path / "run", tmp_path / "mcore", "--to", "megatron", "--tp", written_for)

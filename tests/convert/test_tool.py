@@ -155,6 +155,7 @@ def test_sizes():
     assert [parse_size(t) for t in ("500MB", "5GB", "1.5k", "7")] == [500_000_000, 5_000_000_000, 1500, 7]
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_converted_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     data = build_data(tmp_path / "corpus")
     config = write_config(tmp_path, data, "target")

@@ -65,9 +65,8 @@ def test_a_run_starts_from_the_weights_with_other_rows_and_batches(source: Path,
     assert [event["event"] for event in read_records(run / "events.jsonl")].count("start") == 1
 
 
-@pytest.mark.parametrize(
-    "engine", ["fsdp2", *(pytest.param(f"zero{stage}", marks=pytest.mark.slow) for stage in (1, 3))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero1", "zero3"])
 def test_with_the_optimizer_a_run_starts_alike_on_any_layout(
     source: Path, data: Path, tmp_path: Path, engine: str
 ) -> None:
@@ -162,6 +161,7 @@ def test_a_run_with_checkpoints_refuses_a_new_source(
     assert "start a new run from its weights: another run_dir and checkpoint.init_from=RUN" in error
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_mixture_and_says_so(data: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "noise", [documents(40, seed=9)], ByteTokenizer.info)
     config, old = write_config(tmp_path, data), f"{{path: {data / 'train'}, weight: 1.0}}"

@@ -76,7 +76,7 @@ def test_every_validation_set_is_measured(reference: Path, data: Path, tmp_path:
     assert "tokens of noise" in done.stdout
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one_process(reference: Path, data: Path, tmp_path: Path, engine: str) -> None:
     done = train(write_config(tmp_path, data), f"parallel.engine={engine}", processes=2)
     assert done.returncode == 0, done.stderr
@@ -106,6 +106,7 @@ def test_three_ranks_share_a_batch_of_eight(reference: Path, data: Path, tmp_pat
         assert metrics(tmp_path / "run", key)[:5] == pytest.approx(metrics(reference, key)[:5], rel=1e-5), key
 
 
+@pytest.mark.slow
 def test_another_accumulation_and_recomputation_change_nothing(reference: Path, data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, data)
     done = train(config, "training.micro_batch_size=8", "training.activation_checkpointing=full")
@@ -114,6 +115,7 @@ def test_another_accumulation_and_recomputation_change_nothing(reference: Path, 
         assert metrics(tmp_path / "run", key) == pytest.approx(metrics(reference, key), rel=1e-5, abs=1e-7), key
 
 
+@pytest.mark.slow
 def test_auto_says_how_much_it_recomputes(reference: Path, data: Path, tmp_path: Path) -> None:
     done = train(write_config(tmp_path, data), "training.activation_checkpointing=auto", "training.exit_at_step=3")
     assert done.returncode == 0, done.stderr
@@ -155,6 +157,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(reference: Path, data: Path,
     assert metrics(tmp_path / "run") == metrics(reference)
 
 
+@pytest.mark.slow
 def test_progress_after_a_damaged_checkpoint_is_kept(reference: Path, data: Path, tmp_path: Path) -> None:
     """A damaged newer checkpoint must not count for retention: the saves after it would be deleted at once."""
     config, run = write_config(tmp_path, data), tmp_path / "run"
@@ -172,6 +175,7 @@ def test_progress_after_a_damaged_checkpoint_is_kept(reference: Path, data: Path
     assert metrics(run) == metrics(reference)
 
 
+@pytest.mark.slow
 def test_relaunches_of_a_finished_run_are_no_failures(reference: Path, data: Path, tmp_path: Path) -> None:
     """Ten starts of a run that is at its end, then one with a higher ``max_steps``, which trains on."""
     config = write_config(tmp_path, data)

@@ -65,6 +65,7 @@ def fsdp2(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return probe(start, tmp_path_factory.mktemp("probe") / "fsdp2", "parallel.engine=fsdp2")
 
 
+@pytest.mark.slow
 def test_zero3_does_what_fsdp2_does(start: tuple[Path, Path], fsdp2: dict[str, Any], tmp_path: Path) -> None:
     found = probe(start, tmp_path / "out", "parallel.engine=zero3")
     agree(found, fsdp2, rel=1e-6)

@@ -13,9 +13,8 @@ from tests.parallel.launch import run_ranks
 pytestmark = [pytest.mark.xdist_group("zero"), pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize(
-    "checkpointing", ["none", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("selective", "full"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_a_block_is_gathered_once_a_pass(tmp_path: Path, checkpointing: str) -> None:
     output = tmp_path / "found.json"
     run_ranks(["-m", "tests.engines.gather_worker", str(output), checkpointing], 2, tmp_path, timeout=500)

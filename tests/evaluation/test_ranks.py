@@ -65,7 +65,9 @@ def alone(place: Path) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize(("ranks", "cp"), [(2, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("ranks", "cp"), [(2, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 1), (4, 2)))]
+)
 def test_every_layout_gives_the_records_of_one_process(place: Path, alone: dict[str, Any], ranks: int, cp: int) -> None:
     output = place / f"ranks{ranks}cp{cp}.json"
     arguments = options(place, "--output", str(output), "--cp", str(cp), "--batch-size", "2")

@@ -87,7 +87,7 @@ def test_one_process_logs_a_value_per_layer_on_logged_steps(alone: dict[int, dic
 @pytest.mark.parametrize(
     "layout",
     [
-        ["parallel.tp=2"],
+        pytest.param(["parallel.tp=2"], marks=pytest.mark.slow),
         ["parallel.cp=2", "training.activation_checkpointing=full"],
         pytest.param(["parallel.engine=zero3", "training.micro_batch_size=4"], marks=pytest.mark.slow),
     ],

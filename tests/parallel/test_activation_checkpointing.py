@@ -59,6 +59,7 @@ def test_the_layers_left_out_of_full_recomputation_are_selective() -> None:
     assert [block.forward.mode for block in model.layers] == ["full", "full", "selective"]
 
 
+@pytest.mark.slow
 def test_flex_attention_compiles_inside_a_recomputed_block() -> None:
     """As on a GPU, where a fully recomputed block's first forward is what compiles it."""
     q, k, v = (torch.randn(1, 256, 2, 32) for _ in range(3))

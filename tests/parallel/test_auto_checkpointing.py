@@ -255,6 +255,7 @@ def test_modes_may_change_between_steps() -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_measures_again_and_has_the_same_losses(tmp_path: Path) -> None:
     table, run = ParityTable(tmp_path, MODEL, steps=7), tmp_path / "auto"
     overrides = REFERENCE._replace(checkpointing="auto").overrides()

@@ -126,9 +126,9 @@ def train(engine: TorchEngine, passes: EagerPasses | RecordedPasses) -> tuple[li
     "settings",
     [
         {},
-        {"precision": "bf16"},
+        pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
         {"precision": "fp16"},
-        {"activation_checkpointing": "selective"},
+        pytest.param({"activation_checkpointing": "selective"}, marks=pytest.mark.slow),
         {"activation_checkpointing": "full", "precision": "bf16"},
     ],
 )

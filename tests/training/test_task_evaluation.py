@@ -94,6 +94,7 @@ def test_the_same_under_every_engine_and_layout(table: Table, cells: list[Cell])
     check(table, cells)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_evaluates_as_an_uninterrupted_one(table: Table) -> None:
     on = [*Cell("ddp").overrides(), "evaluation.interval=2", "evaluation.training_tasks=[copy, needle]"]
     runs = [str(table.folder / name) for name in ("whole", "parted")]
