@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.program import run_program
-from fusiontree.cli.run_checks import check_data, check_kernels, check_trackers, notes
+from fusiontree.cli.run_checks import check_data, check_kernels, check_teacher, check_trackers, notes
 from fusiontree.cli.task_evaluation import check_run_tasks, check_tasks, task_evaluation
 from fusiontree.config.load import config_values, dump_config, load_config
 from fusiontree.config.root import Config
@@ -234,17 +234,11 @@ def add_teacher(config: Config, layout: Layout, engine: Engine, train_data: Trai
         UserError: it is missing, damaged, does not fit or cannot be split as the layout asks; raised on every rank.
     """
     from fusiontree.engines.teacher import build_teacher
-    from fusiontree.training.teacher import TeacherCheckpoint, fill_teacher, find_teacher
+    from fusiontree.training.teacher import TeacherCheckpoint, fill_teacher
 
     def find() -> str:
-        found = find_teacher(config, train_data.sources[0].tokenizer)
-        if found is None:
-            return ""
-        try:
-            check_layout(found.model, config.parallel, config.training, layout.place.world_size)
-        except UserError as error:
-            raise UserError(f"training.teacher: {error}") from None
-        return json.dumps(found.record())
+        found = check_teacher(config, train_data.sources[0].tokenizer, layout.place.world_size)
+        return json.dumps(found.record()) if found else ""
 
     record = layout.on_main_rank(find)
     if record:

@@ -54,6 +54,7 @@ EXPORTED = ROOT / "convert" / "hf_model"
 EXPORTS_MAY_IMPORT = {
     "__future__",
     "collections",
+    "copy",
     "math",
     "typing",
     "torch",

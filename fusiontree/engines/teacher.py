@@ -12,7 +12,7 @@ from fusiontree.engines.config import ENGINES
 from fusiontree.engines.parameters.base import as_global
 from fusiontree.engines.parameters.sharded import ShardedParameters
 from fusiontree.models.config import ModelConfig
-from fusiontree.ops.cross_entropy.distillation import TeacherOutput
+from fusiontree.models.model import TeacherOutput
 from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.batch_sharding import ModelInputs
 from fusiontree.parallel.config import ParallelConfig

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.mixers import config_of, mixer_of
+from fusiontree.models.mixers import mixer_of
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.utils.hashing import stable_hash
 
@@ -85,7 +85,7 @@ def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, generator: tor
     """Draw one block of rows."""
     *_, module, leaf = ("", *name.split("."))
     owner = mixer_of(name, config)
-    values = owner[0].initial_values(owner[1], shape, config_of(name, config), generator) if owner else None
+    values = owner[0].initial_values(owner[1], shape, config, generator) if owner else None
     if values is not None:
         return values
     if module in _NORMS:
