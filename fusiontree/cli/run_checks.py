@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from fusiontree.config.ineffective import idle_work, without_effect
 from fusiontree.config.load import config_values
 from fusiontree.config.root import Config
-from fusiontree.supervision.limits import limit_notes
 from fusiontree.parallel.validate import check_layout
+from fusiontree.supervision.limits import limit_notes
 from fusiontree.training.initial_state import find_initial_state
 from fusiontree.training.run_folder import check_same_data
 from fusiontree.utils.errors import UserError
