@@ -84,12 +84,14 @@ def mean_loss(model: FusionTreeModel, batches: Batches) -> float:
 def measure_activations(model: FusionTreeModel, batches: Batches) -> list[LayerStatistics]:
     """Return gates and mean squares of each layer on the held-out rows."""
     found = [LayerStatistics() for _ in model.layers]
-    handles, sums, counts = [], {}, {}
+    handles = []
+    sums: dict[tuple[int, str], Tensor] = {}
+    counts: dict[tuple[int, str], int] = {}
 
     def watch(layer: int, name: str, module: nn.Linear) -> None:
         def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             x_NC = inputs[0].flatten(0, -2).double()
-            sums[layer, name] = sums.get((layer, name), 0) + x_NC.square().sum(0).cpu()
+            sums[layer, name] = sums.get((layer, name), torch.zeros(())) + x_NC.square().sum(0).cpu()
             counts[layer, name] = counts.get((layer, name), 0) + len(x_NC)
 
         handles.append(module.register_forward_pre_hook(note))

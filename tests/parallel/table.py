@@ -7,6 +7,7 @@ longer than a piece, gate losses and branch dropout are on, every step accumulat
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, NamedTuple
 
 from tests.end_to_end.runs import CONFIG
@@ -39,6 +40,11 @@ TRAINING: dict[str, Any] = {
 }
 
 
+def _short(text: str) -> str:
+    """Return text that is fit for a part of a file's name."""
+    return text if len(text) <= 40 else f"{text.partition('{')[0]}{zlib.crc32(text.encode()):08x}"
+
+
 class Cell(NamedTuple):
     """One layout of the table."""
 
@@ -58,7 +64,7 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         """Name of the cell, fit for a folder."""
-        extra = "".join("-" + e.rpartition(".")[2].replace("=", "") for e in self.extra)
+        extra = "".join("-" + _short(e.rpartition(".")[2].replace("=", "")) for e in self.extra)
         return f"{self.layout}-{self.checkpointing}-acc{self.accumulation}{extra}"
 
     @property
