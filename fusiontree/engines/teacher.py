@@ -72,7 +72,9 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, inputs: ModelInputs) -> TeacherOutput:
         """Return hidden states and head for this rank's chunk of a micro-batch; all ranks call this together."""
-        hidden_BSC = self._root(inputs.input_ids_BS, documents=inputs.documents, hidden_only=True).hidden_BSC
+        hidden_BSC = self._root(
+            input_ids_BS=inputs.input_ids_BS, documents=inputs.documents, hidden_only=True
+        ).hidden_BSC
         head: Any = self.module.head
         if not self.is_sharded:
             return TeacherOutput(hidden_BSC, head.weight.detach(), self._temperature)
