@@ -41,6 +41,11 @@ def start_summary(config: Config, data: TrainingData, layout: Layout) -> list[st
         f"{expected.gathered_gib:.2g}, activations {expected.activations_gib:.2g}",
         "run": f"{config.run_dir}, {training.max_steps:,} steps",
     }
+    if training.teacher is not None:
+        lines["teacher"] = (
+            f"{training.teacher}, weight {training.teacher_weight:g}, temperature {training.teacher_temperature:g}; "
+            f"its memory is not counted above"
+        )
     return [f"{name:<10} {text}" for name, text in lines.items()]
 
 

@@ -113,7 +113,7 @@ def count_parameters(model: ModelConfig, tp: int) -> tuple[int, int, int]:
 
 def kept_elements(model: ModelConfig, layer: int, mode: str, tp: int) -> float:
     """Return the elements that a layer keeps per token for its backward pass, on one rank of tp."""
-    hidden = model.hidden_size
+    hidden, model = model.hidden_size, model.of_layer(layer)
     between = hidden / tp  # the residual stream between the mixers is split over tp
     if mode == "offload":
         return 0.0
@@ -266,6 +266,9 @@ def _communication_s(
         per_token = 2 * (model.num_layers + branches) * hidden * half
         seconds += passes * tokens * per_token * moved(tp) / link(tp)
     if cp > 1:
-        per_pass = sum(mixer.exchanged_bytes(model, i, tokens, cp, tp, half) for i, mixer in all_mixers(model))
+        per_pass = sum(
+            mixer.exchanged_bytes(model.of_layer(layer), layer, tokens, cp, tp, half)
+            for layer, mixer in all_mixers(model)
+        )
         seconds += passes * 2 * per_pass / link(tp * cp)
     return seconds
