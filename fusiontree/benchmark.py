@@ -196,6 +196,7 @@ def _time_training(config: Config, args: argparse.Namespace, layout: Layout) -> 
     import torch
 
     from fusiontree.benchmarking.step_timer import StepTimer
+    from fusiontree.cli.run_teacher import add_teacher
     from fusiontree.data.loader import TrainingData
     from fusiontree.engines.build import build_engine
     from fusiontree.models.flops import training_flops_per_token
@@ -206,6 +207,7 @@ def _time_training(config: Config, args: argparse.Namespace, layout: Layout) -> 
     at_full_length = training.model_copy(update={"curriculum": None})
     data = TrainingData(config.data, at_full_length, model.vocab_size, layout.dp_rank, layout.dp_size)
     engine = build_engine(model, config.parallel, training, layout)
+    teacher = add_teacher(config, layout, engine, data)
     settings = RunSettings(
         config=config,
         values={},
@@ -227,6 +229,7 @@ def _time_training(config: Config, args: argparse.Namespace, layout: Layout) -> 
     result = _figures(config, args, settings, layout, engine, times.seconds, lengths)
     places = [source.place for source in data.sources]
     result |= {"data": places, "warmup_s": warmup_s, "grad_norm": times.grad_norm, "loss": times.loss}
+    result["teacher"] = str(teacher.folder) if teacher else None
     return Timed(result, timer, engine)
 
 

@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from fusiontree.planning.advice import days, idle_note, parse_tokens, recommendation
     from fusiontree.planning.cost_model import Hardware, count_parameters, estimate
+    from fusiontree.training.teacher import read_teacher
 
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus}: give at least 1")
@@ -89,9 +90,11 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     check_layout(config.model, config.parallel, config.training, args.gpus)
     hardware = Hardware(args.memory_gib, args.gpus_per_node, args.node_gb_per_s, args.network_gb_per_s)
+    taught = read_teacher(config)
+    teacher = taught.model if taught else None
 
     def estimated(one: Config) -> dict[str, Any]:
-        return estimate(one.model, one.parallel, one.training, args.gpus, hardware).values()
+        return estimate(one.model, one.parallel, one.training, args.gpus, hardware, teacher).values()
 
     training = config.training
     tokens = budget or float(training.max_steps * training.global_batch_size * training.seq_len)
@@ -114,6 +117,11 @@ def run(args: argparse.Namespace) -> int:
     print_table(own, shown)
     fits = "fits" if own["fits"] else "does not fit"
     print(f"the configured layout {fits} {args.memory_gib:g} GiB{'' if own['fits'] else ' (marked !)'}")
+    if taught:
+        print(
+            f"teacher: {own['teacher_gib']:.2g} of the total GiB and {own['teacher_s']:.2g} of the step's seconds are "
+            f"of {taught.folder}"
+        )
     if idle:
         print(f"idle: {idle}")
     in_days = " days, recommended ".join(f"{number:.3g}" for number in needed)

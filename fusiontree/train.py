@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.program import run_program
-from fusiontree.cli.run_checks import check_data, check_kernels, check_teacher, check_trackers, notes
+from fusiontree.cli.run_checks import check_data, check_kernels, check_trackers, notes
+from fusiontree.cli.run_teacher import add_teacher
 from fusiontree.cli.task_evaluation import check_run_tasks, check_tasks, task_evaluation
 from fusiontree.config.load import config_values, dump_config, load_config
 from fusiontree.config.root import Config
@@ -164,7 +165,6 @@ def train(config: Config) -> int:
             tokenizer_files, changes = write_run_folder(config, layout, train_data)
             check_run_tasks(config, Path(config.run_dir))
             engine = build_engine(config.model, parallel, config.training, layout)
-            add_teacher(config, layout, engine, train_data)
             trainer = build_trainer(config, layout, engine, train_data, validation_data, tokenizer_files, lock, initial)
             report_changes(trainer.records, trainer.console, changes)
             outcome = trainer.run()
@@ -227,27 +227,6 @@ def initial_state(config: Config, layout: Layout, train_data: TrainingData) -> I
     return InitialState.of_record(json.loads(found)) if found else None
 
 
-def add_teacher(config: Config, layout: Layout, engine: Engine, train_data: TrainingData) -> None:
-    """Give the engine the teacher that the configuration names, if any.
-
-    Raises:
-        UserError: it is missing, damaged, does not fit or cannot be split as the layout asks; raised on every rank.
-    """
-    from fusiontree.engines.teacher import build_teacher
-    from fusiontree.training.teacher import TeacherCheckpoint, fill_teacher
-
-    def find() -> str:
-        found = check_teacher(config, train_data.sources[0].tokenizer, layout.place.world_size)
-        return json.dumps(found.record()) if found else ""
-
-    record = layout.on_main_rank(find)
-    if record:
-        found = TeacherCheckpoint.of_record(json.loads(record))
-        teacher = build_teacher(found.model, config.parallel, config.training, layout)
-        fill_teacher(teacher, found, layout.checkpoint_group)
-        engine.teacher = teacher
-
-
 def write_run_folder(
     config: Config, layout: Layout, train_data: TrainingData
 ) -> tuple[list[Path], dict[str, tuple[Any, Any]]]:
@@ -277,7 +256,7 @@ def build_trainer(
     lock: RunLock,
     initial: InitialState | None,
 ) -> Trainer:
-    """Return the trainer of a run; its observers are called in the order of the list below."""
+    """Give the engine its teacher and return the trainer, whose observers are called in the order of the list below."""
     from fusiontree.checkpoint.saver import Saver
     from fusiontree.cli.start_summary import start_summary
     from fusiontree.models.flops import training_flops_per_token
@@ -297,12 +276,13 @@ def build_trainer(
         extra_files=tokenizer_files,
         initial=initial,
     )
+    teacher = add_teacher(config, layout, engine, train_data)
     records = Records(settings.run_dir, enabled=layout.is_main)
     watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)
     console = Console(config.training.max_steps, enabled=layout.is_main, backends=chosen_backends)
     engine.checkpointing.announce = lambda line: console.say(f"recompute  {line}")
     if layout.is_main:
-        for line in start_summary(config, train_data, layout):
+        for line in start_summary(config, train_data, layout, teacher):
             console.say(line)
     observers = [
         StepLog(engine, settings, records, watchdog, console),

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from fusiontree.cli.run_teacher import check_teacher
 from fusiontree.config.ineffective import idle_work, without_effect
 from fusiontree.config.load import config_values
 from fusiontree.config.root import Config
-from fusiontree.parallel.validate import check_layout
 from fusiontree.supervision.limits import limit_notes
 from fusiontree.training.initial_state import find_initial_state
 from fusiontree.training.run_folder import check_same_data
-from fusiontree.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from fusiontree.data.format import TokenizerInfo
-    from fusiontree.training.teacher import TeacherCheckpoint
 
 
 def notes(config: Config, world_size: int) -> list[str]:
@@ -53,23 +47,6 @@ def check_data(config: Config, world_size: int) -> None:
     for validation in validation_data:
         with closing(validation.micro_batches()) as batches:
             next(batches)
-
-
-def check_teacher(config: Config, tokenizer: TokenizerInfo, world_size: int) -> TeacherCheckpoint | None:
-    """Return the teacher's checkpoint, None without a teacher.
-
-    Raises:
-        UserError: it is missing, damaged, does not fit or cannot be split as the layout asks.
-    """
-    from fusiontree.training.teacher import find_teacher
-
-    found = find_teacher(config, tokenizer)
-    if found is not None:
-        try:
-            check_layout(found.model, config.parallel, config.training, world_size)
-        except UserError as error:
-            raise UserError(f"training.teacher '{found.folder}': {error}") from None
-    return found
 
 
 def check_kernels(config: Config) -> str | None:

@@ -72,6 +72,7 @@ def loss_terms(output: ModelOutput, row_weight_B: Tensor, weights: LossWeights, 
     entropy = (entropy_sum_LB * per_row * share_B).sum()
     lm = output.loss_sum / counts.tokens
     z = output.z_sum / counts.tokens
+    assert (output.divergence_sum is None) == (weights.distillation == 0), "a teacher has a weight in the loss"
     total, divergence = lm, lm.new_zeros(())
     if output.divergence_sum is not None:
         divergence = output.divergence_sum / counts.tokens

@@ -56,18 +56,14 @@ def find_teacher(config: Config, tokenizer: TokenizerInfo) -> TeacherCheckpoint 
         UserError: there is no checkpoint at ``training.teacher``, it is damaged, or its vocabulary or tokenizer is
             another.
     """
-    given = config.training.teacher
-    if given is None:
+    found = read_teacher(config)
+    if found is None:
         return None
-    folder = find_checkpoint(Path(given))
+    folder, model = found.folder, found.model
     try:
-        stored = read_state(folder).get("config", {}).get("model")
         check_tokenizer(folder, tokenizer, "training.teacher")
     except CheckpointDamage as damage:
         raise UserError(f"training.teacher: {damage}; {OTHER_CHECKPOINT}") from damage
-    if stored is None:
-        raise UserError(f"training.teacher '{folder}' does not describe its model; {OTHER_CHECKPOINT}")
-    model = ModelConfig.model_validate(stored).model_copy(update={"kernels": config.model.kernels})
     if model.vocab_size != config.model.vocab_size:
         raise UserError(
             f"training.teacher '{folder}' has vocab_size {model.vocab_size} and this model {config.model.vocab_size}; "
@@ -84,6 +80,26 @@ def find_teacher(config: Config, tokenizer: TokenizerInfo) -> TeacherCheckpoint 
             f"kernels.cross_entropy={config.model.kernels.cross_entropy} does not compare with a teacher; use auto or "
             f"chunked"
         )
+    return found
+
+
+def read_teacher(config: Config) -> TeacherCheckpoint | None:
+    """Return the checkpoint that the configuration names, without comparing it; None where it names none.
+
+    Raises:
+        UserError: there is no checkpoint at ``training.teacher``, it is damaged, or it does not describe its model.
+    """
+    given = config.training.teacher
+    if given is None:
+        return None
+    folder = find_checkpoint(Path(given))
+    try:
+        stored = read_state(folder).get("config", {}).get("model")
+    except CheckpointDamage as damage:
+        raise UserError(f"training.teacher: {damage}; {OTHER_CHECKPOINT}") from damage
+    if stored is None:
+        raise UserError(f"training.teacher '{folder}' does not describe its model; {OTHER_CHECKPOINT}")
+    model = ModelConfig.model_validate(stored).model_copy(update={"kernels": config.model.kernels})
     return TeacherCheckpoint(folder, model)
 
 
