@@ -21,6 +21,7 @@ from fusiontree.tracking.console import report_bytes
 from fusiontree.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from fusiontree.convert.dcp import TrainingCheckpoint
     from fusiontree.convert.formats import Options
     from fusiontree.models.config import ModelConfig
     from fusiontree.pruning.analysis import Analysis
@@ -67,11 +68,10 @@ def command(args: argparse.Namespace) -> int:
     """
     from fusiontree.checkpoint.load import find_checkpoint
     from fusiontree.convert.dcp import TrainingCheckpoint
-    from fusiontree.convert.formats import FORMATS, check_target, convert
+    from fusiontree.convert.formats import FORMATS, check_target
     from fusiontree.pruning.plan import random_plan
 
-    form = FORMATS["dcp"]
-    check_target(args.target_path, form)
+    check_target(args.target_path, FORMATS["dcp"])
     folder = find_checkpoint(args.path)
     source = TrainingCheckpoint(folder)
     if not {"training", "data"} <= source.config.keys():
@@ -82,24 +82,38 @@ def command(args: argparse.Namespace) -> int:
     plan = planned(args, analysis, config, tp, length)
     if args.random is not None:
         plan = random_plan(config, plan, args.random)
-    pruned = pruned_weights(source, plan, analysis)
     print(f"loss of {folder} on {args.rows} held-out rows: {analysis.loss:.4f} nats per token")
     print(costs_table(config, plan, length))
     print(layers_table(config, plan))
     if args.dry_run:
         print("dry run: nothing was written")
         return 0
-    options = new_run(args.target_path, pruned.config)
-    pruned.config = options.config or pruned.config
-    say = functools.partial(print, flush=True)
-    convert(pruned, args.target_path, form, options, report_bytes(say, "read and written", every_s=5), say)
-    record = {"source": str(folder), "target": args.target, "of": args.of, "random": args.random, "tp": tp}
-    (args.target_path / "pruned.json").write_text(json.dumps(record | {"analysis": analysis.values()}) + "\n")
+    record = {"target": args.target, "of": args.of, "random": args.random, "tp": tp}
+    write_run(source, plan, analysis, args.target_path, record)
     print(
         f"{args.target_path} is complete, a run at step 0. Heal it: fusiontree train --config "
         f"{args.target_path / 'config.yaml'} training.teacher={args.path} training.max_steps=N"
     )
     return 0
+
+
+def write_run(
+    source: TrainingCheckpoint, plan: list[KeptLayer], analysis: Analysis, target: Path, record: dict[str, Any]
+) -> None:
+    """Write what ``plan`` keeps of ``source`` as a run at step 0, with ``record`` and the analysis in ``pruned.json``.
+
+    Raises:
+        UserError: the pruned model's configuration describes no run, or the target cannot be written.
+    """
+    from fusiontree.convert.formats import FORMATS, convert
+
+    pruned = pruned_weights(source, plan, analysis)
+    options = new_run(target, pruned.config)
+    pruned.config = options.config or pruned.config
+    say = functools.partial(print, flush=True)
+    convert(pruned, target, FORMATS["dcp"], options, report_bytes(say, "read and written", every_s=5), say)
+    values = {"source": str(source.folder), **record, "analysis": analysis.values()}
+    (target / "pruned.json").write_text(json.dumps(values) + "\n")
 
 
 def planned(args: argparse.Namespace, analysis: Analysis, config: ModelConfig, tp: int, length: int) -> list[KeptLayer]:

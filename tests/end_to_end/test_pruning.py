@@ -12,6 +12,7 @@ from fusiontree.checkpoint.load import load_model
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.cli import main
 from tests.end_to_end.runs import events, metrics, train
+from tools import compare_pruning
 
 pytestmark = pytest.mark.xdist_group("training")
 
@@ -124,3 +125,33 @@ def test_teachers_that_do_not_fit_are_refused(
     paths = [f"run_dir={tmp_path}/run", f"data.train={data / 'train'}", f"data.validation={data / 'validation'}"]
     done = train(Path("quickstart"), *paths, *SHORT, "training.max_steps=2", f"training.teacher={source}", setting)
     assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_the_comparison_trains_prunes_heals_and_prints_one_table(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "comparison"
+    sizes = ["--config", "quickstart", "--steps", "20", "--share", "0.2", "--loss-rows", "4", *FEW]
+    settings = ["--set", *SHORT[:3], "logging.log_interval=1"]
+    assert compare_pruning.main(["--data", str(data), "--out", str(out), "--device", "cpu", *sizes, *settings]) == 0
+    found = json.loads((out / "results.json").read_text())["models"]
+    source, healed = found["source"], {name: found[f"{name}, healed"] for name in ("pruned", "random")}
+    assert 0.66 < healed["pruned"]["parameters"] / source["parameters"] <= 0.7
+    assert healed["pruned"]["parameters"] == healed["random"]["parameters"] == found["from scratch"]["parameters"]
+    assert {model["tokens"] for model in found.values()} == {0, 4 * 4 * 64, 20 * 4 * 64}
+    for name, model in healed.items():
+        assert source["loss"] < model["loss"] < found[f"{name}, before healing"]["loss"]
+        assert len(metrics(out / name, "distillation_loss")) == 4
+    assert found["from scratch"]["loss"] > source["loss"] and not metrics(out / "scratch", "distillation_loss")
+    assert all(model["decoded_per_s"] > 0 for model in found.values())
+    shown = capsys.readouterr().out
+    assert (out / "table.md").read_text() in shown and shown.count("\n| ") == 1 + len(found)
+    assert (out / "parts.png").stat().st_size > 10_000
+
+
+def test_the_comparison_needs_one_source_of_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare_pruning.main(["--out", str(tmp_path / "new")]) == 2
+    assert "give either --data" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert compare_pruning.main(["--source", "run", "--out", str(tmp_path)]) == 2
+    assert "exists; give a new folder" in capsys.readouterr().err

@@ -181,6 +181,9 @@ GROUPS: dict[str, list[Cell]] = {
         Cell("fsdp2", 1, 4, 1, extra=TAUGHT),
         Cell("ddp", 1, 2, 2, extra=PRUNED),
         Cell("zero2", 2, 1, 2, extra=(*PRUNED, *TAUGHT)),
+        Cell("zero1", 2, 2, 1, extra=TAUGHT),
+        Cell("ddp", 2, 1, 2, extra=TAUGHT),
+        Cell("fsdp2", 2, 1, 2, "auto", extra=TAUGHT),
         Cell("fsdp2", 4, 1, 1, extra=("model.tie_word_embeddings=true", *TAUGHT)),
     ],
     "recorded steps with a teacher": [
