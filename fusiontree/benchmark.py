@@ -123,6 +123,11 @@ def check_options(config: Config, args: argparse.Namespace) -> None:
             raise UserError("--profile traces the kernels of a GPU, and this run is on the CPU; leave it out")
         if not Path(args.profile).absolute().parent.is_dir():
             raise UserError(f"--profile {args.profile}: its folder does not exist; make it first")
+    one_size = (
+        "its layers have one size, and model.letter_sizes gives layers others" if config.model.letter_sizes else ""
+    )
+    if args.ops and one_size:
+        raise UserError(f"--ops: {one_size}; leave it out")
     if args.peers is None and not args.decode:
         return
     from fusiontree.benchmarking.llama import llama_config
@@ -138,7 +143,7 @@ def check_options(config: Config, args: argparse.Namespace) -> None:
     if args.decode and no_gpu:
         raise UserError(f"--decode: {no_gpu}")
     no_tp = f"it has no tensor parallelism; set parallel.tp={config.parallel.tp} to 1" if config.parallel.tp > 1 else ""
-    args.peers = choose_peers(args.peers, {"llama": no_tp, "falcon": no_gpu or falcon_missing()})
+    args.peers = choose_peers(args.peers, {"llama": no_tp, "falcon": one_size or no_gpu or falcon_missing()})
     if "llama" in args.peers:
         llama_config(config.model, sum(count_parameters(config.model, 1)[:2]))
     if "falcon" in args.peers and not args.one_document:

@@ -27,11 +27,20 @@ def check_teacher(config: Config, tokenizer: TokenizerInfo, world_size: int) -> 
 
     found = find_teacher(config, tokenizer)
     if found is not None:
-        try:
-            check_layout(found.model, config.parallel, config.training, world_size)
-        except UserError as error:
-            raise UserError(f"training.teacher '{found.folder}': {error}") from None
+        check_teacher_layout(found, config, world_size)
     return found
+
+
+def check_teacher_layout(teacher: TeacherCheckpoint, config: Config, world_size: int) -> None:
+    """Check that the layout of the run can compute its teacher.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        check_layout(teacher.model, config.parallel, config.training, world_size)
+    except UserError as error:
+        raise UserError(f"training.teacher '{teacher.folder}': {error}") from None
 
 
 def add_teacher(config: Config, layout: Layout, engine: Engine, train_data: TrainingData) -> TeacherCheckpoint | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,21 +65,26 @@ def test_the_analysis_names_every_part(source: Path, tmp_path: Path, capsys: pyt
     assert len(values["gates"]) == 4 and values["loss"] > 1
 
 
-def test_a_pruned_run_heals_and_resumes(source: Path, pruned: Path) -> None:
+def test_a_pruned_run_heals_and_resumes(source: Path, pruned: Path, tmp_path: Path) -> None:
     sizes = [sum(p.numel() for p in load_model(run)[0].parameters()) for run in (source, pruned)]
     assert 0.66 < sizes[1] / sizes[0] <= 0.7
+    undisturbed = shutil.copytree(pruned, tmp_path / "undisturbed")
     teacher = [f"training.teacher={source}", "training.teacher_weight=0.8", "training.warmup_steps=0"]
-    done = train(pruned / "config.yaml", *teacher, "training.max_steps=6")
+    options = [*teacher, "training.max_steps=8"]
+    done = train(pruned / "config.yaml", *options, "training.exit_at_step=6")
     assert done.returncode == 0, done.stderr
+    assert "MFU counts the trained model alone" in done.stdout + done.stderr
     healed = metrics(pruned, "distillation_loss")
     assert len(healed) == 6 and 0 < healed[-1] < healed[1]  # the first step without warm-up moves away
     losses, lm = metrics(pruned), metrics(pruned, "lm_loss")
     gates = metrics(pruned, "load_balance_loss")
     for loss, cross_entropy, divergence, gate in zip(losses, lm, healed, gates, strict=True):
         assert loss == pytest.approx(0.2 * cross_entropy + 0.8 * divergence + 0.01 * gate, rel=1e-5)
-    done = train(pruned / "config.yaml", *teacher, "training.max_steps=8")
-    assert done.returncode == 0, done.stderr
-    assert events(pruned).count("resume") == 2 and len(metrics(pruned, "distillation_loss")) == 8
+    assert train(pruned / "config.yaml", *options).returncode == 0
+    assert train(pruned / "config.yaml", *options, f"run_dir={undisturbed}").returncode == 0
+    assert (events(pruned).count("resume"), events(undisturbed).count("resume")) == (2, 1)
+    for key in ("loss", "distillation_loss", "grad_norm"):
+        assert metrics(pruned, key) == metrics(undisturbed, key) and len(metrics(pruned, key)) == 8
 
 
 def test_a_random_pruning_has_the_same_size_and_other_weights(source: Path, pruned: Path, tmp_path: Path) -> None:
@@ -120,11 +126,26 @@ def test_a_pruned_model_decodes_and_converts_there_and_back(source: Path, tmp_pa
     ],
 )
 def test_teachers_that_do_not_fit_are_refused(
-    source: Path, data: Path, tmp_path: Path, setting: str, message: str
+    source: Path, data: Path, tmp_path: Path, setting: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [f"run_dir={tmp_path}/run", f"data.train={data / 'train'}", f"data.validation={data / 'validation'}"]
-    done = train(Path("quickstart"), *paths, *SHORT, "training.max_steps=2", f"training.teacher={source}", setting)
-    assert done.returncode == 2 and message in done.stderr, done.stderr
+    options = ["--config", "quickstart", "--check", *paths, *SHORT, f"training.teacher={source}", setting]
+    assert main(["train", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_plan_counts_a_teacher(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["plan", "--config", "quickstart", "--gpus", "2"]
+    assert main(options) == 0
+    assert "teacher" not in capsys.readouterr().out
+    assert main([*options, f"training.teacher={source}"]) == 0
+    assert f"of the step's seconds are of {source}" in capsys.readouterr().out
+    assert main([*options, f"training.teacher={tmp_path}"]) == 2
+    # 264 = 8 x 33 tokens, 6 and 3 heads: the teacher allows tp 1 alone, another student 2
+    student = ["model.num_kv_heads=6", "model.global_heads=2", "parallel.tp=2", "model.mamba.norm_groups=2"]
+    assert main([*options, *student]) == 0
+    assert main([*options, *student, f"training.teacher={source}"]) == 2
+    assert f"training.teacher '{source}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -114,8 +114,8 @@ def test_a_teacher_takes_memory_time_and_traffic() -> None:
     alone, taught = both(1, "training.global_batch_size=1")
     assert 4 / 3 < taught.step_s / alone.step_s < 3  # 7.0 to 1.57 G parameters, forward alone
     for axis in ("tp", "cp"):
-        (first, _), (alone, split) = both(8), both(8, f"parallel.{axis}=2")
-        assert split.communication_s > alone.communication_s > first.communication_s
+        alone, split = both(8, "parallel.engine=ddp", f"parallel.{axis}=2")
+        assert split.communication_s > 1.01 * alone.communication_s
     auto = [one.recompute for one in both(8, "training.activation_checkpointing=auto", "parallel.engine=ddp")]
     assert auto[0] != auto[1]
 
