@@ -93,33 +93,6 @@ def test_auto_fills_the_memory_that_full_recomputation_leaves() -> None:
     assert (many.recompute, none.recompute) == ("none in 20 layers",) * 2
 
 
-def test_a_teacher_takes_memory_time_and_traffic() -> None:
-    name, teacher = "bench/hybrid_1b_32k", load_config(CONFIGS / "bench/hybrid_7b_32k.yaml").model
-    parameters = sum(count_parameters(teacher, tp=1)[:2])
-
-    def both(gpus: int, *overrides: str) -> tuple[Estimate, Estimate]:
-        config = load_config(CONFIGS / f"{name}.yaml", ["training.global_batch_size=8", *overrides])
-        given = (config.model, config.parallel, config.training, gpus, Hardware())
-        return estimate(*given), estimate(*given, teacher)
-
-    for engine, copies in (("ddp", 1), ("zero2", 1), ("fsdp2", 8), ("zero3", 8)):
-        alone, taught = both(8, f"parallel.engine={engine}")
-        assert (alone.teacher_gib, alone.teacher_s) == (0.0, 0.0)
-        held = 2 * parameters / copies / 2**30
-        assert held < taught.teacher_gib < held + 2  # blocks at work, hidden states
-        for part in ("total_gib", "compute_s"):
-            added = {"total_gib": taught.teacher_gib, "compute_s": taught.teacher_s}[part]
-            assert getattr(taught, part) == pytest.approx(getattr(alone, part) + added, rel=1e-6)
-        assert (taught.communication_s > alone.communication_s) == (copies > 1)
-    alone, taught = both(1, "training.global_batch_size=1")
-    assert 4 / 3 < taught.step_s / alone.step_s < 3  # 7.0 to 1.57 G parameters, forward alone
-    for axis in ("tp", "cp"):
-        alone, split = both(8, "parallel.engine=ddp", f"parallel.{axis}=2")
-        assert split.communication_s > 1.01 * alone.communication_s
-    auto = [one.recompute for one in both(8, "training.activation_checkpointing=auto", "parallel.engine=ddp")]
-    assert auto[0] != auto[1]
-
-
 def test_the_command_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     v1 = ["--config", str(CONFIGS / "pretrain_v1.yaml")]
     assert main([*v1, "--gpus", "64", "--json"]) == 0
