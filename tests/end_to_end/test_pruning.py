@@ -65,6 +65,7 @@ def test_the_analysis_names_every_part(source: Path, tmp_path: Path, capsys: pyt
     assert len(values["gates"]) == 4 and values["loss"] > 1
 
 
+@pytest.mark.slow
 def test_a_pruned_run_heals_and_resumes(source: Path, pruned: Path, tmp_path: Path) -> None:
     sizes = [sum(p.numel() for p in load_model(run)[0].parameters()) for run in (source, pruned)]
     assert 0.66 < sizes[1] / sizes[0] <= 0.7
@@ -87,6 +88,7 @@ def test_a_pruned_run_heals_and_resumes(source: Path, pruned: Path, tmp_path: Pa
         assert metrics(pruned, key) == metrics(undisturbed, key) and len(metrics(pruned, key)) == 8
 
 
+@pytest.mark.slow
 def test_a_random_pruning_has_the_same_size_and_other_weights(source: Path, pruned: Path, tmp_path: Path) -> None:
     options = ["--target", "0.7", "--random", "1", *FEW]
     assert main(["checkpoint", "prune", str(source), str(tmp_path / "random"), *options]) == 0
@@ -96,6 +98,7 @@ def test_a_random_pruning_has_the_same_size_and_other_weights(source: Path, prun
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=False))
 
 
+@pytest.mark.slow
 def test_a_pruned_model_decodes_and_converts_there_and_back(source: Path, tmp_path: Path) -> None:
     """Less than a branch is removed, so that layers get sizes of their own."""
     pruned = tmp_path / "pruned"
