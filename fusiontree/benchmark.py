@@ -123,6 +123,11 @@ def check_options(config: Config, args: argparse.Namespace) -> None:
             raise UserError("--profile traces the kernels of a GPU, and this run is on the CPU; leave it out")
         if not Path(args.profile).absolute().parent.is_dir():
             raise UserError(f"--profile {args.profile}: its folder does not exist; make it first")
+    one_size = (
+        "its layers have one size, and model.letter_sizes gives layers others" if config.model.letter_sizes else ""
+    )
+    if args.ops and one_size:
+        raise UserError(f"--ops: {one_size}; leave it out")
     if args.peers is None and not args.decode:
         return
     from fusiontree.benchmarking.llama import llama_config
@@ -138,7 +143,7 @@ def check_options(config: Config, args: argparse.Namespace) -> None:
     if args.decode and no_gpu:
         raise UserError(f"--decode: {no_gpu}")
     no_tp = f"it has no tensor parallelism; set parallel.tp={config.parallel.tp} to 1" if config.parallel.tp > 1 else ""
-    args.peers = choose_peers(args.peers, {"llama": no_tp, "falcon": no_gpu or falcon_missing()})
+    args.peers = choose_peers(args.peers, {"llama": no_tp, "falcon": one_size or no_gpu or falcon_missing()})
     if "llama" in args.peers:
         llama_config(config.model, sum(count_parameters(config.model, 1)[:2]))
     if "falcon" in args.peers and not args.one_document:
@@ -196,6 +201,7 @@ def _time_training(config: Config, args: argparse.Namespace, layout: Layout) -> 
     import torch
 
     from fusiontree.benchmarking.step_timer import StepTimer
+    from fusiontree.cli.run_teacher import add_teacher
     from fusiontree.data.loader import TrainingData
     from fusiontree.engines.build import build_engine
     from fusiontree.models.flops import training_flops_per_token
@@ -206,6 +212,7 @@ def _time_training(config: Config, args: argparse.Namespace, layout: Layout) -> 
     at_full_length = training.model_copy(update={"curriculum": None})
     data = TrainingData(config.data, at_full_length, model.vocab_size, layout.dp_rank, layout.dp_size)
     engine = build_engine(model, config.parallel, training, layout)
+    teacher = add_teacher(config, layout, engine, data)
     settings = RunSettings(
         config=config,
         values={},
@@ -227,6 +234,7 @@ def _time_training(config: Config, args: argparse.Namespace, layout: Layout) -> 
     result = _figures(config, args, settings, layout, engine, times.seconds, lengths)
     places = [source.place for source in data.sources]
     result |= {"data": places, "warmup_s": warmup_s, "grad_norm": times.grad_norm, "loss": times.loss}
+    result["teacher"] = str(teacher.folder) if teacher else None
     return Timed(result, timer, engine)
 
 

@@ -10,14 +10,18 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.program import run_program
+from fusiontree.cli.run_teacher import check_teacher_layout
 from fusiontree.config.load import load_config
 from fusiontree.config.root import Config
 from fusiontree.parallel.validate import check_layout, valid_tp
 from fusiontree.tracking.console import short
 from fusiontree.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fusiontree.training.teacher import TeacherCheckpoint
 
 _ASSUMPTIONS = (
     "bf16 rates of one profiled step of hybrid_1b_32k on one H100 SXM (docs/speed.md); other devices differ",
@@ -45,8 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
-    """Yield the configuration in every layout that it allows: tp inside a node, cp, kinds of recomputation.
+def layouts(
+    config: Config, gpus: int, gpus_per_node: int, teacher: TeacherCheckpoint | None = None
+) -> Iterator[Config]:
+    """Yield the configuration in every layout that it and its teacher allow: tp inside a node, cp, recomputation.
 
     A configuration with ``auto`` keeps it.
     """
@@ -62,6 +68,8 @@ def layouts(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
                 )
                 try:
                     check_layout(candidate.model, parallel, candidate.training, gpus)
+                    if teacher is not None:
+                        check_teacher_layout(teacher, candidate, gpus)
                 except UserError:
                     continue
                 # A step has only the rows of its batch: further ranks would idle.
@@ -82,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from fusiontree.planning.advice import days, idle_note, parse_tokens, recommendation
     from fusiontree.planning.cost_model import Hardware, count_parameters, estimate
+    from fusiontree.training.teacher import read_teacher
 
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus}: give at least 1")
@@ -89,14 +98,18 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     check_layout(config.model, config.parallel, config.training, args.gpus)
     hardware = Hardware(args.memory_gib, args.gpus_per_node, args.node_gb_per_s, args.network_gb_per_s)
+    taught = read_teacher(config)
+    if taught is not None:
+        check_teacher_layout(taught, config, args.gpus)
+    teacher = taught.model if taught else None
 
     def estimated(one: Config) -> dict[str, Any]:
-        return estimate(one.model, one.parallel, one.training, args.gpus, hardware).values()
+        return estimate(one.model, one.parallel, one.training, args.gpus, hardware, teacher).values()
 
     training = config.training
     tokens = budget or float(training.max_steps * training.global_batch_size * training.seq_len)
     own = estimated(config)
-    others = [estimated(one) for one in layouts(config, args.gpus, args.gpus_per_node)]
+    others = [estimated(one) for one in layouts(config, args.gpus, args.gpus_per_node, taught)]
     others.sort(key=lambda one: (not one["fits"], -one["tokens_per_s"]))
     best, advice = recommendation(own, [one for one in others if one["fits"]], training.global_batch_size)
     needed = [days(tokens, own)] + ([days(tokens, best)] if best is not own else [])
@@ -114,6 +127,11 @@ def run(args: argparse.Namespace) -> int:
     print_table(own, shown)
     fits = "fits" if own["fits"] else "does not fit"
     print(f"the configured layout {fits} {args.memory_gib:g} GiB{'' if own['fits'] else ' (marked !)'}")
+    if taught:
+        print(
+            f"teacher: {own['teacher_gib']:.2g} of the total GiB and {own['teacher_s']:.2g} of the step's seconds are "
+            f"of {taught.folder}"
+        )
     if idle:
         print(f"idle: {idle}")
     in_days = " days, recommended ".join(f"{number:.3g}" for number in needed)

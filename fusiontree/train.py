@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.program import run_program
 from fusiontree.cli.run_checks import check_data, check_kernels, check_trackers, notes
+from fusiontree.cli.run_teacher import add_teacher
 from fusiontree.cli.task_evaluation import check_run_tasks, check_tasks, task_evaluation
 from fusiontree.config.load import config_values, dump_config, load_config
 from fusiontree.config.root import Config
@@ -255,7 +256,7 @@ def build_trainer(
     lock: RunLock,
     initial: InitialState | None,
 ) -> Trainer:
-    """Return the trainer of a run; its observers are called in the order of the list below."""
+    """Give the engine its teacher and return the trainer, whose observers are called in the order of the list below."""
     from fusiontree.checkpoint.saver import Saver
     from fusiontree.cli.start_summary import start_summary
     from fusiontree.models.flops import training_flops_per_token
@@ -275,12 +276,13 @@ def build_trainer(
         extra_files=tokenizer_files,
         initial=initial,
     )
+    teacher = add_teacher(config, layout, engine, train_data)
     records = Records(settings.run_dir, enabled=layout.is_main)
     watchdog = Watchdog(settings.run_dir, engine.rank, engine.world_size, flight_record=flight_record)
     console = Console(config.training.max_steps, enabled=layout.is_main, backends=chosen_backends)
     engine.checkpointing.announce = lambda line: console.say(f"recompute  {line}")
     if layout.is_main:
-        for line in start_summary(config, train_data, layout):
+        for line in start_summary(config, train_data, layout, teacher):
             console.say(line)
     observers = [
         StepLog(engine, settings, records, watchdog, console),

@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "generation": {"models", "checkpoint", "utils"},
     "evaluation": {"parallel", "models", "ops", "generation", "data", "checkpoint", "tracking", "utils"},
     "benchmarking": {"training", "supervision", "engines.base", "data", "models", "ops", "utils"},
+    "pruning": {"checkpoint", "convert", "data", "models", "parallel", "tracking", "utils"},
     "config": {"utils"},
     "studying": {"config", "models", "planning", "tracking", "utils"},
 }
@@ -53,6 +54,7 @@ EXPORTED = ROOT / "convert" / "hf_model"
 EXPORTS_MAY_IMPORT = {
     "__future__",
     "collections",
+    "copy",
     "math",
     "typing",
     "torch",

@@ -38,6 +38,7 @@ def llama_config(ours: ModelConfig, parameters: int) -> ModelConfig:
         "num_layers": layers,
         "layer_pattern": "A" * layers,
         "letters": None,
+        "letter_sizes": None,
         "mixers": None,
         "global_heads": ours.num_heads,
         "attention_type": "local_global",

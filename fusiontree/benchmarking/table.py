@@ -54,6 +54,8 @@ def print_table(result: dict[str, Any]) -> None:
         ("useful work", f"{_with_unit(result['model_tflops_per_gpu'] * 1e12)}FLOP/s {each}"),
         ("MFU", "peak of this device not known" if result["mfu"] is None else f"{result['mfu']:.1%}"),
     ]
+    if result.get("teacher"):
+        rows.append(("teacher", f"{result['teacher']}; useful work and MFU count the trained model alone"))
     if "peak_memory_gib" in result:
         rows.append(("memory", f"{result['peak_memory_gib']:.1f} GiB peak"))
     for name, value in rows:

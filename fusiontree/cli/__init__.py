@@ -34,6 +34,8 @@ VERBS = {
     "data inspect": Verb("fusiontree.cli.show_dataset", "show a dataset's contents and a document", "inspect_main"),
     "data verify": Verb("fusiontree.cli.show_dataset", "check every byte of a dataset", "verify_main"),
     "checkpoint convert": Verb("fusiontree.cli.convert_checkpoint", "convert between checkpoint formats"),
+    "checkpoint analyze": Verb("fusiontree.cli.analyze_checkpoint", "rank the parts of a model by what they are worth"),
+    "checkpoint prune": Verb("fusiontree.cli.prune_checkpoint", "write a smaller model from a trained one"),
     "checkpoint inspect": Verb("fusiontree.cli.inspect_checkpoint", "show, verify or compare checkpoints"),
 }
 _HELP = ("-h", "--help")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
+from fusiontree.cli.run_teacher import check_teacher
 from fusiontree.config.ineffective import idle_work, without_effect
 from fusiontree.config.load import config_values
 from fusiontree.config.root import Config
@@ -23,7 +24,8 @@ def check_data(config: Config, world_size: int) -> None:
 
     Raises:
         UserError: one is missing or empty, has no such shard, cannot be read, is not that of the run, or its tokenizer
-            does not fit the model's vocabulary; or ``checkpoint.init_from`` is missing or does not fit.
+            does not fit the model's vocabulary; or ``checkpoint.init_from`` or ``training.teacher`` is missing or
+            does not fit.
     """
     from fusiontree.data.loader import TrainingData
     from fusiontree.data.validation import ValidationData
@@ -34,6 +36,7 @@ def check_data(config: Config, world_size: int) -> None:
     check_same_data(Path(config.run_dir), config_values(config), train_data.order)
     validation_data = ValidationData.for_training(data, training, vocab_size, 0, dp_size, train_data.sources).values()
     find_initial_state(config, train_data.sources[0].tokenizer)
+    check_teacher(config, train_data.sources[0].tokenizer, world_size)
     for source in (*train_data.sources, *(validation.source for validation in validation_data)):
         if data.on_damage == "stop":
             source.check()

@@ -9,10 +9,13 @@ from fusiontree.data.loader import TrainingData
 from fusiontree.parallel.layout import Layout
 from fusiontree.planning.cost_model import GIB, Hardware, count_parameters, estimate
 from fusiontree.tracking.console import short
+from fusiontree.training.teacher import TeacherCheckpoint
 from fusiontree.utils.device import available_memory
 
 
-def start_summary(config: Config, data: TrainingData, layout: Layout) -> list[str]:
+def start_summary(
+    config: Config, data: TrainingData, layout: Layout, teacher: TeacherCheckpoint | None = None
+) -> list[str]:
     """Return one line each on model, layout, data, precision, memory and run folder.
 
     The console adds the backends after the first step and the time to the end after the first few.
@@ -21,9 +24,12 @@ def start_summary(config: Config, data: TrainingData, layout: Layout) -> list[st
         config: the whole configuration; it has passed ``check_layout``.
         data: the opened training data.
         layout: the process group.
+        teacher: checkpoint of ``training.teacher``.
     """
     model, parallel, training = config.model, config.parallel, config.training
-    expected = estimate(model, parallel, training, layout.place.world_size, Hardware(memory_gib=_memory_gib(layout)))
+    hardware = Hardware(memory_gib=_memory_gib(layout))
+    taught = teacher.model if teacher else None
+    expected = estimate(model, parallel, training, layout.place.world_size, hardware, taught)
     split, whole, _ = count_parameters(model, tp=1)
     ranks = f"{layout.place.world_size} {layout.device.type} rank{'s' if layout.place.world_size > 1 else ''}"
     checkpointing: str = training.activation_checkpointing
@@ -38,9 +44,16 @@ def start_summary(config: Config, data: TrainingData, layout: Layout) -> list[st
         "data": _data(config, data),
         "precision": f"{training.precision}, activation checkpointing: {checkpointing}",
         "memory": f"about {expected.total_gib:.2g} GiB per rank: states {expected.states_gib:.2g}, gathered weights "
-        f"{expected.gathered_gib:.2g}, activations {expected.activations_gib:.2g}",
+        f"{expected.gathered_gib:.2g}, activations {expected.activations_gib:.2g}"
+        + (f", teacher {expected.teacher_gib:.2g}" if teacher else ""),
         "run": f"{config.run_dir}, {training.max_steps:,} steps",
     }
+    if teacher is not None:
+        lines["teacher"] = (
+            f"{short(sum(count_parameters(teacher.model, tp=1)[:2]))} parameters of {teacher.folder}, weight "
+            f"{training.teacher_weight:g}, temperature {training.teacher_temperature:g}; MFU counts the trained model "
+            f"alone"
+        )
     return [f"{name:<10} {text}" for name, text in lines.items()]
 
 

@@ -53,6 +53,7 @@ def _training(config: Config) -> Iterator[Rule]:
     yield mode == "none", "training.recompute_layers", "nothing is recomputed"
     yield mode == "auto", "training.recompute_layers", "training.activation_checkpointing auto chooses the layers"
     yield mode != "auto", "training.memory_limit", f"training.activation_checkpointing is {mode}, not auto"
+    yield training.teacher is None, "training.teacher_weight training.teacher_temperature", "there is no teacher"
     spikes = "training.spikes.window training.spikes.threshold training.spikes.max_in_a_row"
     yield training.spikes.policy == "off", spikes, "training.spikes.policy is off"
     yield (

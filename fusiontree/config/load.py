@@ -221,7 +221,7 @@ def _explain(problem: Any) -> str:
         hint = nearest(key, known) or (f"; known keys: {', '.join(known)}" if known else "")
         elsewhere = [name for name in _all_keys() if name.split(".")[-1] == key]
         if elsewhere:
-            hint = f"; '{key}' belongs in {elsewhere[0]}"
+            hint = f"; '{key}' belongs in {min(elsewhere, key=lambda name: name.count('.'))}"
         return f"unknown key '{dotted}'{hint}"
     if problem["type"] == "missing":
         return f"'{dotted}' is missing; it has no default"

@@ -69,7 +69,7 @@ NO_EFFECT = frozenset(
 _HEAD = ("model.head.weight", "lm_head.weight")
 _UNSUPPORTED = ("branch_norm", "branch_mix", "mlp_input", "global_rope")
 """Settings of which the exported code has the default alone."""
-_LEFT_OUT = ("kernels", "letters", "mixers", *_UNSUPPORTED)
+_LEFT_OUT = ("kernels", "mixers", *_UNSUPPORTED)
 """Settings of the machine, of mixers that the code does not have, and those that are always the default."""
 
 
@@ -180,13 +180,14 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
     Raises:
         UserError: the model has layers of other mixers, or settings, than the exported code.
     """
-    others = sorted(set(stream.source.model_config.pattern) - set(LETTERS))
+    model_config = stream.source.model_config
+    kinds = zip(model_config.pattern, model_config.branches, strict=True)
+    others = sorted({letter for letter, mixers in kinds if mixers not in LETTERS.values()})
     if others:
         raise UserError(
             f"the exported code has no mixers of the layers {', '.join(others)}, only of {', '.join(LETTERS)}; convert "
             f"to safetensors"
         )
-    model_config = stream.source.model_config
     for name in _UNSUPPORTED:
         if getattr(model_config, name) != ModelConfig.model_fields[name].default:
             raise UserError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from fusiontree.data.batch import MicroBatch
 from fusiontree.models.model import ModelOutput
 from fusiontree.parallel.activation_checkpointing import Checkpointing
 from fusiontree.parallel.batch_sharding import ModelInputs, TokenScores
+
+if TYPE_CHECKING:
+    from fusiontree.engines.teacher import Teacher
 
 __all__ = ["Engine", "ModelInputs", "ModelOutput", "RecordableEngine", "StepResult", "TokenScores"]
 
@@ -87,6 +90,8 @@ class Engine(Protocol):
     device: torch.device
     checkpointing: Checkpointing
     """How the blocks recompute activations; ``build_engine`` sets it."""
+    teacher: Teacher | None
+    """Model whose distribution the loss compares; set before the first step, None without a teacher."""
 
     @property
     def dp_rank(self) -> int:

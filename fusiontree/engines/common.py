@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from fusiontree.parallel.batch_sharding import (
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import DistributedModel
 from fusiontree.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from fusiontree.engines.teacher import Teacher
 
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -60,6 +63,8 @@ class CommonEngine:
 
     checkpointing: Checkpointing
     """Set by ``build_engine``."""
+    teacher: Teacher | None = None
+    """Model whose distribution the loss compares; set before the first step."""
 
     def __init__(self, model: DistributedModel, layout: Layout, training: TrainingConfig) -> None:
         """Take the model, on the meta device, of this process of ``layout``."""
@@ -100,9 +105,10 @@ class CommonEngine:
         """Call ``model``, which wraps :attr:`module`, on this rank's chunk of a micro-batch."""
         return self._call_on(model, self.inputs(micro, branch_scale_LB2, layer_metrics).to(self.device))
 
-    def _call_on(self, model: Callable[..., ModelOutput], inputs: ModelInputs) -> ModelOutput:
-        """Call ``model`` on inputs on the device."""
-        output = model(**inputs._asdict())
+    def _call_on(self, model: Callable[..., ModelOutput], inputs: ModelInputs, *, taught: bool = False) -> ModelOutput:
+        """Call ``model`` on inputs on the device; ``taught``: with the output of the teacher, if there is one."""
+        more = {"teacher": self.teacher(inputs)} if taught and self.teacher is not None else {}
+        output = model(**inputs._asdict(), **more)
         return output._replace(layer_sums=sum_over_row(output.layer_sums, self.layout))
 
     @contextmanager

@@ -85,6 +85,8 @@ class EngineSpec:
     """Settings of ``parallel`` that only some engines have, and this engine has."""
     casts_parameters: ClassVar[bool] = False
     """True if modules read cast copies of their fp32 parameters, made in their forward."""
+    shards_parameters: ClassVar[bool] = False
+    """True if each rank holds a shard of the parameters, and gathers them block by block."""
 
     def offloads(self, parallel: ParallelConfig) -> list[str]:
         """Return the values of ``parallel.offload`` that are possible."""
@@ -148,6 +150,7 @@ class FullyShardedSpec(EngineSpec):
     """PyTorch's ``fully_shard``: parameters, gradients and states sharded."""
 
     settings = frozenset({"shard_size", "reshard_after_forward"})
+    shards_parameters = True
     shard: ClassVar[bool] = True
     """Shard parameters, instead of replicating them."""
 
@@ -200,7 +203,7 @@ class ReplicatedSpec(FullyShardedSpec):
     """Parameters replicated; gradients and states sharded."""
 
     settings = frozenset()
-    shard = False
+    shards_parameters = shard = False
 
     def memory(self, sizes: Sizes, parallel: ParallelConfig) -> StateMemory:
         """Count full copies in the precision of the forward pass.
@@ -232,6 +235,7 @@ class ZeroSpec(EngineSpec):
         self.stage = stage
         self.settings = frozenset({"zero3_persistence_threshold"}) if stage == 3 else frozenset()  # type: ignore[misc]
         self.casts_parameters = stage < 3  # type: ignore[misc]
+        self.shards_parameters = stage == 3  # type: ignore[misc]
 
     def keeps_matrices(self, ranks: int) -> bool:
         """Return False: DeepSpeed's tensors are flat even on one rank."""

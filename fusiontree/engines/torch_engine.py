@@ -102,7 +102,7 @@ class TorchEngine(CommonEngine):
         """Run the model on inputs on the device, for training."""
         for placement in self.placements:
             placement.begin(training=True)
-        return self._call_on(self._root, inputs)
+        return self._call_on(self._root, inputs, taught=True)
 
     @contextmanager
     def evaluating(self) -> Iterator[Callable[..., ModelOutput]]:

@@ -83,7 +83,7 @@ class FusionBlock(nn.Module):
             UserError: a mixer's ``module_name`` is taken by another part of the block.
         """
         super().__init__()
-        hidden = config.hidden_size
+        hidden, config = config.hidden_size, config.of_layer(layer)
         classes = layer_mixers(config, layer)
         self.norm = ResidualRMSNorm(hidden, config.norm_eps, config.kernels.elementwise)
         self.backend = config.kernels.elementwise

@@ -45,7 +45,10 @@ class DecodeCache:
         self.column_1: Tensor | None = None
         """``columns`` on the device, once the cache is fixed."""
         self.layers: list[LayerCache] = [
-            {m.module_name: m.new_cache(config, layer, capacity, dtype) for m in layer_mixers(config, layer)}
+            {
+                m.module_name: m.new_cache(config.of_layer(layer), layer, capacity, dtype)
+                for m in layer_mixers(config, layer)
+            }
             for layer in range(config.num_layers)
         ]
 

@@ -26,6 +26,7 @@ class MambaConfig(Section):
     norm_groups: int = setting(1, "Channel groups that the gated norm normalizes separately; a multiple of tp.", ge=1)
     d_conv: int = setting(4, "Width of the causal convolution, this token included.", unit="tokens", ge=2)
     expand: int = setting(2, "Inner width as a multiple of hidden_size.", ge=1)
+    num_heads: int | None = setting(None, "State space heads. Absent means expand * hidden_size / head_dim.", ge=1)
     chunk_size: int = setting(
         256, "Tokens per scan chunk (one matrix product); kernels.ssd=triton ignores it.", unit="tokens", ge=1
     )
@@ -47,6 +48,19 @@ class MambaConfig(Section):
         return self
 
 
+class LetterSizes(Section):
+    """Sizes of the layers of one letter of ``layer_pattern``; an absent size is the model's."""
+
+    num_heads: int | None = setting(None, "Query heads, local and global together.", ge=1)
+    num_kv_heads: int | None = setting(None, "Key/value heads.", ge=1)
+    global_heads: int | None = setting(None, "Global query heads; the last heads.", ge=0)
+    window_size: int | None = setting(None, "Tokens that a local head sees.", unit="tokens", ge=1)
+    mamba_heads: int | None = setting(None, "State space heads.", ge=1)
+    mamba_groups: int | None = setting(None, "Groups of state space heads that share B and C.", ge=1)
+    mamba_norm_groups: int | None = setting(None, "Channel groups of Mamba's gated norm.", ge=1)
+    mlp_size: int | None = setting(None, "Inner width of the MLP.", unit="channels", ge=1)
+
+
 class ModelConfig(Section):
     """The hybrid language model."""
 
@@ -60,6 +74,9 @@ class ModelConfig(Section):
         None,
         "Further letters: each with the mixers of its layers, one or two. The gate weighs the first by g, the other by "
         "1 - g.",
+    )
+    letter_sizes: dict[str, LetterSizes] | None = setting(
+        None, "Sizes of the layers of a letter where they differ from the model's, as in a pruned model."
     )
     mixers: dict[str, Any] | None = setting(None, "Settings of mixers that plugins add, by name of the mixer.")
     num_heads: int = setting(16, "Query heads, local and global together.", ge=1)
@@ -161,6 +178,8 @@ class ModelConfig(Section):
     @property
     def d_inner(self) -> int:
         """Inner width of the Mamba-2 mixer."""
+        if self.mamba.num_heads is not None:
+            return self.mamba.num_heads * self.mamba.head_dim
         return self.mamba.expand * self.hidden_size
 
     @property
@@ -173,8 +192,40 @@ class ModelConfig(Section):
         """Inner width of the MLP."""
         return int(self.mlp_ratio * self.hidden_size)
 
+    def of_layer(self, layer: int) -> ModelConfig:
+        """Return the configuration with the sizes of ``layer``, for the parts of the layer to read."""
+        return self.of_letter(self.pattern[layer]) if self.letter_sizes else self
+
+    def of_letter(self, letter: str) -> ModelConfig:
+        """Return the configuration with the sizes of the layers of ``letter``, and without sizes of letters."""
+        sizes = (self.letter_sizes or {}).get(letter, LetterSizes())
+        mamba = {"num_heads": sizes.mamba_heads, "n_groups": sizes.mamba_groups, "norm_groups": sizes.mamba_norm_groups}
+        changed: dict[str, Any] = {
+            "letter_sizes": None,
+            "head_dim": self.attention_head_dim,
+            "num_heads": sizes.num_heads,
+            "num_kv_heads": sizes.num_kv_heads,
+            "global_heads": sizes.global_heads,
+            "mamba": self.mamba.model_copy(update={key: size for key, size in mamba.items() if size is not None}),
+        }
+        if sizes.window_size is not None:
+            changed |= {"window_size": sizes.window_size, "attention_type": "local_global"}
+        if sizes.mlp_size is not None:
+            changed["mlp_ratio"] = (sizes.mlp_size + 0.5) / self.hidden_size  # mlp_size rounds down
+        none = ("letter_sizes",)
+        return self.model_copy(update={key: size for key, size in changed.items() if size is not None or key in none})
+
+    def kinds(self) -> dict[str, int]:
+        """Return the letters of ``pattern``, each with its first layer; its layers have equal mixers and sizes."""
+        first: dict[str, int] = {}
+        for layer, letter in enumerate(self.pattern):
+            first.setdefault(letter, layer)
+        return first
+
     def window_of_layer(self, layer: int) -> int:
         """Tokens that a local head of ``layer`` sees, including the query's token."""
+        if self.letter_sizes:
+            return self.of_layer(layer).window_of_layer(layer)
         if self.attention_type == "local_global" or self.num_layers == 1:
             return self.window_size
         last = self.window_size_last or self.max_position_embeddings
@@ -211,6 +262,7 @@ class ModelConfig(Section):
         self._check_heads()
         self._check_mamba()
         self._check_mix()
+        self._check_letter_sizes()
         if self.srte_encoding == "sincos" and self.hidden_size % 2:
             raise ValueError(f"hidden_size {self.hidden_size} is odd; srte_encoding sincos needs an even hidden_size")
         if self.mlp_size < 1:
@@ -244,6 +296,18 @@ class ModelConfig(Section):
                 f"layer_pattern '{pattern}' names {len(pattern)} layers and num_layers is "
                 f"{self.num_layers}; give one letter per layer"
             )
+
+    def _check_letter_sizes(self) -> None:
+        known = list(LETTERS | (self.letters or {}))
+        for letter in self.letter_sizes or {}:
+            if letter not in known:
+                raise ValueError(f"letter_sizes: no layers have the letter '{letter}'; known are {', '.join(known)}")
+            sized = self.of_letter(letter)
+            try:
+                sized._check_heads()
+                sized._check_mamba()
+            except ValueError as error:
+                raise ValueError(f"letter_sizes.{letter}: {error}") from None
 
     def _check_heads(self) -> None:
         if self.head_dim is None and self.hidden_size % self.num_heads:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.mixers import all_mixers, distinct_mixers, layer_mixers
+from fusiontree.models.mixers import all_mixers, layer_mixers
 
 
 def matrix_parameters(config: ModelConfig) -> int:
@@ -19,17 +19,18 @@ def matrix_parameters(config: ModelConfig) -> int:
 
 def matrix_parameters_by_layer(config: ModelConfig) -> list[int]:
     """Return the number of parameters in the matrix products of each layer."""
-    hidden = config.hidden_size
-    per_mixer = {mixer: mixer.matrix_parameters(config) for mixer in distinct_mixers(config)}
-    common = 2 * hidden * config.gate_rank if config.branch_mix == "gate" else 0
-    common += (3 if config.mlp_activation == "swiglu" else 2) * hidden * config.mlp_size
-    totals = []
-    for layer in range(config.num_layers):
-        mixers = layer_mixers(config, layer)
-        alignment = (2 * len(mixers) + 1) * hidden * hidden if config.use_alignment else 0
-        projection = {"sum": 0, "concat": len(mixers)}.get(config.branch_mix, 1) * hidden * hidden
-        totals.append(common + alignment + projection + sum(per_mixer[mixer] for mixer in mixers))
-    return totals
+    totals = {letter: _matrix_parameters(config.of_letter(letter), layer) for letter, layer in config.kinds().items()}
+    return [totals[letter] for letter in config.pattern]
+
+
+def _matrix_parameters(config: ModelConfig, layer: int) -> int:
+    """Return the number of parameters in the matrix products of a layer, whose sizes ``config`` has."""
+    hidden, mixers = config.hidden_size, layer_mixers(config, layer)
+    gate = 2 * hidden * config.gate_rank if config.branch_mix == "gate" else 0
+    mlp = (3 if config.mlp_activation == "swiglu" else 2) * hidden * config.mlp_size
+    alignment = (2 * len(mixers) + 1) * hidden * hidden if config.use_alignment else 0
+    projection = {"sum": 0, "concat": len(mixers)}.get(config.branch_mix, 1) * hidden * hidden
+    return gate + mlp + alignment + projection + sum(mixer.matrix_parameters(config) for mixer in mixers)
 
 
 def visible_keys(length: int, window: int | None = None) -> int:
@@ -46,7 +47,7 @@ def forward_flops_per_token(config: ModelConfig, lengths: int | Sequence[int]) -
         lengths: tokens of each document; an int for a single document.
     """
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
-    mixers = sum(mixer.flops(config, layer, lengths) for layer, mixer in all_mixers(config))
+    mixers = sum(mixer.flops(config.of_layer(layer), layer, lengths) for layer, mixer in all_mixers(config))
     return 2.0 * matrix_parameters(config) + mixers
 
 

@@ -19,7 +19,13 @@ from fusiontree.models.mixers.base import MixerInputs
 from fusiontree.models.norm import RMSNorm
 from fusiontree.models.srte import SharedTimeEncoding
 from fusiontree.models.token_layout import BlockInputs, lay_out_tokens
-from fusiontree.ops.cross_entropy import TokenScores, linear_cross_entropy, linear_token_scores
+from fusiontree.ops.cross_entropy import (
+    TeacherOutput,
+    TokenScores,
+    linear_cross_entropy,
+    linear_distillation,
+    linear_token_scores,
+)
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.rotary import rotary_tables
 from fusiontree.utils.errors import UserError
@@ -48,6 +54,8 @@ class ModelOutput(NamedTuple):
     """Input of the head, after the last norm."""
     token_scores: TokenScores | None = None
     """Scores of the labels, ``[B, S]``."""
+    divergence_sum: Tensor | None = None
+    """Divergence from the teacher summed over the tokens with a label (:func:`linear_distillation`); fp32 scalar."""
 
 
 class LanguageModelHead(nn.Module):
@@ -62,9 +70,16 @@ class LanguageModelHead(nn.Module):
         self.backend = backend
 
     def forward(
-        self, hidden_BSC: Tensor, labels_BS: Tensor | None = None, never_M: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self,
+        hidden_BSC: Tensor,
+        labels_BS: Tensor | None = None,
+        never_M: Tensor | None = None,
+        *,
+        teacher: TeacherOutput | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Return the logits ``[B, S, V]``, or with labels ``(loss_sum, z_sum)``, or with ``never_M`` their scores.
+
+        With a teacher: ``(loss_sum, z_sum, divergence_sum)`` (:func:`linear_distillation`).
 
         Both sums are fp32 scalars over the tokens whose label is not negative: cross entropy in nats, and squared
         log-partition. The scores are :class:`TokenScores` of shape ``[B, S]``.
@@ -74,6 +89,9 @@ class LanguageModelHead(nn.Module):
         if never_M is not None:
             scores = linear_token_scores(hidden_BSC.flatten(0, 1), self.weight, labels_BS.flatten(), never_M)
             return TokenScores(*(score_N.view(labels_BS.shape) for score_N in scores))
+        if teacher is not None:
+            flat = teacher._replace(hidden=teacher.hidden.flatten(0, 1))
+            return linear_distillation(hidden_BSC.flatten(0, 1), self.weight, flat, labels_BS.flatten())
         return linear_cross_entropy(hidden_BSC.flatten(0, 1), self.weight, labels_BS.flatten(), backend=self.backend)
 
 
@@ -108,6 +126,7 @@ class FusionTreeModel(nn.Module):
         hidden_only: bool = False,
         layer_metrics: tuple[str, ...] = (),
         never_M: Tensor | None = None,
+        teacher: TeacherOutput | None = None,
     ) -> ModelOutput:
         """Run the model on rows of one document each, packed rows, padded rows, or the next tokens of cached texts.
 
@@ -160,6 +179,9 @@ class FusionTreeModel(nn.Module):
         if never_M is not None:
             scores = self.head(hidden_BSC, labels_BS, never_M)
             return ModelOutput(None, None, None, layer_sums, cache, token_scores=scores)
+        if teacher is not None:
+            loss_sum, z_sum, divergence_sum = self.head(hidden_BSC, labels_BS, teacher=teacher)
+            return ModelOutput(loss_sum, z_sum, None, layer_sums, cache, divergence_sum=divergence_sum)
         loss_sum, z_sum = self.head(hidden_BSC, labels_BS)
         return ModelOutput(loss_sum, z_sum, None, layer_sums, cache)
 

@@ -7,7 +7,7 @@ adds one from a user's file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,10 @@ class OptimizerSpec:
     """True if ``step()`` divides gradients by the tensor ``optimizer.grad_scale`` and changes nothing where
     ``optimizer.found_inf`` is 1, as torch's fused optimizers do. Otherwise the engine divides the gradients, and waits
     for the gradient norm to decide whether to step."""
+
+    def without_states(self) -> OptimizerSpec:
+        """Return the specification of an optimizer that never steps, for frozen parameters."""
+        return replace(self, states={})
 
     @property
     def bytes_per_parameter(self) -> int:

@@ -54,10 +54,11 @@ def seconds_by_layer(model: ModelConfig, length: int) -> list[Seconds]:
     found = []
     for layer, parameters in enumerate(matrix_parameters_by_layer(model)):
         kept, repeated = 0.0, 6.0 * parameters / MATRIX_FLOPS
+        sized = model.of_layer(layer)
         for mixer in layer_mixers(model, layer):
-            seconds = mixer.seconds(model, layer, length)
+            seconds = mixer.seconds(sized, layer, length)
             if seconds is None:
-                seconds = Seconds(0.0, 3.0 * mixer.flops(model, layer, [length]) / MATRIX_FLOPS)
+                seconds = Seconds(0.0, 3.0 * mixer.flops(sized, layer, [length]) / MATRIX_FLOPS)
             kept, repeated = kept + seconds.kept, repeated + seconds.repeated
         found.append(Seconds(kept, repeated))
     return found

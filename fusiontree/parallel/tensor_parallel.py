@@ -20,7 +20,13 @@ from fusiontree.models.mixers import mixer_of
 from fusiontree.models.mixers.mamba2 import CausalConv
 from fusiontree.models.mixers.split import Ranges, split_of
 from fusiontree.models.model import FusionTreeModel, LanguageModelHead
-from fusiontree.ops.cross_entropy import TokenScores, linear_cross_entropy, linear_token_scores
+from fusiontree.ops.cross_entropy import (
+    TeacherOutput,
+    TokenScores,
+    linear_cross_entropy,
+    linear_distillation,
+    linear_token_scores,
+)
 from fusiontree.parallel.collectives import gather_stack, scatter_tokens
 from fusiontree.parallel.exchanges import gather_tokens
 from fusiontree.parallel.global_tensor import ShardSpec
@@ -54,8 +60,13 @@ class VocabParallelHead(LanguageModelHead):
         self.group = group
 
     def forward(
-        self, hidden_BSC: Tensor, labels_BS: Tensor | None = None, never_M: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self,
+        hidden_BSC: Tensor,
+        labels_BS: Tensor | None = None,
+        never_M: Tensor | None = None,
+        *,
+        teacher: TeacherOutput | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Return ``(loss_sum, z_sum)`` or the labels' scores of the chunk, equal on all ranks of the group."""
         assert labels_BS is not None, "the full logits are not computed under tensor parallelism"
         hidden_NC = gather_tokens(hidden_BSC, self.group).flatten(0, 1)
@@ -69,6 +80,11 @@ class VocabParallelHead(LanguageModelHead):
                 hidden_NC, self.weight, labels_BS.flatten(), never_M, vocab_start=start, gather_parts=gather
             )
             return TokenScores(*(score_N.view(labels_BS.shape) for score_N in scores))
+        if teacher is not None:
+            flat = teacher._replace(hidden=gather_tokens(teacher.hidden, self.group).flatten(0, 1))
+            return linear_distillation(
+                hidden_NC, self.weight, flat, labels_BS.flatten(), vocab_start=start, gather_parts=gather
+            )
         return linear_cross_entropy(
             hidden_NC, self.weight, labels_BS.flatten(), vocab_start=start, gather_parts=gather, backend=self.backend
         )

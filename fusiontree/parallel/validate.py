@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fusiontree.engines.config import ENGINES
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.mixers import distinct_mixers
+from fusiontree.models.mixers import distinct_mixers, layer_mixers
 from fusiontree.models.mixers.base import Mixer
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.training.config import TrainingConfig
@@ -63,8 +63,13 @@ def tp_problems(model: ModelConfig, tp: int) -> Iterator[str]:
         return
     if model.vocab_size % tp:
         yield f"vocab_size {model.vocab_size} does not divide by {tp} (pad it to {-(-model.vocab_size // tp) * tp})"
-    for mixer in distinct_mixers(model):
-        yield from mixer.tp_problems(model, tp)
+    found: dict[str, None] = {}
+    for letter, layer in model.kinds().items():
+        sized = model.of_letter(letter)
+        place = f"layers {letter}: " if letter in (model.letter_sizes or {}) else ""
+        for mixer in layer_mixers(model, layer):
+            found |= dict.fromkeys(f"{place}{problem}" for problem in mixer.tp_problems(sized, tp))
+    yield from found
 
 
 def valid_tp(model: ModelConfig, limit: int = 64) -> list[int]:

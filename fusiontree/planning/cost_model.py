@@ -9,7 +9,7 @@ Unit of activations: elements of one token on one rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from fusiontree.parallel.recompute_mix import (
     peak_bytes,
     seconds_by_layer,
 )
+from fusiontree.planning.teacher_cost import teacher_cost
 from fusiontree.training.config import TrainingConfig
 
 GIB = 2**30
@@ -77,10 +78,14 @@ class Estimate:
     gathered_gib: float
     """Parameters and gradients of the blocks at work, gathered in half precision."""
     activations_gib: float
+    teacher_gib: float
+    """Frozen teacher: parameters of the rank, gathered blocks, hidden states; 0 without a teacher."""
     total_gib: float
     fits: bool
     """Within 92% of the memory, or ``training.memory_limit`` under ``auto``; allocator, NCCL and CUDA need the rest."""
     compute_s: float
+    teacher_s: float
+    """Part of ``compute_s`` that a teacher adds."""
     communication_s: float
     step_s: float
     """Between the two bounds: half of the communication is taken to hide behind computation."""
@@ -113,7 +118,7 @@ def count_parameters(model: ModelConfig, tp: int) -> tuple[int, int, int]:
 
 def kept_elements(model: ModelConfig, layer: int, mode: str, tp: int) -> float:
     """Return the elements that a layer keeps per token for its backward pass, on one rank of tp."""
-    hidden = model.hidden_size
+    hidden, model = model.hidden_size, model.of_layer(layer)
     between = hidden / tp  # the residual stream between the mixers is split over tp
     if mode == "offload":
         return 0.0
@@ -140,7 +145,12 @@ def kept_elements(model: ModelConfig, layer: int, mode: str, tp: int) -> float:
 
 
 def estimate(
-    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, gpus: int, hardware: Hardware
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    gpus: int,
+    hardware: Hardware,
+    teacher: ModelConfig | None = None,
 ) -> Estimate:
     """Estimate one step at the longest row length.
 
@@ -150,36 +160,32 @@ def estimate(
         training: the ``training`` section.
         gpus: number of GPUs of the job.
         hardware: the machine.
+        teacher: the model of ``training.teacher``, whose layout is the trained model's.
     """
     tp, cp = parallel.tp, parallel.cp
     dp = gpus // (tp * cp)
     half = 2 if training.precision != "fp32" else 4
-    split, whole, block = count_parameters(model, tp)
-    on_rank = split / tp + whole
-    """Parameters of one tensor parallel rank before any engine shards them."""
     micro_batch_size = min(training.micro_batch_size, -(-training.global_batch_size // max(1, dp)))
     passes = max(1, -(-training.global_batch_size // (dp * micro_batch_size)))
-    shard_ranks = parallel.shard_size or gpus
-    sizes = Sizes(
-        on_rank=on_rank,
-        shard=(split + whole) / shard_ranks,  # a split parameter has shard_ranks / tp owners of its tp-th part
-        block=block,
-        element=half,
-        stepped=4 + OPTIMIZERS.get(training.optimizer.name).bytes_per_parameter,
-        passes=passes,
-        ranks=gpus,
-        shard_ranks=shard_ranks,
-    )
+    stepped = 4 + OPTIMIZERS.get(training.optimizer.name).bytes_per_parameter
+    sizes = _sizes(model, tp, half, stepped, passes, gpus, parallel.shard_size or gpus)
     engine = ENGINES.get(parallel.engine)
     memory = engine.memory(sizes, parallel)
     tokens = micro_batch_size * training.seq_len / cp
+    nbytes, taught_s, transfers = 0.0, 0.0, engine.traffic(sizes, parallel)
+    if teacher is not None:
+        its = _sizes(teacher, tp, half, 0, passes, gpus, sizes.shard_ranks)
+        its = its if engine.shards_parameters else replace(its, shard=its.on_rank)
+        nbytes, per_token_s, more = teacher_cost(teacher, model, its, parallel, training.seq_len, tokens)
+        per_token_s += ELEMENTWISE_S * teacher.hidden_size * teacher.num_layers / 3
+        taught_s, transfers = passes * tokens * per_token_s / tp / (1 - IDLE), transfers + more
     usable = hardware.memory_gib * GIB
     usable *= training.memory_limit if training.activation_checkpointing == "auto" else 0.92
-    modes, activations = _recomputation(model, training, tokens, tp, half, usable - sum(memory))
-    total = sum(memory) + activations
+    modes, activations = _recomputation(model, training, tokens, tp, half, usable - sum(memory) - nbytes)
+    total = sum(memory) + activations + nbytes
 
-    compute = passes * _pass_s(model, training, tokens, tp, modes) + OPTIMIZER_S * sizes.shard
-    communication = _communication_s(model, parallel, engine.traffic(sizes, parallel), passes, tokens, half, hardware)
+    compute = passes * _pass_s(model, training, tokens, tp, modes) + OPTIMIZER_S * sizes.shard + taught_s
+    communication = _communication_s(model, parallel, transfers, passes, tokens, half, hardware)
     step = max(compute, communication) + 0.5 * min(compute, communication) if communication else compute
     per_step = training.global_batch_size * training.seq_len
     return Estimate(
@@ -193,13 +199,30 @@ def estimate(
         states_gib=memory.states / GIB,
         gathered_gib=memory.gathered / GIB,
         activations_gib=activations / GIB,
+        teacher_gib=nbytes / GIB,
         total_gib=total / GIB,
         fits=total <= usable,
         compute_s=compute,
+        teacher_s=taught_s,
         communication_s=communication,
         step_s=step,
         tokens_per_s=per_step / step,
         tokens_per_s_per_gpu=per_step / step / gpus,
+    )
+
+
+def _sizes(model: ModelConfig, tp: int, element: int, stepped: int, passes: int, ranks: int, shard_ranks: int) -> Sizes:
+    """Return the quantities of a model's parameters; arguments as the fields of :class:`Sizes`."""
+    split, whole, block = count_parameters(model, tp)
+    return Sizes(
+        on_rank=split / tp + whole,
+        shard=(split + whole) / shard_ranks,  # a split parameter has shard_ranks / tp owners of its tp-th part
+        block=block,
+        element=element,
+        stepped=stepped,
+        passes=passes,
+        ranks=ranks,
+        shard_ranks=shard_ranks,
     )
 
 
@@ -266,6 +289,9 @@ def _communication_s(
         per_token = 2 * (model.num_layers + branches) * hidden * half
         seconds += passes * tokens * per_token * moved(tp) / link(tp)
     if cp > 1:
-        per_pass = sum(mixer.exchanged_bytes(model, i, tokens, cp, tp, half) for i, mixer in all_mixers(model))
+        per_pass = sum(
+            mixer.exchanged_bytes(model.of_layer(layer), layer, tokens, cp, tp, half)
+            for layer, mixer in all_mixers(model)
+        )
         seconds += passes * 2 * per_pass / link(tp * cp)
     return seconds

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from fusiontree.optim.config import AdamWSettings, OptimizerSettings, validated_settings
-from fusiontree.utils.settings import Section, setting
+from fusiontree.utils.settings import PathText, Section, setting
 
 
 class ValidationConfig(Section):
@@ -73,6 +73,15 @@ class TrainingConfig(Section):
         AdamWSettings, "Optimizer and its settings."
     )
     seed: int = setting(0, "Decides initial weights, data order and branch dropout.", ge=0)
+    teacher: PathText | None = setting(
+        None,
+        "Run folder or checkpoint of a frozen model whose distribution the trained model is to reach: the loss becomes "
+        "(1 - teacher_weight) x cross entropy + teacher_weight x divergence from the teacher.",
+    )
+    teacher_weight: float = setting(0.5, "Share of the divergence from the teacher in the loss.", gt=0, le=1)
+    teacher_temperature: float = setting(
+        1.0, "Divisor of both models' logits in the divergence, which is multiplied by its square.", gt=0
+    )
     validation: ValidationConfig = setting(ValidationConfig, "Loss on held-out data.")
     activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = setting(
         "none",

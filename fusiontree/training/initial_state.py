@@ -72,14 +72,18 @@ def find_initial_state(config: Config, tokenizer: TokenizerInfo) -> InitialState
         if with_optimizer:
             check_same_optimizer(folder, stored, optimizer)
         differences = check_fits(folder, stored, config.model, states)
-        differences += _check_tokenizer(folder, tokenizer)
+        differences += check_tokenizer(folder, tokenizer, "checkpoint.init_from")
     except CheckpointDamage as damage:
         raise UserError(f"checkpoint.init_from: {damage}; {OTHER_CHECKPOINT}") from damage
     return InitialState(folder, state["step"], with_optimizer, tuple(differences))
 
 
-def _check_tokenizer(folder: Path, tokenizer: TokenizerInfo) -> list[str]:
-    """Check that a checkpoint was trained with ``tokenizer``; return a sentence where it does not say so."""
+def check_tokenizer(folder: Path, tokenizer: TokenizerInfo, setting: str) -> list[str]:
+    """Check that the checkpoint that ``setting`` names was trained with ``tokenizer``; return notes if it is unknown.
+
+    Raises:
+        UserError: it was trained with another one.
+    """
     from fusiontree.data.tokenizers import TOKENIZER_INFO, load_tokenizer
 
     if not (folder / TOKENIZER_INFO).is_file():
@@ -87,7 +91,7 @@ def _check_tokenizer(folder: Path, tokenizer: TokenizerInfo) -> list[str]:
     theirs = load_tokenizer(folder).info
     if (theirs.sha256, theirs.eos_id) != (tokenizer.sha256, tokenizer.eos_id):
         raise UserError(
-            f"checkpoint.init_from '{folder}' was trained with tokenizer '{theirs.name}' (end of document "
+            f"{setting} '{folder}' was trained with tokenizer '{theirs.name}' (end of document "
             f"{theirs.eos_id}), and the datasets have '{tokenizer.name}' ({tokenizer.eos_id}), whose tokens mean other "
             f"text; build the datasets with its tokenizer"
         )

@@ -21,6 +21,8 @@ class LossWeights:
     z_loss: float
     gate_target: float
     gate_margin: float
+    distillation: float = 0.0
+    """Weight of the divergence from the teacher; the cross entropy has 1 minus this."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class LossTerms:
     z: Tensor
     load_balance: Tensor
     entropy: Tensor
+    divergence: Tensor
+    """From the teacher; 0 without a teacher."""
 
 
 def loss_terms(output: ModelOutput, row_weight_B: Tensor, weights: LossWeights, counts: GlobalCounts) -> LossTerms:
@@ -68,5 +72,10 @@ def loss_terms(output: ModelOutput, row_weight_B: Tensor, weights: LossWeights, 
     entropy = (entropy_sum_LB * per_row * share_B).sum()
     lm = output.loss_sum / counts.tokens
     z = output.z_sum / counts.tokens
-    total = lm + weights.z_loss * z + weights.load_balance * load_balance + weights.entropy * entropy
-    return LossTerms(total, lm, z, load_balance, entropy)
+    assert (output.divergence_sum is None) == (weights.distillation == 0), "a teacher has a weight in the loss"
+    total, divergence = lm, lm.new_zeros(())
+    if output.divergence_sum is not None:
+        divergence = output.divergence_sum / counts.tokens
+        total = (1.0 - weights.distillation) * lm + weights.distillation * divergence
+    total = total + weights.z_loss * z + weights.load_balance * load_balance + weights.entropy * entropy
+    return LossTerms(total, lm, z, load_balance, entropy, divergence)

@@ -25,7 +25,8 @@ class Interval:
     def add(self, step: FinishedStep) -> None:
         """Take a finished step in."""
         sums, rows = step.token_sums, step.row_sums
-        self._steps.append((sums.lm, sums.z, rows.load_balance, rows.entropy, step.device_s, step.batch.wait_s))
+        losses = (sums.lm, sums.z, sums.divergence, rows.load_balance, rows.entropy)
+        self._steps.append((*losses, step.device_s, step.batch.wait_s))
 
     def clear(self) -> None:
         """Forget all steps."""
@@ -35,7 +36,8 @@ class Interval:
         return len(self._steps)
 
     def means(self) -> tuple[float, ...]:
-        """Return the means of loss, z-loss, load balance loss, entropy, seconds on the device and seconds of waiting.
+        """Return the means of cross entropy, z-loss, divergence from the teacher, load balance loss, entropy, seconds
+        on the device and seconds of waiting.
 
         A loss that is not finite is left out of its mean, which is NaN if none is finite.
         """
@@ -62,10 +64,11 @@ def step_metrics(
     if interval is None:
         interval = Interval()
         interval.add(step)
-    lm_loss, z_loss, load_balance, entropy, step_s, wait_s = interval.means()
+    lm_loss, z_loss, divergence, load_balance, entropy, step_s, wait_s = interval.means()
     row_sums, counts = step.row_sums, step.counts
     weights, training = settings.loss_weights, settings.training
-    loss = lm_loss + weights.z_loss * z_loss
+    share = weights.distillation
+    loss = (1.0 - share) * lm_loss + share * divergence + weights.z_loss * z_loss
     # All tokens of the global batch count, as the device computes all of them.
     tokens_per_s = training.global_batch_size * training.seq_len / step_s
     flops_per_s = counts.flops / step_s / world_size
@@ -80,6 +83,7 @@ def step_metrics(
         "load_balance_loss": load_balance,
         "entropy_loss": entropy,
         "z_loss": z_loss,
+        **({"distillation_loss": divergence} if share else {}),
         "grad_norm": step.grad_norm,
         "lr": step.learning_rate,
         "seq_len": step.batch.seq_len,

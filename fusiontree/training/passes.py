@@ -25,6 +25,8 @@ class ForwardPass(NamedTuple):
     """Cross entropy, detached."""
     z: Tensor
     """Squared log-partition, detached."""
+    divergence: Tensor
+    """From the teacher, detached; 0 without a teacher."""
     row_terms: Tensor
     """Packed row sums (:meth:`fusiontree.training.step_sums.RowSums.pack`)."""
     sum_names: tuple[str, ...]
@@ -36,7 +38,7 @@ class ForwardPass(NamedTuple):
         terms = loss_terms(output, row_weight_B, weights, counts)
         row_terms = RowSums.pack(terms.load_balance, terms.entropy, *output.layer_sums, row_weight_B)
         names = tuple(output.layer_sums.sums_LB)
-        return cls(terms.total, terms.lm.detach(), terms.z.detach(), row_terms, names)
+        return cls(terms.total, terms.lm.detach(), terms.z.detach(), terms.divergence.detach(), row_terms, names)
 
 
 class PassInputs(NamedTuple):

@@ -50,6 +50,8 @@ def build_passes(engine: Engine, model: ModelConfig, training: TrainingConfig, w
         problem = f"{type(engine).__name__} does not record its passes; parallel.engine ddp and fsdp2 do"
     elif model.srte_encoding == "learnable" and training.seq_len > model.max_position_embeddings:
         problem = "rows are longer than the learnable SRTE's table, and a replay cannot check documents against it"
+    elif engine.teacher is not None and engine.teacher.is_sharded:
+        problem = "the teacher's parameters are sharded, and their gathers are not recorded"
     elif training.cuda_graphs == "auto" and engine.world_size > 1:
         problem = "the run has several processes; training.cuda_graphs=on records them"
     else:
@@ -221,7 +223,12 @@ class _Recording(NamedTuple):
         """Queue the forward pass; the results are copies, since the next replay overwrites those of this one."""
         self.forward_graph.replay()
         result = self.result
-        return result._replace(lm=result.lm.clone(), z=result.z.clone(), row_terms=result.row_terms.clone())
+        return result._replace(
+            lm=result.lm.clone(),
+            z=result.z.clone(),
+            divergence=result.divergence.clone(),
+            row_terms=result.row_terms.clone(),
+        )
 
     def backward(self, engine: RecordableEngine) -> None:
         """Queue the backward pass, and leave on the host what the recorded one left."""

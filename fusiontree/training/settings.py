@@ -75,4 +75,5 @@ class RunSettings:
             z_loss=model.z_loss_coeff,
             gate_target=training.gate_target,
             gate_margin=training.gate_margin,
+            distillation=training.teacher_weight if training.teacher else 0.0,
         )

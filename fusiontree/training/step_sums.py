@@ -66,11 +66,13 @@ class TokenSums(NamedTuple):
     """Cross entropy."""
     z: float
     """Squared log-partition, before its coefficient."""
+    divergence: float = 0.0
+    """Divergence from the teacher, before its weight."""
 
     @staticmethod
-    def pack(lm: Tensor, z: Tensor) -> Tensor:
+    def pack(lm: Tensor, z: Tensor, divergence: Tensor) -> Tensor:
         """Return one micro-batch's addends as a detached fp32 vector."""
-        return torch.stack([lm.detach(), z.detach()])
+        return torch.stack([lm.detach(), z.detach(), divergence.detach()])
 
 
 class RowSums(NamedTuple):

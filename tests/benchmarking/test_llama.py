@@ -34,7 +34,9 @@ def parameters(config: ModelConfig) -> int:
 
 @pytest.fixture
 def llama() -> FusionTreeModel:
-    ours = tiny_config(hidden_size=64, num_heads=4, num_kv_heads=2, global_heads=2, z_loss_coeff=0.1)
+    sizes = {"F": {"mlp_size": 24}, "A": {"mlp_size": 8}}  # of our layers, not of the peer's
+    heads = {"num_heads": 4, "num_kv_heads": 2, "global_heads": 2}
+    ours = tiny_config(hidden_size=64, **heads, letter_sizes=sizes, z_loss_coeff=0.1)
     model = FusionTreeModel(llama_config(ours, 150_000))
     initialize_model(model, 0)
     with torch.no_grad():

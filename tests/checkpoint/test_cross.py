@@ -11,7 +11,7 @@ import torch
 from fusiontree.checkpoint.reader import CheckpointReader
 from tests.end_to_end.runs import metrics
 from tests.parallel.launch import Job, Table
-from tests.parallel.table import MODEL, TRAINING, Cell
+from tests.parallel.table import MODEL, PRUNED, TRAINING, Cell
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cross"), pytest.mark.timeout(7200)]
 
@@ -77,13 +77,13 @@ def differing(a: Path, b: Path) -> list[str]:
     return [name for name in one.tensors if not torch.equal(one.read(name), two.read(name))]
 
 
-@pytest.mark.parametrize("cell", SAVING, ids=lambda cell: cell.name)
-def test_every_layout_takes_up_what_one_saved(table: CrossTable, cell: Cell) -> None:
+def check(table: CrossTable, cell: Cell, loading: list[Cell]) -> None:
+    """Train ``cell``, and compare what each layout of ``loading`` takes up from its checkpoint."""
     table.train(cell.ranks, [(str(table.saved(cell)), cell.overrides(), None)])
-    for ranks in sorted({by.ranks for by in LOADING}):
-        table.train(ranks, [prepare(table, cell, by) for by in LOADING if by.ranks == ranks])
+    for ranks in sorted({by.ranks for by in loading}):
+        table.train(ranks, [prepare(table, cell, by) for by in loading if by.ranks == ranks])
     wrong, lines = [], []
-    for by in LOADING:
+    for by in loading:
         run = table.loaded(cell, by)
         bits = differing(table.checkpoint(cell), run / "again" / f"step-{SAVED:08d}")
         expected, found = metrics(table.saved(cell), "lm_loss")[SAVED:], metrics(run, "lm_loss")
@@ -94,3 +94,13 @@ def test_every_layout_takes_up_what_one_saved(table: CrossTable, cell: Cell) -> 
             wrong.append(lines[-1])
     print("\n" + "\n".join(lines))
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("cell", SAVING, ids=lambda cell: cell.name)
+def test_every_layout_takes_up_what_one_saved(table: CrossTable, cell: Cell) -> None:
+    check(table, cell, LOADING)
+
+
+def test_every_engine_takes_up_a_model_of_layers_of_different_sizes(table: CrossTable) -> None:
+    layouts = [("zero3", 2, 1, 2), ("ddp", 1, 2, 2), ("zero2", 2, 1, 2), ("zero1", 2, 2, 1), ("fsdp2", 1, 1, 1)]
+    check(table, Cell("fsdp2", 2, 1, 2, extra=PRUNED), [Cell(*layout, extra=PRUNED) for layout in layouts])

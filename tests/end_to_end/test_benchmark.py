@@ -93,6 +93,9 @@ def test_no_dataset_is_needed(config: str, capsys: pytest.CaptureFixture[str]) -
     assert documents[0] == 1 < documents[1]
 
 
+SIZES = "model.letter_sizes={F: {mlp_size: 16}}"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -100,6 +103,8 @@ def test_no_dataset_is_needed(config: str, capsys: pytest.CaptureFixture[str]) -
         (["--decode", "0"], "--decode 0"),
         (["--peers", "falcon"], "one GPU"),
         (["--peers", "falcom"], "did you mean 'falcon'"),
+        (["--ops", SIZES], "--ops: its layers have one size, and model.letter_sizes"),
+        (["--peers", "falcon", SIZES], "--peers falcon: its layers have one size"),
         (["--profile", "trace.json"], "--profile"),
         (["--steps", "0"], "--steps 0"),
         (["--warmup", "1", "training.activation_checkpointing=auto"], "--warmup 1 must be at least 2"),

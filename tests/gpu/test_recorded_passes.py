@@ -90,6 +90,19 @@ def test_a_run_goes_on_from_a_checkpoint_between_recorded_steps(tmp_path: Path, 
     assert recorded
 
 
+def test_steps_with_a_teacher_are_those_of_eager_passes(tmp_path: Path, recorded: list[str]) -> None:
+    data = build_data(tmp_path)
+    source = run(tmp_path, "source", ["training.cuda_graphs=off"], data, 20)
+    taught = [f"training.teacher={source}", "training.seed=1", "training.teacher_temperature=2.0"]
+    run(tmp_path, "warm-up", [*taught, "training.cuda_graphs=off"], data, 20)
+    runs = [
+        run(tmp_path, graphs, [*taught, f"training.cuda_graphs={graphs}"], data) for graphs in ("off", "auto", "on")
+    ]
+    for key in ("loss", "grad_norm", "distillation_loss"):
+        assert metrics(runs[1], key) == metrics(runs[0], key) == metrics(runs[2], key)
+    assert recorded
+
+
 def test_tasks_between_recorded_steps_change_no_step(tmp_path: Path, recorded: list[str]) -> None:
     """Their rows have other lengths than training's, and every second step has an evaluation behind it."""
     data = build_data(tmp_path)

@@ -20,6 +20,16 @@ EXPORTED_VARIANTS: dict[str, dict[str, Any]] = {
     "no time encoding": {"srte_encoding": "none"},
     "learned time encoding": {"srte_encoding": "learnable"},
     "mean instead of alignment": {"use_alignment": False, "layer_pattern": "FMA"},
+    "sizes by letter": {
+        "layer_pattern": "Fpqr",
+        "letters": {"p": ["mamba2", "attention"], "q": ["mamba2"], "r": ["attention"]},
+        "letter_sizes": {
+            "F": {"mlp_size": 24},
+            "p": {"num_heads": 2, "num_kv_heads": 1, "global_heads": 0, "mamba_heads": 4, "mlp_size": 17},
+            "q": {"mamba_heads": 3, "mamba_groups": 1, "mamba_norm_groups": 1},
+            "r": {"num_heads": 2, "num_kv_heads": 1, "global_heads": 2, "window_size": 3},
+        },
+    },
     "swiglu, tied head": {"mlp_activation": "swiglu", "tie_word_embeddings": True},
 }
 """Those that the code of a Hugging Face folder computes."""

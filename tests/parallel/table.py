@@ -7,6 +7,7 @@ longer than a piece, gate losses and branch dropout are on, every step accumulat
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, NamedTuple
 
 from tests.end_to_end.runs import CONFIG
@@ -39,6 +40,11 @@ TRAINING: dict[str, Any] = {
 }
 
 
+def _short(text: str) -> str:
+    """Return text that is fit for a part of a file's name."""
+    return text if len(text) <= 40 else f"{text.partition('{')[0]}{zlib.crc32(text.encode()):08x}"
+
+
 class Cell(NamedTuple):
     """One layout of the table."""
 
@@ -58,7 +64,7 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         """Name of the cell, fit for a folder."""
-        extra = "".join("-" + e.rpartition(".")[2].replace("=", "") for e in self.extra)
+        extra = "".join("-" + _short(e.rpartition(".")[2].replace("=", "")) for e in self.extra)
         return f"{self.layout}-{self.checkpointing}-acc{self.accumulation}{extra}"
 
     @property
@@ -69,7 +75,7 @@ class Cell(NamedTuple):
     @property
     def reference(self) -> Cell:
         """The single process that computes the same model."""
-        return REFERENCE._replace(extra=tuple(e for e in self.extra if e.startswith("model.")))
+        return REFERENCE._replace(extra=tuple(e for e in self.extra if e.startswith(("model.", "training.teacher"))))
 
     def overrides(self) -> list[str]:
         """Settings that make the cell of the common configuration."""
@@ -105,6 +111,18 @@ IN_TURN = (
     "model.global_rope=false",
     *NO_GATE,
 )
+PRUNED = (
+    "model.layer_pattern=FpqrF",
+    "model.num_layers=5",
+    'model.letters={"p":["mamba2","attention"],"q":["mamba2"],"r":["attention"]}',
+    'model.letter_sizes={"p":{"num_heads":4,"num_kv_heads":2,"global_heads":2,"mamba_heads":4,"mamba_norm_groups":2,'
+    '"mlp_size":41},"q":{"mamba_heads":6,"mamba_groups":1,"mamba_norm_groups":2},"r":{"num_heads":4,"num_kv_heads":2,'
+    '"global_heads":0,"window_size":9}}',
+)
+"""Layers of different sizes, as in a pruned model."""
+TEACHER = "RUN-OF-THE-REFERENCE"
+"""Stands for the run folder of :data:`REFERENCE` in settings."""
+TAUGHT = (f"training.teacher={TEACHER}", "training.teacher_weight=0.7", "training.teacher_temperature=2.0")
 RECORDED = ("training.cuda_graphs=on",)
 LAYOUTS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 4)]
 FAST = [
@@ -112,6 +130,7 @@ FAST = [
     Cell("zero3", 1, 2, 2, "selective"),
     Cell("fsdp2", 2, 1, 1),
     Cell("zero3", 2, 1, 1),
+    Cell("fsdp2", 1, 2, 2, "selective", extra=(*PRUNED, *TAUGHT)),
     *(Cell(engine, *axis) for engine in ("ddp", "zero1", "zero2") for axis in ((2, 1, 1), (1, 2, 1), (1, 1, 2))),
 ]
 """Every engine along every axis; run by the fast suite."""
@@ -153,6 +172,20 @@ GROUPS: dict[str, list[Cell]] = {
         Cell("zero3", 1, 2, 2, extra=CONCATENATED),
         Cell("fsdp2", 1, 2, 2, "selective", extra=IN_TURN),
         Cell("fsdp2", 1, 2, 2, "selective", extra=CONCATENATED),
+    ],
+    "pruned models with a teacher": [
+        Cell("zero3", 1, 2, 2, extra=(*PRUNED, *TAUGHT)),
+        Cell("fsdp2", 2, 1, 2, "full", extra=(*PRUNED, *TAUGHT)),
+        Cell("fsdp2", 1, 4, 1, extra=TAUGHT),
+        Cell("ddp", 1, 2, 2, extra=PRUNED),
+        Cell("zero2", 2, 1, 2, extra=(*PRUNED, *TAUGHT)),
+        Cell("zero1", 2, 2, 1, extra=TAUGHT),
+        Cell("ddp", 2, 1, 2, extra=TAUGHT),
+        Cell("fsdp2", 2, 1, 2, "auto", extra=TAUGHT),
+        Cell("fsdp2", 4, 1, 1, extra=("model.tie_word_embeddings=true", *TAUGHT)),
+    ],
+    "recorded steps with a teacher": [
+        Cell("ddp", *axis, extra=(*RECORDED, *TAUGHT)) for axis in ((2, 1, 1), (1, 1, 2))
     ],
     "recorded steps": [Cell("ddp", *axis, extra=RECORDED) for axis in ((2, 1, 1), (1, 2, 1), (1, 1, 2))],
     "eight ranks": [Cell("fsdp2", 2, 2, 2), Cell("zero3", 2, 2, 2), Cell("zero1", 2, 2, 2)],

@@ -13,7 +13,7 @@ from fusiontree.engines.config import ENGINES
 from tests.end_to_end.runs import metrics
 from tests.parallel.launch import Job, Table
 from tests.parallel.mutations import MUTATIONS
-from tests.parallel.table import FAST, GROUPS, MODEL, NOISE, REFERENCE, STEPS, TOLERANCE, TRAINING, Cell
+from tests.parallel.table import FAST, GROUPS, MODEL, NOISE, REFERENCE, STEPS, TEACHER, TOLERANCE, TRAINING, Cell
 
 MUTATED_STEPS = 5
 """Steps of a run with a mistake: what is not seen in these is not seen."""
@@ -38,7 +38,12 @@ class ParityTable(Table):
             (str(self.run_dir(c, m)), c.overrides() + ([f"training.exit_at_step={MUTATED_STEPS}"] if m else []), m)
             for c, m in zip(cells, names, strict=True)
         ]
-        jobs = [job for job in jobs if not Path(job[0]).exists()]
+        teacher = str(self.run_dir(REFERENCE))
+        jobs = [
+            (folder, [override.replace(TEACHER, teacher) for override in overrides], mutation)
+            for folder, overrides, mutation in jobs
+            if not Path(folder).exists()
+        ]
         if jobs:
             (ranks,) = {cell.ranks for cell in cells}
             self.train(ranks, jobs)

@@ -29,6 +29,15 @@ def test_hand_computed_value() -> None:
     assert math.isclose(float(terms.total), total, rel_tol=1e-6)
 
 
+def test_a_teacher_takes_its_share_of_the_cross_entropy() -> None:
+    sums = LayerSums({"gate": torch.full((1, 1), 2.0), "entropy": torch.zeros(1, 1)}, torch.tensor([4.0]))
+    output = ModelOutput(torch.tensor(12.0), torch.tensor(8.0), None, sums, None, divergence_sum=torch.tensor(6.0))
+    weights = LossWeights(0.5, 0.25, 0.125, 0.5, 0.1, distillation=0.75)
+    terms = loss_terms(output, torch.ones(1), weights, GlobalCounts(tokens=4, rows=1))
+    assert (float(terms.lm), float(terms.divergence)) == (3.0, 1.5)
+    assert float(terms.total) == 0.25 * 3.0 + 0.75 * 1.5 + 0.125 * 2.0
+
+
 def test_shares_of_micro_batches_add_up_and_fillers_count_nothing() -> None:
     torch.manual_seed(0)
     gate = torch.rand(3, 4, 5).clamp(0.01, 0.99)

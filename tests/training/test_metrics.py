@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +20,9 @@ WEIGHTS = LossWeights(load_balance=0.5, entropy=0.25, z_loss=0.125, gate_target=
 POSITIONS_BS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]])
 
 
-def settings(peak_flops: float | None = 1e4) -> Any:
+def settings(peak_flops: float | None = 1e4, weights: LossWeights = WEIGHTS) -> Any:
     return SimpleNamespace(
-        loss_weights=WEIGHTS,
+        loss_weights=weights,
         training=SimpleNamespace(global_batch_size=6, seq_len=8),
         peak_flops=peak_flops,
         layer_metrics=lambda step: (),
@@ -66,6 +67,15 @@ def test_the_loss_is_what_is_trained() -> None:
     assert found["gates"]["entropy"] == [0.125, 0.25]
     assert found["tokens_hash"] == "000000ab"
     assert (found["step"], found["tokens"], found["lr"], found["grad_norm"]) == (7, 280, 0.01, 1.25)
+
+
+def test_the_loss_with_a_teacher_is_what_is_trained() -> None:
+    step = finished()
+    step = replace(step, token_sums=TokenSums(lm=3.0, z=2.0, divergence=8.0))
+    found = step_metrics(step, settings(weights=replace(WEIGHTS, distillation=0.75)), 4, torch.device("cpu"))
+    assert found["loss"] == pytest.approx(0.25 * 3.0 + 0.75 * 8.0 + 0.125 * 2.0 + 0.5 * 0.5 + 0.25 * 0.75)
+    assert (found["lm_loss"], found["distillation_loss"]) == (3.0, 8.0)
+    assert "distillation_loss" not in step_metrics(finished(), settings(), 4, torch.device("cpu"))
 
 
 def test_documents_end_with_their_rows() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
@@ -24,6 +25,8 @@ class FusionTreeConfig(PretrainedConfig):
         hidden_size: int = 2048,
         num_layers: int = 16,
         layer_pattern: str | None = None,
+        letters: dict[str, list[str]] | None = None,
+        letter_sizes: dict[str, dict[str, int | None]] | None = None,
         num_heads: int = 16,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
@@ -49,6 +52,8 @@ class FusionTreeConfig(PretrainedConfig):
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.layer_pattern = layer_pattern or "F" * num_layers
+        self.letters = letters
+        self.letter_sizes = letter_sizes
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_dim = head_dim or hidden_size // num_heads
@@ -73,12 +78,38 @@ class FusionTreeConfig(PretrainedConfig):
     @property
     def d_inner(self) -> int:
         """Inner width of the Mamba-2 mixer."""
-        return self.mamba["expand"] * self.hidden_size
+        heads = self.mamba.get("num_heads")
+        return self.mamba["expand"] * self.hidden_size if heads is None else heads * self.mamba["head_dim"]
 
     @property
     def mlp_size(self) -> int:
         """Inner width of the MLP."""
         return int(self.mlp_ratio * self.hidden_size)
+
+    def mixers_of_layer(self, layer: int) -> list[str]:
+        """Return the names of the layer's mixers, in the order of its branches."""
+        built_in = {"F": ["mamba2", "attention"], "M": ["mamba2"], "A": ["attention"]}
+        return (built_in | (self.letters or {}))[self.layer_pattern[layer]]
+
+    def of_layer(self, layer: int) -> FusionTreeConfig:
+        """Return the configuration with the sizes of ``layer``, which ``letter_sizes`` gives by its letter."""
+        given = (self.letter_sizes or {}).get(self.layer_pattern[layer], {})
+        sizes = {name: size for name, size in given.items() if size is not None}
+        if not sizes:
+            return self
+        sized = copy.copy(self)
+        sized.letter_sizes = None
+        names = {"mamba_heads": "num_heads", "mamba_groups": "n_groups", "mamba_norm_groups": "norm_groups"}
+        sized.mamba = {**self.mamba, **{names[name]: size for name, size in sizes.items() if name in names}}
+        one_kv_head_each = self.num_kv_heads == self.num_heads
+        sized.num_heads = sizes.get("num_heads", self.num_heads)
+        sized.num_kv_heads = sizes.get("num_kv_heads", sized.num_heads if one_kv_head_each else self.num_kv_heads)
+        sized.global_heads = sizes.get("global_heads", self.global_heads)
+        if "window_size" in sizes:
+            sized.window_size, sized.attention_type = sizes["window_size"], "local_global"
+        if "mlp_size" in sizes:
+            sized.mlp_ratio = (sizes["mlp_size"] + 0.5) / self.hidden_size
+        return sized
 
     def window_of_layer(self, layer: int) -> int:
         """Tokens that the local heads of ``layer`` see, their own included."""

@@ -553,11 +553,12 @@ class LocalGlobalAttention(nn.Module):
 
 
 class FusionTreeBlock(GradientCheckpointingLayer):
-    """One layer. Its letter in ``layer_pattern`` selects the mixers: F both, M Mamba, A attention."""
+    """One layer. Its letter in ``layer_pattern`` selects mixers and sizes: F both mixers, M Mamba, A attention."""
 
     def __init__(self, config: FusionTreeConfig, layer: int) -> None:
         super().__init__()
-        self.letter = config.layer_pattern[layer]
+        mixers, config = config.mixers_of_layer(layer), config.of_layer(layer)
+        self.letter = "F" if len(mixers) == 2 else {"mamba2": "M", "attention": "A"}[mixers[0]]
         hidden = config.hidden_size
         self.norm = RMSNorm(hidden, config.norm_eps)
         if self.letter in "FM":

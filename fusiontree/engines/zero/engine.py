@@ -155,7 +155,8 @@ class ZeroEngine(CommonEngine):
         self, micro: MicroBatch, branch_scale_LB2: Tensor | None = None, layer_metrics: tuple[str, ...] = ()
     ) -> ModelOutput:
         """Run the model on one micro batch."""
-        return self._call(self._engine, micro, branch_scale_LB2, layer_metrics)
+        inputs = self.inputs(micro, branch_scale_LB2, layer_metrics).to(self.device)
+        return self._call_on(self._engine, inputs, taught=True)
 
     @contextmanager
     def evaluating(self) -> Iterator[Callable[..., ModelOutput]]:

@@ -46,6 +46,12 @@ def distinct_mixers(config: ModelConfig) -> list[type[Mixer]]:
     return list(dict.fromkeys(mixer for _, mixer in all_mixers(config)))
 
 
+def config_of(name: str, config: ModelConfig) -> ModelConfig:
+    """Return the configuration with the sizes of the layer that a parameter is in."""
+    match = _WEIGHT.fullmatch(name)
+    return config if match is None else config.of_layer(int(match[1]))
+
+
 def mixer_of(name: str, config: ModelConfig) -> tuple[type[Mixer], str] | None:
     """Return the mixer that owns a parameter and the parameter's name inside the mixer; None if no mixer owns it.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.mixers import mixer_of
+from fusiontree.models.mixers import config_of, mixer_of
 
 Ranges = tuple[tuple[int, int], ...]
 """``(start, stop)`` along an axis of a parameter."""
@@ -86,4 +86,4 @@ def split_of(name: str, config: ModelConfig) -> Split | None:
     if name in ("embed.weight", "head.weight"):
         return column(Block("vocabulary", config.vocab_size, config.vocab_size))
     owner = mixer_of(name, config)
-    return owner[0].tp_plan(config).get(owner[1]) if owner else None
+    return owner[0].tp_plan(config_of(name, config)).get(owner[1]) if owner else None

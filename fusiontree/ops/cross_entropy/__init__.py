@@ -7,11 +7,19 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fusiontree.ops.cross_entropy.chunked import linear_cross_entropy_chunked
+from fusiontree.ops.cross_entropy.distillation import TeacherOutput, linear_distillation
 from fusiontree.ops.cross_entropy.reference import linear_cross_entropy_reference
 from fusiontree.ops.cross_entropy.scores import TokenScores, linear_token_scores
 from fusiontree.ops.dispatch import Backend, Operation, anywhere
 
-__all__ = ["CROSS_ENTROPY", "TokenScores", "linear_cross_entropy", "linear_token_scores"]
+__all__ = [
+    "CROSS_ENTROPY",
+    "TeacherOutput",
+    "TokenScores",
+    "linear_cross_entropy",
+    "linear_distillation",
+    "linear_token_scores",
+]
 
 GatherParts = Callable[[Tensor], Tensor]
 
