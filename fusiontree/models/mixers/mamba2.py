@@ -188,7 +188,8 @@ class Mamba2Mixer(Mixer):
         """Convolve, update the state and normalize, for one token."""
         kept = cache.previous()
         if not (has_kernels(projected_BM, self.conv_x.backend) and kept[2].dtype == torch.float32):
-            cuts = [*_in_proj_sizes(self.in_proj.weight.shape[0], self.head_dim), self.bc_proj.weight.shape[0]]
+            bc_channels = self.conv_bc.bias.shape[0]
+            cuts = [*_in_proj_sizes(projected_BM.shape[1] - bc_channels, self.head_dim), bc_channels]
             z_BSC, x_BSC, dt_BSH, bc_BSC = projected_BM[:, None].split(cuts, dim=-1)
             return self._mix(z_BSC, x_BSC, dt_BSH, bc_BSC, inputs, cache)[:, 0]
         from fusiontree.ops.step.mamba_triton import convolve_and_update
