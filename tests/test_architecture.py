@@ -54,6 +54,7 @@ EXPORTS_MAY_IMPORT = {
     "__future__",
     "collections",
     "math",
+    "sys",
     "typing",
     "torch",
     "transformers",
