@@ -6,6 +6,7 @@ Prompts and their continuations go to standard output, everything else to standa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import sys
@@ -213,9 +214,7 @@ def converse(args: argparse.Namespace, model: FusionTreeModel, tokenizer: Tokeni
     from fusiontree.generation.decoding import generate
 
     for number in itertools.count():
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        prompt = sys.stdin.readline().rstrip("\n")
+        prompt = read_line()
         if not prompt:
             return
         encoded = tokenizer.encode(prompt)
@@ -237,6 +236,19 @@ def converse(args: argparse.Namespace, model: FusionTreeModel, tokenizer: Tokeni
         except UserError as error:  # a prompt that is too long; the next one may fit
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         print(flush=True)
+
+
+def read_line() -> str:
+    """Return the next line of the input, empty at its end; a terminal's line can be edited and recalled."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\n")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  lets input() edit lines
+    try:
+        return input("> ")
+    except EOFError:
+        print(flush=True)
+        return ""
 
 
 def request_options(args: argparse.Namespace, model: FusionTreeModel, longest: int) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def decoded_rates(
     Returns:
         Tokens per second of all rows, the bound by bandwidth, their ratio, bytes per step and memory.
     """
-    device = model.embed.weight.device
+    torch.cuda.reset_peak_memory_stats()
     columns = context_1S.shape[1] + tokens + 2 * WARMUP_STEPS
     cache = model.new_cache(1, columns)
     for part_1S in context_1S.split(prefill_chunk, dim=1):
@@ -58,18 +58,21 @@ def decoded_rates(
     cache.fix(columns)
     step = GraphedStep(model, cache)
     figures = timed_decoding(logits_BV, lambda state: step(state.argmax(-1, keepdim=True)), rows, tokens)
-    needed, rate = bytes_per_step(model, cache), bandwidth(device)
+    needed, rate = bytes_per_step(model, cache), bandwidth(model.embed.weight.device)
     bound = None if rate is None else rows * rate / needed
     share = None if bound is None else figures["tokens_per_s"] / bound
     return {"rows": rows, "context": context_1S.shape[1], **figures, "bound": bound, "share": share, "bytes": needed}
 
 
 def prefill_rate(model: FusionTreeModel, length: int, *, prefill_chunk: int, seed: int = 0) -> dict[str, Any]:
-    """Time the prefill of one random text of ``length`` tokens in chunks; the second of two runs counts."""
-    device = model.embed.weight.device
+    """Time the prefill of one random text of ``length`` tokens in chunks; the second of two runs counts.
+
+    Returns:
+        Tokens per second and memory; ``activations_gib`` is the peak beyond the weights and the filled cache.
+    """
     generator = torch.Generator().manual_seed(seed)
-    ids_1S = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(device)
-    seconds = 0.0
+    ids_1S = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.embed.weight.device)
+    seconds, kept = 0.0, 0
     for _ in range(2):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -79,11 +82,14 @@ def prefill_rate(model: FusionTreeModel, length: int, *, prefill_chunk: int, see
             model(part_1S, cache=cache, logits_to_keep=1)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - began
+        kept = torch.cuda.memory_allocated()
         del cache
+    peak = torch.cuda.max_memory_allocated()
     return {
         "tokens": length,
         "chunk": prefill_chunk,
         "seconds": seconds,
         "tokens_per_s": length / seconds,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_memory_gib": peak / 2**30,
+        "activations_gib": (peak - kept) / 2**30,
     }

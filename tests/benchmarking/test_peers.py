@@ -61,28 +61,3 @@ def test_a_peer_without_a_cache_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(peers, "build_falcon", lambda *_: Forgetful())
     with pytest.raises(RuntimeError, match="no cache"):
         peers.decode_falcon(tiny_config(), torch.zeros(1, 8, dtype=torch.int64), torch.device("cpu"), tokens=2)
-
-
-def test_the_bound_counts_what_a_step_must_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusiontree.benchmarking import decoding
-    from fusiontree.models.fused_step import prepare
-
-    pretend_gpu(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
-    monkeypatch.setattr(decoding, "bandwidth", lambda device: 1e6)
-    model = tiny_model(layer_pattern="FA", window_size=5).eval()
-    prepare(model)
-    weights = 4 * sum(p.numel() for p in model.parameters()) - 4 * model.embed.weight.numel()
-    with torch.inference_mode():
-        ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(0))
-        one, three = (decoding.decoded_rates(model, ids, rows, 7, prefill_chunk=8) for rows in (1, 3))
-    config, steps = model.config, 20 + 7 + decoding.WARMUP_STEPS
-    head = 2 * 4 * config.attention_head_dim  # key and value in fp32
-    attention = config.num_layers * head * (config.local_kv_heads * 5 + config.global_kv_heads * steps)
-    mamba, inner = config.mamba, config.d_inner
-    taps = (mamba.d_conv - 1) * (inner + 2 * mamba.n_groups * mamba.d_state)
-    state = 2 * 4 * (taps + inner * mamba.d_state)  # one layer with Mamba; read and written
-    assert one["bytes"] == pytest.approx(weights + attention + state, rel=1e-3)
-    assert three["bytes"] - one["bytes"] == pytest.approx(2 * (attention + state), rel=1e-3)
-    assert three["bound"] == pytest.approx(3e6 / three["bytes"])
-    assert one["share"] == pytest.approx(one["tokens_per_s"] / one["bound"])

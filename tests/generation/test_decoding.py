@@ -13,7 +13,7 @@ from fusiontree.generation.running_batch import pad_left, prefill
 from fusiontree.generation.sampling import SamplingConfig, sample
 from fusiontree.utils.errors import UserError
 from tests.helpers import tiny_model
-from tests.models.recording import pretend_gpu
+from tests.models.recording import SeenTensors, pretend_gpu, tensors_of
 
 PATTERNS = ["FFF", "MMM", "AAA", "FMA", "MAMF"]
 WINDOWS = [3, 64]
@@ -283,6 +283,26 @@ def test_prompts_in_chunks_fill_the_cache_of_one_pass(chunk, window):
         for tokens_B1 in torch.tensor([[[5], [6], [7]], [[1], [2], [3]]]):
             got, want = (model(tokens_B1, cache=kept).logits_BSV for kept in (cache, whole))
             torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("global_heads", "growth"), [(0, 1), (2, 4)])
+@torch.inference_mode()
+def test_a_longer_prompt_in_chunks_needs_no_larger_tensors(global_heads, growth):
+    """Besides the cache. With global heads the CPU's mask has a chunk's queries and all keys; GPUs need no mask."""
+    model = tiny_model(layer_pattern="FMA", global_heads=global_heads, max_position_embeddings=1024)
+
+    def place(tensor):
+        return tensor.untyped_storage().data_ptr()
+
+    def largest(length, chunk):
+        with SeenTensors() as seen:
+            cache, _ = prefill(model, [[1] * length], length, chunk)
+        cache.fix(length)
+        kept = {place(t) for t in [*model.parameters(), *model.buffers(), *tensors_of(cache)]}
+        return max(t.untyped_storage().nbytes() for _, t in seen.found if place(t) not in kept)
+
+    assert largest(512, 32) <= growth * largest(128, 32)
+    assert largest(512, 512) > 2 * largest(512, 32)
 
 
 def test_chunks_draw_the_tokens_of_one_pass():

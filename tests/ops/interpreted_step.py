@@ -1,6 +1,7 @@
 """The kernels of a decoding step by Triton's interpreter, beside the reference formulas and the model's forward.
 
-``TRITON_INTERPRET=1 python -m tests.ops.interpreted_step`` prints one line a result: name, relative error, bar.
+``TRITON_INTERPRET=1 python -m tests.ops.interpreted_step`` prints one line a result: name, relative error, bar. Names of
+parts behind it select them.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def say(name: str, got: Tensor, want: Tensor, bar: float = 3e-6) -> None:
     print(f"{name} {error:.2e} {bar}", flush=True)
 
 
-def products() -> None:
-    for rows in (1, 3, 70):  # elementwise, tensor cores, and more rows than a program takes
+def products(*several: int) -> None:
+    for rows in several or (3,):
         x, wide = draw(rows, 2 * 40 + 3)[:, : 2 * 40], Weight(draw(37, 40))
         few, other = x[:, :40], Second(draw(rows, 48), Weight(draw(37, 24)), "swiglu")
         branches = draw(rows, 2 * 37)
@@ -70,10 +71,10 @@ def products() -> None:
         )
 
 
-def long_cache() -> None:
+def attention(*cases: tuple[int, int, int]) -> None:
     """Split keys: many parts, parts without keys, texts of unequal length, a window that has turned round."""
     width, group, window = 24, 2, 200
-    for local_kv, global_kv, columns in ((2, 1, 900), (2, 1, 40), (0, 2, 700), (1, 0, 0)):
+    for local_kv, global_kv, columns in cases or ((2, 1, 900),):
         kv, capacity = local_kv + global_kv, 1024
         qkv = draw(2, (group + 2) * kv * width)
         positions, column = torch.tensor([columns, max(columns - 30, 3)]), torch.tensor([columns])
@@ -138,8 +139,15 @@ def quantized_step() -> None:
     say("step int8", FusedStep(model)(ids[:, 11:], cache), want, 2e-5)
 
 
+def everything() -> None:
+    products(1, 3, 70)  # elementwise, tensor cores, and more rows than a program takes
+    attention((2, 1, 900), (2, 1, 40), (0, 2, 700), (1, 0, 0))
+    whole_steps()
+    quantized_step()
+
+
 if __name__ == "__main__":
-    parts = {"products": products, "long_cache": long_cache, "whole_steps": whole_steps, "quantized": quantized_step}
+    parts = {"products": products, "attention": attention, "everything": everything}
     with torch.inference_mode():
-        for name in sys.argv[1:] or parts:
+        for name in sys.argv[1:] or ["everything"]:
             parts[name]()
