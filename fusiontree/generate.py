@@ -240,7 +240,9 @@ def converse(args: argparse.Namespace, model: FusionTreeModel, tokenizer: Tokeni
 
 def read_line() -> str:
     """Return the next line of the input, empty at its end; a terminal's line can be edited and recalled."""
-    if not sys.stdin.isatty():
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
         return sys.stdin.readline().rstrip("\n")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  lets input() edit lines

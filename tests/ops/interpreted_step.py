@@ -1,7 +1,7 @@
 """The kernels of a decoding step by Triton's interpreter, beside the reference formulas and the model's forward.
 
-``TRITON_INTERPRET=1 python -m tests.ops.interpreted_step`` prints one line a result: name, relative error, bar. Names of
-parts behind it select them.
+``TRITON_INTERPRET=1 python -m tests.ops.interpreted_step`` prints one line a result: name, relative error, bar.
+Names of parts behind it select them.
 """
 
 from __future__ import annotations
