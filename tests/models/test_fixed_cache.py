@@ -70,6 +70,18 @@ def test_steps_of_a_fixed_cache_equal_the_full_forward(kind, how, monkeypatch):
 
 
 @torch.no_grad()
+def test_a_mixer_without_a_step_runs_its_blocks_forward(monkeypatch):
+    model = tiny_model(layer_pattern="FMA")
+    cache, following_BS = filled(model)
+    want = expected(model, following_BS)
+    monkeypatch.setattr("fusiontree.models.mixers.mamba2.Mamba2Mixer.step_projections", lambda mixer: ())
+    cache.fix(cache.columns + 1)
+    prepare(model)
+    assert [block.fuses_mixers for block in model.fused_step.blocks] == [False, False, True]
+    torch.testing.assert_close(model.fused_step(following_BS[:, :1], cache), want[:, 0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 def test_a_fused_step_shares_the_models_memory_and_leaves_its_values():
     model, same = (tiny_model(layer_pattern="FMA") for _ in range(2))
     step = FusedStep(model)
