@@ -17,8 +17,8 @@ pytest.importorskip("triton")
     [
         ("interpreted_ssd", 63),
         ("interpreted_elementwise", 77),
-        ("interpreted_step products attention", 11),
-        pytest.param("interpreted_step", 35, marks=pytest.mark.slow),
+        pytest.param("interpreted_step products attention", 11, id="interpreted_step"),
+        pytest.param("interpreted_step", 35, id="all_of_interpreted_step", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_equal_the_formulas(script: str, results: int) -> None:
