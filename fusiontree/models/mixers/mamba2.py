@@ -197,7 +197,7 @@ class Mamba2Mixer(Mixer):
         y_BC = convolve_and_update(
             projected_BM,
             (self.conv_x.taps(), self.conv_bc.taps()),
-            kept,
+            (kept[0], kept[1], kept[2]),
             (self.ssm.A_log, self.ssm.D, self.ssm.dt_bias),
             (self.ssm.dt_min, self.ssm.dt_max),
         )
