@@ -109,9 +109,9 @@ def prefill(
 ) -> tuple[DecodeCache, Tensor]:
     """Fill a cache with prompts; return it and the logits of each prompt's next token, ``[B, V]``.
 
-    Short prompts are padded on the left and take one forward. If that would be more than ``chunk`` tokens, pads
-    included, the prompts are computed one after the other in forwards of at most ``chunk`` tokens, so that activations
-    need no more memory than those of ``chunk`` tokens; the cache itself grows with the prompts.
+    Consecutive prompts that together are at most ``chunk`` tokens, pads on the left included, take one forward. A
+    longer prompt is computed alone in forwards of at most ``chunk`` tokens. So activations need no more memory than
+    those of ``chunk`` tokens; the cache itself grows with the prompts.
 
     Args:
         model: on its device.
@@ -120,22 +120,29 @@ def prefill(
         chunk: maximum number of tokens per forward.
     """
     device = model.embed.weight.device
-    longest = max(len(prompt) for prompt in prompts)
-    if longest * len(prompts) <= chunk:
-        input_ids_BS, padding_mask_BS = pad_left(prompts)
-        mask_BS = None if bool(padding_mask_BS.all()) else padding_mask_BS.to(device)
-        cache = model.new_cache(len(prompts), columns)
-        # Logits of all tokens of a long prompt would be the largest tensor.
-        output = model(input_ids_BS.to(device), padding_mask_BS=mask_BS, cache=cache, logits_to_keep=1)
-        return cache, output.logits_BSV[:, -1]
     caches, logits = [], []
-    for prompt in prompts:
-        cache = model.new_cache(1, columns)
-        for part_1S in torch.tensor(prompt)[None].split(chunk, dim=1):
-            output = model(part_1S.to(device), cache=cache, logits_to_keep=1)
+    for group in groups_of(prompts, chunk):
+        input_ids_BS, padding_mask_BS = pad_left(group)
+        mask_BS = None if bool(padding_mask_BS.all()) else padding_mask_BS.to(device)
+        cache = model.new_cache(len(group), columns)
+        for part_BS in input_ids_BS.split(input_ids_BS.shape[1] if len(group) > 1 else chunk, dim=1):
+            # Logits of all tokens of a long prompt would be the largest tensor.
+            output = model(part_BS.to(device), padding_mask_BS=mask_BS, cache=cache, logits_to_keep=1)
         caches.append(cache)
         logits.append(output.logits_BSV[:, -1])
     return (caches[0] if len(caches) == 1 else DecodeCache.join(caches)), torch.cat(logits)
+
+
+def groups_of(prompts: Sequence[Sequence[int]], chunk: int) -> list[list[Sequence[int]]]:
+    """Cut ``prompts`` into groups of at most ``chunk`` tokens each, pads included, or of one prompt."""
+    groups: list[list[Sequence[int]]] = []
+    for prompt in prompts:
+        longest = max(len(prompt), *(len(other) for other in groups[-1])) if groups else 0
+        if groups and longest * (len(groups[-1]) + 1) <= chunk:
+            groups[-1].append(prompt)
+        else:
+            groups.append([prompt])
+    return groups
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

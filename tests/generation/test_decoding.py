@@ -305,6 +305,21 @@ def test_a_longer_prompt_in_chunks_needs_no_larger_tensors(global_heads, growth)
     assert largest(512, 512) > 2 * largest(512, 32)
 
 
+@torch.inference_mode()
+def test_prompts_that_fit_together_share_a_forward():
+    model = tiny_model(layer_pattern="FMA")
+    prompts = [LONG, [9, 8, 7], [5] * 4, LONG[:6], [3]]
+    seen = []
+    hook = model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    cache, logits_BV = prefill(model, prompts, 40, 14)
+    hook.remove()
+    assert seen == [(1, 14), (1, 2), (2, 4), (2, 6)]
+    whole, want_BV = prefill(model, prompts, 40, 1000)
+    torch.testing.assert_close(logits_BV, want_BV, atol=2e-5, rtol=0)
+    got, want = (model(torch.ones(5, 1, dtype=torch.int64), cache=kept).logits_BSV for kept in (cache, whole))
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+
+
 def test_chunks_draw_the_tokens_of_one_pass():
     model = tiny_model(layer_pattern="FMA")
     results = [generate(model, PROMPTS, max_new_tokens=9, prefill_chunk=size).rows for size in (4, 4096)]
