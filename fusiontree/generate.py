@@ -6,18 +6,22 @@ Prompts and their continuations go to standard output, everything else to standa
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.program import add_device_options, run_program
 from fusiontree.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from fusiontree.data.tokenizers import Tokenizer
     from fusiontree.generation.decoding import GeneratedRow, Generation, NewToken
     from fusiontree.generation.sampling import SamplingConfig
+    from fusiontree.models.model import FusionTreeModel
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
     output = parser.add_mutually_exclusive_group()
     output.add_argument(
         "--json", action="store_true", help="print one JSON object per prompt, with tokens and logprobs"
+    )
+    output.add_argument(
+        "--interactive",
+        action="store_true",
+        help="read prompts from the terminal, one per line, and print each continuation while it is generated; an "
+        "empty line or Ctrl-D ends, Ctrl-C ends a continuation",
     )
     output.add_argument(
         "--stream", action="store_true", help="print text while it is generated, one prompt after the other"
@@ -92,6 +102,12 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="on a GPU, record a step as a CUDA graph and replay it per token (default); the tokens are the same",
     )
+    chunk = "maximum number of prompt tokens per forward, which limits memory (default 16384); the text is the same"
+    add("--prefill-chunk", type=int, default=16384, metavar="N", help=chunk)
+    weights = (
+        "store the layers' matrices in 8 bits, which decodes faster and changes the text a little (docs/deploy.md)"
+    )
+    add("--weights", default="dtype", choices=["dtype", "int8", "fp8"], help=weights)
     add_device_options(parser)
 
 
@@ -120,34 +136,57 @@ def run(args: argparse.Namespace) -> None:
         CheckpointDamage: a file of the checkpoint differs from its recorded hash.
         FloatingPointError: the model's logits are not finite.
     """
+    sampling = read_sampling(args)
+    for name in ("batch_size", "prefill_chunk"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    prompts = [*args.prompt, *(text for file in args.prompt_file for text in read_prompts(file))]
+    if args.interactive and prompts:
+        raise UserError("--interactive reads its prompts from the terminal; leave out --prompt and --prompt-file")
+    if not prompts and not args.interactive:
+        raise UserError("there is nothing to continue; give --prompt TEXT, --prompt-file FILE or --interactive")
+    model, tokenizer = load(args)
+    if args.interactive:
+        converse(args, model, tokenizer, sampling)
+    else:
+        continue_all(args, model, tokenizer, sampling, prompts)
+
+
+def load(args: argparse.Namespace) -> tuple[FusionTreeModel, Tokenizer]:
+    """Load the checkpoint, ready to decode; returns the model and its tokenizer."""
     from fusiontree.checkpoint.load import find_checkpoint, load_model
     from fusiontree.data.tokenizers import load_tokenizer
-    from fusiontree.generation.decoding import check_request, generate
+    from fusiontree.models.fused_step import prepare
+    from fusiontree.models.weight_only import quantize_weights
     from fusiontree.utils.device import choose_device, choose_dtype
 
-    sampling = read_sampling(args)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
-    prompts = [*args.prompt, *(text for file in args.prompt_file for text in read_prompts(file))]
-    if not prompts:
-        raise UserError("there is nothing to continue; give --prompt TEXT or --prompt-file FILE")
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-
     folder = find_checkpoint(args.checkpoint)
     model, _ = load_model(folder, device, dtype)  # also verifies the tokenizer's file
-    tokenizer = load_tokenizer(folder)
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    room = model.config.max_position_embeddings - max(len(prompt) for prompt in encoded)
-    options = {
-        "max_new_tokens": max(1, min(256, room)) if args.max_new_tokens is None else args.max_new_tokens,
-        "allow_longer": args.allow_longer,
-    }
-    check_request(model.config, encoded, **options)  # all prompts, before the first batch
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{folder}: {millions:.1f}M parameters, {device}, {dtype}", file=sys.stderr, flush=True)
+    weights = "" if args.weights == "dtype" else f", weights {args.weights}"
+    if weights:
+        quantize_weights(model, args.weights)
+    prepare(model)
+    print(f"{folder}: {millions:.1f}M parameters, {device}, {dtype}{weights}", file=sys.stderr, flush=True)
+    return model, load_tokenizer(folder)
 
-    never = tokenizer.unknown_ids(model.config.vocab_size)
+
+def continue_all(
+    args: argparse.Namespace,
+    model: FusionTreeModel,
+    tokenizer: Tokenizer,
+    sampling: SamplingConfig,
+    prompts: Sequence[str],
+) -> None:
+    """Continue every prompt and print the results."""
+    from fusiontree.generation.decoding import check_request, generate
+
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    options = request_options(args, model, max(len(prompt) for prompt in encoded))
+    limits = {name: options[name] for name in ("max_new_tokens", "allow_longer")}
+    check_request(model.config, encoded, **limits)  # all prompts, before the first batch
     show = Printer(prompts, args.seed, json_lines=args.json, stream=args.stream)
     batch_size = 1 if args.stream else args.batch_size
     done: list[Generation] = []
@@ -159,19 +198,80 @@ def run(args: argparse.Namespace) -> None:
             model,
             [encoded[row] for row in rows],
             **options,
+            **text_options(args, model, tokenizer),
             sampling=sampling,
             seeds=[args.seed + row for row in rows],
-            stop_tokens=[tokenizer.eos_id],
-            stop_strings=args.stop,
-            decode=tokenizer.decode,
             on_token=show.token if args.stream else None,
-            graphs=args.graphs,
-            never=never,
         )
         done.append(generation)
         for row, result in zip(rows, generation.rows, strict=True):
             show.row(row, len(encoded[row]), result)
     print(summary(done), file=sys.stderr, flush=True)
+
+
+def converse(args: argparse.Namespace, model: FusionTreeModel, tokenizer: Tokenizer, sampling: SamplingConfig) -> None:
+    """Continue prompts that the terminal gives, one per line, until an empty line or the end of the input."""
+    from fusiontree.generation.decoding import generate
+
+    for number in itertools.count():
+        prompt = read_line()
+        if not prompt:
+            return
+        encoded = tokenizer.encode(prompt)
+        show = Printer([prompt], args.seed + number, json_lines=False, stream=True)
+        show.heading(0)
+        try:
+            generation = generate(
+                model,
+                [encoded],
+                **request_options(args, model, len(encoded)),
+                **text_options(args, model, tokenizer),
+                sampling=sampling,
+                seeds=[args.seed + number],
+                on_token=show.token,
+            )
+            print(f"\n{summary([generation])}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            pass
+        except UserError as error:  # a prompt that is too long; the next one may fit
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        print(flush=True)
+
+
+def read_line() -> str:
+    """Return the next line of the input, empty at its end; a terminal's line can be edited and recalled."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().rstrip("\n")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  lets input() edit lines
+    try:
+        return input("> ")
+    except EOFError:
+        print(flush=True)
+        return ""
+
+
+def request_options(args: argparse.Namespace, model: FusionTreeModel, longest: int) -> dict[str, Any]:
+    """Return the limits of a request whose longest prompt has ``longest`` tokens, as options of ``generate``."""
+    room = model.config.max_position_embeddings - longest
+    return {
+        "max_new_tokens": max(1, min(256, room)) if args.max_new_tokens is None else args.max_new_tokens,
+        "allow_longer": args.allow_longer,
+        "prefill_chunk": args.prefill_chunk,
+    }
+
+
+def text_options(args: argparse.Namespace, model: FusionTreeModel, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the options of ``generate`` that do not depend on the prompts."""
+    return {
+        "stop_tokens": [tokenizer.eos_id],
+        "stop_strings": args.stop,
+        "decode": tokenizer.decode,
+        "graphs": args.graphs,
+        "never": tokenizer.unknown_ids(model.config.vocab_size),
+    }
 
 
 def read_sampling(args: argparse.Namespace) -> SamplingConfig:

@@ -56,6 +56,7 @@ EXPORTS_MAY_IMPORT = {
     "collections",
     "copy",
     "math",
+    "sys",
     "typing",
     "torch",
     "transformers",

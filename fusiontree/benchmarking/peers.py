@@ -36,6 +36,9 @@ WARMUP_STEPS = 4
 EAGER_STEPS = 64
 """Maximum number of tokens for which our eager decoding is timed."""
 
+_PEER_CHUNK = 2048
+"""Tokens per forward of the peer's prefill, if one forward over the whole text does not fit into memory."""
+
 _CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 # cuDNN makes a plan for each number of keys, which grows by one per decoded token.
 _CUDNN_LAST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
@@ -205,7 +208,12 @@ def decode_falcon(config: ModelConfig, ids_BS: Tensor, device: torch.device, *, 
     ids_BS = ids_BS.to(device)
     torch.cuda.reset_peak_memory_stats()
     with sdpa_kernel([*_CUDNN_FIRST, SDPBackend.MATH], set_priority=True):
-        out = model(input_ids=ids_BS, use_cache=True, logits_to_keep=1)
+        try:
+            out = _filled(model, ids_BS, ids_BS.shape[1])
+        except torch.OutOfMemoryError:  # without mamba_ssm, its scan holds matrices of all pairs of a chunk's tokens
+            out = None
+        if out is None:
+            out = _filled(model, ids_BS, _PEER_CHUNK)
     if out.past_key_values is None:
         raise RuntimeError("Falcon-H1 returned no cache; its decoding needs transformers 5 or newer")
 
@@ -219,6 +227,15 @@ def decode_falcon(config: ModelConfig, ids_BS: Tensor, device: torch.device, *, 
 
     with sdpa_kernel([*_CUDNN_LAST, SDPBackend.MATH], set_priority=True):
         return {"steps": "eager", **timed_decoding(out, step, ids_BS.shape[0], tokens)}
+
+
+def _filled(model: Any, ids_BS: Tensor, chunk: int) -> Any:
+    """Return the output of the last of the forwards over ``chunk`` tokens each that fill a new cache."""
+    out, kept = None, None
+    for part_BS in ids_BS.split(chunk, dim=1):
+        out = model(input_ids=part_BS, past_key_values=kept, use_cache=True, logits_to_keep=1)
+        kept = out.past_key_values
+    return out
 
 
 def columns_to_decode(length: int, tokens: int) -> int:

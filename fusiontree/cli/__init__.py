@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": Verb("fusiontree.evaluate", "measure a checkpoint: perplexity, needle, recall"),
     "lm-eval": Verb("fusiontree.cli.run_lm_eval", "lm-evaluation-harness with the model type fusiontree"),
     "benchmark": Verb("fusiontree.benchmark", "measure throughput, MFU and memory of a configuration"),
+    "benchmark-decoding": Verb("fusiontree.cli.benchmark_decoding", "measure decoding beside the memory's bandwidth"),
     "plan": Verb("fusiontree.plan", "estimate memory and speed of a configuration in every layout"),
     "preflight": Verb("fusiontree.preflight", "measure the links between the nodes of a job"),
     "study": Verb("fusiontree.study", "train the arms of a study side by side and compare them"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.generation.sampling import SamplingConfig, sample
+from fusiontree.models.cache import DecodeCache
 from fusiontree.models.cuda_graph import FEWEST_STEPS, GraphedStep, recordable
 from fusiontree.models.model import FusionTreeModel
 
@@ -33,8 +34,9 @@ class RunningBatch:
         max_new_tokens: int,
         graphs: bool,
         never: Sequence[int],
+        prefill_chunk: int,
     ) -> None:
-        """Run the prefill: a forward over all prompts, padded on the left to equal length."""
+        """Run the prefill: see :func:`prefill`."""
         weight = model.embed.weight
         self.rows = list(range(len(prompts)))
         self.graphed_steps = 0
@@ -45,24 +47,14 @@ class RunningBatch:
         self._never = torch.tensor(list(never), dtype=torch.int64, device=weight.device)
         self._graphs = graphs and recordable(weight.device)
         self._graph: GraphedStep | None = None
-        input_ids_BS, padding_mask_BS = pad_left(prompts)
-        self._columns = input_ids_BS.shape[1] + max_new_tokens
+        self._columns = max(len(prompt) for prompt in prompts) + max_new_tokens
         self._seen_BV: Tensor | None = None
         if sampling.repetition_penalty != 1.0:
             self._seen_BV = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool)
             for row, prompt in enumerate(prompts):
                 self._seen_BV[row, torch.tensor(prompt)] = True
             self._seen_BV = self._seen_BV.to(weight.device)
-        padded = not bool(padding_mask_BS.all())
-        cache = model.new_cache(len(prompts), self._columns, dtype=weight.dtype, device=weight.device)
-        output = model(
-            input_ids_BS.to(weight.device),
-            padding_mask_BS=padding_mask_BS.to(weight.device) if padded else None,
-            cache=cache,
-            logits_to_keep=1,  # logits of all tokens of a long prompt would be the largest tensor
-        )
-        self._cache = cache
-        self._logits_BV = output.logits_BSV[:, -1]
+        self._cache, self._logits_BV = prefill(model, prompts, self._columns, prefill_chunk)
 
     def draw(self, step: int) -> tuple[list[int], list[float]]:
         """Choose every row's next token; return the tokens and their log-probabilities under the model."""
@@ -110,6 +102,47 @@ class RunningBatch:
         self._cache = self._cache.select(slots)
         self._seen_BV = None if self._seen_BV is None else self._seen_BV[slots]
         self._slots = list(range(len(self._slots)))
+
+
+def prefill(
+    model: FusionTreeModel, prompts: Sequence[Sequence[int]], columns: int, chunk: int
+) -> tuple[DecodeCache, Tensor]:
+    """Fill a cache with prompts; return it and the logits of each prompt's next token, ``[B, V]``.
+
+    Consecutive prompts that together are at most ``chunk`` tokens, pads on the left included, take one forward. A
+    longer prompt is computed alone in forwards of at most ``chunk`` tokens. So activations need no more memory than
+    those of ``chunk`` tokens; the cache itself grows with the prompts.
+
+    Args:
+        model: on its device.
+        prompts: token ids, at least one per prompt.
+        columns: room to allocate in the cache, per row.
+        chunk: maximum number of tokens per forward.
+    """
+    device = model.embed.weight.device
+    caches, logits = [], []
+    for group in groups_of(prompts, chunk):
+        input_ids_BS, padding_mask_BS = pad_left(group)
+        mask_BS = None if bool(padding_mask_BS.all()) else padding_mask_BS.to(device)
+        cache = model.new_cache(len(group), columns)
+        for part_BS in input_ids_BS.split(input_ids_BS.shape[1] if len(group) > 1 else chunk, dim=1):
+            # Logits of all tokens of a long prompt would be the largest tensor.
+            output = model(part_BS.to(device), padding_mask_BS=mask_BS, cache=cache, logits_to_keep=1)
+        caches.append(cache)
+        logits.append(output.logits_BSV[:, -1])
+    return (caches[0] if len(caches) == 1 else DecodeCache.join(caches)), torch.cat(logits)
+
+
+def groups_of(prompts: Sequence[Sequence[int]], chunk: int) -> list[list[Sequence[int]]]:
+    """Cut ``prompts`` into groups of at most ``chunk`` tokens each, pads included, or of one prompt."""
+    groups: list[list[Sequence[int]]] = []
+    for prompt in prompts:
+        longest = max(len(prompt), *(len(other) for other in groups[-1])) if groups else 0
+        if groups and longest * (len(groups[-1]) + 1) <= chunk:
+            groups[-1].append(prompt)
+        else:
+            groups.append([prompt])
+    return groups
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -132,6 +132,23 @@ class DecodeCache:
         lengths = [self.lengths[row] for row in index.tolist()]
         return self._copy(lengths, pick, lambda cache: cache.map(pick))
 
+    @classmethod
+    def join(cls, caches: Sequence[DecodeCache]) -> DecodeCache:
+        """Return a cache with the rows of all ``caches``, which are filled and not fixed; texts end in one column."""
+        first, *others = caches
+        assert all(cache.fixed_columns is None and not cache.is_empty for cache in caches), (
+            "join filled, unfixed caches"
+        )
+        joined = cls.__new__(cls)
+        joined.positions_B = torch.cat([cache.positions_B for cache in caches])
+        joined.lengths = [length for cache in caches for length in cache.lengths]
+        joined.columns, joined.fixed_columns, joined.column_1 = max(cache.columns for cache in caches), None, None
+        joined.layers = [
+            {name: kept.join([other.layers[layer][name] for other in others]) for name, kept in mixers.items()}
+            for layer, mixers in enumerate(first.layers)
+        ]
+        return joined
+
     def _copy(
         self,
         lengths: list[int],

@@ -27,6 +27,8 @@ def recordable(device: torch.device) -> bool:
 class GraphedStep:
     """The step ``model(tokens_B1, cache=cache)`` of a fixed cache, recorded once and replayed for every token.
 
+    A model prepared by :func:`fusiontree.models.fused_step.prepare` records its fused step instead.
+
     A replay repeats the recorded operations on the same tensors. So all values that change from token to token
     (positions, columns, slots) are on the device, and replays work only with the recorded cache. Construct and call it
     in the same inference or no-grad mode. Memory: the activations of one step; keys and values are not copied.
@@ -56,10 +58,10 @@ class GraphedStep:
             self._tokens_B1 = torch.zeros(cache.rows, 1, dtype=torch.int64, device=device)
             with on_recording_stream(device):
                 for _ in range(_REHEARSALS):
-                    model(self._tokens_B1, cache=cache.rehearsal())
+                    self._step(cache.rehearsal())
             lengths, columns = cache.lengths, cache.columns
             try:
-                self._graph, output = record(lambda: model(self._tokens_B1, cache=cache), device)
+                self._graph, self._logits_BV = record(lambda: self._step(cache), device)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -69,7 +71,12 @@ class GraphedStep:
                 ) from error
             finally:
                 cache.lengths, cache.columns = lengths, columns  # recording advanced the counters but computed nothing
-        self._logits_BSV = output.logits_BSV
+
+    def _step(self, cache: DecodeCache) -> Tensor:
+        """Queue a step; return its logits ``[B, V]``."""
+        if self._model.fused_step is not None:
+            return self._model.fused_step(self._tokens_B1, cache)
+        return self._model(self._tokens_B1, cache=cache).logits_BSV[:, -1]
 
     def __call__(self, tokens_B1: Tensor) -> Tensor:
         """Continue every row by its token and return the logits of the next, ``[B, V]``.
@@ -90,4 +97,4 @@ class GraphedStep:
         with torch.cuda.device(self._tokens_B1.device):
             self._graph.replay()
         self.cache.count([1] * self.cache.rows, 1)
-        return self._logits_BSV[:, -1]
+        return self._logits_BV

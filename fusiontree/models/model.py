@@ -111,6 +111,8 @@ class FusionTreeModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.kernels.elementwise)
         self.head = LanguageModelHead(config.vocab_size, config.hidden_size, config.kernels.cross_entropy)
         self._tie()
+        self.fused_step: Callable[[Tensor, DecodeCache], Tensor] | None = None
+        """Decoding step in few launches, if :func:`fusiontree.models.fused_step.prepare` was called."""
 
     def forward(
         self,

@@ -96,7 +96,8 @@ def lay_out_tokens(
         seen_BS = positions_BS.expand(rows, length)
         if padding_mask_BS is not None:
             seen_BS = seen_BS.masked_fill(~padding_mask_BS, -1)
-        new = NewTokens(seen_BS, end, continued, cache.column_1, {})
+        whole = padding_mask_BS is None and all(length == cache.columns for length in cache.lengths)
+        new = NewTokens(seen_BS, end, continued, cache.column_1, whole, {})
     return TokenLayout(documents, positions_BS, end, padding_mask_BS, counts, new)
 
 

@@ -84,6 +84,45 @@ def test_a_pipeline_goes_on_alike_with_pads_on_either_side(loaded: Any):
         tokenizer.padding_side = side
         together = [rows[0]["generated_text"] for rows in write(TEXTS, batch_size=3, **options)]
         assert together == alone
+    tokenizer.padding_side = "left"
+    static = [
+        rows[0]["generated_text"] for rows in write(TEXTS, batch_size=3, cache_implementation="static", **options)
+    ]
+    assert static == alone
     drawn = write(TEXTS * 4, max_new_tokens=40, do_sample=True, temperature=50.0, return_tensors=True)
     tokens = [token for rows in drawn for token in rows[0]["generated_token_ids"]]
     assert max(tokens) <= 256 and len(set(tokens)) > 100  # no id that only pads the vocabulary
+
+
+def test_a_static_cache_allocates_once_and_gives_the_same_logits(loaded: Any):
+    model, tokenizer = loaded
+    tokenizer.padding_side = "right"
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    plain, static = (model.generate(**batch, **options, **extra) for extra in ({}, {"cache_implementation": "static"}))
+    for got, want in zip(static.logits, plain.logits, strict=True):
+        torch.testing.assert_close(got, want)
+    cache = static.past_key_values
+    columns = batch["input_ids"].shape[1] + 6
+    kept = [layer["global_k"] for layer in cache.layers if "global_k" in layer]
+    assert kept and all(columns - 1 <= keys.shape[1] <= columns for keys in kept) and cache.capacity == kept[0].shape[1]
+    beams = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
+    one = model.generate(**batch, **beams)
+    assert torch.equal(one, model.generate(**batch, **beams, cache_implementation="static"))
+
+
+def test_accelerate_wraps_it_and_its_step_changes_the_weights(loaded: Any):
+    accelerate = pytest.importorskip("accelerate")
+    model, tokenizer = loaded
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    batch = tokenizer(TEXTS[:1] * 2, return_tensors="pt")
+    losses = []
+    for _ in range(3):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[2] < losses[0]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fusiontree.generation.decoding import NewToken, generate
-from fusiontree.generation.running_batch import pad_left
+from fusiontree.generation.running_batch import pad_left, prefill
 from fusiontree.generation.sampling import SamplingConfig, sample
 from fusiontree.utils.errors import UserError
 from tests.helpers import tiny_model
-from tests.models.recording import pretend_gpu
+from tests.models.recording import SeenTensors, pretend_gpu, tensors_of
 
 PATTERNS = ["FFF", "MMM", "AAA", "FMA", "MAMF"]
 WINDOWS = [3, 64]
@@ -260,6 +260,72 @@ def test_left_padding_ends_every_prompt_in_the_last_column():
     input_ids_BS, padding_mask_BS = pad_left([[1, 2, 3], [4]])
     assert input_ids_BS.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert padding_mask_BS.tolist() == [[True, True, True], [False, False, True]]
+
+
+@pytest.mark.parametrize("window", [1, 4, 60])
+@pytest.mark.parametrize("chunk", [1, 5, 8])
+@torch.inference_mode()
+def test_prompts_in_chunks_fill_the_cache_of_one_pass(chunk, window):
+    """Chunks that divide the prompt and those that do not; texts of unequal length are joined."""
+    model = tiny_model(layer_pattern="FMA", window_size=window)
+    prompts = [LONG + LONG[:7], [9, 8, 7], LONG]
+    seen = []
+    hook = model.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+    cache, logits_BV = prefill(model, prompts, 40, chunk)
+    hook.remove()
+    assert max(seen) == chunk and sum(seen) == sum(map(len, prompts))
+    whole, want_BV = prefill(model, prompts, 40, 1000)
+    assert (cache.lengths, cache.columns) == (whole.lengths, whole.columns)
+    torch.testing.assert_close(logits_BV, want_BV, atol=2e-5, rtol=0)
+    for fixed in (False, True):
+        if fixed:
+            cache.fix(40)
+        for tokens_B1 in torch.tensor([[[5], [6], [7]], [[1], [2], [3]]]):
+            got, want = (model(tokens_B1, cache=kept).logits_BSV for kept in (cache, whole))
+            torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("global_heads", "growth"), [(0, 1), (2, 4)])
+@torch.inference_mode()
+def test_a_longer_prompt_in_chunks_needs_no_larger_tensors(global_heads, growth):
+    """Besides the cache. With global heads the CPU's mask has a chunk's queries and all keys; GPUs need no mask."""
+    model = tiny_model(layer_pattern="FMA", global_heads=global_heads, max_position_embeddings=1024)
+
+    def place(tensor):
+        return tensor.untyped_storage().data_ptr()
+
+    def largest(length, chunk):
+        with SeenTensors() as seen:
+            cache, _ = prefill(model, [[1] * length], length, chunk)
+        cache.fix(length)
+        kept = {place(t) for t in [*model.parameters(), *model.buffers(), *tensors_of(cache)]}
+        return max(t.untyped_storage().nbytes() for _, t in seen.found if place(t) not in kept)
+
+    assert largest(512, 32) <= growth * largest(128, 32)
+    assert largest(512, 512) > 2 * largest(512, 32)
+
+
+@torch.inference_mode()
+def test_prompts_that_fit_together_share_a_forward():
+    model = tiny_model(layer_pattern="FMA")
+    prompts = [LONG, [9, 8, 7], [5] * 4, LONG[:6], [3]]
+    seen = []
+    hook = model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    cache, logits_BV = prefill(model, prompts, 40, 14)
+    hook.remove()
+    assert seen == [(1, 14), (1, 2), (2, 4), (2, 6)]
+    whole, want_BV = prefill(model, prompts, 40, 1000)
+    torch.testing.assert_close(logits_BV, want_BV, atol=2e-5, rtol=0)
+    got, want = (model(torch.ones(5, 1, dtype=torch.int64), cache=kept).logits_BSV for kept in (cache, whole))
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+
+
+def test_chunks_draw_the_tokens_of_one_pass():
+    model = tiny_model(layer_pattern="FMA")
+    results = [generate(model, PROMPTS, max_new_tokens=9, prefill_chunk=size).rows for size in (4, 4096)]
+    assert [row.tokens for row in results[0]] == [row.tokens for row in results[1]]
+    with pytest.raises(UserError, match="prefill_chunk is 0"):
+        generate(model, PROMPTS, max_new_tokens=9, prefill_chunk=0)
 
 
 @pytest.mark.parametrize("how", SAMPLING)

@@ -104,6 +104,28 @@ def test_streaming_prints_the_same_text(call):
     assert call(*prompts, "--stream")[1] == call(*prompts)[1]
 
 
+def test_interactive_prompts_stream_until_an_empty_line(call, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"first\nsecond one\n" + b"x" * 200 + b"\nab\n\nnever\n")))
+    code, out, err = call("--interactive", "--max-new-tokens", "9")
+    wanted = [call("--prompt", text, "--seed", seed, "--max-new-tokens", "9")[1] for text, seed in
+              (("first", "0"), ("second one", "1"), ("ab", "3"))]  # fmt: skip
+    assert code == 0 and out == "".join([*wanted[:2], "x" * 200 + "\n", wanted[2]])
+    assert "prompt 0 has 200 tokens" in err and "never" not in out
+    assert call("--interactive", "--prompt", "a")[0] == 2
+
+
+def test_prompts_in_chunks_give_the_same_text(call):
+    options = ["--prompt", "a longer prompt", "--prompt", "b", "--max-new-tokens", "9"]
+    assert call(*options, "--prefill-chunk", "4")[1] == call(*options)[1]
+    assert call(*options, "--prefill-chunk", "0")[0] == 2
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_weights_in_8_bits_generate(call, weights):
+    code, out, err = call("--prompt", "ab", "--max-new-tokens", "5", "--weights", weights)
+    assert code == 0 and out.startswith("ab") and f"weights {weights}" in err
+
+
 def test_a_stop_text_ends_the_text_before_it(call):
     free = json.loads(call("--prompt", "ab", "--max-new-tokens", "40", "--json")[1])["text"]
     stop = next(c for c in free[3:] if c.isprintable() and c != "\ufffd")

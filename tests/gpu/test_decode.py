@@ -13,6 +13,8 @@ import torch
 from fusiontree.generation.decoding import generate
 from fusiontree.generation.sampling import SamplingConfig
 from fusiontree.models.cuda_graph import GraphedStep
+from fusiontree.models.fused_step import prepare
+from fusiontree.models.weight_only import quantize_weights
 from fusiontree.ops.attention import cached_attention, decode_attention, key_bias
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.ssd.reference import ssd_step
@@ -51,9 +53,12 @@ def both(model: Any, **arguments: Any) -> tuple[Any, Any]:
     return eager, graphed
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("kind", "how"), list(zip(MODELS, ("greedy", "drawn", "greedy", "drawn"), strict=True)))
-def test_graphs_draw_the_tokens_of_eager_steps(kind: str, how: str) -> None:
+def test_graphs_draw_the_tokens_of_eager_steps(kind: str, how: str, fused: bool) -> None:
     model = tiny_model(**MODELS[kind]).cuda()
+    if fused:
+        prepare(model)
     free = generate(model, PROMPTS, max_new_tokens=40, graphs=False, sampling=SAMPLING[how])
     stop = sorted({row.tokens[at] for row, at in zip(free.rows[:3], (1, 5, 12), strict=True)})
     eager, graphed = both(model, sampling=SAMPLING[how], stop_tokens=stop)  # rows finish at different times
@@ -64,14 +69,19 @@ def test_graphs_draw_the_tokens_of_eager_steps(kind: str, how: str) -> None:
     assert [row.tokens for row in again.rows] == [row.tokens for row in graphed.rows]
 
 
+@pytest.mark.parametrize("weights", ["as they are", "fused", "fused int8", "fused fp8"])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [("tiny", torch.bfloat16), ("sizes of the fast kernels", torch.bfloat16), ("tiny", torch.float16)],
 )
 @torch.inference_mode()
-def test_graphed_logits_in_half_precision(kind: str, dtype: torch.dtype) -> None:
+def test_graphed_logits_in_half_precision(kind: str, dtype: torch.dtype, weights: str) -> None:
     """The recorded step's logits against the same cache's eager ones, over a cache long enough to be cut in parts."""
     model = tiny_model(**{"scale": 1.0, "max_position_embeddings": 4096, **MODELS[kind]}).to("cuda", dtype).eval()
+    if "8" in weights:
+        quantize_weights(model, weights.split()[1])  # type: ignore[arg-type]
+    if "fused" in weights:
+        prepare(model)
     ids = torch.randint(0, 64, (2, 2100), generator=torch.Generator().manual_seed(0)).cuda()
     graphed, eager = model.new_cache(2, 2300), model.new_cache(2)
     for cache in (graphed, eager):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fusiontree.models.cuda_graph import GraphedStep
+from fusiontree.models.fused_step import FusedStep, join_weights, prepare
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.dispatch import Backend, anywhere
 from fusiontree.ops.elementwise import ELEMENTWISE
@@ -40,10 +41,10 @@ def expected(model, following_BS):
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("how", ["eager", "replayed", "fused", "fused, replayed"])
 @pytest.mark.parametrize("kind", VARIANTS)
 @torch.no_grad()
-def test_steps_of_a_fixed_cache_equal_the_full_forward(kind, replayed, monkeypatch):
+def test_steps_of_a_fixed_cache_equal_the_full_forward(kind, how, monkeypatch):
     pretend_gpu(monkeypatch)
     model = tiny_model(**VARIANTS[kind])
     cache, following_BS = filled(model)
@@ -51,14 +52,48 @@ def test_steps_of_a_fixed_cache_equal_the_full_forward(kind, replayed, monkeypat
     columns = cache.columns
     cache.fix(columns + STEPS)
     places = [tensor.data_ptr() for tensor in tensors_of(cache)]
-    step = GraphedStep(model, cache) if replayed else None
+    if "fused" in how:
+        prepare(model)
+    step = GraphedStep(model, cache) if "replayed" in how else None
     for i in range(STEPS):
         tokens_B1 = following_BS[:, i : i + 1]
-        logits_BV = step(tokens_B1) if step else model(tokens_B1, cache=cache).logits_BSV[:, -1]
+        if step:
+            logits_BV = step(tokens_B1)
+        elif model.fused_step:
+            logits_BV = model.fused_step(tokens_B1, cache)
+        else:
+            logits_BV = model(tokens_B1, cache=cache).logits_BSV[:, -1]
         torch.testing.assert_close(logits_BV, want[:, i], atol=1e-4, rtol=0)
     assert [tensor.data_ptr() for tensor in tensors_of(cache)] == places
     assert cache.lengths == [length + STEPS for length in LENGTHS] == cache.positions_B.tolist()
     assert cache.columns == columns + STEPS == int(cache.column_1)
+
+
+@torch.no_grad()
+def test_a_mixer_without_a_step_runs_its_blocks_forward(monkeypatch):
+    model = tiny_model(layer_pattern="FMA")
+    cache, following_BS = filled(model)
+    want = expected(model, following_BS)
+    monkeypatch.setattr("fusiontree.models.mixers.mamba2.Mamba2Mixer.step_projections", lambda mixer: ())
+    cache.fix(cache.columns + 1)
+    prepare(model)
+    assert [block.fuses_mixers for block in model.fused_step.blocks] == [False, False, True]
+    torch.testing.assert_close(model.fused_step(following_BS[:, :1], cache), want[:, 0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_fused_step_shares_the_models_memory_and_leaves_its_values():
+    model, same = (tiny_model(layer_pattern="FMA") for _ in range(2))
+    step = FusedStep(model)
+    for (name, after), before in zip(model.named_parameters(), same.parameters(), strict=True):
+        assert torch.equal(after, before), name
+    mamba = model.layers[0].mamba
+    joined = join_weights(mamba.in_proj, mamba.bc_proj).values_NK
+    assert joined.untyped_storage().data_ptr() == mamba.bc_proj.weight.untyped_storage().data_ptr()
+    again = FusedStep(model)  # copies nothing
+    for old, new in zip(step.blocks, again.blocks, strict=True):
+        assert old._projections.values_NK.data_ptr() == new._projections.values_NK.data_ptr()
+    assert [block.fuses_mixers and block.fuses_mix for block in step.blocks] == [True] * 3
 
 
 @pytest.mark.parametrize("window", [4, 60])

@@ -12,11 +12,19 @@ import torch
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize(("script", "results"), [("interpreted_ssd", 63), ("interpreted_elementwise", 77)])
+@pytest.mark.parametrize(
+    ("script", "results"),
+    [
+        ("interpreted_ssd", 63),
+        ("interpreted_elementwise", 77),
+        pytest.param("interpreted_step products attention", 11, id="interpreted_step"),
+        pytest.param("interpreted_step", 35, id="all_of_interpreted_step", marks=pytest.mark.slow),
+    ],
+)
 def test_kernels_equal_the_formulas(script: str, results: int) -> None:
     """In a process of its own: Triton decides when a kernel is defined whether it will be interpreted."""
     run = subprocess.run(
-        [sys.executable, "-m", f"tests.ops.{script}"],
+        [sys.executable, "-m", *f"tests.ops.{script}".split()],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
+import transformers
 from transformers.configuration_utils import PretrainedConfig
 
 
@@ -117,3 +119,11 @@ class FusionTreeConfig(PretrainedConfig):
             return self.window_size
         last = self.window_size_last or self.max_position_embeddings
         return round(self.window_size + (last - self.window_size) * layer / (self.num_layers - 1))
+
+
+# `transformers serve` looks the class of a model up in the module transformers, of which it may hold an earlier object
+# than this import returns. The auto class finds the class beside this file.
+_serving = sys.modules.get("transformers.cli.serving.model_manager")
+for _module in (transformers, getattr(_serving, "transformers", transformers)):
+    if not hasattr(_module, "FusionTreeForCausalLM"):
+        _module.FusionTreeForCausalLM = transformers.AutoModelForCausalLM

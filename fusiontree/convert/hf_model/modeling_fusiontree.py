@@ -334,15 +334,24 @@ class TokenLayout:
     """Columns, positions and padding of the new tokens of a forward."""
 
     def __init__(
-        self, rows: int, length: int, mask: Tensor | None, start: int, first_B: Tensor | None, device: Any
+        self,
+        rows: int,
+        length: int,
+        mask: Tensor | None,
+        start: int,
+        first_B: Tensor | None,
+        device: Any,
+        capacity: int | None = None,
     ) -> None:
         """Lay out ``length`` new columns after ``start`` cached columns, whose rows begin at the columns ``first_B``.
 
         ``mask`` is 1 on real tokens and 0 on pads, for all columns or for the new columns; None means no pads.
+        ``capacity`` is that of the cache.
 
         Raises:
             ValueError: a pad is between real tokens or after a cached token, or a row has no real token.
         """
+        self.start, self.capacity = start, capacity
         self.columns_S = torch.arange(start, start + length, device=device)
         new_BS = None if mask is None else mask[:, -length:].to(device).bool()
         self.real_BS = None if new_BS is None or bool(new_BS.all()) else new_BS
@@ -508,6 +517,22 @@ def attend(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, positions_BS: Tensor,
     return torch.cat(outputs, dim=1)
 
 
+def append(cache: dict[str, Tensor], name: str, new_BSKD: Tensor, layout: TokenLayout) -> Tensor:
+    """Write new keys or values into the buffer ``cache[name]`` of a static cache; return all of them, ``[B, T, K, D]``.
+
+    The buffer is allocated once for ``layout.capacity`` columns; it is enlarged only for longer texts.
+    """
+    rows, length, heads, width = new_BSKD.shape
+    end = layout.start + length
+    buffer = cache.get(name)
+    missing = max(layout.capacity or 0, end) - (0 if buffer is None else buffer.shape[1])
+    if missing > 0:
+        room = new_BSKD.new_zeros(rows, missing, heads, width)
+        buffer = cache[name] = room if buffer is None else torch.cat([buffer, room], dim=1)
+    buffer[:, layout.start : end] = new_BSKD.detach()
+    return buffer[:, :end] if layout.start else new_BSKD
+
+
 class LocalGlobalAttention(nn.Module):
     """Grouped-query attention: local heads first, then global heads; no group mixes local and global heads."""
 
@@ -543,7 +568,9 @@ class LocalGlobalAttention(nn.Module):
         for name, window, q, k, v in zip(("local", "global"), (self.window, None), queries, keys, values, strict=True):
             if not q.shape[2]:
                 continue
-            if cache is not None:
+            if cache is not None and window is None and layout.capacity is not None:
+                k, v = append(cache, f"{name}_k", k, layout), append(cache, f"{name}_v", v, layout)
+            elif cache is not None:
                 if f"{name}_k" in cache:
                     k, v = torch.cat([cache[f"{name}_k"], k], dim=1), torch.cat([cache[f"{name}_v"], v], dim=1)
                 needed = 0 if window is None else max(0, k.shape[1] - window + 1)
@@ -603,7 +630,9 @@ class FusionTreeCache:
 
     is_compileable = False
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, capacity: int | None = None) -> None:
+        """Create an empty cache; with a ``capacity``, global heads get buffers of that many columns once (static)."""
+        self.capacity = capacity
         self.columns = 0
         """Tokens per row, pads included."""
         self.first_B: Tensor | None = None
@@ -745,8 +774,8 @@ class FusionTreeModel(FusionTreePreTrainedModel):
     def _lay_out(
         x_BSC: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: FusionTreeCache | None
     ) -> TokenLayout:
-        start, first_B = (0, None) if cache is None else (cache.columns, cache.first_B)
-        layout = TokenLayout(*x_BSC.shape[:2], attention_mask, start, first_B, x_BSC.device)
+        start, first_B, capacity = (0, None, None) if cache is None else (cache.columns, cache.first_B, cache.capacity)
+        layout = TokenLayout(*x_BSC.shape[:2], attention_mask, start, first_B, x_BSC.device, capacity)
         if cache is not None:
             if layout.real_BS is not None and not bool(layout.real_BS[:, -1].all()):
                 raise ValueError(
@@ -777,6 +806,17 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the first forward creates a FusionTreeCache
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> Any:
+        """Create the static cache that ``generate(cache_implementation="static")`` asks for."""
+        static = generation_config.cache_implementation == "static" and generation_config.use_cache is not False
+        if not static or model_kwargs.get("past_key_values") is not None:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *arguments, **options)
+        columns = options.get("max_cache_length", arguments[-1] if arguments else 0)
+        model_kwargs["past_key_values"] = FusionTreeCache(self.config.num_layers, columns)
+        return None
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -789,13 +829,14 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Return the arguments of the next forward: the tokens that the cache does not hold, with all pads first."""
         tokens: dict[str, Any] = {"input_ids": input_ids}
-        if past_key_values is not None:
+        if past_key_values is not None and past_key_values.columns:
             # After inputs_embeds, input_ids holds only the new tokens.
             new = (attention_mask if attention_mask is not None else input_ids).shape[1] - past_key_values.columns
             tokens = {"input_ids": input_ids[:, -max(1, new) :]}
         elif inputs_embeds is not None:
             tokens = {"inputs_embeds": inputs_embeds}
-        if past_key_values is None and attention_mask is not None and not bool(attention_mask.all()):
+        empty = past_key_values is None or not past_key_values.columns
+        if empty and attention_mask is not None and not bool(attention_mask.all()):
             order_BS = attention_mask.bool().int().argsort(dim=1, stable=True)
             row_B1 = torch.arange(len(order_BS), device=order_BS.device)[:, None]
             tokens = {name: values[row_B1, order_BS] for name, values in tokens.items()}

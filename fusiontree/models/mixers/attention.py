@@ -24,6 +24,7 @@ from fusiontree.ops.documents import Documents
 from fusiontree.ops.linear import project
 from fusiontree.ops.recompute import recomputed
 from fusiontree.ops.rotary import rotate_and_cut
+from fusiontree.ops.step import has_kernels
 
 # Rates of one H100 SXM in bf16, from the profiled step of hybrid_1b_32k (docs/speed.md; flash-attn-4):
 _GLOBAL_FLOPS = 545e12
@@ -55,6 +56,9 @@ class AttentionCore(nn.Module):
         self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, cache: RingCache | GrowingCache, new: NewTokens
     ) -> Tensor:
         """Return ``[B, S, H, D]`` for tokens that continue the texts in ``cache``; add their keys and values to it."""
+        if q_BSHD.shape[1] > 1 and new.whole:  # a chunk of a long prompt: no mask of all its keys
+            k_BTKD, v_BTKD = cache.extend_in_order(k_BSKD, v_BSKD, new)
+            return attention(q_BSHD, k_BTKD, v_BTKD, window=self.window, backend=self.backend)
         seen = cache.extend(k_BSKD, v_BSKD, new)
         if q_BSHD.shape[1] == 1 and not torch.is_grad_enabled():
             # Layers with equal windows hold the same tokens in the same slots.
@@ -102,12 +106,16 @@ class LocalGlobalAttention(Mixer):
 
     def forward(self, u_BSC: Tensor, inputs: MixerInputs, cache: AttentionCache | None = None) -> Tensor:
         """Mix along the tokens; ``cache`` keeps keys and values, and ``inputs.new`` is required with it."""
-        assert inputs.cos_BSD is not None and inputs.sin_BSD is not None, "attention needs the rotary tables"
-        documents, new = inputs.documents, inputs.new
         q, k, v = (
             x_BSC.unflatten(-1, (-1, self.head_dim))
             for x_BSC in project(u_BSC, (self.q_proj, self.k_proj, self.v_proj), joint=self.fused_projections)
         )
+        return self.o_proj(self._mix(q, k, v, inputs, cache))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, inputs: MixerInputs, cache: AttentionCache | None) -> Tensor:
+        """Return the input of the output projection, ``[B, S, H*D]``."""
+        assert inputs.cos_BSD is not None and inputs.sin_BSD is not None, "attention needs the rotary tables"
+        documents, new = inputs.documents, inputs.new
         local, local_kv = self.local_part(q.shape[2], k.shape[2])
         # From here on, local and global heads are computed separately.
         rotate = partial(rotate_and_cut, first=(local, local_kv), backend=self.backend)
@@ -139,7 +147,38 @@ class LocalGlobalAttention(Mixer):
                 outputs.append(core.begin(q, k, v, documents))
         heads = [finish() for finish in outputs]
         both = recomputed(_side_by_side, *heads) if len(heads) > 1 else heads[0]
-        return self.o_proj(both.flatten(2))
+        return both.flatten(2)
+
+    def step_projections(self) -> tuple[nn.Module, ...]:
+        """Return the projections to queries, keys and values."""
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def step(self, projected_BM: Tensor, inputs: MixerInputs, cache: AttentionCache) -> Tensor:
+        """Rotate, store keys and values, and attend, for one token."""
+        width = self.head_dim
+        heads, kv_heads = self.num_heads, self.local_kv_heads + self.global_kv_heads
+        new = inputs.new
+        assert new is not None and inputs.cos_BSD is not None and inputs.sin_BSD is not None
+        if new.column_1 is None or not has_kernels(projected_BM, self.backend):
+            q, k, v = projected_BM[:, None].unflatten(-1, (-1, width)).split([heads, kv_heads, kv_heads], dim=2)
+            return self._mix(q, k, v, inputs, cache)[:, 0]
+        from fusiontree.ops.step.attention_triton import Store, attend
+
+        return attend(
+            projected_BM,
+            (inputs.cos_BSD[:, 0], inputs.sin_BSD[:, 0]),
+            Store(*cache.local.kept) if self.local_kv_heads else None,
+            Store(*cache.everything.kept) if self.global_kv_heads else None,
+            new.positions_BS[:, 0],
+            new.column_1,
+            heads=(heads, heads // kv_heads),
+            window=self.local_core.window or 0,
+            rotates_global=self.rotates_global,
+        )
+
+    def step_output(self) -> nn.Module:
+        """Return the output projection."""
+        return self.o_proj
 
     def local_part(self, heads: int, kv_heads: int) -> tuple[int, int]:
         """Return the numbers of local heads among ``heads`` query heads and among ``kv_heads`` key/value heads.

@@ -218,6 +218,27 @@ class Mixer(nn.Module):
 
     # Decoding
 
+    def step_projections(self) -> tuple[nn.Module, ...]:
+        """Return the linear maps of the input for which :meth:`step` expects the outputs, side by side.
+
+        Empty: the mixer has no :meth:`step`, and a decoding step calls the block's forward.
+        """
+        return ()
+
+    def step(self, projected_BM: Tensor, inputs: MixerInputs, cache: Any) -> Tensor:
+        """Continue every row of a fixed cache by one token; return the input of :meth:`step_output`, ``[B, …]``.
+
+        Args:
+            projected_BM: outputs of :meth:`step_projections`.
+            inputs: positions of the tokens; ``inputs.new`` is set.
+            cache: of :meth:`new_cache`, fixed; updated.
+        """
+        raise NotImplementedError(f"mixer {self.name} does not define step")
+
+    def step_output(self) -> nn.Module:
+        """Return the linear map from the result of :meth:`step` to the mixer's output."""
+        raise NotImplementedError(f"mixer {self.name} does not define step_output")
+
     @classmethod
     def new_cache(cls, config: ModelConfig, layer: int, capacity: int, dtype: torch.dtype) -> MixerCache:
         """Return an empty decoding cache.

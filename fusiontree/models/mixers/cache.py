@@ -7,7 +7,7 @@ are written in place.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -25,6 +25,8 @@ class NewTokens(NamedTuple):
     """True if the cache already holds tokens."""
     column_1: Tensor | None
     """Index of the new token's column, on the device; None if the cache is not fixed."""
+    whole: bool
+    """True if no text has pads before it: column c of the cache holds position c of every row."""
     shared: dict[Any, Any]
     """Results that depend only on the tokens' positions and are shared by several layers."""
 
@@ -50,6 +52,17 @@ class MixerCache(ABC):
         """Return a cache for one trial step that changes nothing that later steps read."""
         return self.map(lambda tensor: tensor.clone())
 
+    def step_bytes(self, columns: int) -> int:
+        """Return the least bytes that a step of one token reads and writes after ``columns`` columns of text."""
+        return 0
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """Return a cache with the rows of this one and of ``others``, whose texts may differ in length.
+
+        Texts end in the same column. Long prompts are prefilled row by row and then joined.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define join, which batches of long prompts need")
+
 
 class StateCache(MixerCache):
     """Tensors of a size that does not depend on the number of tokens, such as a state; each has the rows as axis 0."""
@@ -70,6 +83,17 @@ class StateCache(MixerCache):
         assert self._kept, "a fixed cache must have been filled before"
         for kept, newer in zip(self._kept, tensors, strict=True):
             kept.copy_(newer.detach())
+
+    def step_bytes(self, columns: int) -> int:
+        """Return the bytes of the tensors, each read and written."""
+        return sum(2 * kept.nbytes for kept in self._kept)
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """Return a cache with the rows of this one and of ``others``."""
+        joined = type(self)()
+        kept = zip(self._kept, *(other._kept for other in others), strict=True)
+        joined._kept = tuple(torch.cat(tensors) for tensors in kept)
+        return joined
 
     def fix(self, columns: int) -> None:
         """Copy every tensor into separate memory that later steps overwrite."""

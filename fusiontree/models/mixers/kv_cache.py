@@ -8,7 +8,7 @@ Shape legend: B rows, S new tokens, T stored tokens, W slots of a ring, K key/va
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -93,6 +93,32 @@ class RingCache:
         self.store(k_BSKD, v_BSKD, new)
         return seen
 
+    def extend_in_order(self, k_BSKD: Tensor, v_BSKD: Tensor, new: NewTokens) -> tuple[Tensor, Tensor]:
+        """Keep the new tokens; return keys and values of the window before them and theirs, in order of position.
+
+        Only for whole texts (:attr:`NewTokens.whole`).
+        """
+        before, start = self.kept, new.end - new.positions_BS.shape[1]
+        slots_T = torch.arange(start - min(start, self.window - 1), start, device=k_BSKD.device) % self._slots
+        seen = (
+            torch.cat([before.k_BTKD[:, slots_T], k_BSKD.to(self._dtype)], dim=1),
+            torch.cat([before.v_BTKD[:, slots_T], v_BSKD.to(self._dtype)], dim=1),
+        )
+        self.store(k_BSKD, v_BSKD, new)
+        return seen
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """Return a cache with the rows of this one and of ``others``."""
+        caches, slots = [self, *others], max(cache._slots for cache in (self, *others))
+        joined = type(self)(self.window, slots, self._dtype)
+        if self._kept is None:
+            return joined
+        for cache in caches:
+            cache._make_room(cache.kept.k_BTKD, slots)
+        joined._kept = KeyValues(*(torch.cat(parts) for parts in zip(*(cache.kept for cache in caches), strict=True)))
+        joined._kept = joined._kept.map(Tensor.contiguous)
+        return joined
+
     def fix(self, columns: int) -> None:
         """Allocate slots for texts of ``columns`` tokens; no tensor is reallocated until texts are longer."""
         if self._kept is not None:
@@ -159,6 +185,29 @@ class GrowingCache:
         self.store(k_BSKD, v_BSKD, new)
         return self.kept
 
+    def extend_in_order(self, k_BSKD: Tensor, v_BSKD: Tensor, new: NewTokens) -> tuple[Tensor, Tensor]:
+        """Append the new tokens; return all keys and values in order of position, for whole texts."""
+        seen = self.extend(k_BSKD, v_BSKD, new)
+        return seen.k_BTKD, seen.v_BTKD
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """Return a cache with the rows of this one and of ``others``; shorter texts get empty columns before them."""
+        caches = [self, *others]
+        joined = type(self)(max(cache._capacity for cache in caches), self._dtype)
+        joined.length = max(cache.length for cache in caches)
+        if self._buffer is None:
+            return joined
+        rows = [cache.kept for cache in caches]
+        like = self.kept.k_BTKD[:1, :1].expand(sum(len(kept.positions_BT) for kept in rows), -1, -1, -1)
+        joined._buffer = _empty(like, joined._capacity, self._dtype)
+        start = 0
+        for kept in rows:
+            count, length = kept.positions_BT.shape
+            for target, source in zip(joined._buffer, kept, strict=True):
+                target[start : start + count, joined.length - length : joined.length] = source
+            start += count
+        return joined
+
     def fix(self, columns: int) -> None:
         """Allocate ``columns`` columns; from now on ``new.column_1`` is the column of the new token."""
         if self._buffer is None:
@@ -208,6 +257,22 @@ class AttentionCache(MixerCache):
         """Return a copy with every tensor changed."""
         copy = type(self).__new__(type(self))
         copy.local, copy.everything = self.local.map(change), self.everything.map(change)
+        return copy
+
+    def step_bytes(self, columns: int) -> int:
+        """Return the bytes of the keys and values that a step reads."""
+        total = 0
+        for kept in (self.local._kept, self.everything._buffer):
+            if kept is not None:
+                slots = kept.positions_BT.shape[1]
+                total += 2 * kept.k_BTKD.nbytes * min(slots, columns) // slots
+        return total
+
+    def join(self, others: Sequence[Self]) -> Self:
+        """Return a cache with the rows of this one and of ``others``."""
+        copy = type(self).__new__(type(self))
+        copy.local = self.local.join([other.local for other in others])
+        copy.everything = self.everything.join([other.everything for other in others])
         return copy
 
     def rehearsal(self) -> Self:

@@ -35,6 +35,7 @@ from fusiontree.ops.elementwise import fused
 from fusiontree.ops.linear import project
 from fusiontree.ops.recompute import recomputed
 from fusiontree.ops.ssd import StateExchange, ssd_scan
+from fusiontree.ops.step import has_kernels
 
 _SCAN_S = 53e-3 / (16 * 32768 * 4096)
 """Seconds per token, layer and inner channel, forward and backward: one H100, hybrid_1b_32k (docs/speed.md)."""
@@ -147,10 +148,22 @@ class Mamba2Mixer(Mixer):
 
     def forward(self, u_BSC: Tensor, inputs: MixerInputs, cache: StateCache | None = None) -> Tensor:
         """Mix along the tokens; ``cache`` keeps the inputs of both convolutions and the state."""
-        documents = inputs.documents
         cut = partial(_in_proj_sizes, head_dim=self.head_dim)
         *zxdt, bc_BSC = project(u_BSC, (self.in_proj, self.bc_proj), joint=self.fused_projections, cuts=(cut, None))
         z_BSC, x_BSC, dt_BSH = zxdt if len(zxdt) == 3 else zxdt[0].split(cut(zxdt[0].shape[-1]), dim=-1)
+        return self.out_proj(self._mix(z_BSC, x_BSC, dt_BSH, bc_BSC, inputs, cache))
+
+    def _mix(
+        self,
+        z_BSC: Tensor,
+        x_BSC: Tensor,
+        dt_BSH: Tensor,
+        bc_BSC: Tensor,
+        inputs: MixerInputs,
+        cache: StateCache | None,
+    ) -> Tensor:
+        """Return the input of the output projection."""
+        documents = inputs.documents
         ssm: SSMValues = self.ssm(dt_BSH)
         initial_x_BKC = initial_bc_BKC = initial_state_BHPN = None
         if cache is not None:
@@ -165,7 +178,34 @@ class Mamba2Mixer(Mixer):
             mask_BS = inputs.padding_mask_BS
             last_x_BKC = _last_inputs(initial_x_BKC, x_BSC, self.look_back, mask_BS)
             cache.store(last_x_BKC, _last_inputs(initial_bc_BKC, bc_BSC, self.look_back, mask_BS), state_BHPN)
-        return self.out_proj(self.norm(y_BSHP.flatten(2), z_BSC))
+        return self.norm(y_BSHP.flatten(2), z_BSC)
+
+    def step_projections(self) -> tuple[nn.Module, ...]:
+        """Return the projections to z, x, dt and to B, C."""
+        return self.in_proj, self.bc_proj
+
+    def step(self, projected_BM: Tensor, inputs: MixerInputs, cache: StateCache) -> Tensor:
+        """Convolve, update the state and normalize, for one token."""
+        kept = cache.previous()
+        if not (has_kernels(projected_BM, self.conv_x.backend) and kept[2].dtype == torch.float32):
+            bc_channels = self.conv_bc.bias.shape[0]
+            cuts = [*_in_proj_sizes(projected_BM.shape[1] - bc_channels, self.head_dim), bc_channels]
+            z_BSC, x_BSC, dt_BSH, bc_BSC = projected_BM[:, None].split(cuts, dim=-1)
+            return self._mix(z_BSC, x_BSC, dt_BSH, bc_BSC, inputs, cache)[:, 0]
+        from fusiontree.ops.step.mamba_triton import convolve_and_update
+
+        y_BC = convolve_and_update(
+            projected_BM,
+            (self.conv_x.taps(), self.conv_bc.taps()),
+            (kept[0], kept[1], kept[2]),
+            (self.ssm.A_log, self.ssm.D, self.ssm.dt_bias),
+            (self.ssm.dt_min, self.ssm.dt_max),
+        )
+        return self.norm(y_BC, projected_BM[:, : y_BC.shape[1]])
+
+    def step_output(self) -> nn.Module:
+        """Return the output projection."""
+        return self.out_proj
 
     def scan(
         self,
