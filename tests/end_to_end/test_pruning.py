@@ -71,7 +71,7 @@ def test_a_pruned_run_heals_and_resumes(source: Path, pruned: Path, tmp_path: Pa
     assert 0.66 < sizes[1] / sizes[0] <= 0.7
     undisturbed = shutil.copytree(pruned, tmp_path / "undisturbed")
     teacher = [f"training.teacher={source}", "training.teacher_weight=0.8", "training.warmup_steps=0"]
-    options = [*teacher, "training.max_steps=8"]
+    options = [*teacher, "training.max_steps=8", "training.exit_at_step=null"]
     done = train(pruned / "config.yaml", *options, "training.exit_at_step=6")
     assert done.returncode == 0, done.stderr
     assert "MFU counts the trained model alone" in done.stdout + done.stderr
