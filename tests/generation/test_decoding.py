@@ -262,8 +262,7 @@ def test_left_padding_ends_every_prompt_in_the_last_column():
     assert padding_mask_BS.tolist() == [[True, True, True], [False, False, True]]
 
 
-@pytest.mark.parametrize("window", [1, 4, 60])
-@pytest.mark.parametrize("chunk", [1, 5, 8])
+@pytest.mark.parametrize(("chunk", "window"), [(1, 4), (5, 1), (5, 4), (5, 60), (8, 4), (8, 60)])
 @torch.inference_mode()
 def test_prompts_in_chunks_fill_the_cache_of_one_pass(chunk, window):
     """Chunks that divide the prompt and those that do not; texts of unequal length are joined."""
@@ -301,8 +300,8 @@ def test_a_longer_prompt_in_chunks_needs_no_larger_tensors(global_heads, growth)
         kept = {place(t) for t in [*model.parameters(), *model.buffers(), *tensors_of(cache)]}
         return max(t.untyped_storage().nbytes() for _, t in seen.found if place(t) not in kept)
 
-    assert largest(512, 32) <= growth * largest(128, 32)
-    assert largest(512, 512) > 2 * largest(512, 32)
+    assert largest(256, 32) <= growth * largest(64, 32)
+    assert largest(256, 256) > 2 * largest(256, 32)
 
 
 @torch.inference_mode()
