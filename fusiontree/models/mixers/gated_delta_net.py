@@ -137,9 +137,9 @@ class GatedDeltaNet(Mixer):
             (v_BSC, qk_BSC), (initial_v_BLC, initial_qk_BLC) = self.left_context((v_BSC, qk_BSC), self.look_back)
         v_BSHV = self.conv_v(v_BSC, documents, initial_v_BLC).unflatten(-1, (-1, self.value_dim))
         qk_BSGK = self.conv_qk(qk_BSC, documents, initial_qk_BLC).unflatten(-1, (-1, self.key_dim))
-        qk_BSGK = recomputed(fused(unit_length, self.backend, u_BSC.device.type), qk_BSGK)
+        unit = fused(unit_length, self.backend, u_BSC.device.type)
         y_BSHV, state_BHKV = gated_delta_rule(
-            *qk_BSGK.chunk(2, dim=2),
+            *(recomputed(unit, part) for part in qk_BSGK.chunk(2, dim=2)),
             v_BSHV,
             log_decay_BSH,
             beta_BSH,

@@ -19,20 +19,38 @@ from fusiontree.ops.ssd.reference import ChunkMarks, in_chunks
 
 
 def gated_delta_chunked(inputs: DeltaInputs) -> tuple[Tensor, Tensor]:
-    """Compute :func:`fusiontree.ops.gated_delta.gated_delta_rule`; the cost is linear in the number of tokens."""
-    rows, heads, size, width = inputs.state_shape
-    length, groups = inputs.k_BSGK.shape[1:3]
-    compute, chunk = inputs.compute, min(inputs.chunk_size, length)
+    """Compute :func:`fusiontree.ops.gated_delta.gated_delta_rule`."""
+    segments_BS = None if inputs.documents is None else inputs.documents.segments_BS
+    return gated_delta_segments(*inputs[:6], segments_BS, inputs.initial_state_BHKV)
+
+
+def gated_delta_segments(
+    q_BSGK: Tensor,
+    k_BSGK: Tensor,
+    v_BSHV: Tensor,
+    log_decay_BSH: Tensor,
+    beta_BSH: Tensor,
+    chunk_size: int,
+    segments_BS: Tensor | None = None,
+    initial_state_BHKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scan in chunks, in fp32 or better; the cost is linear in the number of tokens.
+
+    ``segments_BS`` counts the document starts up to each token: segment 0 continues ``initial_state_BHKV``, and every
+    other segment starts from zero; None means that no document starts. Returns y in v's dtype, and the final state.
+    """
+    rows, length, heads, width = v_BSHV.shape
+    groups, size = k_BSGK.shape[2:]
+    compute, chunk = torch.promote_types(v_BSHV.dtype, torch.float32), min(chunk_size, length)
     # Padded tokens have beta = 0 and decay 1: they change no state.
-    q_BcGQK, k_BcGQK = (in_chunks(t.to(compute), chunk).transpose(2, 3) for t in (inputs.q_BSGK, inputs.k_BSGK))
-    v_BcGRQV = in_chunks(inputs.v_BSHV.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
+    q_BcGQK, k_BcGQK = (in_chunks(t.to(compute), chunk).transpose(2, 3) for t in (q_BSGK, k_BSGK))
+    v_BcGRQV = in_chunks(v_BSHV.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
     log_decay_BcGRQ, beta_BcGRQ = (
         in_chunks(t.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
-        for t in (inputs.log_decay_BSH, inputs.beta_BSH)
+        for t in (log_decay_BSH, beta_BSH)
     )
     log_decay_BcGRQ = log_decay_BcGRQ.cumsum(-1)
-    segments_BS = None if inputs.documents is None else inputs.documents.segments_BS
-    marks = ChunkMarks(segments_BS, chunk, inputs.v_BSHV.device)
+    marks = ChunkMarks(segments_BS, chunk, v_BSHV.device)
     distance_BcGRQQ = log_decay_BcGRQ.unsqueeze(-1) - log_decay_BcGRQ.unsqueeze(-2)
     decay_BcGRQQ = distance_BcGRQQ.masked_fill(~marks.visible, float("-inf")).exp()
     from_start_BcGRQ1 = (log_decay_BcGRQ.exp() * marks.continues).unsqueeze(-1)
@@ -50,9 +68,9 @@ def gated_delta_chunked(inputs: DeltaInputs) -> tuple[Tensor, Tensor]:
     queries_BcGRQK = q_BcGQK.unsqueeze(3) * size**-0.5 * from_start_BcGRQ1
     keys_BcGRKQ = (keys_BcG1QK * to_end_BcGRQ1).transpose(-1, -2)
 
-    initial = inputs.initial_state_BHKV
     shape = (rows, groups, heads // groups, size, width)
-    state_BGRKV = v_BcGRQV.new_zeros(shape) if initial is None else initial.to(compute).view(shape)
+    initial = v_BcGRQV.new_zeros(shape) if initial_state_BHKV is None else initial_state_BHKV
+    state_BGRKV = initial.to(compute).reshape(shape)
     outputs = []
     per_chunk = (u_BcGRQV, w_BcGRQK, scores_BcGRQQ, queries_BcGRQK, keys_BcGRKQ, kept_BcGR11)
     for u, w, scores, queries, keys, kept in zip(*(t.unbind(1) for t in per_chunk), strict=True):
@@ -61,4 +79,4 @@ def gated_delta_chunked(inputs: DeltaInputs) -> tuple[Tensor, Tensor]:
         state_BGRKV = kept * state_BGRKV + keys @ written_BGRQV
     y_BcGRQV = torch.stack(outputs, dim=1)
     y_BSHV = y_BcGRQV.permute(0, 1, 4, 2, 3, 5).reshape(rows, -1, heads, width)[:, :length]
-    return y_BSHV.to(inputs.v_BSHV.dtype), state_BGRKV.reshape(inputs.state_shape)
+    return y_BSHV.to(v_BSHV.dtype), state_BGRKV.reshape(rows, heads, size, width)
