@@ -104,9 +104,9 @@ def run_kernels(chunk_gated_delta_rule: Callable[..., Any], inputs: DeltaInputs)
     fla can take document boundaries, but it then reads them on the host, which a recorded pass cannot do.
     """
     dtype, log_decay_BSH = inputs.v_BSHV.dtype, inputs.log_decay_BSH.float()
-    if inputs.documents is not None:
-        log_decay_BSH = log_decay_BSH.masked_fill((inputs.documents.positions_BS == 0).unsqueeze(-1), _RESET)
-    initial = inputs.initial_state_BHKV
+    documents, initial = inputs.documents, inputs.initial_state_BHKV
+    if documents is not None and not (documents.whole_rows and initial is None):
+        log_decay_BSH = log_decay_BSH.masked_fill((documents.positions_BS == 0).unsqueeze(-1), _RESET)
     y_BSHV, state_BHKV = chunk_gated_delta_rule(
         q=inputs.q_BSGK.to(dtype),
         k=inputs.k_BSGK.to(dtype),
