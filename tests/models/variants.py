@@ -20,6 +20,15 @@ EXPORTED_VARIANTS: dict[str, dict[str, Any]] = {
     "no time encoding": {"srte_encoding": "none"},
     "learned time encoding": {"srte_encoding": "learnable"},
     "mean instead of alignment": {"use_alignment": False, "layer_pattern": "FMA"},
+    "Gated DeltaNet": {
+        "layer_pattern": "GDHF",
+        "letters": {
+            "G": ["gated_delta_net", "attention"],
+            "D": ["gated_delta_net"],
+            "H": ["attention", "gated_delta_net"],
+        },
+        "mixers": {"gated_delta_net": {"key_dim": 4, "value_dim": 8, "chunk_size": 5, "A_init_range": [0.01, 0.02]}},
+    },
     "swiglu, tied head": {"mlp_activation": "swiglu", "tie_word_embeddings": True},
 }
 """Those that the code of a Hugging Face folder computes."""

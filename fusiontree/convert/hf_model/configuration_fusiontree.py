@@ -8,7 +8,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 
 class FusionTreeConfig(PretrainedConfig):
-    """Shape of a hybrid Mamba-2 + local/global attention language model.
+    """Shape of a hybrid language model of Mamba-2 or Gated DeltaNet and local/global attention.
 
     Settings that only matter while training (coefficients of auxiliary losses, initialisation) are kept as they are
     and not read.
@@ -24,6 +24,8 @@ class FusionTreeConfig(PretrainedConfig):
         hidden_size: int = 2048,
         num_layers: int = 16,
         layer_pattern: str | None = None,
+        letters: dict[str, list[str]] | None = None,
+        mixers: dict[str, Any] | None = None,
         num_heads: int = 16,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
@@ -49,6 +51,7 @@ class FusionTreeConfig(PretrainedConfig):
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.layer_pattern = layer_pattern or "F" * num_layers
+        self.letters, self.mixers = letters, mixers
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_dim = head_dim or hidden_size // num_heads
@@ -79,6 +82,11 @@ class FusionTreeConfig(PretrainedConfig):
     def mlp_size(self) -> int:
         """Inner width of the MLP."""
         return int(self.mlp_ratio * self.hidden_size)
+
+    def mixers_of_layer(self, layer: int) -> list[str]:
+        """Names of the mixers of ``layer``, in the order of its branches."""
+        built_in = {"F": ["mamba2", "attention"], "M": ["mamba2"], "A": ["attention"]}
+        return (built_in | (self.letters or {}))[self.layer_pattern[layer]]
 
     def window_of_layer(self, layer: int) -> int:
         """Tokens that the local heads of ``layer`` see, their own included."""
