@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from fusiontree.cli import main
 from fusiontree.config.describe import settings_markdown
+from fusiontree.config.load import load_config
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.flops import forward_flops_per_token, matrix_parameters
+from fusiontree.models.flops import forward_flops_per_token, matrix_parameters, matrix_parameters_by_layer
 from fusiontree.models.initialization import initialize_parameter, no_weight_decay
 from fusiontree.models.mixers.base import MixerInputs
 from fusiontree.models.mixers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
+from fusiontree.parallel.recompute_mix import seconds_by_layer
 from fusiontree.parallel.validate import tp_problems, valid_tp
+from fusiontree.planning.cost_model import count_parameters
 from tests.end_to_end.runs import ROOT
 from tests.helpers import tiny_config, tiny_model
 
@@ -172,6 +175,27 @@ def test_flops_are_counted() -> None:
     more = forward_flops_per_token(config, 20) - 2 * matrix_parameters(config)
     less = forward_flops_per_token(rest, 20) - 2 * matrix_parameters(rest)
     assert more - less / 2 == pytest.approx(7 * 8 * 4 * 8 + 2 * 4 * (values + 2 * keys))
+
+
+def test_the_time_is_that_of_the_kernels_memory_traffic() -> None:
+    """32 value heads of 128 channels: 15.9 kB per token and head, several times the bound by FLOPs."""
+    sizes = {"key_dim": 128, "value_dim": 128}
+    config = tiny_config(layer_pattern="D", hidden_size=2048, letters=LETTERS, mixers={"gated_delta_net": sizes})
+    with_recurrence, products = seconds_by_layer(config, 4096)[0], 6 * matrix_parameters_by_layer(config)[0] / 727e12
+    recurrence = with_recurrence.repeated - products
+    assert recurrence == pytest.approx(32 * 15872 / 2.7e12, rel=1e-3)
+    assert recurrence > 3 * GatedDeltaNet.flops(config, 0, [4096]) / 727e12
+    assert with_recurrence.kept == 0
+
+
+def test_the_benchmarked_model_is_the_reference_with_another_mixer() -> None:
+    delta, mamba = (load_config(ROOT / f"configs/bench/hybrid_1b_32k{end}.yaml") for end in ("_gdn", ""))
+    assert set(delta.model.pattern) == {"G"} and delta.model.branches[0] == ("gated_delta_net", "attention")
+    assert delta.training == mamba.training and delta.parallel == mamba.parallel
+    other = {"layer_pattern", "letters", "mixers", "mamba"}
+    assert delta.model.model_dump(exclude=other) == mamba.model.model_dump(exclude=other)
+    sizes = [sum(count_parameters(config.model, 1)[:2]) for config in (delta, mamba)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=2e-3)
 
 
 def test_sizes_are_checked() -> None:

@@ -601,7 +601,7 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, config: FusionTreeConfig) -> None:
         super().__init__()
-        sizes = config.mixers["gated_delta_net"]
+        sizes = (config.mixers or {})["gated_delta_net"]
         self.key_dim, self.value_dim, self.chunk_size = sizes["key_dim"], sizes["value_dim"], sizes["chunk_size"]
         heads = round(sizes["expand"] * config.hidden_size / self.value_dim)
         values, keys = heads * self.value_dim, heads // sizes["heads_per_key"] * self.key_dim
@@ -629,8 +629,8 @@ class GatedDeltaNet(nn.Module):
         state_BHKV = None if cache is None else cache.get("delta_state")
         outputs = []
         tokens = max(1, TOKENS_PER_SCAN // self.chunk_size) * self.chunk_size
-        for part in zip(*(t.split(tokens, dim=1) for t in inputs), strict=True):
-            y, state_BHKV = gated_delta_segments(*part, self.chunk_size, initial_state_BHKV=state_BHKV)
+        for q, k, v, log_decay, beta in zip(*(t.split(tokens, dim=1) for t in inputs), strict=True):
+            y, state_BHKV = gated_delta_segments(q, k, v, log_decay, beta, self.chunk_size, None, state_BHKV)
             outputs.append(y)
         if cache is not None and state_BHKV is not None:
             cache["delta_state"] = state_BHKV.detach()

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers import MIXERS
-from fusiontree.models.mixers.base import HALF, Activations, ContextTools, Fp32Parameters, Mixer, MixerInputs
+from fusiontree.models.mixers.base import (
+    HALF,
+    Activations,
+    ContextTools,
+    Fp32Parameters,
+    Mixer,
+    MixerInputs,
+    Seconds,
+)
 from fusiontree.models.mixers.cache import StateCache
 from fusiontree.models.mixers.mamba2 import CausalConv, last_inputs
 from fusiontree.models.mixers.split import Block, Split, column, row
@@ -30,6 +38,8 @@ from fusiontree.utils.settings import Section, setting
 
 _KEPT_CHUNK = 64
 """Tokens of a scan chunk of fla's kernels, which keep a matrix of as many columns per token and value head."""
+_BYTES_PER_S = 2.7e12
+"""Rate at which an H100's memory is read and written."""
 
 
 class GatedDeltaNetConfig(Section):
@@ -138,8 +148,10 @@ class GatedDeltaNet(Mixer):
         v_BSHV = self.conv_v(v_BSC, documents, initial_v_BLC).unflatten(-1, (-1, self.value_dim))
         qk_BSGK = self.conv_qk(qk_BSC, documents, initial_qk_BLC).unflatten(-1, (-1, self.key_dim))
         unit = fused(unit_length, self.backend, u_BSC.device.type)
+        q_BSGK, k_BSGK = (recomputed(unit, part) for part in qk_BSGK.chunk(2, dim=2))
         y_BSHV, state_BHKV = gated_delta_rule(
-            *(recomputed(unit, part) for part in qk_BSGK.chunk(2, dim=2)),
+            q_BSGK,
+            k_BSGK,
             v_BSHV,
             log_decay_BSH,
             beta_BSH,
@@ -177,8 +189,9 @@ class GatedDeltaNet(Mixer):
         sizes = cls.section(config)
         heads, key_heads = _heads(config)
         values, keys = heads * sizes.value_dim, key_heads * sizes.key_dim
-        v, per_head = Block("v", values, heads), column(Block("a", heads, heads))
-        qk = column(Block("q", keys, key_heads), Block("k", keys, key_heads))
+        v, per_head = Block("value", values, heads), column(Block("a", heads, heads))
+        # Names that differ from those of attention's blocks, which a layer may have, too.
+        qk = column(Block("query", keys, key_heads), Block("key", keys, key_heads))
         return {
             "in_proj.weight": column(Block("z", values, heads), v, Block("a", heads, heads), Block("b", heads, heads)),
             "qk_proj.weight": qk,
@@ -256,6 +269,18 @@ class GatedDeltaNet(Mixer):
         projected = 2 * values + 2 * heads / tp + qk
         per_head = _KEPT_CHUNK + 4 * 2  # a matrix in 16 bits; decay, its sum and beta twice in fp32
         return Activations(projected + values + per_head * heads / tp, 2 * values + 2 * qk)
+
+    @classmethod
+    def seconds(cls, config: ModelConfig, layer: int, length: int) -> Seconds:
+        """Return an estimate, not a measurement: what fla's kernels read and write in 16 bits, at the memory's rate.
+
+        Forward and backward, per token and value head: 25 vectors as long as a key, 21 as long as a value, 8 rows of
+        matrices between a chunk's tokens, and 6 times the chunk's part of the states.
+        """
+        sizes = cls.section(config)
+        K, V = sizes.key_dim, sizes.value_dim
+        elements = 25 * K + 21 * V + 8 * _KEPT_CHUNK + 6 * K * V / _KEPT_CHUNK
+        return Seconds(kept=0.0, repeated=2 * elements * _heads(config)[0] / _BYTES_PER_S)
 
     @classmethod
     def new_cache(cls, config: ModelConfig, layer: int, capacity: int, dtype: torch.dtype) -> StateCache:

@@ -229,7 +229,8 @@ def gradient_errors(
 
     def gradients(run: Callable[[DeltaInputs], tuple[Tensor, Tensor]], place: Any, kind: Any) -> list[Tensor]:
         leaves = [t.to(place, kind or t.dtype).requires_grad_() for t in values]
-        y_BSHV, state_BHKV = run(DeltaInputs(*leaves, _CHUNK, documents.to(place)))
+        q, k, v, log_decay, beta = leaves
+        y_BSHV, state_BHKV = run(DeltaInputs(q, k, v, log_decay, beta, _CHUNK, documents.to(place)))
         loss = (y_BSHV.double() * weight_BSHV.to(place)).sum() + state_BHKV.double().sum()
         return [t.double().cpu() for t in torch.autograd.grad(loss, leaves)]
 

@@ -46,7 +46,8 @@ def gated_delta_reference(inputs: DeltaInputs) -> tuple[Tensor, Tensor]:
         if inputs.documents is not None and state_BHKV is not None:
             continues_B = inputs.documents.positions_BS[:, token] != 0
             state_BHKV = torch.where(continues_B[:, None, None, None], state_BHKV, 0.0)
-        y_BSHV, state_BHKV = gated_delta_step(*(t[:, token : token + 1] for t in inputs[:5]), state_BHKV)
+        q, k, v, log_decay, beta = (t[:, token : token + 1] for t in inputs[:5])
+        y_BSHV, state_BHKV = gated_delta_step(q, k, v, log_decay, beta, state_BHKV)
         outputs.append(y_BSHV)
     assert state_BHKV is not None, "a row has at least one token"
     return torch.cat(outputs, dim=1), state_BHKV
