@@ -17,15 +17,7 @@ from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers import MIXERS
-from fusiontree.models.mixers.base import (
-    HALF,
-    Activations,
-    ContextTools,
-    Fp32Parameters,
-    Mixer,
-    MixerInputs,
-    Seconds,
-)
+from fusiontree.models.mixers.base import HALF, Activations, ContextTools, Fp32Parameters, Mixer, MixerInputs, Seconds
 from fusiontree.models.mixers.cache import StateCache
 from fusiontree.models.mixers.mamba2 import CausalConv, last_inputs
 from fusiontree.models.mixers.split import Block, Split, column, row
