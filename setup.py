@@ -35,7 +35,10 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],  # ZeRO-1, 2 and 3 engines; install with DS_BUILD_OPS=0
-        "cuda": ["flash-attn-4[cu13]>=4.0.0b36,<4.1"],  # the fastest attention on Hopper and Blackwell
+        "cuda": [
+            "flash-attn-4[cu13]>=4.0.0b36,<4.1",  # the fastest attention on Hopper and Blackwell
+            "fla-core>=0.6,<0.7",  # kernels of Gated DeltaNet; its functions are called one level below its interface
+        ],
         # Another set of GPU kernels for the scan, built from source; the peer's too. 2.3.2 and newer want an older
         # apache-tvm-ffi than flash-attn-4 does, so that both could not be installed.
         "mamba-ssm": ["mamba-ssm>=2.3.0,<2.3.2"],

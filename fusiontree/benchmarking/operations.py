@@ -23,6 +23,8 @@ from fusiontree.ops.conv import CONV, causal_conv1d
 from fusiontree.ops.cross_entropy import CROSS_ENTROPY, linear_cross_entropy
 from fusiontree.ops.dispatch import Operation
 from fusiontree.ops.gate import MIX_AND_SUMS, gate_mix
+from fusiontree.ops.gated_delta import GATED_DELTA, gated_delta_rule
+from fusiontree.ops.gated_delta.formulas import unit_length
 from fusiontree.ops.norm import GATED_NORM, NORM, gated_rms_norm, rms_norm
 from fusiontree.ops.ssd import SSD, ssd_scan
 from fusiontree.utils.errors import UserError
@@ -59,6 +61,8 @@ def cases(config: ModelConfig, length: int, dtype: torch.dtype, device: torch.de
     inputs = [draw(1, length, heads, mamba.head_dim), dt, decay, *b_and_c, draw(heads, kind=torch.float32)]
     scan = partial(ssd_scan, chunk_size=mamba.chunk_size)
     yield Case("scan", SSD, scan, inputs, 7.0 * length * inner * mamba.d_state)
+    if "gated_delta_net" in (config.mixers or {}):
+        yield _gated_delta(config, length, draw)
     channels = inner + 2 * mamba.n_groups * mamba.d_state
     inputs = [draw(1, length, channels), draw(channels, mamba.d_conv), draw(channels)]
     yield Case("convolution", CONV, causal_conv1d, inputs, 2.0 * length * mamba.d_conv * channels)
@@ -81,6 +85,19 @@ def cases(config: ModelConfig, length: int, dtype: torch.dtype, device: torch.de
     inputs = [draw(length, hidden), draw(config.vocab_size, hidden)]
     head = partial(linear_cross_entropy, labels_N=labels_N)
     yield Case("head and loss", CROSS_ENTROPY, head, inputs, 2.0 * length * hidden * config.vocab_size)
+
+
+def _gated_delta(config: ModelConfig, length: int, draw: Callable[..., Tensor]) -> Case:
+    """Return the recurrence of Gated DeltaNet at the sizes of ``model.mixers.gated_delta_net``."""
+    sizes = (config.mixers or {})["gated_delta_net"]
+    heads = round(sizes.expand * config.hidden_size / sizes.value_dim)
+    unit = [unit_length(draw(1, length, heads // sizes.heads_per_key, sizes.key_dim).detach()) for _ in range(2)]
+    values = draw(1, length, heads, sizes.value_dim)
+    log_decay, beta = (draw(1, length, heads, kind=torch.float32).detach().sigmoid() for _ in range(2))
+    inputs = [*(t.requires_grad_() for t in unit), values, *(t.requires_grad_() for t in (-0.1 * log_decay, beta))]
+    rule = partial(gated_delta_rule, chunk_size=sizes.chunk_size)
+    flops = 7.0 * length * heads * sizes.key_dim * sizes.value_dim
+    return Case("gated delta rule", GATED_DELTA, rule, inputs, flops)
 
 
 def time_operations(

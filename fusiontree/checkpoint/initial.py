@@ -19,6 +19,7 @@ _MAY_DIFFER = frozenset(
         *("window_size", "window_size_last", "attention_type", "max_position_embeddings", "rope_theta", "norm_eps"),
         *("initializer_range", "drop_branch_prob", "load_balance_coeff", "entropy_reg_coeff", "z_loss_coeff"),
         *("mamba.chunk_size", "mamba.A_init_range", "mamba.dt_init_range", "mamba.dt_min", "mamba.dt_max"),
+        *(f"mixers.gated_delta_net.{name}" for name in ("chunk_size", "A_init_range", "dt_init_range")),
     )
 )
 """Settings that give the weights no other meaning: reach of attention, initial values, coefficients of losses."""

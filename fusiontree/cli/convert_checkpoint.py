@@ -222,7 +222,9 @@ def read_model(path: Path) -> tuple[ModelConfig, set[str]]:
     from fusiontree.config.load import load_config
 
     model = load_config(path, ["run_dir=unused"]).model
-    return model, model.model_fields_set | {f"mamba.{name}" for name in model.mamba.model_fields_set}
+    sections = {"mamba": model.mamba, **{f"mixers.{name}": section for name, section in (model.mixers or {}).items()}}
+    dotted = (f"{place}.{name}" for place, section in sections.items() for name in section.model_fields_set)
+    return model, model.model_fields_set | set(dotted)
 
 
 def with_settings(args: argparse.Namespace, options: Options, adopted: dict[str, Any]) -> Options:

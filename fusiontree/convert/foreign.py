@@ -17,7 +17,8 @@ from fusiontree.convert.hf_tokenizer import read_json
 from fusiontree.models.config import ModelConfig
 from fusiontree.utils.errors import UserError
 
-PARTS = {"attention": ".attention.", "mamba": ".mamba.", "mlp": ".mlp.", "norm": "norm.weight", "embed": "embed.weight"}
+PARTS = {"attention": ".attention.", "mamba": ".mamba.", "delta": ".delta.", "mlp": ".mlp."}
+PARTS |= {"norm": "norm.weight", "embed": "embed.weight"}
 """Text in the names of the parameters that a part of the model consists of; the part "model" is always used."""
 
 
@@ -75,7 +76,8 @@ def agree(
     differences, refused = [], []
     for name, (part, theirs) in foreign.settings.items():
         ours = effective(model, name)
-        if part not in used or ours == theirs:
+        absent = ours is None and name.startswith("mixers.")  # the map then names parameters that ours does not have
+        if part not in used or ours == theirs or absent:
             continue
         said = f"model.{name} is {ours}, and theirs is {theirs}"
         if name in accept:
@@ -99,12 +101,15 @@ def agree(
 
 
 def effective(model: ModelConfig, name: str) -> Any:
-    """Return the value that a dotted setting has when the model is built."""
+    """Return the value that a dotted setting has when the model is built; None if the model has no such mixer."""
     if name == "num_kv_heads":
         return model.kv_heads
     if name == "head_dim":
         return model.attention_head_dim
     value: Any = model
     for key in name.split("."):
-        value = getattr(value, key)
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif value is not None:
+            value = getattr(value, key)
     return value

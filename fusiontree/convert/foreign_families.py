@@ -179,6 +179,38 @@ def _bamba(reading: Reading) -> None:
     reading.obstacle("partial_rotary_factor", "attention", "is 0.5; here all channels are rotated")
 
 
+def _qwen3_next(reading: Reading) -> None:
+    """Read Gated DeltaNet; what its attention and its mixture of experts have, ours have not."""
+    _common(reading, epsilon="rms_norm_eps", default_epsilon=1e-6)
+    norms = "multiplies by 1 + weight; here norms multiply by the weight, so the map must add 1"
+    reading.obstacle("norm_style", "norm", norms)
+    _rope(reading)
+    _attention(reading, None, _heads(reading, heads=16, kv_heads=2, head_dim=256))
+    reading.only("attention_bias", False, False, "attention")
+    reading.obstacle("partial_rotary_factor", "attention", "is 0.25 unless stated; here all channels are rotated")
+    why = "multiplies attention's output, and queries and keys are normalized; attention has neither here"
+    reading.obstacle("attention_gate", "attention", why)
+    for key in ("layer_types", "full_attention_interval"):
+        reading.take(key)  # the map says which layers have which mixer
+    _mlp(reading)
+    reading.only("hidden_act", "silu", "silu", "delta")  # of the convolutions, too
+    for key in ("decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        reading.take(key)
+    for key in ("num_experts_per_tok", "norm_topk_prob", "output_router_logits", "router_aux_loss_coef"):
+        reading.take(key)
+    if (experts := reading.take("num_experts", 512)) != 0:
+        reading.obstacle("num_experts", "mlp", f"is {experts!r}; here each layer has one MLP")
+    heads, key_heads = reading.number("linear_num_value_heads", 32), reading.number("linear_num_key_heads", 16)
+    width = reading.number("linear_value_head_dim", 128)
+    sizes = {"key_dim": reading.number("linear_key_head_dim", 128), "value_dim": width}
+    sizes |= {"heads_per_key": heads // key_heads, "d_conv": reading.number("linear_conv_kernel_dim", 4)}
+    for name, value in sizes.items():
+        reading.set("delta", f"mixers.gated_delta_net.{name}", value)
+    expand = heads * width / reading.number("hidden_size", 2048)
+    reading.set("delta", "mixers.gated_delta_net.expand", expand)
+    reading.set("delta", "srte_encoding", "none")
+
+
 FAMILIES: dict[str, Callable[[Reading], None]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -187,5 +219,6 @@ FAMILIES: dict[str, Callable[[Reading], None]] = {
     "mamba2": _mamba2,
     "falcon_h1": _falcon_h1,
     "bamba": _bamba,
+    "qwen3_next": _qwen3_next,
 }
 """Readers by ``model_type``."""

@@ -15,7 +15,7 @@ from fusiontree.convert import hf_model
 from fusiontree.convert.hf_tokenizer import read_json, tokenizer_files, write_tokenizer
 from fusiontree.convert.reader import CheckpointSource, Entry, Stream, checked
 from fusiontree.convert.safetensors_file import SafetensorsFile, write_safetensors
-from fusiontree.models.config import LETTERS, ModelConfig
+from fusiontree.models.config import ModelConfig
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import write_json
 
@@ -69,8 +69,10 @@ NO_EFFECT = frozenset(
 _HEAD = ("model.head.weight", "lm_head.weight")
 _UNSUPPORTED = ("branch_norm", "branch_mix", "mlp_input", "global_rope")
 """Settings of which the exported code has the default alone."""
-_LEFT_OUT = ("kernels", "mixers", *_UNSUPPORTED)
-"""Settings of the machine, of mixers that the code does not have, and those that are always the default."""
+_LEFT_OUT = ("kernels", *_UNSUPPORTED)
+"""Settings of the machine, and those that are always the default."""
+_MIXERS = ("mamba2", "attention", "gated_delta_net")
+"""Mixers of the exported code."""
 
 
 def exported_name(name: str) -> str:
@@ -181,11 +183,11 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
         UserError: the model has layers of other mixers, or settings, than the exported code.
     """
     model_config = stream.source.model_config
-    kinds = zip(model_config.pattern, model_config.branches, strict=True)
-    others = sorted({letter for letter, mixers in kinds if mixers not in LETTERS.values()})
+    letters = dict(zip(model_config.pattern, model_config.branches, strict=True))
+    others = sorted(letter for letter, names in letters.items() if not set(names) <= set(_MIXERS))
     if others:
         raise UserError(
-            f"the exported code has no mixers of the layers {', '.join(others)}, only of {', '.join(LETTERS)}; convert "
+            f"the exported code has no mixers of the layers {', '.join(others)}, only {', '.join(_MIXERS)}; convert "
             f"to safetensors"
         )
     for name in _UNSUPPORTED:
@@ -205,6 +207,7 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
         total = sum(stream.entry(name).nbytes for name in names)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     model = stream.source.model_config.model_dump(mode="json")
+    absent = [name for name in ("letters", "mixers") if model[name] is None]
     tokenizer, unused = write_tokenizer(folder, stream.source.files, model["vocab_size"])
     dtype = str(stream.entry("model.embed.weight").dtype).removeprefix("torch.")
     write_json(
@@ -218,7 +221,7 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
             },
             "model_type": "fusiontree",
             "dtype": dtype,
-            **{name: value for name, value in model.items() if name not in _LEFT_OUT},
+            **{name: value for name, value in model.items() if name not in _LEFT_OUT and name not in absent},
             **tokenizer,
         },
     )

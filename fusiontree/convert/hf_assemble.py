@@ -19,6 +19,8 @@ COPIED = {
     "fusiontree.ops.norm.reference": ("rms_norm", "gated_rms_norm"),
     "fusiontree.ops.conv.reference": ("shifted_products",),
     "fusiontree.ops.ssd.reference": ("scan_segments",),
+    "fusiontree.ops.gated_delta.chunked": ("gated_delta_segments",),
+    "fusiontree.ops.gated_delta.formulas": ("decay_and_beta", "norm_then_gate", "unit_length"),
     "fusiontree.ops.rotary.reference": ("rotary_tables", "apply_rotary"),
     "fusiontree.ops.attention.reference": ("visible_keys",),
     "fusiontree.ops.attention.sdpa": ("sdpa",),

@@ -12,6 +12,11 @@ A map is a YAML file::
           layers.{layer}.mamba.in_proj.weight: [z, x, dt]
           layers.{layer}.mamba.bc_proj.weight: [B, C]
       - {theirs: backbone.embeddings.weight, ours: embed.weight, grow: true}
+      - theirs: model.layers.{layer}.linear_attn.in_proj_ba.weight
+        split: [b, a]
+        per: query                  # b and a of the first query head, b and a of the second, …
+        append: true                # after z and value, which an earlier rule gives in_proj
+        ours: {layers.{layer}.delta.in_proj.weight: [a, b]}
     identity: {"layers.{layer}.out_proj.weight": 2.0}    # in every layer that the map fills
     zero: ["layers.{layer}.mlp.down.weight"]
     accept: [window_size]           # settings of the source's config.json that may differ
@@ -40,10 +45,21 @@ class TensorRule(Section):
     theirs: str = setting(..., "Name of a tensor; {layer} stands for a number.")
     ours: str | dict[str, list[str]] = setting(..., "Name of a parameter, or for each the blocks it is made of.")
     split: list[str] | None = setting(None, "Names of the blocks along the first axis, in order.")
+    per: str | None = setting(
+        None, "A block with heads: the source has the rows of all blocks for its first head, then for the next."
+    )
     transpose: bool = setting(False, "Swap the two axes first.")
     squeeze: int | None = setting(None, "Drop this axis, of size one, first.")
+    add: float = setting(0.0, "Added to every number; 1 for norms that multiply by 1 + weight.")
+    repeat: bool = setting(False, "Theirs is repeated along the first axis until it fills the parameter.")
+    append: bool = setting(False, "Its rows follow those that the rules before it give the same parameters.")
     grow: bool = setting(False, "Theirs may have fewer rows; the rest keeps its initial values.")
     optional: bool = setting(False, "It may be absent.")
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the parameters that it goes to, with {layer}."""
+        return [self.ours] if isinstance(self.ours, str) else list(self.ours)
 
 
 class NameMap(Section):
@@ -62,7 +78,7 @@ class NameMap(Section):
     @property
     def targets(self) -> list[str]:
         """Names of the parameters that tensors go to, with {layer}."""
-        return [name for rule in self.tensors for name in ([rule.ours] if isinstance(rule.ours, str) else rule.ours)]
+        return [name for rule in self.tensors for name in rule.targets]
 
 
 def in_layers(names: Iterable[str]) -> list[str]:

@@ -31,6 +31,8 @@ class Piece(NamedTuple):
     start: int
     stop: int | None
     """None means to the end."""
+    heads: int = 1
+    """The rows, divided into this many equal ranges: one from each of as many equal ranges of the source."""
 
 
 class MappedWeights(CheckpointSource):
@@ -165,8 +167,9 @@ class MappedWeights(CheckpointSource):
             return initialize_parameter(name, shape, self._model, self._seed)
         theirs = ", ".join(f"'{p.theirs}' {self._weights.entries[p.theirs].shape}" for p in self.filled[name])
         try:
-            parts = [reshaped(self._weights.read(p.theirs), p)[p.start : p.stop].float() for p in self.filled[name]]
-            values = torch.cat(parts)
+            values = torch.cat([rows_of(self._weights.read(p.theirs), p) for p in self.filled[name]])
+            if self.filled[name][0].rule.repeat and shape[0] % len(values) == 0:
+                values = torch.cat([values] * (shape[0] // len(values)))
             if len(values) < shape[0] and self.filled[name][0].rule.grow:
                 rest = initialize_parameter(name, shape, self._model, self._seed, rows=slice(len(values), shape[0]))
                 values = torch.cat([values, rest])
@@ -175,6 +178,17 @@ class MappedWeights(CheckpointSource):
         if tuple(values.shape) != shape:
             raise UserError(f"{theirs} make {tuple(values.shape)}, and our '{name}' is {shape}; change map or model")
         return values.contiguous()
+
+
+def rows_of(tensor: Tensor, piece: Piece) -> Tensor:
+    """Return the rows of a source tensor that a piece takes, in fp32.
+
+    Raises:
+        UserError: the rule does not fit its shape.
+    """
+    start, stop = piece.start // piece.heads, None if piece.stop is None else piece.stop // piece.heads
+    of_heads = reshaped(tensor, piece).unflatten(0, (piece.heads, -1))
+    return of_heads[:, start:stop].flatten(0, 1).float() + piece.rule.add
 
 
 def reshaped(tensor: Tensor, piece: Piece) -> Tensor:
@@ -206,7 +220,7 @@ def plan(
     filled: dict[str, list[Piece]] = {}
     used = {name for name in theirs if any(fnmatch.fnmatchcase(name, pattern) for pattern in name_map.ignore)}
     used |= {name for name, entry in theirs.items() if entry.dtype is torch.bool}  # masks, no weights
-    sizes = block_sizes(config) | name_map.sizes
+    sizes, heads = block_sizes(config) | name_map.sizes, block_heads(config)
     for rule in name_map.tensors:
         matches = list(_matches(rule.theirs, theirs))
         if not matches and not rule.optional:
@@ -217,16 +231,20 @@ def plan(
             if layer is not None and name_map.layers is not None and layer not in name_map.layers:
                 continue
             target = layer if name_map.layers is None or layer is None else name_map.layers[layer]
-            for ours, pieces in _pieces(rule, name, sizes, theirs[name]).items():
-                ours = ours.replace("{layer}", str(target))
-                if ours == "head.weight" and config.tie_word_embeddings:
-                    continue
-                if ours not in shapes:
+            targets = {ours: ours.replace("{layer}", str(target)) for ours in rule.targets}
+            for ours in targets.values():
+                if ours not in shapes and ours != "head.weight":  # a tied head is no parameter
                     raise UserError(
                         f"map: '{name}' goes to '{ours}', which is no parameter of the model"
                         f"{nearest(ours, shapes)}; change the map, its 'layers', or the configuration"
                     )
-                if ours in filled:
+            for key, pieces in _pieces(rule, name, sizes, heads, theirs[name]).items():
+                ours = targets[key]
+                if ours not in shapes:
+                    continue
+                if rule.append:
+                    pieces = [*filled.get(ours, []), *pieces]
+                elif ours in filled:
                     raise UserError(f"map: '{ours}' is filled twice, from '{filled[ours][0].theirs}' and '{name}'")
                 filled[ours] = pieces
     forgotten = sorted(theirs.keys() - used)
@@ -257,6 +275,12 @@ def block_sizes(config: ModelConfig) -> dict[str, int]:
     return sizes
 
 
+def block_heads(config: ModelConfig) -> dict[str, int]:
+    """Return the number of heads or groups in each block."""
+    plans = [plan for mixer in distinct_mixers(config) for plan in mixer.tp_plan(config).values()]
+    return {block.name: block.units for split in plans for block in split.blocks}
+
+
 def _matches(pattern: str, names: dict[str, Entry]) -> Iterator[tuple[str, int | None]]:
     expression = re.compile(re.escape(pattern).replace(r"\{layer\}", r"(?P<layer>\d+)", 1))
     for name in names:
@@ -265,7 +289,9 @@ def _matches(pattern: str, names: dict[str, Entry]) -> Iterator[tuple[str, int |
             yield name, None if layer is None else int(layer)
 
 
-def _pieces(rule: TensorRule, name: str, sizes: dict[str, int], entry: Entry) -> dict[str, list[Piece]]:
+def _pieces(
+    rule: TensorRule, name: str, sizes: dict[str, int], heads: dict[str, int], entry: Entry
+) -> dict[str, list[Piece]]:
     """Return the pieces of each target of a rule."""
     if rule.split is None:
         if not isinstance(rule.ours, str):
@@ -289,4 +315,7 @@ def _pieces(rule: TensorRule, name: str, sizes: dict[str, int], entry: Entry) ->
     wanted = [block for blocks in rule.ours.values() for block in blocks]
     if sorted(wanted) != sorted(rule.split):
         raise UserError(f"map: '{rule.theirs}' is split into {rule.split} and 'ours' takes {wanted}; take each once")
-    return {ours: [Piece(name, rule, *places[block]) for block in blocks] for ours, blocks in rule.ours.items()}
+    count = 1 if rule.per is None else heads.get(rule.per, 0)
+    if not count or any(sizes[block] % count for block in rule.split):
+        raise UserError(f"map: '{rule.theirs}': the heads of block '{rule.per}' do not divide {', '.join(rule.split)}")
+    return {ours: [Piece(name, rule, *places[block], count) for block in blocks] for ours, blocks in rule.ours.items()}

@@ -78,7 +78,9 @@ class ModelConfig(Section):
     letter_sizes: dict[str, LetterSizes] | None = setting(
         None, "Sizes of the layers of a letter where they differ from the model's, as in a pruned model."
     )
-    mixers: dict[str, Any] | None = setting(None, "Settings of mixers that plugins add, by name of the mixer.")
+    mixers: dict[str, Any] | None = setting(
+        None, "Settings of gated_delta_net (docs/mixers.md) and of mixers that plugins add, by name of the mixer."
+    )
     num_heads: int = setting(16, "Query heads, local and global together.", ge=1)
     num_kv_heads: int | None = setting(None, "Key/value heads (grouped queries). Absent means num_heads.", ge=1)
     head_dim: int | None = setting(
@@ -100,7 +102,7 @@ class ModelConfig(Section):
     rope_theta: float = setting(500000.0, "Base of the rotary position encoding.", gt=0)
     global_rope: bool = setting(True, "Rotary positions on global heads; false: on local heads alone.")
     srte_encoding: Literal["none", "sincos", "learnable"] = setting(
-        "sincos", "Shared relative time encoding, added to the input of every Mamba branch."
+        "sincos", "Shared relative time encoding, added to the input of every recurrent branch."
     )
     gate_rank: int = setting(256, "Rank of the gate's two projections.", ge=1)
     use_alignment: bool = setting(True, "Combine both branches by a learned alignment; false: by their mean.")
@@ -144,6 +146,11 @@ class ModelConfig(Section):
         """Names of each layer's mixers, in the order of its branches."""
         letters = LETTERS | {letter: tuple(names) for letter, names in (self.letters or {}).items()}
         return [letters[letter] for letter in self.pattern]
+
+    @property
+    def adds_time_encoding(self) -> bool:
+        """Whether the input of a branch gets the shared relative time encoding."""
+        return any(mixer_class(name).adds_time_encoding for names in self.branches for name in names)
 
     @property
     def reads_alignment(self) -> bool:

@@ -19,6 +19,9 @@ class KernelsConfig(Section):
     """Backends of the operations in ``ops/``. ``auto`` takes the fastest backend that runs on the device."""
 
     ssd: Literal["auto", "reference", "mamba_ssm", "triton"] = setting("auto", "State space scan.")
+    gated_delta: Literal["auto", "reference", "chunked", "fla"] = setting(
+        "auto", "Recurrence of Gated DeltaNet; fla is the package fla-core."
+    )
     conv: Literal["auto", "reference", "compiled", "triton"] = setting("auto", "Depthwise causal convolution.")
     attention: Literal["auto", "reference", "sdpa", "varlen", "flex", "flash4"] = setting(
         "auto", "Local and global attention; flash4 is the package flash-attn-4, varlen is torch's flash-attn 2."

@@ -1,9 +1,10 @@
 """Context parallelism: each rank of ``cp`` holds a contiguous chunk of every sequence.
 
 Left neighbours send the convolution its left context and the local heads the keys and values of their window. The scan
-starts from the state that the previous chunks leave (one all-gather of states, of a size that does not depend on chunk
-length). Global heads gather the keys and values of the full sequence. To balance causal work (late tokens see more
-keys than early tokens), rank r and its mirrored rank, cp-1-r, swap half of their global heads' queries.
+starts from the state that the previous chunks leave (one all-gather of states with their decays or matrices, of a size
+that does not depend on chunk length). Global heads gather the keys and values of the full sequence. To balance causal
+work (late tokens see more keys than early tokens), rank r and its mirrored rank, cp-1-r, swap half of their global
+heads' queries.
 
 Shape legend: B rows, S tokens of a chunk, T tokens of a sequence or of chunk and halo, C channels, H heads, K key/value
 heads, D channels of a head, P channels and N state size of a state space head.
@@ -79,6 +80,10 @@ class ContextParallelTools:
         """Return the state before this rank's chunk; see :func:`pass_states`."""
         return pass_states(reached, decay, self.group)
 
+    def affine_exchange(self, reached: Tensor, transition: Tensor) -> Tensor:
+        """Return the state before this rank's chunk; see :func:`pass_affine_states`."""
+        return pass_affine_states(reached, transition, self.group)
+
     def left_context(self, inputs: Sequence[Tensor], length: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return the inputs and, for each, the ``length`` tokens before this rank's chunk."""
         return left_halos(inputs, length, group=self.group)
@@ -132,6 +137,48 @@ class _PassStates(torch.autograd.Function):
                 dstate = dstate * before[index, ..., -1:]
         mine = reduce_scatter(dpacked, ctx.group)
         return mine[..., :-1].reshape(ctx.shape), mine[..., -1], None
+
+
+def pass_affine_states(reached: Tensor, transition: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the state before this rank's chunk, H_r, by the recurrence ``H_{r+1} = P_r @ H_r + S_r``.
+
+    Args:
+        reached: state after this chunk if it starts from zero, S_r: ``[B, H, K, V]``, in fp32 or better.
+        transition: matrix that multiplies the initial state over this chunk, P_r: ``[B, H, K, K]``; 0 where a document
+            starts in the chunk.
+        group: the ranks that hold the chunks of the same sequences, in order.
+    """
+    return _PassAffineStates.apply(reached, transition, group)
+
+
+class _PassAffineStates(torch.autograd.Function):
+    """As :class:`_PassStates`, with a matrix in place of the decay."""
+
+    @staticmethod
+    def forward(ctx: Any, reached: Tensor, transition: Tensor, group: dist.ProcessGroup) -> Tensor:
+        width = reached.shape[-1]
+        before = all_gather(torch.cat([reached, transition], dim=-1), group)[: dist.get_rank(group)]
+        states: list[Tensor] = []  # after each previous chunk
+        for piece in before.unbind(0):
+            state, matrix = piece[..., :width], piece[..., width:]
+            states.append(state + matrix @ states[-1] if states else state)
+        ctx.save_for_backward(before, *states)
+        ctx.group, ctx.width = group, width
+        return states[-1].clone() if states else torch.zeros_like(reached)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        before, *states = ctx.saved_tensors
+        width, (dstate,) = ctx.width, grads
+        # Every rank takes part in the reduce-scatter, also the first, which adds only zeros.
+        dpacked = dstate.new_zeros(dist.get_world_size(ctx.group), *dstate.shape[:-1], before.shape[-1])
+        for index in reversed(range(len(states))):
+            dpacked[index, ..., :width] = dstate
+            if index:
+                dpacked[index, ..., width:] = dstate @ states[index - 1].transpose(-1, -2)
+                dstate = before[index, ..., width:].transpose(-1, -2) @ dstate
+        mine = reduce_scatter(dpacked, ctx.group)
+        return mine[..., :width], mine[..., width:], None
 
 
 class _ChunkAttention(AttentionCore):

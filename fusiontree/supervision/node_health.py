@@ -27,7 +27,7 @@ from fusiontree.utils.files import write_json
 from fusiontree.utils.hashing import sha256_file, stable_hash
 
 FILE = "health.json"
-_PACKAGES = ("torch", "numpy", "triton", "deepspeed", "mamba-ssm", "flash-attn-4", "nvidia-nccl-cu13")
+_PACKAGES = ("torch", "numpy", "triton", "deepspeed", "mamba-ssm", "flash-attn-4", "fla-core", "nvidia-nccl-cu13")
 _EQUAL = ("config", "source", "python", "packages", "cuda", "driver")
 """What must be the same on all ranks."""
 _SLOW = 0.75

@@ -142,9 +142,8 @@ def test_maps_that_do_not_fit_are_refused(mamba2, tmp_path: Path, capsys: pytest
     )
     assert "did you mean 'backbone.embeddings.weight'" in said(changed(0, theirs="backbone.embedding.weight"))
     assert "did you mean 'embed.weight'" in said(changed(0, ours="embd.weight"))
-    assert "take each once" in said(
-        changed(2, ours={"layers.{layer}.mamba.in_proj.weight": ["z", "x"], "b": ["B", "C"]})
-    )
+    names = [f"layers.{{layer}}.mamba.{name}.weight" for name in ("in_proj", "bc_proj")]
+    assert "take each once" in said(changed(2, ours={names[0]: ["z", "x"], names[1]: ["B", "C"]}))
     assert "z 64 + x 64 + B 32 + C 32 make 192" in said(changed(2, split=["z", "x", "B", "C"]))
     assert "size of block 'Z' is not known" in said(changed(2, split=["Z", "x", "B", "C", "dt"]))
     assert "filled twice" in said(changed(0, ours="norm.weight"))

@@ -15,6 +15,7 @@ from fusiontree.generation.decoding import generate
 from fusiontree.generation.sampling import SamplingConfig
 from fusiontree.utils.errors import UserError
 from tests.helpers import tiny_model
+from tests.parallel.table import DELTA
 
 LENGTH = 64
 EOS = 256
@@ -38,7 +39,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(vocab_size=264, layer_pattern="FMA").eval()
+    return tiny_model(vocab_size=264, layer_pattern="FMAG", **DELTA).eval()
 
 
 def responder(model, **changes) -> Responder:

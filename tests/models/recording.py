@@ -181,8 +181,9 @@ def tensors_of(cache: Any) -> list[torch.Tensor]:
     """Every tensor of a fixed cache."""
     found = [cache.positions_B, cache.column_1]
     for layer in cache.layers:
-        if "mamba" in layer:
-            found += layer["mamba"].previous()
+        for name in ("mamba", "delta"):
+            if name in layer:
+                found += layer[name].previous()
         if "attention" in layer:
             for part in (layer["attention"].local._kept, layer["attention"].everything._buffer):
                 found += list(part or ())

@@ -30,6 +30,15 @@ EXPORTED_VARIANTS: dict[str, dict[str, Any]] = {
             "r": {"num_heads": 2, "num_kv_heads": 1, "global_heads": 2, "window_size": 3},
         },
     },
+    "Gated DeltaNet": {
+        "layer_pattern": "GDHF",
+        "letters": {
+            "G": ["gated_delta_net", "attention"],
+            "D": ["gated_delta_net"],
+            "H": ["attention", "gated_delta_net"],
+        },
+        "mixers": {"gated_delta_net": {"key_dim": 4, "value_dim": 8, "chunk_size": 5, "A_init_range": [0.01, 0.02]}},
+    },
     "swiglu, tied head": {"mlp_activation": "swiglu", "tie_word_embeddings": True},
 }
 """Those that the code of a Hugging Face folder computes."""

@@ -39,7 +39,7 @@ def mutated(name: str | None) -> Iterator[None]:
     if name is None:
         yield
         return
-    mutation = MUTATIONS[name]
+    mutation = (MUTATIONS | OF_GATED_DELTA_NET)[name]
     right = getattr(mutation.owner, mutation.attribute)
     with patch.object(mutation.owner, mutation.attribute, mutation.make(right)):
         yield
@@ -68,6 +68,22 @@ def _passes_documents(right: Callable) -> Callable:
 
 def _state_not_passed(right: Callable) -> Callable:
     return lambda self, reached, decay: right(self, reached, decay) * 0.0
+
+
+def _passes_all(right: Callable) -> Callable:
+    def affine_exchange(self: ContextParallelTools, reached: Tensor, transition: Tensor) -> Tensor:
+        identity = torch.eye(transition.shape[-1], dtype=transition.dtype)
+        return right(self, reached, transition * 0.0 + identity)
+
+    return affine_exchange
+
+
+def _transposed(right: Callable) -> Callable:
+    return lambda self, reached, transition: right(self, reached, transition.transpose(-1, -2))
+
+
+def _affine_state_not_passed(right: Callable) -> Callable:
+    return lambda self, reached, transition: right(self, reached, transition) * 0.0
 
 
 def _halo_token_lost(right: Callable) -> Callable:
@@ -132,3 +148,9 @@ MUTATIONS: dict[str, Mutation] = {
     "gradient averaged (zero3)": Mutation(Cell("zero3", 1, 2, 1), ZeroEngine, "_sum_gradients", _left_out),
     "no gradient sum over tp (zero1)": Mutation(Cell("zero1", 1, 1, 2), ZeroEngine, "_sum_over_tp", _left_out),
 }
+OF_GATED_DELTA_NET: dict[str, Mutation] = {
+    "affine state not passed": Mutation(CP2, ContextParallelTools, "affine_exchange", _affine_state_not_passed),
+    "affine state passes over documents": Mutation(CP4, ContextParallelTools, "affine_exchange", _passes_all),
+    "matrix of a chunk transposed": Mutation(CP4, ContextParallelTools, "affine_exchange", _transposed),
+}
+"""Mistakes in passing the state of Gated DeltaNet."""

@@ -123,6 +123,20 @@ PRUNED = (
 TEACHER = "RUN-OF-THE-REFERENCE"
 """Stands for the run folder of :data:`REFERENCE` in settings."""
 TAUGHT = (f"training.teacher={TEACHER}", "training.teacher_weight=0.7", "training.teacher_temperature=2.0")
+DELTA: dict[str, Any] = {
+    "letters": {"G": ["gated_delta_net", "attention"], "D": ["gated_delta_net"]},
+    "mixers": {
+        "gated_delta_net": {
+            "key_dim": 4,
+            "value_dim": 8,
+            "heads_per_key": 4,
+            "chunk_size": 8,
+            "A_init_range": [0.01, 0.02],
+            "dt_init_range": [0.05, 0.5],
+        }
+    },
+}
+"""Gated DeltaNet of 8 value heads and 2 key heads, alone and beside attention."""
 RECORDED = ("training.cuda_graphs=on",)
 LAYOUTS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 4)]
 FAST = [

@@ -12,7 +12,7 @@ from fusiontree.checkpoint.load import load_model
 from fusiontree.engines.config import ENGINES
 from tests.end_to_end.runs import metrics
 from tests.parallel.launch import Job, Table
-from tests.parallel.mutations import MUTATIONS
+from tests.parallel.mutations import MUTATIONS, OF_GATED_DELTA_NET
 from tests.parallel.table import FAST, GROUPS, MODEL, NOISE, REFERENCE, STEPS, TEACHER, TOLERANCE, TRAINING, Cell
 
 MUTATED_STEPS = 5
@@ -115,8 +115,9 @@ def test_every_layout_agrees(table: ParityTable, group: str) -> None:
 
 def check_seen(table: ParityTable, names: list[str]) -> None:
     """Each safeguard taken away moves loss or gradient norm at least ten times the tolerance within a few steps."""
-    table.run([MUTATIONS[name].cell for name in names], names)
-    errors = {name: table.error(MUTATIONS[name].cell, name) for name in names}
+    cells = {name: (MUTATIONS | OF_GATED_DELTA_NET)[name].cell for name in names}
+    table.run(list(cells.values()), names)
+    errors = {name: table.error(cell, name) for name, cell in cells.items()}
     print("\n" + "\n".join(f"{name:60s} {error:.1e}" for name, error in errors.items()))
     unseen = [name for name, error in errors.items() if error < 10 * TOLERANCE]
     assert not unseen, errors

@@ -66,13 +66,15 @@ def test_selective_recomputation_repeats_no_matrix_product(measured: Any, engine
 
 @pytest.mark.slow
 def test_bytes_of_context_parallelism(measured: Any) -> None:
-    """Convolution, scan and local heads do not grow with the row; global heads follow their formula, both ways."""
+    """Convolution, scans and local heads do not grow with the row; global heads follow their formula, both ways."""
     short, long = measured(2, 1, 64), measured(2, 1, 256)
     width, kv_heads, heads, layers, cp = 8, 2, 4, 2, 2
     assert MODEL["head_dim"] == width and MODEL["global_heads"] == heads
     for rank in range(cp):
-        for part in ("cp conv", "cp scan", "cp local heads"):
-            assert short[rank]["bytes"][part] == long[rank]["bytes"][part], part
+        for part in ("cp conv", "cp scan", "cp delta", "cp local heads"):
+            assert short[rank]["bytes"][part] == long[rank]["bytes"][part] > 0, part
+        state_and_matrix = 4 * 8 * 4 * (8 + 4)  # fp32, 8 heads, 4 key channels, 8 value channels; of the other rank
+        assert short[rank]["bytes"]["cp delta"] == 2 * state_and_matrix
         for figures, piece in ((short[rank], 32), (long[rank], 128)):
             keys_and_values = (cp - 1) * piece * 2 * kv_heads * width * 4
             queries_and_outputs = 2 * (piece // 2) * heads * width * 4

@@ -28,9 +28,9 @@ from fusiontree.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 from fusiontree.parallel.layout import Layout
 from fusiontree.utils.environment import process_place
 from tests.engines.batches import micro_batch
-from tests.parallel.table import MODEL, TRAINING
+from tests.parallel.table import DELTA, MODEL, TRAINING
 
-SHAPE = {"layer_pattern": "FF", "num_layers": 2, "srte_encoding": "sincos", "max_position_embeddings": 4096}
+SHAPE = {"layer_pattern": "FG", "num_layers": 2, "srte_encoding": "sincos", "max_position_embeddings": 4096, **DELTA}
 
 
 class Recorder:
@@ -121,6 +121,7 @@ def by_part(recorder: Recorder) -> Iterator[None]:
     parts = {
         "left_halos": whole(context_parallel.left_halos, "conv"),
         "pass_states": whole(context_parallel.pass_states, "scan"),
+        "pass_affine_states": whole(context_parallel.pass_affine_states, "delta"),
         "begin_left_halos": begun(context_parallel.begin_left_halos, "local heads"),
         "begin_gather_tokens": begun(context_parallel.begin_gather_tokens, "global heads"),
         "begin_swap_with_mirror": begun(context_parallel.begin_swap_with_mirror, "global heads"),

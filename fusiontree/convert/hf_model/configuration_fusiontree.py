@@ -11,7 +11,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 
 class FusionTreeConfig(PretrainedConfig):
-    """Shape of a hybrid Mamba-2 + local/global attention language model.
+    """Shape of a hybrid language model of Mamba-2 or Gated DeltaNet and local/global attention.
 
     Settings that only matter while training (coefficients of auxiliary losses, initialisation) are kept as they are
     and not read.
@@ -29,6 +29,7 @@ class FusionTreeConfig(PretrainedConfig):
         layer_pattern: str | None = None,
         letters: dict[str, list[str]] | None = None,
         letter_sizes: dict[str, dict[str, int | None]] | None = None,
+        mixers: dict[str, Any] | None = None,
         num_heads: int = 16,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
@@ -54,8 +55,7 @@ class FusionTreeConfig(PretrainedConfig):
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.layer_pattern = layer_pattern or "F" * num_layers
-        self.letters = letters
-        self.letter_sizes = letter_sizes
+        self.letters, self.letter_sizes, self.mixers = letters, letter_sizes, mixers
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_dim = head_dim or hidden_size // num_heads

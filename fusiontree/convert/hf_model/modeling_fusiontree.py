@@ -88,7 +88,7 @@ def shifted_products(
 
 
 # fusiontree.ops.ssd.reference
-class _ChunkMarks:
+class ChunkMarks:
     """Masks of the chunks from document starts, broadcastable to [B, c, G, R, ...]."""
 
     def __init__(self, segments_BS: Tensor | None, chunk: int, device: torch.device) -> None:
@@ -128,7 +128,7 @@ StateExchange = Callable[[Tensor, Tensor], Tensor]
 
 
 # fusiontree.ops.ssd.reference
-def _in_chunks(tensor: Tensor, chunk: int) -> Tensor:
+def in_chunks(tensor: Tensor, chunk: int) -> Tensor:
     """``[B, S, …]`` to ``[B, c, Q, …]``; padded steps have dt = 0, so they neither decay the state nor add to it."""
     padding = -tensor.shape[1] % chunk
     padded = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding)) if padding else tensor
@@ -160,14 +160,14 @@ def scan_segments(
     groups, size = B_BSGN.shape[2:]
     chunk = min(chunk_size, length)
     compute = torch.promote_types(x_BSHP.dtype, torch.float32)
-    x_BcGRQP = _in_chunks(x_BSHP.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
-    dt_BcGRQ = _in_chunks(dt_BSH.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
-    B_BcGQN = _in_chunks(B_BSGN.to(compute), chunk).transpose(2, 3)
-    C_BcGQN = _in_chunks(C_BSGN.to(compute), chunk).transpose(2, 3)
+    x_BcGRQP = in_chunks(x_BSHP.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
+    dt_BcGRQ = in_chunks(dt_BSH.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
+    B_BcGQN = in_chunks(B_BSGN.to(compute), chunk).transpose(2, 3)
+    C_BcGQN = in_chunks(C_BSGN.to(compute), chunk).transpose(2, 3)
     xdt_BcGRQP = x_BcGRQP * dt_BcGRQ.unsqueeze(-1)
     log_decay_BcGRQ = (dt_BcGRQ * A_H.to(compute).view(groups, -1, 1)).cumsum(-1)
 
-    marks = _ChunkMarks(segments_BS, chunk, x_BSHP.device)
+    marks = ChunkMarks(segments_BS, chunk, x_BSHP.device)
     # Within chunks.
     distance_BcGRQQ = log_decay_BcGRQ.unsqueeze(-1) - log_decay_BcGRQ.unsqueeze(-2)
     decay_BcGRQQ = distance_BcGRQQ.masked_fill(~marks.visible, float("-inf")).exp()
@@ -192,6 +192,95 @@ def scan_segments(
     y_BSHP = y_BcGRQP.permute(0, 1, 4, 2, 3, 5).reshape(rows, -1, heads, width)[:, :length]
     y_BSHP = y_BSHP + D_H.to(compute).unsqueeze(-1) * x_BSHP.to(compute)
     return y_BSHP.to(x_BSHP.dtype), final_BGRPN.reshape(rows, heads, width, size)
+
+
+# fusiontree.ops.gated_delta.chunked
+def gated_delta_segments(
+    q_BSGK: Tensor,
+    k_BSGK: Tensor,
+    v_BSHV: Tensor,
+    log_decay_BSH: Tensor,
+    beta_BSH: Tensor,
+    chunk_size: int,
+    segments_BS: Tensor | None = None,
+    initial_state_BHKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scan in chunks, in fp32 or better; the cost is linear in the number of tokens.
+
+    ``segments_BS`` counts the document starts up to each token: segment 0 continues ``initial_state_BHKV``, and every
+    other segment starts from zero; None means that no document starts. Returns y in v's dtype, and the final state.
+    """
+    rows, length, heads, width = v_BSHV.shape
+    groups, size = k_BSGK.shape[2:]
+    compute, chunk = torch.promote_types(v_BSHV.dtype, torch.float32), min(chunk_size, length)
+    # Padded tokens have beta = 0 and decay 1: they change no state.
+    q_BcGQK, k_BcGQK = (in_chunks(t.to(compute), chunk).transpose(2, 3) for t in (q_BSGK, k_BSGK))
+    v_BcGRQV = in_chunks(v_BSHV.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
+    log_decay_BcGRQ, beta_BcGRQ = (
+        in_chunks(t.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
+        for t in (log_decay_BSH, beta_BSH)
+    )
+    log_decay_BcGRQ = log_decay_BcGRQ.cumsum(-1)
+    marks = ChunkMarks(segments_BS, chunk, v_BSHV.device)
+    distance_BcGRQQ = log_decay_BcGRQ.unsqueeze(-1) - log_decay_BcGRQ.unsqueeze(-2)
+    decay_BcGRQQ = distance_BcGRQQ.masked_fill(~marks.visible, float("-inf")).exp()
+    from_start_BcGRQ1 = (log_decay_BcGRQ.exp() * marks.continues).unsqueeze(-1)
+    to_end_BcGRQ1 = ((log_decay_BcGRQ[..., -1:] - log_decay_BcGRQ).exp() * marks.reaches_end).unsqueeze(-1)
+    kept_BcGR11 = (log_decay_BcGRQ[..., -1].exp() * marks.passes_through)[..., None, None]
+
+    beta_BcGRQ1 = beta_BcGRQ.unsqueeze(-1)
+    keys_BcG1QK = k_BcGQK.unsqueeze(3)
+    recalls_BcGRQQ = beta_BcGRQ1 * decay_BcGRQQ * (k_BcGQK @ k_BcGQK.transpose(-1, -2)).unsqueeze(3)
+    wanted = torch.cat([beta_BcGRQ1 * v_BcGRQV, beta_BcGRQ1 * from_start_BcGRQ1 * keys_BcG1QK], dim=-1)
+    # Only the entries below the diagonal of the matrix are read; its diagonal counts as ones.
+    solved = torch.linalg.solve_triangular(recalls_BcGRQQ, wanted, upper=False, unitriangular=True)
+    u_BcGRQV, w_BcGRQK = solved.split([width, size], dim=-1)
+    scores_BcGRQQ = decay_BcGRQQ * (q_BcGQK @ k_BcGQK.transpose(-1, -2) * size**-0.5).unsqueeze(3)
+    queries_BcGRQK = q_BcGQK.unsqueeze(3) * size**-0.5 * from_start_BcGRQ1
+    keys_BcGRKQ = (keys_BcG1QK * to_end_BcGRQ1).transpose(-1, -2)
+
+    shape = (rows, groups, heads // groups, size, width)
+    initial = v_BcGRQV.new_zeros(shape) if initial_state_BHKV is None else initial_state_BHKV
+    state_BGRKV = initial.to(compute).reshape(shape)
+    outputs = []
+    per_chunk = (u_BcGRQV, w_BcGRQK, scores_BcGRQQ, queries_BcGRQK, keys_BcGRKQ, kept_BcGR11)
+    for u, w, scores, queries, keys, kept in zip(*(t.unbind(1) for t in per_chunk), strict=True):
+        written_BGRQV = u - w @ state_BGRKV
+        outputs.append(queries @ state_BGRKV + scores @ written_BGRQV)
+        state_BGRKV = kept * state_BGRKV + keys @ written_BGRQV
+    y_BcGRQV = torch.stack(outputs, dim=1)
+    y_BSHV = y_BcGRQV.permute(0, 1, 4, 2, 3, 5).reshape(rows, -1, heads, width)[:, :length]
+    return y_BSHV.to(v_BSHV.dtype), state_BGRKV.reshape(rows, heads, size, width)
+
+
+# fusiontree.ops.gated_delta.formulas
+def decay_and_beta(a_BSH: Tensor, b_BSH: Tensor, A_log_H: Tensor, dt_bias_H: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log decay ``-exp(A_log) softplus(a + dt_bias)`` and the writing strength ``sigmoid(b)``."""
+    a_BSH, b_BSH = a_BSH.to(dt_bias_H.dtype), b_BSH.to(dt_bias_H.dtype)
+    return -torch.exp(A_log_H) * F.softplus(a_BSH + dt_bias_H), torch.sigmoid(b_BSH)
+
+
+# fusiontree.ops.gated_delta.formulas
+def norm_then_gate(y_BSHV: Tensor, z_BSC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    """Return ``RMSNorm(y) * weight * silu(z)``, ``[B, S, C]``; each head is normalized separately.
+
+    Source: the output of Gated DeltaNet (arXiv:2412.06464, section 3.3). Mamba-2's norm has the gate inside the norm.
+    """
+    compute = torch.promote_types(y_BSHV.dtype, torch.float32)
+    normed_BSC = F.rms_norm(y_BSHV.to(compute), y_BSHV.shape[-1:], None, eps).flatten(2)
+    return (normed_BSC * weight_C.to(compute) * F.silu(z_BSC.to(compute))).to(y_BSHV.dtype)
+
+
+# fusiontree.ops.gated_delta.formulas
+_SMALLEST = 1e-6
+
+
+# fusiontree.ops.gated_delta.formulas
+def unit_length(x_BSGK: Tensor) -> Tensor:
+    """Return every head's vector divided by its length."""
+    compute = torch.promote_types(x_BSGK.dtype, torch.float32)
+    x = x_BSGK.to(compute)
+    return (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _SMALLEST)).to(x_BSGK.dtype)
 
 
 # fusiontree.ops.rotary.reference
@@ -499,6 +588,64 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(torch.cat(outputs, dim=1).flatten(2), z_BSC))
 
 
+class Decay(nn.Module):
+    """Decay of each value head of Gated DeltaNet, in fp32."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+
+
+class HeadNorm(RMSNorm):
+    """RMS norm of each value head, then the gate ``silu(z)``."""
+
+    def forward(self, y_BSHV: Tensor, z_BSC: Tensor) -> Tensor:
+        """Return ``[B, S, C]``."""
+        return norm_then_gate(y_BSHV, z_BSC, self.weight, self.eps)
+
+
+class GatedDeltaNet(nn.Module):
+    """Projections, convolutions, gated delta rule, gated norm, output projection."""
+
+    def __init__(self, config: FusionTreeConfig) -> None:
+        super().__init__()
+        sizes = (config.mixers or {})["gated_delta_net"]
+        self.key_dim, self.value_dim, self.chunk_size = sizes["key_dim"], sizes["value_dim"], sizes["chunk_size"]
+        heads = round(sizes["expand"] * config.hidden_size / self.value_dim)
+        values, keys = heads * self.value_dim, heads // sizes["heads_per_key"] * self.key_dim
+        self.splits = [values, values, heads, heads]  # z, v, a, b
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=False)
+        self.qk_proj = nn.Linear(config.hidden_size, 2 * keys, bias=False)
+        self.conv_v = CausalConv(values, sizes["d_conv"])
+        self.conv_qk = CausalConv(2 * keys, sizes["d_conv"])
+        self.decay = Decay(heads)
+        self.norm = HeadNorm(values, config.norm_eps)
+        self.out_proj = nn.Linear(values, config.hidden_size, bias=False)
+
+    def forward(self, u_BSC: Tensor, layout: TokenLayout, cache: dict[str, Tensor] | None) -> Tensor:
+        """Mix along the tokens: ``[B, S, C]``."""
+        z_BSC, v_BSC, a_BSH, b_BSH = self.in_proj(u_BSC).split(self.splits, dim=-1)
+        qk_BSC = self.qk_proj(u_BSC)
+        log_decay_BSH, beta_BSH = decay_and_beta(a_BSH, b_BSH, self.decay.A_log.float(), self.decay.dt_bias.float())
+        if layout.real_BS is not None:
+            # Zeros on pads: no input to the convolutions, and tokens that neither decay the state nor write to it.
+            real_BS1 = layout.real_BS.unsqueeze(-1)
+            v_BSC, qk_BSC, log_decay_BSH, beta_BSH = (t * real_BS1 for t in (v_BSC, qk_BSC, log_decay_BSH, beta_BSH))
+        v_BSHV = self.conv_v(v_BSC, cache, "conv_v").unflatten(-1, (-1, self.value_dim))
+        qk_BSGK = unit_length(self.conv_qk(qk_BSC, cache, "conv_qk").unflatten(-1, (-1, self.key_dim)))
+        inputs = (*qk_BSGK.chunk(2, dim=2), v_BSHV, log_decay_BSH, beta_BSH)
+        state_BHKV = None if cache is None else cache.get("delta_state")
+        outputs = []
+        tokens = max(1, TOKENS_PER_SCAN // self.chunk_size) * self.chunk_size
+        for q, k, v, log_decay, beta in zip(*(t.split(tokens, dim=1) for t in inputs), strict=True):
+            y, state_BHKV = gated_delta_segments(q, k, v, log_decay, beta, self.chunk_size, None, state_BHKV)
+            outputs.append(y)
+        if cache is not None and state_BHKV is not None:
+            cache["delta_state"] = state_BHKV.detach()
+        return self.out_proj(self.norm(torch.cat(outputs, dim=1), z_BSC))
+
+
 def attend(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, positions_BS: Tensor, window: int | None) -> Tensor:
     """Attend from each new token to itself and the real tokens before it, within ``window`` tokens (None: all).
 
@@ -580,19 +727,20 @@ class LocalGlobalAttention(nn.Module):
 
 
 class FusionTreeBlock(GradientCheckpointingLayer):
-    """One layer. Its letter in ``layer_pattern`` selects mixers and sizes: F both mixers, M Mamba, A attention."""
+    """One layer. Its letter in ``layer_pattern`` selects sizes and one or two mixers, which read the same input."""
 
     def __init__(self, config: FusionTreeConfig, layer: int) -> None:
         super().__init__()
-        mixers, config = config.mixers_of_layer(layer), config.of_layer(layer)
-        self.letter = "F" if len(mixers) == 2 else {"mamba2": "M", "attention": "A"}[mixers[0]]
+        self.mixers, config = config.mixers_of_layer(layer), config.of_layer(layer)
         hidden = config.hidden_size
         self.norm = RMSNorm(hidden, config.norm_eps)
-        if self.letter in "FM":
+        if "mamba2" in self.mixers:
             self.mamba = Mamba2Mixer(config)
-        if self.letter in "FA":
+        if "gated_delta_net" in self.mixers:
+            self.delta = GatedDeltaNet(config)
+        if "attention" in self.mixers:
             self.attention = LocalGlobalAttention(config, layer)
-        self.align = Alignment(2 if self.letter == "F" else 1, hidden) if config.use_alignment else None
+        self.align = Alignment(len(self.mixers), hidden) if config.use_alignment else None
         self.gate = FusionGate(config)
         self.out_proj = nn.Linear(hidden, hidden, bias=False)
         self.mlp = MLP(config)
@@ -609,21 +757,24 @@ class FusionTreeBlock(GradientCheckpointingLayer):
         """Return the residual stream after this layer; ``cache`` holds this layer's cached tensors."""
         u_BSC = self.norm(x_BSC)
         outputs = []
-        if self.letter in "FM":
-            outputs.append(self.mamba(u_BSC if srte_BSC is None else u_BSC + srte_BSC, layout, cache))
-        if self.letter in "FA":
-            outputs.append(self.attention(u_BSC, cos_BSD, sin_BSD, layout, cache))
+        timed_BSC = u_BSC if srte_BSC is None else u_BSC + srte_BSC
+        for mixer in self.mixers:
+            if mixer == "attention":
+                outputs.append(self.attention(u_BSC, cos_BSD, sin_BSD, layout, cache))
+            else:
+                recurrent = self.mamba if mixer == "mamba2" else self.delta
+                outputs.append(recurrent(timed_BSC, layout, cache))
         ma_BSC = torch.cat(outputs, dim=-1)
         if self.align is not None:
             z_BSC = self.align(ma_BSC)
         else:
             z_BSC = sum(outputs) / 2  # a missing mixer counts as zeros
-        given = {"F": "both", "M": "first", "A": "second"}[self.letter]
+        given = "both" if len(outputs) == 2 else "second" if self.mixers == ["attention"] else "first"
         return x_BSC + self.out_proj(mix(self.gate(z_BSC), ma_BSC, given)) + self.mlp(z_BSC)
 
 
 class FusionTreeCache:
-    """Convolution inputs and state of each Mamba mixer, keys and values of each attention.
+    """Convolution inputs and state of each recurrent mixer, keys and values of each attention.
 
     All rows of a batch end in the same column; shorter texts are padded on the left.
     """
@@ -667,7 +818,7 @@ class FusionTreePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["FusionTreeBlock"]
-    _keep_in_fp32_modules_strict = ["ssm"]
+    _keep_in_fp32_modules_strict = ["ssm", "decay"]
     _is_stateful = True
 
     def get_input_embeddings(self) -> nn.Module:
@@ -689,9 +840,10 @@ class FusionTreePreTrainedModel(PreTrainedModel):
             bound = module.weight.shape[1] ** -0.5
             module.weight.uniform_(-bound, bound)
             module.bias.zero_()
-        elif isinstance(module, SSMParameters):
+        elif isinstance(module, SSMParameters | Decay):
             module.A_log.uniform_(1.0, 16.0).log_()
-            module.D.fill_(1.0)
+            if isinstance(module, SSMParameters):
+                module.D.fill_(1.0)
             dt = module.dt_bias.uniform_(math.log(0.001), math.log(0.1)).exp()
             module.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         elif isinstance(module, TimeEncoding) and module.kind == "learnable":

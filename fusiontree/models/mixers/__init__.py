@@ -24,7 +24,8 @@ def mixer_class(name: str) -> type[Mixer]:
         UserError: no mixer has this name.
     """
     import fusiontree.models.mixers.attention
-    import fusiontree.models.mixers.mamba2  # noqa: F401  both register themselves
+    import fusiontree.models.mixers.gated_delta_net
+    import fusiontree.models.mixers.mamba2  # noqa: F401  they register themselves
 
     return MIXERS.get(name)
 

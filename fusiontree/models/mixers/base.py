@@ -52,6 +52,15 @@ class ContextTools(Protocol):
                 document starts in the chunk.
         """
 
+    def affine_exchange(self, reached: Tensor, transition: Tensor) -> Tensor:
+        """Return the state before this rank's chunk, by the recurrence ``state = transition @ state + reached``.
+
+        Args:
+            reached: state after this chunk if it starts from zero, ``[B, H, K, V]``.
+            transition: matrix that multiplies the initial state over this chunk, ``[B, H, K, K]``; 0 where a document
+                starts in the chunk.
+        """
+
     def left_context(self, inputs: Sequence[Tensor], length: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return ``inputs`` (use these; they carry the gradient) and, for each, the ``length`` tokens before the chunk.
 

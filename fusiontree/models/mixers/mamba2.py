@@ -176,8 +176,8 @@ class Mamba2Mixer(Mixer):
         y_BSHP, state_BHPN = self.scan(x_BSHP, ssm, B_BSGN, C_BSGN, documents, initial_state_BHPN)
         if cache is not None:
             mask_BS = inputs.padding_mask_BS
-            last_x_BKC = _last_inputs(initial_x_BKC, x_BSC, self.look_back, mask_BS)
-            cache.store(last_x_BKC, _last_inputs(initial_bc_BKC, bc_BSC, self.look_back, mask_BS), state_BHPN)
+            last_x_BKC = last_inputs(initial_x_BKC, x_BSC, self.look_back, mask_BS)
+            cache.store(last_x_BKC, last_inputs(initial_bc_BKC, bc_BSC, self.look_back, mask_BS), state_BHPN)
         return self.norm(y_BSHP.flatten(2), z_BSC)
 
     def step_projections(self) -> tuple[nn.Module, ...]:
@@ -330,7 +330,7 @@ def _in_proj_sizes(rows: int, head_dim: int) -> list[int]:
     return [heads * head_dim, heads * head_dim, heads]
 
 
-def _last_inputs(before_BKC: Tensor | None, new_BSC: Tensor, length: int, padding_mask_BS: Tensor | None) -> Tensor:
+def last_inputs(before_BKC: Tensor | None, new_BSC: Tensor, length: int, padding_mask_BS: Tensor | None) -> Tensor:
     """Return the last ``length`` inputs of a convolution; pads are zeros, like the tokens before a text."""
     last_BSC = new_BSC.detach()[:, -length:]
     if padding_mask_BS is not None:

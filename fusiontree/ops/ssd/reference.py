@@ -86,14 +86,14 @@ def scan_segments(
     groups, size = B_BSGN.shape[2:]
     chunk = min(chunk_size, length)
     compute = torch.promote_types(x_BSHP.dtype, torch.float32)
-    x_BcGRQP = _in_chunks(x_BSHP.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
-    dt_BcGRQ = _in_chunks(dt_BSH.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
-    B_BcGQN = _in_chunks(B_BSGN.to(compute), chunk).transpose(2, 3)
-    C_BcGQN = _in_chunks(C_BSGN.to(compute), chunk).transpose(2, 3)
+    x_BcGRQP = in_chunks(x_BSHP.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
+    dt_BcGRQ = in_chunks(dt_BSH.to(compute), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
+    B_BcGQN = in_chunks(B_BSGN.to(compute), chunk).transpose(2, 3)
+    C_BcGQN = in_chunks(C_BSGN.to(compute), chunk).transpose(2, 3)
     xdt_BcGRQP = x_BcGRQP * dt_BcGRQ.unsqueeze(-1)
     log_decay_BcGRQ = (dt_BcGRQ * A_H.to(compute).view(groups, -1, 1)).cumsum(-1)
 
-    marks = _ChunkMarks(segments_BS, chunk, x_BSHP.device)
+    marks = ChunkMarks(segments_BS, chunk, x_BSHP.device)
     # Within chunks.
     distance_BcGRQQ = log_decay_BcGRQ.unsqueeze(-1) - log_decay_BcGRQ.unsqueeze(-2)
     decay_BcGRQQ = distance_BcGRQQ.masked_fill(~marks.visible, float("-inf")).exp()
@@ -120,14 +120,14 @@ def scan_segments(
     return y_BSHP.to(x_BSHP.dtype), final_BGRPN.reshape(rows, heads, width, size)
 
 
-def _in_chunks(tensor: Tensor, chunk: int) -> Tensor:
+def in_chunks(tensor: Tensor, chunk: int) -> Tensor:
     """``[B, S, …]`` to ``[B, c, Q, …]``; padded steps have dt = 0, so they neither decay the state nor add to it."""
     padding = -tensor.shape[1] % chunk
     padded = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding)) if padding else tensor
     return padded.unflatten(1, (-1, chunk))
 
 
-class _ChunkMarks:
+class ChunkMarks:
     """Masks of the chunks from document starts, broadcastable to [B, c, G, R, ...]."""
 
     def __init__(self, segments_BS: Tensor | None, chunk: int, device: torch.device) -> None:
