@@ -21,6 +21,7 @@ from fusiontree.models.mixers.split import split_of
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.config import ParallelConfig
+from fusiontree.parallel.fp8 import fp8_by_layer
 from fusiontree.parallel.recompute_mix import (
     MATRIX_FLOPS,
     added_bytes,
@@ -169,6 +170,7 @@ def estimate(
         passes=passes,
         ranks=gpus,
         shard_ranks=shard_ranks,
+        fp8=sum(fp8_by_layer(model, training) or ()) / tp,
     )
     engine = ENGINES.get(parallel.engine)
     memory = engine.memory(sizes, parallel)
@@ -219,7 +221,7 @@ def _recomputation(
     beside = half * passing / tp
     modes = modes_by_layer(training.activation_checkpointing, training.recompute_layers, model.num_layers)
     if training.activation_checkpointing == "auto":
-        seconds = seconds_by_layer(model, training.seq_len)
+        seconds = seconds_by_layer(model, training.seq_len, fp8_by_layer(model, training))
         layers = [layer_costs(sizes, its, tokens / tp) for sizes, its in zip(nbytes, seconds, strict=True)]
         for _ in range(2):
             base = beside + peak_bytes(nbytes, modes) - added_bytes(layers, modes)
@@ -229,7 +231,7 @@ def _recomputation(
 
 def _pass_s(model: ModelConfig, training: TrainingConfig, tokens: float, tp: int, modes: Sequence[str]) -> float:
     """Return the seconds of one forward and backward of a rank's ``tokens``."""
-    seconds = seconds_by_layer(model, training.seq_len)
+    seconds = seconds_by_layer(model, training.seq_len, fp8_by_layer(model, training))
     total = 6.0 * model.vocab_size * model.hidden_size / MATRIX_FLOPS
     total += ELEMENTWISE_S * model.hidden_size * model.num_layers
     for its, mode in zip(seconds, modes, strict=True):

@@ -12,7 +12,10 @@ import torch
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize(("script", "results"), [("interpreted_ssd", 63), ("interpreted_elementwise", 77)])
+SCRIPTS = [("interpreted_ssd", 63), ("interpreted_elementwise", 77), ("interpreted_fp8", 210)]
+
+
+@pytest.mark.parametrize(("script", "results"), SCRIPTS)
 def test_kernels_equal_the_formulas(script: str, results: int) -> None:
     """In a process of its own: Triton decides when a kernel is defined whether it will be interpreted."""
     run = subprocess.run(

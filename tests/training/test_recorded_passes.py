@@ -128,6 +128,7 @@ def train(engine: TorchEngine, passes: EagerPasses | RecordedPasses) -> tuple[li
         {},
         {"precision": "bf16"},
         {"precision": "fp16"},
+        {"precision": "bf16", "matmul_precision": "fp8"},
         {"activation_checkpointing": "selective"},
         {"activation_checkpointing": "full", "precision": "bf16"},
     ],

@@ -125,6 +125,7 @@ class Mamba2Mixer(Mixer):
     module_name: ClassVar[str] = "mamba"
     adds_time_encoding: ClassVar[bool] = True
     no_decay: ClassVar[tuple[str, ...]] = ("ssm.A_log", "ssm.D", "ssm.dt_bias")
+    fp8_products: ClassVar[dict[str, str]] = {"in_proj": "mixer_in", "out_proj": "mixer_out"}
     fused_projections = False
     left_context: Callable[[Sequence[Tensor], int], tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None
     state_exchange: StateExchange | None = None
@@ -166,6 +167,10 @@ class Mamba2Mixer(Mixer):
             last_x_BKC = _last_inputs(initial_x_BKC, x_BSC, self.look_back, mask_BS)
             cache.store(last_x_BKC, _last_inputs(initial_bc_BKC, bc_BSC, self.look_back, mask_BS), state_BHPN)
         return self.out_proj(self.norm(y_BSHP.flatten(2), z_BSC))
+
+    def bf16_rows(self, product: str, rows: int) -> int:
+        """Keep the step sizes dt in bf16; they decide how long a state lasts."""
+        return _in_proj_sizes(rows, self.head_dim)[-1] if product == "in_proj" else 0
 
     def scan(
         self,
