@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -39,13 +39,18 @@ _OF_BLOCK = {
 """Linear maps of a block outside its mixers, and their names in ``training.fp8.exclude``."""
 
 
-class _Map(NamedTuple):
+class LinearMap(NamedTuple):
+    """A linear map of a block, and the module that has it."""
+
     owner: nn.Module
     leaf: str
+    """Its attribute of ``owner``."""
     name: str
     """In the model."""
+    kind: str
+    """Name in ``training.fp8.exclude``."""
     module: nn.Linear
-    bf16_rows: Any
+    bf16_rows: Callable[[int], int]
     """Returns how many of the last rows stay bf16, given the number of all."""
 
 
@@ -60,7 +65,7 @@ def use_fp8(model: FusionTreeModel, settings: Fp8Config) -> None:
         UserError: a mixer does not support FP8.
     """
     recipe = Recipe(settings.scaling, {"e4m3": E4M3, "e5m2": E5M2}[settings.gradient_type])
-    for found in _maps(model, settings):
+    for found in linear_maps(model, settings):
         product = Fp8Product(recipe, found.bf16_rows)
         if isinstance(found.module, SelectedLinear):
             found.module.product = product
@@ -68,8 +73,12 @@ def use_fp8(model: FusionTreeModel, settings: Fp8Config) -> None:
             setattr(found.owner, found.leaf, Fp8Linear(found.module, product))
 
 
-def _maps(model: FusionTreeModel, settings: Fp8Config) -> Iterator[_Map]:
-    """Yield the linear maps to compute in FP8."""
+def linear_maps(model: FusionTreeModel, settings: Fp8Config) -> Iterator[LinearMap]:
+    """Yield the linear maps to compute in FP8.
+
+    Raises:
+        UserError: a mixer does not support FP8.
+    """
     excluded = set(settings.exclude)
     layers = len(model.layers)
     for mixer in distinct_mixers(model.config):
@@ -83,21 +92,21 @@ def _maps(model: FusionTreeModel, settings: Fp8Config) -> Iterator[_Map]:
         assert isinstance(block, FusionBlock)
         for name, kind in _OF_BLOCK.items():
             if kind not in excluded:
-                yield from _map(block, name, f"layers.{index}", lambda rows: 0)
+                yield from _map(block, name, f"layers.{index}", kind, lambda rows: 0)
         for module_name, mixer_module in block.mixers().items():
             for name, kind in mixer_module.fp8_products.items():
                 if kind not in excluded:
                     bf16_rows = partial(mixer_module.bf16_rows, name)
-                    yield from _map(mixer_module, name, f"layers.{index}.{module_name}", bf16_rows)
+                    yield from _map(mixer_module, name, f"layers.{index}.{module_name}", kind, bf16_rows)
 
 
-def _map(parent: nn.Module, name: str, prefix: str, bf16_rows: Any) -> Iterator[_Map]:
+def _map(parent: nn.Module, name: str, prefix: str, kind: str, bf16_rows: Callable[[int], int]) -> Iterator[LinearMap]:
     """Yield the linear map at a dotted name, if ``parent`` has it."""
     before, _, leaf = name.rpartition(".")
     owner = getattr(parent, before) if before else parent
     module = getattr(owner, leaf, None) if owner is not None else None
     if isinstance(module, nn.Linear):
-        yield _Map(owner, leaf, f"{prefix}.{name}", module, bf16_rows)
+        yield LinearMap(owner, leaf, f"{prefix}.{name}", kind, module, bf16_rows)
 
 
 def check_fp8(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
@@ -150,7 +159,7 @@ def _size_problems(model: ModelConfig, training: TrainingConfig, tp: int) -> Ite
     """Yield the weights whose sizes on a rank are not multiples of 16."""
     with torch.device("meta"):
         module = FusionTreeModel(model)
-    for found in _maps(module, training.fp8):
+    for found in linear_maps(module, training.fp8):
         rows, columns = found.module.weight.shape
         split = split_of(f"{found.name}.weight", model) if tp > 1 else None
         if split is not None:
@@ -169,7 +178,7 @@ def fp8_by_layer(model: ModelConfig, training: TrainingConfig) -> list[int] | No
     with torch.device("meta"):
         module = FusionTreeModel(model)
     counts = [0] * model.num_layers
-    for found in _maps(module, training.fp8):
+    for found in linear_maps(module, training.fp8):
         rows, columns = found.module.weight.shape
         counts[int(found.name.split(".")[1])] += (rows - found.bf16_rows(rows)) * columns
     return counts

@@ -55,16 +55,24 @@ def without_kept_casts() -> list[float]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{'shared' if case[1] else 'local'}")
 def test_every_engine_computes_the_same(case: tuple[str, bool], without_kept_casts: list[float]) -> None:
-    """Kept casts give the values of fresh ones, exactly; engines that do not join projections round otherwise."""
+    """Norms are summed in another order, and engines that do not join projections round otherwise."""
     values, state, engine = train(case)
-    keeps = case[0] == "ddp" or not case[1]
     if hasattr(engine, "_casts"):
-        assert bool(engine._casts) is keeps
-    if keeps and case[0] in ("ddp", "fsdp2"):
-        assert values == without_kept_casts
+        assert bool(engine._casts) is (case[0] == "ddp"), "gathered weights are cast anew"
     assert values == pytest.approx(without_kept_casts, rel=0.03)
     assert set(state) == {f"model.{name}" for name in engine.specs}, "names do not change"
     assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_kept_casts_are_those_of_the_weights(shared: bool, without_kept_casts: list[float]) -> None:
+    """Exactly, over steps and evaluations that change or re-read the weights."""
+    expected = without_kept_casts
+    if shared:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch_engine, "keep_casts", lambda model, in_place: [])
+            expected = train(("ddp", True))[0]
+    assert train(("ddp", shared))[0] == expected
 
 
 def test_another_precision_gives_other_values_near_them(without_kept_casts: list[float]) -> None:

@@ -39,6 +39,10 @@ TRAINING: dict[str, Any] = {
 }
 
 
+_OF_THE_MODEL = ("model.", "training.precision", "training.matmul_precision", "training.fp8")
+"""Settings that decide what is computed; the reference has them too."""
+
+
 class Cell(NamedTuple):
     """One layout of the table."""
 
@@ -69,7 +73,7 @@ class Cell(NamedTuple):
     @property
     def reference(self) -> Cell:
         """The single process that computes the same model."""
-        return REFERENCE._replace(extra=tuple(e for e in self.extra if e.startswith("model.")))
+        return REFERENCE._replace(extra=tuple(e for e in self.extra if e.startswith(_OF_THE_MODEL)))
 
     def overrides(self) -> list[str]:
         """Settings that make the cell of the common configuration."""
