@@ -36,7 +36,7 @@ def test_sizes_that_are_multiples_of_16_pass() -> None:
     ("training", "parallel", "model", "words"),
     [
         ({}, {}, {"hidden_size": 40}, ["layers.0.align.up", "x 80", "multiples of 16", "matmul_precision to bf16"]),
-        ({}, {"tp": 2}, {}, ["k_proj", "8 x 32 on one of parallel.tp 2 ranks"]),
+        ({}, {"tp": 2}, {"head_dim": 4}, ["layers.0.attention.q_proj", "8 x 32 on one of parallel.tp 2 ranks"]),
         ({}, {"cp": 2, "tp": 4}, {"head_dim": 32}, ["training.seq_len 64", "parallel.cp 2 x parallel.tp 4", "is 8"]),
         ({"curriculum": [[8, 1]]}, {}, {}, ["stage 0 of training.curriculum 8", "multiple of 16"]),
         ({"fp8": {"exclude": []}}, {}, {}, ["layers.0.gate.down", "8 x 32"]),

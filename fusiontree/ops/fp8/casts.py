@@ -18,6 +18,9 @@ from fusiontree.ops.dispatch import Backend, Operation, anywhere, loader, triton
 from fusiontree.ops.fp8 import reference
 from fusiontree.ops.fp8.reference import E4M3, E5M2, Cast
 
+__all__ = ["E4M3", "E5M2", "Cast", "Greatest", "Recipe", "Scaling"]
+__all__ += ["cast_both", "cast_columns", "cast_rows", "greatest", "part_of", "product"]
+
 Scaling = Literal["tensor", "row"]
 
 
@@ -42,7 +45,7 @@ def greatest(parts: Sequence[Tensor], scaling: Scaling, dim: int) -> Greatest:
     """Return the greatest magnitudes of the matrix that consists of ``parts`` side by side along ``dim``."""
     rows = sum(part.shape[0] for part in parts) if dim == 0 else parts[0].shape[0]
     columns = sum(part.shape[1] for part in parts) if dim == 1 else parts[0].shape[1]
-    find = _KERNELS.choose("auto", parts[0].device.type)[0]
+    find, _ = _kernels(parts[0])
     sizes = (1, 1) if scaling == "tensor" else (rows, columns)
     both = torch.zeros(sum(sizes), dtype=torch.float32, device=parts[0].device)
     found = Greatest(*both.split(sizes)) if scaling == "row" else Greatest(both[:1], both[:1])
@@ -123,7 +126,7 @@ def _cast(
     columns: Cast | None = None,
 ) -> tuple[Any, Any]:
     """Fill the casts that are given."""
-    write = _KERNELS.choose("auto", parts[0].device.type)[1]
+    _, write = _kernels(parts[0])
     for part, (row, column) in zip(parts, _corners(parts, dim), strict=True):
         height, width = part.shape
         target = None if rows is None else _window(rows, found.rows, row, height, column, width)
@@ -183,5 +186,7 @@ _KERNELS = Operation(
     shown="fp8 casts",
 )
 
-__all__ = ["E4M3", "E5M2", "Cast", "Greatest", "Recipe", "Scaling", "cast_both", "cast_columns", "cast_rows"]
-__all__ += ["greatest", "part_of", "product"]
+
+def _kernels(part: Tensor) -> Any:
+    """Return the functions that find greatest magnitudes and that write casts, on the part's device."""
+    return _KERNELS.choose("auto", part.device.type)
