@@ -53,7 +53,16 @@ def without_kept_casts() -> list[float]:
         return train(("ddp", False))[0]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{'shared' if case[1] else 'local'}")
+def _cases() -> list[Any]:
+    """Return the cases; the stages of ZeRO that cast parameters alike are one fast test."""
+    marks = {"zero2": [pytest.mark.slow]}
+    return [
+        pytest.param(case, id=f"{case[0]}-{'shared' if case[1] else 'local'}", marks=marks.get(case[0], []))
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize("case", _cases())
 def test_every_engine_computes_the_same(case: tuple[str, bool], without_kept_casts: list[float]) -> None:
     """Norms are summed in another order, and engines that do not join projections round otherwise."""
     values, state, engine = train(case)
@@ -81,7 +90,7 @@ def test_another_precision_gives_other_values_near_them(without_kept_casts: list
     assert values == pytest.approx(without_kept_casts, rel=0.1)
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", [pytest.param("selective", marks=pytest.mark.slow), "full"])
 def test_recomputation_changes_nothing(mode: str, without_kept_casts: list[float]) -> None:
     assert train(("ddp", False), activation_checkpointing=mode)[0] == pytest.approx(without_kept_casts, rel=1e-6)
 
