@@ -283,6 +283,7 @@ def _figures(
         "torch": torch.__version__,
         "world_size": layout.place.world_size,
         "engine": config.parallel.engine,
+        "matmul_precision": training.matmul_precision,
         "engine_class": type(engine).__name__,
         "layout": {"dp": layout.dp_size, "cp": layout.cp_size, "tp": layout.tp_size},
         "recompute": engine.checkpointing.summary(),

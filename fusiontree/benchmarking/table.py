@@ -45,6 +45,7 @@ def print_table(result: dict[str, Any]) -> None:
     print(f"\n{result['device']}, {result['world_size']} x, torch {result['torch']}, {result['engine']}")
     each = "per process" if result["device"] == "cpu" else "per GPU"
     packed = f"{result['documents_per_row']:.1f} documents" if result["documents_per_row"] > 1 else "one document"
+    of_bf16 = " of the bf16 peak" if result["matmul_precision"] == "fp8" else ""
     rows = [
         ("parameters", _with_unit(result["parameters"])),
         ("row", f"{result['seq_len']:,} tokens, {packed}"),
@@ -52,7 +53,8 @@ def print_table(result: dict[str, Any]) -> None:
         ("step", f"{result['step_time_s'] * 1e3:,.1f} ms"),
         ("throughput", f"{result['tokens_per_s_per_gpu']:,.0f} tokens/s {each}"),
         ("useful work", f"{_with_unit(result['model_tflops_per_gpu'] * 1e12)}FLOP/s {each}"),
-        ("MFU", "peak of this device not known" if result["mfu"] is None else f"{result['mfu']:.1%}"),
+        ("products", result["matmul_precision"]),
+        ("MFU", "peak of this device not known" if result["mfu"] is None else f"{result['mfu']:.1%}{of_bf16}"),
     ]
     if result.get("teacher"):
         rows.append(("teacher", f"{result['teacher']}; useful work and MFU count the trained model alone"))

@@ -35,6 +35,7 @@ def start_summary(
     checkpointing: str = training.activation_checkpointing
     if checkpointing == "auto":
         checkpointing += f", measured in two steps (estimate: {expected.recompute})"
+    products = "matrix products in fp8 (MFU of the bf16 peak), " if training.matmul_precision == "fp8" else ""
     lines = {
         "model": f"{short(split + whole)} parameters, layers {_pattern(model.pattern)}, "
         f"hidden size {model.hidden_size}, vocabulary {model.vocab_size:,}",
@@ -42,7 +43,7 @@ def start_summary(
         f"{training.global_batch_size} rows of {training.seq_len:,} tokens per step, {expected.accumulation} "
         f"micro-batch{'es' if expected.accumulation > 1 else ''} per rank",
         "data": _data(config, data),
-        "precision": f"{training.precision}, activation checkpointing: {checkpointing}",
+        "precision": f"{training.precision}, {products}activation checkpointing: {checkpointing}",
         "memory": f"about {expected.total_gib:.2g} GiB per rank: states {expected.states_gib:.2g}, gathered weights "
         f"{expected.gathered_gib:.2g}, activations {expected.activations_gib:.2g}"
         + (f", teacher {expected.teacher_gib:.2g}" if teacher else ""),

@@ -61,6 +61,7 @@ def _training(config: Config) -> Iterator[Rule]:
         "training.spikes.policy",
         f"the first {training.spikes.window // 4} steps (a quarter of the window) are not judged",
     )
+    yield training.matmul_precision != "fp8", "training.fp8", "training.matmul_precision is bf16"
     yield training.validation.interval == 0, "training.validation.rows", "training.validation.interval is 0"
     yield config.evaluation.interval == 0, "evaluation.training_tasks", "evaluation.interval is 0"
     stages = sum(count for _, count in training.curriculum or [])

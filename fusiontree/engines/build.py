@@ -12,6 +12,7 @@ from fusiontree.models.config import ModelConfig
 from fusiontree.parallel.activation_checkpointing import checkpoint_activations, fuse_projections
 from fusiontree.parallel.auto_checkpointing import choose_automatically
 from fusiontree.parallel.config import ParallelConfig
+from fusiontree.parallel.fp8 import check_device, use_fp8
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import build_model, materializer, no_weight_decay, shard_groups_leaves_first
 from fusiontree.training.config import TrainingConfig
@@ -30,8 +31,14 @@ def build_engine(
         parallel: the ``parallel`` section.
         training: the ``training`` section.
         layout: this process among all.
+
+    Raises:
+        UserError: the GPU has no FP8 products, or a mixer does not support them.
     """
     model = build_model(model_config, layout)
+    if training.matmul_precision == "fp8":
+        check_device(layout.device)
+        use_fp8(model.module, training.fp8)
     materialize = materializer(model_config, training.seed, layout.device, model.specs)
 
     def decays(name: str, parameter: nn.Parameter) -> bool:

@@ -43,6 +43,13 @@ class Sizes:
     """Number of processes."""
     shard_ranks: int
     """Ranks that share one copy of the parameters."""
+    fp8: float = 0.0
+    """Parameters of one tensor parallel rank whose products are computed in FP8."""
+
+    @property
+    def kept_casts(self) -> float:
+        """Bytes of FP8 casts, as they are and transposed, that serve all micro-batches of a step."""
+        return 2 * self.fp8 if self.passes > 1 else 0.0
 
 
 class StateMemory(NamedTuple):
@@ -169,7 +176,7 @@ class FullyShardedSpec(EngineSpec):
         """Count shards; gathered are the block that computes, the next one, and the gradients of one."""
         states = (4 + sizes.stepped) * sizes.shard
         if sizes.ranks == 1:
-            return StateMemory(states, 0.0)
+            return StateMemory(states + sizes.kept_casts, 0.0)
         if parallel.reshard_after_forward:
             return StateMemory(states, 3.0 * sizes.element * sizes.block)
         return StateMemory(states, sizes.element * (sizes.on_rank + sizes.block))  # all blocks, the gradients of one
@@ -213,12 +220,13 @@ class ReplicatedSpec(FullyShardedSpec):
         are in flight.
         """
         if sizes.ranks == 1:
-            return StateMemory((4 + sizes.stepped) * sizes.on_rank, 0.0)
+            return StateMemory((4 + sizes.stepped) * sizes.on_rank + sizes.kept_casts, 0.0)
         gathered = sizes.element * sizes.block
         if sizes.passes == 1:
             states = sizes.element * sizes.on_rank + (4 + sizes.stepped) * sizes.shard
             return StateMemory(states, gathered + 3 * 4 * sizes.block)
-        return StateMemory((sizes.element + 4) * sizes.on_rank + sizes.stepped * sizes.shard, gathered)
+        states = (sizes.element + 4) * sizes.on_rank + sizes.stepped * sizes.shard + sizes.kept_casts
+        return StateMemory(states, gathered)
 
     def traffic(self, sizes: Sizes, parallel: ParallelConfig) -> list[Transfer]:
         """Scatter gradients in fp32 after the last pass, gather parameters."""

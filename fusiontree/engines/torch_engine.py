@@ -20,6 +20,7 @@ from fusiontree.engines.parameters.sharded import ShardedParameters
 from fusiontree.models.model import ModelOutput
 from fusiontree.optim.build import build_optimizer, fill_states, parameter_groups, scaled_step
 from fusiontree.parallel.batch_sharding import ModelInputs
+from fusiontree.parallel.fp8 import keep_casts
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import DistributedModel, ShardGroup, shard_groups_leaves_first
 from fusiontree.training.config import TrainingConfig
@@ -59,6 +60,7 @@ class TorchEngine(CommonEngine):
             shared = ShardedParameters(model, decays, self.optimizer_spec, reshard_after_forward=reshard_after_forward)
         self.placements: list[Placement] = [local, shared]
         taken: set[str] = set()
+        in_place: set[str] = set()
         for groups in shard_groups_leaves_first(model):
             materialize(groups[-1])
             for group in groups:
@@ -68,12 +70,16 @@ class TorchEngine(CommonEngine):
                 dtype = torch.float32 if group.keep_fp32 else PRECISION[training.precision]
                 placement = local if is_local(mesh) else shared
                 placement.take(group, parameters, dtype, mesh, block=groups[-1])
+                in_place |= parameters.keys() if placement.in_place else set()
             for placement in self.placements:
                 placement.end_block()
         root: nn.Module = self.module
         for placement in self.placements:
             root = placement.finish(root)
         self._root = root
+        # With one micro-batch per step, each weight is cast once for the forward and once for the backward pass anyway.
+        several = training.global_batch_size > layout.dp_size * training.micro_batch_size
+        self._casts = keep_casts(self.module, in_place if several else set())
         self.optimizer = self._build_optimizer(training)
         self._watch_nonfinite()
         self._scale = torch.ones((), device=self.device)
@@ -142,6 +148,12 @@ class TorchEngine(CommonEngine):
         """Let the next pass copy or gather the parameters anew."""
         for placement in self.placements:
             placement.mark_stale()
+        self._discard_casts()
+
+    def _discard_casts(self) -> None:
+        """Let FP8 casts of the parameters be made anew."""
+        for casts in self._casts:
+            casts.valid = False
 
     def begin_recording(self, *, side_by_side: bool) -> None:
         """Let the device execute the branches of blocks that recompute nothing at the same time, or not."""
@@ -151,12 +163,15 @@ class TorchEngine(CommonEngine):
 
     def pass_state(self) -> list[Any]:
         """Return what the passes of this step left on the host: references to gradients, and how far the step is."""
-        return [placement.pass_state() for placement in self.placements]
+        return [*(placement.pass_state() for placement in self.placements), [casts.valid for casts in self._casts]]
 
     def set_pass_state(self, state: list[Any]) -> None:
         """Put the host where it was at :meth:`pass_state`: the device replayed the passes, or did not execute them."""
-        for placement, its_state in zip(self.placements, state, strict=True):
+        *states, valid = state
+        for placement, its_state in zip(self.placements, states, strict=True):
             placement.set_pass_state(its_state)
+        for casts, its_validity in zip(self._casts, valid, strict=True):
+            casts.valid = its_validity
 
     @property
     def gradient_watch(self) -> GradientWatch:
@@ -205,6 +220,7 @@ class TorchEngine(CommonEngine):
         """Clear the gradient."""
         for placement in self.placements:
             placement.discard()
+        self._discard_casts()
         self._watch.end_step()
 
     def _global_norm(self) -> Tensor:
@@ -228,6 +244,7 @@ class TorchEngine(CommonEngine):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the training state itself, not copies, as ``model.NAME`` and ``optimizer.STATE.NAME``."""
+        self._discard_casts()  # the caller may write to the parameters
         return dict(item for placement in self.placements for item in placement.state_tensors())
 
     def _step_counts(self) -> list[Tensor]:

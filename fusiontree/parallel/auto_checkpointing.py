@@ -18,6 +18,7 @@ import torch
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers.base import Seconds
 from fusiontree.parallel.activation_checkpointing import Checkpointing
+from fusiontree.parallel.fp8 import fp8_by_layer
 from fusiontree.parallel.kept_memory import kept_bytes
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.recompute_mix import added_bytes, choose_mix, layer_costs, peak_bytes, seconds_by_layer
@@ -240,7 +241,7 @@ def choose_automatically(
         checkpointing,
         device_memory(layout, training.memory_limit),
         layout.gather_text,
-        seconds=seconds_by_layer(model, training.seq_len),
+        seconds=seconds_by_layer(model, training.seq_len, fp8_by_layer(model, training)),
         tokens=rows * training.seq_len / layout.cp_size / layout.tp_size,
         limit=training.memory_limit,
     )

@@ -19,6 +19,8 @@ MODES = ("full", "selective", "none")
 """The modes that ``auto`` chooses from: fewer kept bytes first, less recomputation last."""
 MATRIX_FLOPS = 727e12
 """Rate of matrix products in a profiled step of hybrid_1b_32k (docs/speed.md): 396 ms for 288 TFLOP."""
+FP8_RATE = 1.5
+"""Rate of products in FP8, with the casts of their factors, over that in bf16. An assumption: no profiled step yet."""
 CHEAP_S = 3 / 2.7e12
 """Seconds per byte to recompute a cheap result: two reads and one write, at the rate at which memory is read."""
 
@@ -44,16 +46,18 @@ def layer_costs(nbytes: Mapping[str, float], seconds: Seconds, tokens: float) ->
     return LayerCosts(nbytes, {"none": 0.0, "selective": cheap_s, "full": tokens * seconds.repeated / 3 + cheap_s})
 
 
-def seconds_by_layer(model: ModelConfig, length: int) -> list[Seconds]:
+def seconds_by_layer(model: ModelConfig, length: int, fp8: Sequence[int] | None = None) -> list[Seconds]:
     """Return the time of each layer's matrix products and mixers per token, forward and backward, tp = 1.
 
     Args:
         model: the ``model`` section.
         length: tokens of a row, which is one document.
+        fp8: for each layer, the number of parameters whose products are computed in FP8; None: all are in bf16.
     """
     found = []
     for layer, parameters in enumerate(matrix_parameters_by_layer(model)):
-        kept, repeated = 0.0, 6.0 * parameters / MATRIX_FLOPS
+        saved = (1 - 1 / FP8_RATE) * fp8[layer] if fp8 else 0.0
+        kept, repeated = 0.0, 6.0 * (parameters - saved) / MATRIX_FLOPS
         sized = model.of_layer(layer)
         for mixer in layer_mixers(model, layer):
             seconds = mixer.seconds(sized, layer, length)

@@ -8,6 +8,7 @@ Shape legend: B rows, S tokens of a chunk (s: this rank's 1/tp of them), C chann
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -100,10 +101,12 @@ class SelectedLinear(nn.Linear):
         super().__init__(whole.in_features, whole.out_features, bias=False, device="meta")
         self.weight = whole.weight
         self.ranges = ranges
+        self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
+        """Computes the outputs from input and selected weights; may be replaced."""
 
     def forward(self, x_BSC: Tensor) -> Tensor:
         """Return the outputs of this rank's ranges."""
-        return F.linear(x_BSC, _select(self.weight, self.ranges))
+        return self.product(x_BSC, _select(self.weight, self.ranges))
 
 
 class SelectedConv(CausalConv):

@@ -9,6 +9,7 @@ from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers import distinct_mixers, layer_mixers
 from fusiontree.models.mixers.base import Mixer
 from fusiontree.parallel.config import ParallelConfig
+from fusiontree.parallel.fp8 import check_fp8
 from fusiontree.training.config import TrainingConfig
 from fusiontree.utils.errors import UserError
 
@@ -53,6 +54,7 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, training: Trainin
             f"ranks; use auto or chunked"
         )
     _check_lengths(training, cp, tp)
+    check_fp8(model, parallel, training)
     for problem in engine.problems(parallel, training.optimizer, world_size):
         raise UserError(problem)
 

@@ -17,10 +17,12 @@ import torch
 from fusiontree.engines.config import ENGINES, Sizes, Transfer
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers import all_mixers, layer_mixers
+from fusiontree.models.mixers.base import Seconds
 from fusiontree.models.mixers.split import split_of
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.optim.config import OPTIMIZERS
 from fusiontree.parallel.config import ParallelConfig
+from fusiontree.parallel.fp8 import fp8_by_layer
 from fusiontree.parallel.recompute_mix import (
     MATRIX_FLOPS,
     added_bytes,
@@ -168,7 +170,10 @@ def estimate(
     micro_batch_size = min(training.micro_batch_size, -(-training.global_batch_size // max(1, dp)))
     passes = max(1, -(-training.global_batch_size // (dp * micro_batch_size)))
     stepped = 4 + OPTIMIZERS.get(training.optimizer.name).bytes_per_parameter
+    fp8 = fp8_by_layer(model, training)
+    seconds = seconds_by_layer(model, training.seq_len, fp8)
     sizes = _sizes(model, tp, half, stepped, passes, gpus, parallel.shard_size or gpus)
+    sizes = replace(sizes, fp8=sum(fp8 or ()) / tp)
     engine = ENGINES.get(parallel.engine)
     memory = engine.memory(sizes, parallel)
     tokens = micro_batch_size * training.seq_len / cp
@@ -181,10 +186,10 @@ def estimate(
         taught_s, transfers = passes * tokens * per_token_s / tp / (1 - IDLE), transfers + more
     usable = hardware.memory_gib * GIB
     usable *= training.memory_limit if training.activation_checkpointing == "auto" else 0.92
-    modes, activations = _recomputation(model, training, tokens, tp, half, usable - sum(memory) - nbytes)
+    modes, activations = _recomputation(model, training, seconds, tokens, tp, half, usable - sum(memory) - nbytes)
     total = sum(memory) + activations + nbytes
 
-    compute = passes * _pass_s(model, training, tokens, tp, modes) + OPTIMIZER_S * sizes.shard + taught_s
+    compute = passes * _pass_s(model, seconds, tokens, tp, modes) + OPTIMIZER_S * sizes.shard + taught_s
     communication = _communication_s(model, parallel, transfers, passes, tokens, half, hardware)
     step = max(compute, communication) + 0.5 * min(compute, communication) if communication else compute
     per_step = training.global_batch_size * training.seq_len
@@ -227,7 +232,13 @@ def _sizes(model: ModelConfig, tp: int, element: int, stepped: int, passes: int,
 
 
 def _recomputation(
-    model: ModelConfig, training: TrainingConfig, tokens: float, tp: int, half: int, budget: float
+    model: ModelConfig,
+    training: TrainingConfig,
+    seconds: Sequence[Seconds],
+    tokens: float,
+    tp: int,
+    half: int,
+    budget: float,
 ) -> tuple[list[str], float]:
     """Return each layer's mode and the bytes of activations of a micro-batch, ``tokens`` of which are the rank's own.
 
@@ -242,7 +253,6 @@ def _recomputation(
     beside = half * passing / tp
     modes = modes_by_layer(training.activation_checkpointing, training.recompute_layers, model.num_layers)
     if training.activation_checkpointing == "auto":
-        seconds = seconds_by_layer(model, training.seq_len)
         layers = [layer_costs(sizes, its, tokens / tp) for sizes, its in zip(nbytes, seconds, strict=True)]
         for _ in range(2):
             base = beside + peak_bytes(nbytes, modes) - added_bytes(layers, modes)
@@ -250,9 +260,8 @@ def _recomputation(
     return modes, beside + peak_bytes(nbytes, modes)
 
 
-def _pass_s(model: ModelConfig, training: TrainingConfig, tokens: float, tp: int, modes: Sequence[str]) -> float:
+def _pass_s(model: ModelConfig, seconds: Sequence[Seconds], tokens: float, tp: int, modes: Sequence[str]) -> float:
     """Return the seconds of one forward and backward of a rank's ``tokens``."""
-    seconds = seconds_by_layer(model, training.seq_len)
     total = 6.0 * model.vocab_size * model.hidden_size / MATRIX_FLOPS
     total += ELEMENTWISE_S * model.hidden_size * model.num_layers
     for its, mode in zip(seconds, modes, strict=True):

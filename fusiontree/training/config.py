@@ -36,6 +36,24 @@ class SpikeConfig(Section):
     )
 
 
+class Fp8Config(Section):
+    """Matrix products in FP8: inputs and weights are E4M3, sums fp32, results bf16 (docs/fp8.md)."""
+
+    scaling: Literal["tensor", "row"] = setting(
+        "tensor", "One scale per matrix, or one per row of each factor; powers of two, from the current values."
+    )
+    gradient_type: Literal["e4m3", "e5m2"] = setting(
+        "e4m3", "Type of the gradient of a product's result: e4m3 is finer, e5m2 has the wider range."
+    )
+    exclude: list[Literal["mixer_in", "mixer_out", "align", "out_proj", "mlp", "gate"]] = setting(
+        lambda: ["gate"],
+        "Products that stay bf16: mixer_in and mixer_out are the projections of the branches, the others parts of the "
+        "block. The head, and the rows of B, C and dt, always stay bf16.",
+    )
+    first_bf16_layers: int = setting(0, "Layers, from the first, whose products all stay bf16.", ge=0)
+    last_bf16_layers: int = setting(0, "Layers, to the last, whose products all stay bf16.", ge=0)
+
+
 class TrainingConfig(Section):
     """Batch, optimizer, schedule and precision."""
 
@@ -55,6 +73,11 @@ class TrainingConfig(Section):
     precision: Literal["bf16", "fp16", "fp32"] = setting(
         "bf16", "Type of activations and matrix products; master weights, reductions and optimizer are fp32."
     )
+    matmul_precision: Literal["bf16", "fp8"] = setting(
+        "bf16",
+        "fp8 computes most matrix products of the blocks in FP8, with precision bf16; bf16 computes all in precision.",
+    )
+    fp8: Fp8Config = setting(Fp8Config, "Recipe of matmul_precision fp8.")
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "auto takes a GPU where there is one.")
     learning_rate: float = setting(3e-4, "Peak learning rate.", ge=0)
     min_lr_ratio: float = setting(0.1, "Final learning rate over the peak.", ge=0, le=1)
@@ -122,6 +145,11 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.matmul_precision == "fp8" and self.precision != "bf16":
+            raise ValueError(
+                f"matmul_precision fp8 needs precision bf16, and precision is {self.precision}; set it to bf16, or "
+                f"matmul_precision to bf16"
+            )
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
         after_warmup = self.max_steps - self.warmup_steps

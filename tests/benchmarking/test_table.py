@@ -19,6 +19,7 @@ RESULT: dict[str, Any] = {
     "step_time_s": 0.5,
     "tokens_per_s_per_gpu": 128.0,
     "model_tflops_per_gpu": 0.25,
+    "matmul_precision": "bf16",
     "mfu": None,
 }
 
@@ -53,3 +54,10 @@ def test_one_document_a_row_needs_no_histogram(capsys: pytest.CaptureFixture[str
     print_table(RESULT | {"documents_per_row": 1.0, "document_histogram": length_histogram([64, 64])})
     printed = capsys.readouterr().out
     assert "64 tokens, one document" in printed and "of all tokens" not in printed
+
+
+def test_mfu_of_fp8_products_is_said_to_be_of_the_bf16_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    one_document = {"documents_per_row": 1.0, "document_histogram": length_histogram([64]), "mfu": 0.625}
+    for precision, said in (("bf16", "62.5%\n"), ("fp8", "62.5% of the bf16 peak\n")):
+        print_table(RESULT | one_document | {"matmul_precision": precision})
+        assert f"MFU           {said}" in capsys.readouterr().out

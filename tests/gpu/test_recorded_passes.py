@@ -39,6 +39,11 @@ CASES = {
     "spikes": ["training.spikes.policy=skip", "training.spikes.window=8", "training.spikes.threshold=1.0"],
     "fp16": ["training.precision=fp16"],
     "fp32": ["training.precision=fp32"],
+    "fp8": ["training.matmul_precision=fp8"],
+    "fp8, casts kept for several micro-batches": [
+        "training.matmul_precision=fp8", "training.fp8.scaling=row", "training.global_batch_size=16",
+        "training.micro_batch_size=2",
+    ],
 }  # fmt: skip
 
 

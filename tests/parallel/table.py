@@ -45,6 +45,10 @@ def _short(text: str) -> str:
     return text if len(text) <= 40 else f"{text.partition('{')[0]}{zlib.crc32(text.encode()):08x}"
 
 
+_OF_THE_MODEL = ("model.", "training.teacher", "training.precision", "training.matmul_precision", "training.fp8")
+"""Settings that decide what is computed; the reference has them too."""
+
+
 class Cell(NamedTuple):
     """One layout of the table."""
 
@@ -75,7 +79,7 @@ class Cell(NamedTuple):
     @property
     def reference(self) -> Cell:
         """The single process that computes the same model."""
-        return REFERENCE._replace(extra=tuple(e for e in self.extra if e.startswith(("model.", "training.teacher"))))
+        return REFERENCE._replace(extra=tuple(e for e in self.extra if e.startswith(_OF_THE_MODEL)))
 
     def overrides(self) -> list[str]:
         """Settings that make the cell of the common configuration."""

@@ -17,6 +17,8 @@ from tests.parallel.table import FAST, GROUPS, MODEL, NOISE, REFERENCE, STEPS, T
 
 MUTATED_STEPS = 5
 """Steps of a run with a mistake: what is not seen in these is not seen."""
+COMPARED = ("loss", "lm_loss", "grad_norm", "load_balance_loss", "entropy_loss", "validation_loss")
+"""Metrics that all layouts have in common."""
 
 pytestmark = [pytest.mark.xdist_group("parity"), pytest.mark.timeout(3600)]
 
@@ -52,8 +54,8 @@ class ParityTable(Table):
         """Where a cell's run is."""
         return self.folder / "runs" / (f"{mutation.replace(' ', '-')}-{cell.name}" if mutation else cell.name)
 
-    def error(self, cell: Cell, mutation: str | None = None) -> float:
-        """Greatest relative difference of loss or gradient norm from the reference over all steps.
+    def error(self, cell: Cell, mutation: str | None = None, keys: Sequence[str] = COMPARED) -> float:
+        """Greatest relative difference of ``keys`` (losses and gradient norm) from the reference over all steps.
 
         Counts of tokens and the hash of the data must be equal exactly.
         """
@@ -61,7 +63,7 @@ class ParityTable(Table):
             mine, theirs = metrics(self.run_dir(cell, mutation), key), metrics(self.run_dir(cell.reference), key)
             assert mine == theirs[: len(mine)], f"{cell.name}: {key} differs from {cell.reference.name}"
         worst = 0.0
-        for key in ("loss", "lm_loss", "grad_norm", "load_balance_loss", "entropy_loss", "validation_loss"):
+        for key in keys:
             mine, theirs = metrics(self.run_dir(cell, mutation), key), metrics(self.run_dir(cell.reference), key)
             if mutation:
                 theirs = theirs[: len(mine)]

@@ -128,6 +128,7 @@ def train(engine: TorchEngine, passes: EagerPasses | RecordedPasses) -> tuple[li
         {},
         pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
         {"precision": "fp16"},
+        {"precision": "bf16", "matmul_precision": "fp8"},
         pytest.param({"activation_checkpointing": "selective"}, marks=pytest.mark.slow),
         {"activation_checkpointing": "full", "precision": "bf16"},
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ class Placement:
     ``wait_gradients``, ``gradients``, ``set_gradients`` and ``discard``. Methods that a placement does not need do
     nothing. All ranks call each method together, as it may communicate.
     """
+
+    in_place: ClassVar[bool] = False
+    """Whether the parameters that the model computes with keep memory and values for all micro-batches of a step."""
 
     def __init__(self, model: DistributedModel, decays: Decays, optimizer: OptimizerSpec) -> None:
         """Start without parameters.

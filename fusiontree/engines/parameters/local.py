@@ -24,6 +24,8 @@ from fusiontree.parallel.shard_groups import DistributedModel, ShardGroup
 class LocalParameters(Placement):
     """fp32 parameters and, in mixed precision, the copies of them that the model computes with."""
 
+    in_place = True
+
     def __init__(self, model: DistributedModel, decays: Decays, optimizer: OptimizerSpec) -> None:
         super().__init__(model, decays, optimizer)
         self._masters: dict[str, nn.Parameter] = {}  # a tied one has its first name

@@ -34,6 +34,8 @@ _Key = tuple[torch.dtype, dist.ProcessGroup, _Users]
 class ReplicatedParameters(Placement):
     """All flat buffers of a model, in the order in which the forward pass needs them."""
 
+    in_place = True
+
     def __init__(self, model: DistributedModel, decays: Decays, optimizer: OptimizerSpec) -> None:
         super().__init__(model, decays, optimizer)
         self.buffers: list[FlatBuffer] = []

@@ -87,6 +87,10 @@ class LocalGlobalAttention(Mixer):
     name: ClassVar[str] = "attention"
     module_name: ClassVar[str] = "attention"
     weighed_as_second: ClassVar[bool] = True
+    fp8_products: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "mixer_in"),
+        "o_proj": "mixer_out",
+    }
     fused_projections = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

@@ -116,6 +116,9 @@ class Mixer(nn.Module):
     - ``adds_time_encoding``: True to add the shared relative time encoding to its input.
     - ``weighed_as_second``: True if the gate weighs its output by 1 - g instead of g in a layer of this mixer alone.
     - ``no_decay``: names of parameters that weight decay leaves out; norms and biases always are.
+    - ``fp8_products``: its linear maps that ``training.matmul_precision: fp8`` computes in FP8: the name of each module
+      with ``mixer_in`` or ``mixer_out``, by which ``training.fp8.exclude`` names it. Empty: the mixer does not support
+      FP8.
     """
 
     name: ClassVar[str]
@@ -124,6 +127,7 @@ class Mixer(nn.Module):
     adds_time_encoding: ClassVar[bool] = False
     weighed_as_second: ClassVar[bool] = False
     no_decay: ClassVar[tuple[str, ...]] = ()
+    fp8_products: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         """Create the parameters without values; ``layer`` is the layer's index."""
@@ -141,6 +145,10 @@ class Mixer(nn.Module):
             ``[B, S, hidden_size]``; under tensor parallelism this rank's summand.
         """
         raise NotImplementedError
+
+    def bf16_rows(self, product: str, rows: int) -> int:
+        """Return how many of the last ``rows`` output channels of a module in ``fp8_products`` stay bf16."""
+        return 0
 
     # Sizes
 

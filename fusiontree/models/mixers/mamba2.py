@@ -126,6 +126,7 @@ class Mamba2Mixer(Mixer):
     module_name: ClassVar[str] = "mamba"
     adds_time_encoding: ClassVar[bool] = True
     no_decay: ClassVar[tuple[str, ...]] = ("ssm.A_log", "ssm.D", "ssm.dt_bias")
+    fp8_products: ClassVar[dict[str, str]] = {"in_proj": "mixer_in", "out_proj": "mixer_out"}
     fused_projections = False
     left_context: Callable[[Sequence[Tensor], int], tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None
     state_exchange: StateExchange | None = None
@@ -206,6 +207,10 @@ class Mamba2Mixer(Mixer):
     def step_output(self) -> nn.Module:
         """Return the output projection."""
         return self.out_proj
+
+    def bf16_rows(self, product: str, rows: int) -> int:
+        """Keep the step sizes dt in bf16; they decide how long a state lasts."""
+        return _in_proj_sizes(rows, self.head_dim)[-1] if product == "in_proj" else 0
 
     def scan(
         self,

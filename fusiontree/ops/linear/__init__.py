@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusiontree.ops.fp8 import Outputs, fp8_linears
+from fusiontree.ops.fp8.linear import Fp8Linear
+
 
 def project(
     x_BSC: Tensor,
@@ -29,7 +32,8 @@ def project(
         cuts: for each module None, or a function from the number of outputs to the sizes to split them into; a joint
             product then returns these parts in place of the full output.
     """
-    weights: list[Tensor] = [m.weight for m in modules if type(m) is nn.Linear and m.bias is None]  # type: ignore[misc]
+    kinds = (nn.Linear, Fp8Linear)
+    weights: list[Tensor] = [m.weight for m in modules if type(m) in kinds and m.bias is None]  # type: ignore[misc]
     # A weight that is currently sharded is not a plain nn.Parameter.
     plain = len(weights) == len(modules) and all(type(weight) is nn.Parameter for weight in weights)
     if not joint or not plain or torch.is_autocast_enabled(x_BSC.device.type):
@@ -38,7 +42,16 @@ def project(
         cut(weight.shape[0]) if cut else [weight.shape[0]]
         for weight, cut in zip(weights, cuts or [None] * len(weights), strict=True)
     ]
-    return linears(x_BSC, weights, splits)
+    products = [module.product if isinstance(module, Fp8Linear) else None for module in modules]
+    first = next((product for product in products if product is not None), None)
+    if first is None:
+        return linears(x_BSC, weights, splits)
+    outputs = [
+        Outputs(tuple(sizes), len(sizes)) if product is None else product.outputs(sizes)
+        for product, sizes in zip(products, splits, strict=True)
+    ]
+    keeps = all(product.kept for product in products if product is not None)
+    return fp8_linears(x_BSC, weights, outputs, first.recipe, first.kept if keeps else None)
 
 
 def linears(x_BSC: Tensor, weights_DC: Sequence[Tensor], splits: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
