@@ -106,6 +106,7 @@ class GatedDeltaNet(Mixer):
     settings: ClassVar[type[Section] | None] = GatedDeltaNetConfig
     adds_time_encoding: ClassVar[bool] = True
     no_decay: ClassVar[tuple[str, ...]] = ("decay.A_log", "decay.dt_bias")
+    fp8_products: ClassVar[dict[str, str]] = {"in_proj": "mixer_in", "out_proj": "mixer_out"}
     fused_projections = False
     left_context: Callable[[Sequence[Tensor], int], tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None
     state_exchange: AffineExchange | None = None
@@ -158,6 +159,10 @@ class GatedDeltaNet(Mixer):
             last_v_BLC = last_inputs(initial_v_BLC, v_BSC, self.look_back, mask_BS)
             cache.store(last_v_BLC, last_inputs(initial_qk_BLC, qk_BSC, self.look_back, mask_BS), state_BHKV)
         return self.out_proj(self.norm(y_BSHV, z_BSC))
+
+    def bf16_rows(self, product: str, rows: int) -> int:
+        """Keep the inputs of decay and beta in bf16; they decide what a state keeps."""
+        return sum(_in_proj_sizes(rows, self.value_dim)[-2:]) if product == "in_proj" else 0
 
     @classmethod
     def size_problems(cls, config: ModelConfig) -> Iterator[str]:
