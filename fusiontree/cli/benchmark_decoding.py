@@ -11,6 +11,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.program import run_program
@@ -112,7 +113,7 @@ def everything(
         yield from measure(args, base["model"], kind, ids_1S, device)
     del base
     for name in args.peers:
-        figures = guarded(lambda name=name: peer(name, config, ids_1S, device, args.tokens))
+        figures = guarded(partial(peer, name, config, ids_1S, device, args.tokens))
         yield {"measured": f"{name} (transformers), 1 row", "weights": "bf16", "rows": 1} | figures
 
 
@@ -144,7 +145,7 @@ def measure(
     model = loaded["model"]
     for steps in args.steps:
         for rows in args.rows:
-            figures = guarded(lambda steps=steps, rows=rows: decode(model, steps, rows))
+            figures = guarded(partial(decode, model, steps, rows))
             name = f"decoding, {rows} row{'s' if rows > 1 else ''}, {steps}"
             yield {"measured": name, "weights": kind, "steps": steps, "rows": rows} | figures
     if args.prefill:
@@ -196,7 +197,8 @@ def peer(name: str, config: ModelConfig, ids_1S: Tensor, device: torch.device, t
 
     values = {key: value for key, value in config.model_dump(mode="json").items() if key not in ("kernels", "mixers")}
     with device:
-        model = FusionTreeForCausalLM(FusionTreeConfig(**values)).to(torch.bfloat16).eval()
+        model: Any = FusionTreeForCausalLM(FusionTreeConfig(**values))
+    model.to(torch.bfloat16).eval()
     with torch.device("meta"):
         counts = [sum(p.numel() for p in each.parameters()) for each in (model, FusionTreeModel(config))]
     if counts[0] != counts[1]:

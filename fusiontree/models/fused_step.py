@@ -11,7 +11,7 @@ Shape legend: B rows, C channels of the model, M outputs of joined projections, 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class FusedStep:
 
     def __init__(self, model: FusionTreeModel) -> None:
         self._model = model
-        self.blocks = [FusedBlock(block) for block in model.layers]
+        self.blocks = [FusedBlock(cast(FusionBlock, block)) for block in model.layers]
 
     def __call__(self, tokens_B1: Tensor, cache: DecodeCache) -> Tensor:
         """Continue every row of ``cache`` by its token; return the logits ``[B, V]``."""
@@ -189,7 +189,7 @@ def join_weights(*modules: nn.Module) -> Weight:
         if isinstance(module, WeightOnlyLinear):
             module.values = view
         else:
-            module.weight.data = view  # type: ignore[union-attr, assignment]
+            module.weight.data = view
     return Weight(values, scale)
 
 

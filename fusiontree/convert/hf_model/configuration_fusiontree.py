@@ -124,6 +124,7 @@ class FusionTreeConfig(PretrainedConfig):
 # `transformers serve` looks the class of a model up in the module transformers, of which it may hold an earlier object
 # than this import returns. The auto class finds the class beside this file.
 _serving = sys.modules.get("transformers.cli.serving.model_manager")
-for _module in (transformers, getattr(_serving, "transformers", transformers)):
+_modules: list[Any] = [transformers, getattr(_serving, "transformers", transformers)]
+for _module in _modules:
     if not hasattr(_module, "FusionTreeForCausalLM"):
         _module.FusionTreeForCausalLM = transformers.AutoModelForCausalLM

@@ -671,11 +671,12 @@ def append(cache: dict[str, Tensor], name: str, new_BSKD: Tensor, layout: TokenL
     """
     rows, length, heads, width = new_BSKD.shape
     end = layout.start + length
-    buffer = cache.get(name)
-    missing = max(layout.capacity or 0, end) - (0 if buffer is None else buffer.shape[1])
+    used = cache[name].shape[1] if name in cache else 0
+    missing = max(layout.capacity or 0, end) - used
     if missing > 0:
         room = new_BSKD.new_zeros(rows, missing, heads, width)
-        buffer = cache[name] = room if buffer is None else torch.cat([buffer, room], dim=1)
+        cache[name] = torch.cat([cache[name], room], dim=1) if used else room
+    buffer = cache[name]
     buffer[:, layout.start : end] = new_BSKD.detach()
     return buffer[:, :end] if layout.start else new_BSKD
 
@@ -964,7 +965,8 @@ class FusionTreeForCausalLM(FusionTreePreTrainedModel, GenerationMixin):
         """Create the static cache that ``generate(cache_implementation="static")`` asks for."""
         static = generation_config.cache_implementation == "static" and generation_config.use_cache is not False
         if not static or model_kwargs.get("past_key_values") is not None:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *arguments, **options)
+            parent: Any = super()
+            return parent._prepare_cache_for_generation(generation_config, model_kwargs, *arguments, **options)
         columns = options.get("max_cache_length", arguments[-1] if arguments else 0)
         model_kwargs["past_key_values"] = FusionTreeCache(self.config.num_layers, columns)
         return None
