@@ -24,7 +24,7 @@ LOSS_TOLERANCE = 2e-3
 """Relative, of the loss."""
 NOISE = Cell("ddp", accumulation=4, extra=FP8)
 FAST = [Cell("ddp", 1, 2, 1, extra=FP8), Cell("fsdp2", 1, 1, 2, "selective", extra=FP8)]
-FAST_STEPS = 3
+FAST_STEPS = 4
 SLOW = {
     "two ranks": [
         *FAST,

@@ -119,6 +119,8 @@ def train(engine: TorchEngine, passes: EagerPasses | RecordedPasses) -> tuple[li
             values += [float(done.lm), float(done.z), done.row_terms.tolist()]
         gradients += [g.clone() for placement in engine.placements for g in placement.gradients()]
         values += [passes.step(1e-2).grad_norm, engine.finite_passes(), engine.state_dict()]
+        if step == 1:  # the last eager step: an evaluation leaves casts of the weights behind
+            values.append(float(engine.evaluate(pass_inputs(kinds[0], seed=99).micro)))
     return values, gradients + [tensor.clone() for tensor in engine.state_tensors().values()]
 
 
