@@ -69,7 +69,7 @@ def test_packaged_files_are_found_by_name_and_a_file_of_that_name_wins(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert {"quickstart", "pretrain_v1", "bench/hybrid_1b_8k"} <= set(packaged_names())
-    assert packaged_names("maps") == ["llama", "mamba2"]
+    assert packaged_names("maps") == ["llama", "mamba2", "qwen3_next"]
     assert find_file(Path("llama"), "maps") == ROOT / "configs" / "maps" / "llama.yaml"
     assert load_config("quickstart").run_dir == "runs/quickstart"
     (tmp_path / "quickstart").write_text("run_dir: mine")
@@ -81,7 +81,7 @@ def test_packaged_files_are_found_by_name_and_a_file_of_that_name_wins(
 def test_a_wrong_map_names_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(tmp_path), str(tmp_path / "run"), "--to", "dcp", "--config", "quickstart", "--map"]
     assert convert([*words, "lama"]) == 2
-    assert "map 'lama' does not exist; did you mean 'llama'?; packaged names are llama, mamba2" in (
+    assert "map 'lama' does not exist; did you mean 'llama'?; packaged names are llama, mamba2, qwen3_next" in (
         capsys.readouterr().err
     )
 

@@ -79,7 +79,7 @@ def test_the_logged_mfu_is_of_the_global_batch(config: DataConfig, monkeypatch: 
             token_sums=TokenSums(1.0, 0.0),
         )
         settings: Any = SimpleNamespace(
-            loss_weights=SimpleNamespace(z_loss=0.0, load_balance=0.0, entropy=0.0),
+            loss_weights=SimpleNamespace(z_loss=0.0, load_balance=0.0, entropy=0.0, distillation=0.0),
             training=SimpleNamespace(global_batch_size=6, seq_len=SEQ),
             peak_flops=1e9,
             layer_metrics=lambda number: (),

@@ -21,7 +21,7 @@ def finished(number: int, skipped: str | None = None) -> Any:
         number=number,
         skipped=skipped,
         tokens=8 * number,
-        token_sums=SimpleNamespace(lm=2.5, z=0.0),
+        token_sums=SimpleNamespace(lm=2.5, z=0.0, divergence=0.0),
         row_sums=SimpleNamespace(load_balance=0.0, entropy=0.0),
         batch=SimpleNamespace(epochs=(0.5,), wait_s=0.0),
         device_s=0.2,
@@ -62,7 +62,7 @@ def test_logged_losses_and_times_are_means_since_the_last_logged_step(monkeypatc
         step = finished(number)
         step.token_sums.lm, step.device_s, step.batch.wait_s = lm, 0.5 * number, 0.25
         log.after_step(step)
-    assert [(count, means[0], means[4], means[5]) for count, means in seen[:2]] == [
+    assert [(count, means[0], means[5], means[6]) for count, means in seen[:2]] == [
         (2, 3.0, 0.75, 0.25),
         (2, 5.0, 1.75, 0.25),
     ]
