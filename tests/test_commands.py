@@ -109,6 +109,8 @@ def calls_in_python(text: str) -> list[Call]:
             return words_of(literals[node.id], (*inside, node.id))  # x = [*x, y] names itself
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             return [node.value]
+        if isinstance(node, ast.JoinedStr):
+            return ["".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)]
         # str(ROOT / "tools" / "plot_run.py"): what matters is the path at its end
         return [re.sub(r"['\") ]", "", ast.unparse(node))]
 

@@ -117,10 +117,16 @@ def train(args: argparse.Namespace, run: Path, config: str, steps: int, rate: st
         UserError: it failed; its output names the cause.
     """
     settings = [
-        *(f"run_dir={run}", f"training.max_steps={steps}", f"training.learning_rate={rate}"),
-        *(f"training.warmup_steps={min(100, -(-steps // 10))}", "training.min_lr_ratio=0.1"),
-        *("training.validation.interval=0", "checkpoint.save_interval=0", f"training.device={args.device}"),
-        *(*more, *args.set),
+        f"run_dir={run}",
+        f"training.max_steps={steps}",
+        f"training.learning_rate={rate}",
+        f"training.warmup_steps={min(100, -(-steps // 10))}",
+        "training.min_lr_ratio=0.1",
+        "training.validation.interval=0",
+        "checkpoint.save_interval=0",
+        f"training.device={args.device}",
+        *more,
+        *args.set,
     ]
     print(f"training {run} for {steps} steps", flush=True)
     log = args.out / f"{run.name}.log"
