@@ -66,7 +66,7 @@ def linears(x_BSC: Tensor, weights_DC: Sequence[Tensor], splits: Sequence[Sequen
         weights_DC: one matrix per product.
         splits: for each weight, the sizes to split its output channels into.
     """
-    rows = tuple(tuple(sizes) for sizes in splits)
+    rows = tuple(map(tuple, splits))
     for weight, sizes in zip(weights_DC, rows, strict=True):
         assert sum(sizes) == weight.shape[0], f"{weight.shape[0]} output channels split into {sizes}"
     return _Linears.apply(x_BSC, rows, *weights_DC)
@@ -95,7 +95,7 @@ class _Linears(torch.autograd.Function):
         dweights: list[Tensor | None] = []
         for weight, sizes in zip(saved, ctx.splits, strict=True):
             parts, pending = pending[: len(sizes)], pending[len(sizes) :]
-            if all(part is None for part in parts):
+            if parts[0] is None and not any(part is not None for part in parts):
                 dweights.append(None)
                 continue
             dweight = torch.empty_like(weight)
