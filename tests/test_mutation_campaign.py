@@ -75,6 +75,7 @@ def test_verdicts(tree: Path, tmp_path: Path) -> None:
     assert next(line["failed"] for line in lines if line["name"] == "seen") == ["tests/test_rate.py::test_double"]
 
 
+@pytest.mark.slow
 def test_a_test_that_hangs_is_ended_and_has_seen_the_mistake(tree: Path, tmp_path: Path) -> None:
     slow = replace(TRIPLED, tests=("tests/test_rate.py::test_patience",))
     assert verdicts(tmp_path / "out", tree, slow, limit_s=12.0) == ["timeout"]

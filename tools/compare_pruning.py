@@ -75,6 +75,9 @@ def command(args: argparse.Namespace) -> int:
     Raises:
         UserError: an option is wrong, or a training failed.
     """
+    from fusiontree.pruning.plan import check_share
+
+    check_share(args.target)
     if args.out.exists():
         raise UserError(f"--out {args.out} exists; give a new folder")
     if (args.source is None) == (args.data is None):

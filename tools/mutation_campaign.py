@@ -108,7 +108,8 @@ def run_tests(tree: Path, tests: Sequence[str], limit_s: float, *, stop_at_first
     with tempfile.TemporaryDirectory(prefix="mutation-") as scratch:
         log = Path(scratch) / "log.txt"
         options = ["-q", "-p", "no:cacheprovider", "-rfE", "--tb=line", f"--basetemp={scratch}/tmp"]
-        options += ["-m", "not slow and not gpu", *(["-x"] if stop_at_first else [])]
+        named = all("::" in test for test in tests)  # a test that is named runs even if it is slow
+        options += ["-m", "not gpu" if named else "not slow and not gpu", *(["-x"] if stop_at_first else [])]
         began = time.monotonic()
         process = multiprocessing.get_context("fork").Process(target=_pytest, args=(tree, [*options, *tests], log))
         process.start()

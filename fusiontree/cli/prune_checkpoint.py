@@ -69,8 +69,9 @@ def command(args: argparse.Namespace) -> int:
     from fusiontree.checkpoint.load import find_checkpoint
     from fusiontree.convert.dcp import TrainingCheckpoint
     from fusiontree.convert.formats import FORMATS, check_target
-    from fusiontree.pruning.plan import random_plan
+    from fusiontree.pruning.plan import check_share, random_plan
 
+    check_share(args.target)
     check_target(args.target_path, FORMATS["dcp"])
     folder = find_checkpoint(args.path)
     source = TrainingCheckpoint(folder)

@@ -32,6 +32,16 @@ class _Removal(NamedTuple):
     parts: tuple[Part, ...]
 
 
+def check_share(target: float) -> None:
+    """Check the wanted share of a cost, before anything is measured.
+
+    Raises:
+        UserError: it is not between 0 and 1.
+    """
+    if not 0 < target < 1:
+        raise UserError(f"--target {target} is not between 0 and 1")
+
+
 def make_plan(config: ModelConfig, parts: Sequence[Part], costs: Costs, target: float, tp: int = 1) -> list[KeptLayer]:
     """Return what to keep so that the model costs at most ``target`` times what it costs now.
 
@@ -49,8 +59,7 @@ def make_plan(config: ModelConfig, parts: Sequence[Part], costs: Costs, target: 
     Raises:
         UserError: ``target`` cannot be reached, or the source does not allow ``tp``.
     """
-    if not 0 < target < 1:
-        raise UserError(f"--target {target} is not between 0 and 1")
+    check_share(target)
     if problems := list(tp_problems(config, tp)):
         raise UserError(f"--tp {tp} does not fit the model: {'; '.join(problems)}")
     search = _Search(config, parts, costs, tp)

@@ -25,6 +25,7 @@ def test_at_changes_of_the_file_system(tmp_path: Path, stride: int) -> None:
     assert places > 200
 
 
+@pytest.mark.slow
 def test_at_some_random_moments(tmp_path: Path) -> None:
     campaign(tmp_path / "run", "random", 10, 1)
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.end_to_end.runs import ROOT, environment
 
 PROGRAM = """
@@ -45,6 +47,7 @@ print(json.dumps([b - a for a, b in zip(seen, seen[1:])]))
 """
 
 
+@pytest.mark.slow
 def test_peaks(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT, env=environment(), capture_output=True, text=True

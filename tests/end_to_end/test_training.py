@@ -57,6 +57,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_exactly(reference: Path, data
         assert metrics(tmp_path / "run", key) == metrics(reference, key), key
 
 
+@pytest.mark.slow
 def test_every_validation_set_is_measured(reference: Path, data: Path, tmp_path: Path) -> None:
     """The first set's loss is the run's; with one set, nothing has another name than before."""
     other = write(tmp_path / "noise", [documents(40, seed=9)], ByteTokenizer.info)
@@ -76,7 +77,8 @@ def test_every_validation_set_is_measured(reference: Path, data: Path, tmp_path:
     assert "tokens of noise" in done.stdout
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
 def test_two_ranks_equal_one_process(reference: Path, data: Path, tmp_path: Path, engine: str) -> None:
     done = train(write_config(tmp_path, data), f"parallel.engine={engine}", processes=2)
     assert done.returncode == 0, done.stderr
@@ -202,7 +204,7 @@ def test_a_store_that_is_silent_longer_than_a_step_may_hang_is_waited_for(data: 
     assert max(metrics(tmp_path / "run", "data_wait_s")[1:]) > 1.5  # a shard was waited for after the first step
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_low_precision_learns(data: Path, tmp_path: Path, precision: str) -> None:
     done = train(write_config(tmp_path, data), f"training.precision={precision}", "training.max_steps=12")
     assert done.returncode == 0, done.stderr

@@ -80,6 +80,7 @@ def test_one_rank_of_every_engine_agrees(
     agree(train((engine, 1, 1)), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", FAST, ids="-".join)
 def test_two_ranks_of_every_engine_agree(
     cell: tuple[str, str], two_ranks: dict[tuple[str, str], Any], reference: dict[str, Any]

@@ -36,6 +36,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ParityTable:
 CELLS = [Cell("all_reduce", 2), Cell("all_reduce", cp=2), Cell("all_reduce", tp=2)]
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_norm_are_those_of_one_process(table: ParityTable) -> None:
     table.run(CELLS)
     check(table, CELLS)

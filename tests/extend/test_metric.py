@@ -84,12 +84,13 @@ def test_one_process_logs_a_value_per_layer_on_logged_steps(alone: dict[int, dic
         assert [value > 0 for value in values["attention"]] == [True, False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(["parallel.tp=2"], marks=pytest.mark.slow),
+        ["parallel.tp=2"],
         ["parallel.cp=2", "training.activation_checkpointing=full"],
-        pytest.param(["parallel.engine=zero3", "training.micro_batch_size=4"], marks=pytest.mark.slow),
+        ["parallel.engine=zero3", "training.micro_batch_size=4"],
     ],
     ids=["tp 2", "cp 2", "dp 2"],
 )

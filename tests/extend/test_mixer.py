@@ -63,9 +63,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ParityTable:
 CELLS = [Cell("fsdp2", 1, 1, 2), Cell("fsdp2", 1, 2, 1, "full"), Cell("zero3", 2, 1, 1)]
 
 
-@pytest.mark.parametrize(
-    "cell", [CELLS[1], *(pytest.param(CELLS[n], marks=pytest.mark.slow) for n in (0, 2))], ids=lambda cell: cell.layout
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.layout)
 def test_layouts_have_the_loss_and_gradient_norm_of_one_process(table: ParityTable, cell: Cell) -> None:
     if cell.engine == "zero3":
         pytest.importorskip("deepspeed")

@@ -62,6 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*(name for name in CELLS if name != "ddp"), "moved"])
 def test_losses_and_norms_are_equal_under_every_engine_and_after_moves(runs: Path, name: str) -> None:
     for key in ("loss", "grad_norm"):

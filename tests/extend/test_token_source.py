@@ -135,8 +135,9 @@ def test_the_types_that_exist() -> None:
     assert TOKEN_SOURCES.names()[:3] == ["shards", "megatron", "synthetic"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("weights", [(1.0, 1.0), pytest.param((1.0, 4.0), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 4.0)])
 def test_training_resumes_on_another_number_of_ranks(
     files: tuple[Path, Path], tmp_path: Path, weights: tuple[float, float]
 ) -> None:

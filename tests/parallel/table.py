@@ -145,11 +145,12 @@ RECORDED = ("training.cuda_graphs=on",)
 LAYOUTS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 4)]
 FAST = [
     Cell("fsdp2", 1, 2, 2, "selective"),
-    Cell("zero3", 1, 2, 2, "selective"),
     Cell("fsdp2", 2, 1, 1),
-    Cell("zero3", 2, 1, 1),
-    Cell("fsdp2", 1, 2, 2, "selective", extra=(*PRUNED, *TAUGHT)),
-    *(Cell(engine, *axis) for engine in ("ddp", "zero1", "zero2") for axis in ((2, 1, 1), (1, 2, 1), (1, 1, 2))),
+    *(
+        Cell(engine, *axis)
+        for engine in ("ddp", "zero1", "zero2", "zero3")
+        for axis in ((2, 1, 1), (1, 2, 1), (1, 1, 2))
+    ),
 ]
 """Every engine along every axis; run by the fast suite."""
 GROUPS: dict[str, list[Cell]] = {
@@ -193,6 +194,7 @@ GROUPS: dict[str, list[Cell]] = {
     ],
     "pruned models with a teacher": [
         Cell("zero3", 1, 2, 2, extra=(*PRUNED, *TAUGHT)),
+        Cell("fsdp2", 1, 2, 2, "selective", extra=(*PRUNED, *TAUGHT)),
         Cell("fsdp2", 2, 1, 2, "full", extra=(*PRUNED, *TAUGHT)),
         Cell("fsdp2", 1, 4, 1, extra=TAUGHT),
         Cell("ddp", 1, 2, 2, extra=PRUNED),

@@ -57,6 +57,7 @@ def check(table: ParityTable, cells: list[Cell]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_the_layouts_of_the_fast_table_agree(tmp_path: Path) -> None:
     check(ParityTable(tmp_path, model=SIZES, steps=FAST_STEPS), FAST)
 

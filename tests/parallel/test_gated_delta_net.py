@@ -60,6 +60,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.slow
 def test_context_parallelism_has_the_loss_and_gradient_norm_of_one_process(table: ParityTable) -> None:
     table.run([REFERENCE, NOISE])
     table.run([FAST])

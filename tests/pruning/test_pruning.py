@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,3 +205,12 @@ def test_sizes_of_letters_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ModelConfig.model_validate({**values, "letter_sizes": sizes})
+
+
+def test_a_wrong_share_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fusiontree.cli.prune_checkpoint import main
+
+    assert main([str(tmp_path / "absent"), str(tmp_path / "new"), "--target", "1.7"]) == 2
+    assert "--target 1.7 is not between 0 and 1" in capsys.readouterr().err
