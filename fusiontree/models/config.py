@@ -10,7 +10,7 @@ from pydantic import ValidationError, model_validator
 from fusiontree.models.mixers import mixer_class
 from fusiontree.ops.config import KernelsConfig
 from fusiontree.utils.errors import nearest
-from fusiontree.utils.settings import Section, setting
+from fusiontree.utils.settings import Section, check_positive_ranges, setting
 
 LETTERS: dict[str, tuple[str, ...]] = {"F": ("mamba2", "attention"), "M": ("mamba2",), "A": ("attention",)}
 """The mixers of a layer, by its letter in ``layer_pattern``; ``letters`` adds others."""
@@ -39,10 +39,7 @@ class MambaConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("A_init_range", "dt_init_range"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} is [{low}, {high}]; it needs 0 < low <= high")
+        check_positive_ranges(self, "A_init_range", "dt_init_range")
         if self.dt_min is not None and self.dt_max is not None and self.dt_min >= self.dt_max:
             raise ValueError(f"dt_min {self.dt_min} is not below dt_max {self.dt_max}")
         return self

@@ -96,3 +96,15 @@ def setting(default: Any = ..., help: str = "", *, unit: str | None = None, **co
         constraints["default"] = default
     extra: Any = {"unit": unit} if unit else None
     return Field(description=help, json_schema_extra=extra, **constraints)
+
+
+def check_positive_ranges(section: Section, *names: str) -> None:
+    """Check settings that are ranges ``[low, high]`` of positive numbers.
+
+    Raises:
+        ValueError: a range does not have ``0 < low <= high``.
+    """
+    for name in names:
+        low, high = getattr(section, name)
+        if not 0 < low <= high:
+            raise ValueError(f"{name} is [{low}, {high}]; it needs 0 < low <= high")

@@ -208,6 +208,7 @@ def test_sizes_are_checked() -> None:
         ({"value_dim": 7}, "expand 2.0 \\* hidden_size 32 is not a multiple of value_dim 7"),
         ({"heads_per_key": 3}, "8 value heads .* do not divide by heads_per_key 3"),
         ({"A_init_range": [0.0, 1.0]}, "A_init_range is .* it needs 0 < low <= high"),
+        ({"dt_init_range": [0.2, 0.1]}, "dt_init_range is .* it needs 0 < low <= high"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny_config(layer_pattern="D", **shape(**changed))

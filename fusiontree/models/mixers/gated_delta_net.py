@@ -26,7 +26,7 @@ from fusiontree.ops.gated_delta import AffineExchange, gated_delta_rule
 from fusiontree.ops.gated_delta.formulas import decay_and_beta, norm_then_gate, unit_length
 from fusiontree.ops.linear import project
 from fusiontree.ops.recompute import recomputed
-from fusiontree.utils.settings import Section, setting
+from fusiontree.utils.settings import Section, check_positive_ranges, setting
 
 _KEPT_CHUNK = 64
 """Tokens of a scan chunk of fla's kernels, which keep a matrix of as many columns per token and value head."""
@@ -57,10 +57,7 @@ class GatedDeltaNetConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("A_init_range", "dt_init_range"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} is [{low}, {high}]; it needs 0 < low <= high")
+        check_positive_ranges(self, "A_init_range", "dt_init_range")
         return self
 
 
