@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusiontree.ops.cross_entropy.labels import rows_of_labels
 from fusiontree.ops.elementwise import compiled, fused
 
 
@@ -26,10 +27,7 @@ def linear_cross_entropy_chunked(
     if chunk_tokens is None:
         # Every chunk adds to the full fp32 weight gradient; on GPUs larger chunks reduce this memory traffic.
         chunk_tokens = 8192 if hidden_NH.is_cuda else 2048
-    valid_N = labels_N >= 0
-    # Missing labels, and labels in another rank's shard of the vocabulary, are -1 here.
-    index_N = labels_N - vocab_start
-    index_N = index_N.masked_fill((index_N < 0) | (index_N >= weight_VH.shape[0]) | ~valid_N, -1)
+    index_N, valid_N = rows_of_labels(labels_N, vocab_start, weight_VH.shape[0])
     return _Chunked.apply(hidden_NH, weight_VH, index_N, valid_N, gather_parts, chunk_tokens)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusiontree.ops.cross_entropy.labels import rows_of_labels
 from fusiontree.ops.elementwise import fused
 
 
@@ -56,9 +57,7 @@ def linear_distillation(
     """
     if chunk_tokens is None:
         chunk_tokens = 4096 if hidden_NH.is_cuda else 1024
-    valid_N = labels_N >= 0
-    index_N = labels_N - vocab_start
-    index_N = index_N.masked_fill((index_N < 0) | (index_N >= weight_VH.shape[0]) | ~valid_N, -1)
+    index_N, valid_N = rows_of_labels(labels_N, vocab_start, weight_VH.shape[0])
     return _Distilled.apply(
         hidden_NH,
         weight_VH,
