@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ValidationError, model_validator
 
+from fusiontree.models.config_checks import check_model
 from fusiontree.models.mixers import mixer_class
 from fusiontree.ops.config import KernelsConfig
 from fusiontree.utils.errors import nearest
@@ -139,10 +140,15 @@ class ModelConfig(Section):
         return self.layer_pattern or "F" * self.num_layers
 
     @property
+    def mixers_by_letter(self) -> dict[str, tuple[str, ...]]:
+        """Names of the mixers of each letter that ``layer_pattern`` may use."""
+        return LETTERS | {letter: tuple(names) for letter, names in (self.letters or {}).items()}
+
+    @property
     def branches(self) -> list[tuple[str, ...]]:
         """Names of each layer's mixers, in the order of its branches."""
-        letters = LETTERS | {letter: tuple(names) for letter, names in (self.letters or {}).items()}
-        return [letters[letter] for letter in self.pattern]
+        known = self.mixers_by_letter
+        return [known[letter] for letter in self.pattern]
 
     @property
     def adds_time_encoding(self) -> bool:
@@ -260,117 +266,12 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_letters(self.letters or {})
-        if self.layer_pattern is not None:
-            self._check_pattern(self.layer_pattern)
-        self._check_heads()
-        self._check_mamba()
-        self._check_mix()
-        self._check_letter_sizes()
-        if self.srte_encoding == "sincos" and self.hidden_size % 2:
-            raise ValueError(f"hidden_size {self.hidden_size} is odd; srte_encoding sincos needs an even hidden_size")
-        if self.mlp_size < 1:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} gives no channels")
-        if self.window_size_last is not None:
-            if self.attention_type != "pyramidal":
-                raise ValueError("window_size_last needs attention_type pyramidal; set that or remove window_size_last")
-            if self.window_size_last < self.window_size:
-                raise ValueError(
-                    f"window_size_last {self.window_size_last} is less than window_size {self.window_size}; a pyramid "
-                    f"widens with depth"
-                )
-        if self.gate_rank > self.hidden_size:
-            raise ValueError(f"gate_rank {self.gate_rank} is more than hidden_size {self.hidden_size}")
-        # The sizes of the built-in mixers are checked above, without torch.
+        check_model(self, built_in=LETTERS)
+        # The sizes of the built-in mixers are checked by then, without torch.
         for name in dict.fromkeys(name for names in self.branches for name in names if name not in _BUILT_IN):
             for problem in mixer_class(name).size_problems(self):
                 raise ValueError(f"mixer {name}: {problem}")
         return self
-
-    def _check_pattern(self, pattern: str) -> None:
-        letters = list(LETTERS | (self.letters or {}))
-        wrong = sorted(set(pattern) - set(letters))
-        if wrong:
-            raise ValueError(
-                f"layer_pattern '{pattern}' has {wrong}; use the letters {', '.join(letters[:-1])} and "
-                f"{letters[-1]}, or define others under letters"
-            )
-        if len(pattern) != self.num_layers:
-            raise ValueError(
-                f"layer_pattern '{pattern}' names {len(pattern)} layers and num_layers is "
-                f"{self.num_layers}; give one letter per layer"
-            )
-
-    def _check_letter_sizes(self) -> None:
-        known = list(LETTERS | (self.letters or {}))
-        for letter in self.letter_sizes or {}:
-            if letter not in known:
-                raise ValueError(f"letter_sizes: no layers have the letter '{letter}'; known are {', '.join(known)}")
-            sized = self.of_letter(letter)
-            try:
-                sized._check_heads()
-                sized._check_mamba()
-            except ValueError as error:
-                raise ValueError(f"letter_sizes.{letter}: {error}") from None
-
-    def _check_heads(self) -> None:
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide by num_heads {self.num_heads}; set head_dim or "
-                f"change one of them"
-            )
-        if self.attention_head_dim % 2:
-            raise ValueError(f"head_dim {self.attention_head_dim} is odd; rotary positions need an even head_dim")
-        if self.global_heads > self.num_heads:
-            raise ValueError(f"global_heads {self.global_heads} is more than num_heads {self.num_heads}")
-        if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide by num_kv_heads {self.kv_heads}")
-        group = self.num_heads // self.kv_heads
-        if self.local_heads % group or self.global_heads % group:
-            raise ValueError(
-                f"num_kv_heads {self.kv_heads} makes groups of {group} query heads, and {self.local_heads} local + "
-                f"{self.global_heads} global heads do not divide by {group}: a group would mix both kinds; change "
-                f"global_heads or num_kv_heads"
-            )
-
-    def _check_mix(self) -> None:
-        if self.use_alignment and self.branch_mix != "gate" and self.mlp_input == "residual":
-            raise ValueError(
-                f"use_alignment: branch_mix {self.branch_mix} with mlp_input residual does not read the alignment; set "
-                f"use_alignment to false"
-            )
-        for name in ("load_balance_coeff", "entropy_reg_coeff"):
-            if getattr(self, name) and self.branch_mix != "gate":
-                raise ValueError(
-                    f"{name} {getattr(self, name)} needs a gate, and branch_mix is {self.branch_mix}; set {name} to 0"
-                )
-
-    def _check_mamba(self) -> None:
-        if self.d_inner % self.mamba.head_dim:
-            raise ValueError(
-                f"mamba.expand * hidden_size = {self.d_inner} does not divide by mamba.head_dim {self.mamba.head_dim}"
-            )
-        if self.mamba_heads % self.mamba.n_groups:
-            raise ValueError(
-                f"{self.mamba_heads} state space heads (expand * hidden_size / mamba.head_dim) do not divide by "
-                f"mamba.n_groups {self.mamba.n_groups}"
-            )
-        if self.d_inner % self.mamba.norm_groups:
-            raise ValueError(
-                f"mamba.expand * hidden_size = {self.d_inner} does not divide by mamba.norm_groups "
-                f"{self.mamba.norm_groups}"
-            )
-
-
-def _check_letters(letters: dict[str, list[str]]) -> None:
-    for letter, names in letters.items():
-        if len(letter) != 1 or letter.isspace() or letter in LETTERS:
-            raise ValueError(f"letters: '{letter}' must be one character other than {', '.join(LETTERS)}")
-        if not 1 <= len(names) <= 2 or len(set(names)) < len(names):
-            raise ValueError(
-                f"letters: '{letter}' names the mixers {names}; a layer has one mixer or two different mixers, because "
-                f"its gate weighs the first by g and the second by 1 - g"
-            )
 
 
 def _validated(section: type[Section], values: Any, place: str) -> Section:
