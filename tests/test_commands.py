@@ -158,7 +158,9 @@ def known_options(program: str) -> frozenset[str]:
     """The options of the argparse parsers that answer the program's ``--help``."""
     # A program that never parses would ignore --help and do its work here.
     source = source_of(program).read_text()
-    parses = "ArgumentParser" in source or re.search(r"from fusiontree\.cli\.\w+ import main", source)
+    parses = "ArgumentParser" in source or re.search(
+        r"from fusiontree\.cli\.\w+ import .*\b(main|build_parser)\b", source
+    )
     assert parses, f"{program} has no argument parser and is passed options"
     parsers: list[argparse.ArgumentParser] = []
     format_help = argparse.ArgumentParser.format_help

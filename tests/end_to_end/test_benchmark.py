@@ -14,9 +14,11 @@ import torch
 
 from fusiontree import benchmark
 from fusiontree.benchmarking import others, peers
+from fusiontree.cli import benchmark_options
 from fusiontree.config.load import load_config
 from fusiontree.data.loader import TrainingData
 from fusiontree.models.flops import training_flops_per_token
+from fusiontree.utils.errors import UserError
 from tests.end_to_end.runs import write_config
 
 
@@ -121,10 +123,10 @@ def test_what_cannot_be_done_is_refused_before_any_step(
 
 def test_decoding_beyond_a_learned_table_is_refused(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusiontree.utils.device.choose_device", lambda *_: torch.device("cuda"))
-    args = benchmark.build_parser().parse_args(["--config", config, "--decode", "10"])
-    benchmark.check_options(load_config(config, []), args)
-    with pytest.raises(benchmark.UserError, match="max_position_embeddings=64"):
-        benchmark.check_options(load_config(config, ["model.srte_encoding=learnable"]), args)
+    args = benchmark_options.build_parser().parse_args(["--config", config, "--decode", "10"])
+    benchmark_options.check_options(load_config(config, []), args)
+    with pytest.raises(UserError, match="max_position_embeddings=64"):
+        benchmark_options.check_options(load_config(config, ["model.srte_encoding=learnable"]), args)
 
 
 def test_the_peer_needs_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from fusiontree import benchmark
+from fusiontree.cli.benchmark_options import build_parser
 from fusiontree.config.load import load_config
 from fusiontree.parallel.validate import check_layout
 from fusiontree.train import train
@@ -102,7 +103,7 @@ def small(out: Path, name: str) -> None:
 
 def time_steps(out: Path, name: str, config_file: str, steps: str, overrides: list[str]) -> None:
     """Time training steps; rank 0 writes ``OUT/NAME.json``."""
-    args = benchmark.build_parser().parse_args(
+    args = build_parser().parse_args(
         ["--config", config_file, "--steps", steps, "--warmup", steps, "--one-document", *overrides]
     )
     config = load_config(args.config, args.overrides)
