@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fusiontree.models.block import FusionBlock
 from fusiontree.models.mixers import mixer_of
-from fusiontree.models.mixers.mamba2 import CausalConv
+from fusiontree.models.mixers.recurrent import CausalConv
 from fusiontree.models.mixers.split import Ranges, split_of
 from fusiontree.models.model import FusionTreeModel, LanguageModelHead
 from fusiontree.ops.cross_entropy import (

@@ -19,7 +19,7 @@ from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers import MIXERS
 from fusiontree.models.mixers.base import HALF, Activations, ContextTools, Fp32Parameters, Mixer, MixerInputs, Seconds
 from fusiontree.models.mixers.cache import StateCache
-from fusiontree.models.mixers.mamba2 import CausalConv, last_inputs
+from fusiontree.models.mixers.recurrent import CausalConv, drawn_decay, drawn_step_bias, drawn_taps, last_inputs
 from fusiontree.models.mixers.split import Block, Split, column, row
 from fusiontree.ops.elementwise import fused
 from fusiontree.ops.gated_delta import AffineExchange, gated_delta_rule
@@ -231,16 +231,11 @@ class GatedDeltaNet(Mixer):
         """
         sizes = cls.section(config)
         if name == "decay.A_log":
-            return (
-                torch.empty(shape, dtype=torch.float64).uniform_(*sizes.A_init_range, generator=generator).log().float()
-            )
+            return drawn_decay(shape, sizes.A_init_range, generator)
         if name == "decay.dt_bias":
-            low, high = map(math.log, sizes.dt_init_range)
-            dt = torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=generator).exp()
-            return (dt + torch.log(-torch.expm1(-dt))).float()
+            return drawn_step_bias(shape, sizes.dt_init_range, generator)
         if name in ("conv_v.weight", "conv_qk.weight"):
-            bound = sizes.d_conv**-0.5
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            return drawn_taps(shape, generator)
         if name == "out_proj.weight" and config.branch_mix == "sum":
             std = config.initializer_range / math.sqrt(2 * config.num_layers)
             return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -6,7 +6,6 @@ C channels (of the model, or H*P of the mixer), K width of the convolution.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -17,23 +16,14 @@ from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers import MIXERS
-from fusiontree.models.mixers.base import (
-    HALF,
-    Activations,
-    ContextTools,
-    Fp32Parameters,
-    Mixer,
-    MixerInputs,
-    Seconds,
-)
+from fusiontree.models.mixers.base import HALF, Activations, ContextTools, Fp32Parameters, Mixer, MixerInputs, Seconds
 from fusiontree.models.mixers.cache import StateCache
+from fusiontree.models.mixers.recurrent import CausalConv, drawn_decay, drawn_step_bias, drawn_taps, last_inputs
 from fusiontree.models.mixers.split import Block, Split, column, row
 from fusiontree.models.norm import GatedRMSNorm
-from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import fused
 from fusiontree.ops.linear import project
-from fusiontree.ops.recompute import recomputed
 from fusiontree.ops.ssd import StateExchange, ssd_scan
 from fusiontree.ops.step import has_kernels
 
@@ -91,26 +81,6 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
-class CausalConv(nn.Module):
-    """Depthwise causal convolution and SiLU; taps do not reach beyond document starts."""
-
-    def __init__(self, channels: int, width: int, backend: str) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, width))
-        self.bias = nn.Parameter(torch.empty(channels))
-        self.backend = backend
-
-    def forward(self, x_BSC: Tensor, documents: Documents | None, initial_BKC: Tensor | None = None) -> Tensor:
-        """Return ``[B, S, C]``; ``initial_BKC [B, K-1, C]`` are the inputs before the first token."""
-        weight_CK, bias_C = self.taps()
-        convolve = partial(causal_conv1d, documents=documents, initial_BKC=initial_BKC, backend=self.backend)
-        return recomputed(convolve, x_BSC, weight_CK, bias_C)
-
-    def taps(self) -> tuple[Tensor, Tensor]:
-        """Return the weight and bias to apply; a subclass can select channels."""
-        return self.weight, self.bias
-
-
 class Mamba2Mixer(Mixer):
     """Projections, convolution, scan, gated norm, output projection.
 
@@ -135,9 +105,7 @@ class Mamba2Mixer(Mixer):
         super().__init__(config, layer)
         sizes, kernels = config.mamba, config.kernels
         bc_channels = 2 * sizes.n_groups * sizes.d_state
-        self.head_dim = sizes.head_dim
-        self.d_state = sizes.d_state
-        self.look_back = sizes.d_conv - 1
+        self.head_dim, self.d_state, self.look_back = sizes.head_dim, sizes.d_state, sizes.d_conv - 1
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.d_inner + config.mamba_heads, bias=False)
         self.bc_proj = nn.Linear(config.hidden_size, bc_channels, bias=False)
         self.conv_x = CausalConv(config.d_inner, sizes.d_conv, kernels.conv)
@@ -292,15 +260,11 @@ class Mamba2Mixer(Mixer):
         if name == "ssm.D":
             return torch.ones(shape)
         if name == "ssm.A_log":
-            A = torch.empty(shape, dtype=torch.float64).uniform_(*config.mamba.A_init_range, generator=generator)
-            return A.log().float()
+            return drawn_decay(shape, config.mamba.A_init_range, generator)
         if name == "ssm.dt_bias":
-            low, high = map(math.log, config.mamba.dt_init_range)
-            dt = torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=generator).exp()
-            return (dt + torch.log(-torch.expm1(-dt))).float()
+            return drawn_step_bias(shape, config.mamba.dt_init_range, generator)
         if name in ("conv_x.weight", "conv_bc.weight"):
-            bound = config.mamba.d_conv**-0.5
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            return drawn_taps(shape, generator)
         return None
 
     @classmethod
@@ -333,19 +297,6 @@ def _in_proj_sizes(rows: int, head_dim: int) -> list[int]:
     """Return how many of ``rows`` outputs of ``in_proj`` are z, x and dt, for any number of heads."""
     heads = rows // (2 * head_dim + 1)
     return [heads * head_dim, heads * head_dim, heads]
-
-
-def last_inputs(before_BKC: Tensor | None, new_BSC: Tensor, length: int, padding_mask_BS: Tensor | None) -> Tensor:
-    """Return the last ``length`` inputs of a convolution; pads are zeros, like the tokens before a text."""
-    last_BSC = new_BSC.detach()[:, -length:]
-    if padding_mask_BS is not None:
-        last_BSC = last_BSC * padding_mask_BS[:, -length:, None]
-    missing = length - last_BSC.shape[1]
-    if not missing:
-        return last_BSC.clone()  # a view would keep the whole input alive
-    if before_BKC is None:
-        before_BKC = last_BSC.new_zeros(last_BSC.shape[0], missing, last_BSC.shape[2])
-    return torch.cat([before_BKC[:, -missing:], last_BSC], dim=1)
 
 
 MIXERS.register(Mamba2Mixer.name, Mamba2Mixer)
