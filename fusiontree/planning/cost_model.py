@@ -3,7 +3,6 @@
 Memory is counted tensor by tensor. Time is operations over the rates of one profiled step (docs/speed.md, one
 H100) plus the bytes that cross links. Both are held to that step and to one of 128K tokens by a test. Measured on two
 GPUs, ddp with tp 2 and cp 2 came within 10%; fsdp2 with tp 2 and cp 2, which waits for its host, took up to half more.
-Unit of activations: elements of one token on one rank.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 
 from fusiontree.engines.config import ENGINES, Sizes, Transfer
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.mixers import all_mixers, layer_mixers
+from fusiontree.models.mixers import all_mixers
 from fusiontree.models.mixers.base import Seconds
 from fusiontree.models.mixers.split import split_of
 from fusiontree.models.model import FusionTreeModel
@@ -25,15 +24,11 @@ from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.fp8 import fp8_by_layer
 from fusiontree.parallel.recompute_mix import (
     MATRIX_FLOPS,
-    added_bytes,
-    choose_mix,
     describe_mix,
-    layer_costs,
-    modes_by_layer,
-    peak_bytes,
     seconds_by_layer,
 )
-from fusiontree.planning.teacher_cost import teacher_cost
+from fusiontree.planning.activation_memory import recomputation
+from fusiontree.planning.teacher_cost import TeacherCost, teacher_cost
 from fusiontree.training.config import TrainingConfig
 
 GIB = 2**30
@@ -44,10 +39,6 @@ OPTIMIZER_S = 25e-3 / 1.57e9
 """Seconds per parameter of the rank's shard."""
 IDLE = 0.03
 """Share of the step that the profiled kernels do not account for: gaps, and a clock that is lower in a long run."""
-LOSS_TOKENS = 8192
-"""Tokens whose logits, and their gradient, exist at one time."""
-PASSING_WIDTHS = 10
-"""Gradients inside the block at work, in widths of the residual stream; fitted to measured peaks."""
 
 
 @dataclass(frozen=True)
@@ -118,34 +109,6 @@ def count_parameters(model: ModelConfig, tp: int) -> tuple[int, int, int]:
     return split, whole, max(blocks.values())
 
 
-def kept_elements(model: ModelConfig, layer: int, mode: str, tp: int) -> float:
-    """Return the elements that a layer keeps per token for its backward pass, on one rank of tp."""
-    hidden, model = model.hidden_size, model.of_layer(layer)
-    between = hidden / tp  # the residual stream between the mixers is split over tp
-    if mode == "offload":
-        return 0.0
-    if mode == "full":
-        return between
-    mixers = [mixer.activations(model, tp) for mixer in layer_mixers(model, layer)]
-    products = sum(mixer.expensive + between for mixer in mixers)
-    rest = sum(mixer.cheap for mixer in mixers)
-    if model.use_alignment:
-        products += 3 * between
-        rest += between
-    if model.branch_mix == "gate":
-        products += (model.gate_rank + hidden) / tp
-    products += model.mlp_size / tp  # terms only added to the residual are not kept
-    rest += hidden + model.mlp_size / tp  # the gathered input of the branches, the MLP's GELU
-    if model.branch_mix in ("gate", "mean"):
-        rest += between  # the mixture, input of a projection
-    if model.branch_norm:
-        rest += len(mixers) * between
-    if model.mlp_input == "residual":
-        products += between  # the residual stream, input of the MLP's norm
-        rest += between
-    return between + products + (rest if mode == "none" else 0.0)
-
-
 def estimate(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -164,35 +127,27 @@ def estimate(
         hardware: the machine.
         teacher: the model of ``training.teacher``, whose layout is the trained model's.
     """
-    tp, cp = parallel.tp, parallel.cp
-    dp = gpus // (tp * cp)
+    tp, cp, dp = parallel.tp, parallel.cp, gpus // (parallel.tp * parallel.cp)
     half = 2 if training.precision != "fp32" else 4
     micro_batch_size = min(training.micro_batch_size, -(-training.global_batch_size // max(1, dp)))
     passes = max(1, -(-training.global_batch_size // (dp * micro_batch_size)))
     stepped = 4 + OPTIMIZERS.get(training.optimizer.name).bytes_per_parameter
     fp8 = fp8_by_layer(model, training)
     seconds = seconds_by_layer(model, training.seq_len, fp8)
-    sizes = _sizes(model, tp, half, stepped, passes, gpus, parallel.shard_size or gpus)
-    sizes = replace(sizes, fp8=sum(fp8 or ()) / tp)
+    sizes = _sizes(model, tp, half, stepped, passes, gpus, parallel.shard_size or gpus, fp8=sum(fp8 or ()) / tp)
     engine = ENGINES.get(parallel.engine)
     memory = engine.memory(sizes, parallel)
     tokens = micro_batch_size * training.seq_len / cp
-    nbytes, taught_s, transfers = 0.0, 0.0, engine.traffic(sizes, parallel)
-    if teacher is not None:
-        its = _sizes(teacher, tp, half, 0, passes, gpus, sizes.shard_ranks)
-        its = its if engine.shards_parameters else replace(its, shard=its.on_rank)
-        nbytes, per_token_s, more = teacher_cost(teacher, model, its, parallel, training.seq_len, tokens)
-        per_token_s += ELEMENTWISE_S * teacher.hidden_size * teacher.num_layers / 3
-        taught_s, transfers = passes * tokens * per_token_s / tp / (1 - IDLE), transfers + more
-    usable = hardware.memory_gib * GIB
-    usable *= training.memory_limit if training.activation_checkpointing == "auto" else 0.92
-    modes, activations = _recomputation(model, training, seconds, tokens, tp, half, usable - sum(memory) - nbytes)
-    total = sum(memory) + activations + nbytes
-
-    compute = passes * _pass_s(model, seconds, tokens, tp, modes) + OPTIMIZER_S * sizes.shard + taught_s
+    added = _added_by(teacher, model, parallel, training.seq_len, sizes, tokens)
+    usable = hardware.memory_gib * GIB * _usable_share(training)
+    modes, activations = recomputation(model, training, seconds, tokens, tp, half, usable - sum(memory) - added.nbytes)
+    total = sum(memory) + activations + added.nbytes
+    teacher_s = passes * tokens * added.seconds_per_token / tp / (1 - IDLE)
+    compute = passes * _pass_s(model, seconds, tokens, tp, modes) + OPTIMIZER_S * sizes.shard + teacher_s
+    transfers = engine.traffic(sizes, parallel) + added.transfers
     communication = _communication_s(model, parallel, transfers, passes, tokens, half, hardware)
     step = max(compute, communication) + 0.5 * min(compute, communication) if communication else compute
-    per_step = training.global_batch_size * training.seq_len
+    per_s = training.global_batch_size * training.seq_len / step
     return Estimate(
         engine=parallel.engine,
         dp=dp,
@@ -204,19 +159,28 @@ def estimate(
         states_gib=memory.states / GIB,
         gathered_gib=memory.gathered / GIB,
         activations_gib=activations / GIB,
-        teacher_gib=nbytes / GIB,
+        teacher_gib=added.nbytes / GIB,
         total_gib=total / GIB,
         fits=total <= usable,
         compute_s=compute,
-        teacher_s=taught_s,
+        teacher_s=teacher_s,
         communication_s=communication,
         step_s=step,
-        tokens_per_s=per_step / step,
-        tokens_per_s_per_gpu=per_step / step / gpus,
+        tokens_per_s=per_s,
+        tokens_per_s_per_gpu=per_s / gpus,
     )
 
 
-def _sizes(model: ModelConfig, tp: int, element: int, stepped: int, passes: int, ranks: int, shard_ranks: int) -> Sizes:
+def _sizes(
+    model: ModelConfig,
+    tp: int,
+    element: int,
+    stepped: int,
+    passes: int,
+    ranks: int,
+    shard_ranks: int,
+    fp8: float = 0.0,
+) -> Sizes:
     """Return the quantities of a model's parameters; arguments as the fields of :class:`Sizes`."""
     split, whole, block = count_parameters(model, tp)
     return Sizes(
@@ -228,36 +192,26 @@ def _sizes(model: ModelConfig, tp: int, element: int, stepped: int, passes: int,
         passes=passes,
         ranks=ranks,
         shard_ranks=shard_ranks,
+        fp8=fp8,
     )
 
 
-def _recomputation(
-    model: ModelConfig,
-    training: TrainingConfig,
-    seconds: Sequence[Seconds],
-    tokens: float,
-    tp: int,
-    half: int,
-    budget: float,
-) -> tuple[list[str], float]:
-    """Return each layer's mode and the bytes of activations of a micro-batch, ``tokens`` of which are the rank's own.
+def _usable_share(training: TrainingConfig) -> float:
+    return training.memory_limit if training.activation_checkpointing == "auto" else 0.92
 
-    Under ``auto`` the modes are those that fill ``budget`` bytes, chosen in two rounds as at run time.
-    """
-    named = ("none", "selective", "full", "offload")
-    nbytes = [
-        {mode: half * tokens * kept_elements(model, layer, mode, tp) for mode in named}
-        for layer in range(model.num_layers)
-    ]
-    passing = PASSING_WIDTHS * model.hidden_size * tokens + 2 * model.vocab_size * min(tokens, LOSS_TOKENS)
-    beside = half * passing / tp
-    modes = modes_by_layer(training.activation_checkpointing, training.recompute_layers, model.num_layers)
-    if training.activation_checkpointing == "auto":
-        layers = [layer_costs(sizes, its, tokens / tp) for sizes, its in zip(nbytes, seconds, strict=True)]
-        for _ in range(2):
-            base = beside + peak_bytes(nbytes, modes) - added_bytes(layers, modes)
-            modes = choose_mix(layers, max(0.0, budget - base))
-    return modes, beside + peak_bytes(nbytes, modes)
+
+def _added_by(
+    teacher: ModelConfig | None, model: ModelConfig, parallel: ParallelConfig, length: int, sizes: Sizes, tokens: float
+) -> TeacherCost:
+    """Return what a teacher adds, its element-wise operations included; ``sizes`` are the trained model's."""
+    if teacher is None:
+        return TeacherCost(0.0, 0.0, [])
+    its = _sizes(teacher, parallel.tp, sizes.element, 0, sizes.passes, sizes.ranks, sizes.shard_ranks)
+    engine = ENGINES.get(parallel.engine)
+    its = its if engine.shards_parameters else replace(its, shard=its.on_rank)
+    cost = teacher_cost(teacher, model, its, parallel, length, tokens)
+    elementwise_s = ELEMENTWISE_S * teacher.hidden_size * teacher.num_layers / 3
+    return cost._replace(seconds_per_token=cost.seconds_per_token + elementwise_s)
 
 
 def _pass_s(model: ModelConfig, seconds: Sequence[Seconds], tokens: float, tp: int, modes: Sequence[str]) -> float:

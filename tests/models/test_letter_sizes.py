@@ -12,7 +12,7 @@ from fusiontree.models.mixers import all_mixers
 from fusiontree.models.mixers.split import split_of
 from fusiontree.parallel.recompute_mix import seconds_by_layer
 from fusiontree.parallel.validate import tp_problems
-from fusiontree.planning.cost_model import kept_elements
+from fusiontree.planning.activation_memory import kept_elements
 from tests.helpers import tiny_config, tiny_model
 from tests.models.variants import VARIANTS
 

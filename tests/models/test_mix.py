@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusiontree.models.initialization import initialize_model, no_weight_decay
 from fusiontree.models.model import FusionTreeModel
-from fusiontree.planning.cost_model import kept_elements
+from fusiontree.planning.activation_memory import kept_elements
 from tests.helpers import tiny_config, tiny_model
 
 IDS_BS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
