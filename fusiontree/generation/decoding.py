@@ -116,12 +116,7 @@ def generate(
     """
     sampling = sampling or SamplingConfig()
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    if prefill_chunk < 1:
-        raise UserError(f"prefill_chunk is {prefill_chunk}; it must be at least 1 token")
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one per prompt")
-    if stop_strings and decode is None:
-        raise ValueError("stop_strings need the text of the new tokens; give decode as well")
+    _check_options(prompts, seeds, stop_strings, decode, prefill_chunk)
     check_request(
         model.config, prompts, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, allow_longer=allow_longer
     )
@@ -167,6 +162,22 @@ def _decode(
         decode_s=time.perf_counter() - prefilled,
         graphed_steps=batch.graphed_steps,
     )
+
+
+def _check_options(
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    stop_strings: Sequence[str],
+    decode: Callable[[list[int]], str] | None,
+    prefill_chunk: int,
+) -> None:
+    """Check the arguments of :func:`generate` that :func:`check_request` does not see."""
+    if prefill_chunk < 1:
+        raise UserError(f"prefill_chunk is {prefill_chunk}; it must be at least 1 token")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one per prompt")
+    if stop_strings and decode is None:
+        raise ValueError("stop_strings need the text of the new tokens; give decode as well")
 
 
 def check_request(

@@ -18,7 +18,7 @@ from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers.base import MixerInputs
 from fusiontree.models.norm import RMSNorm
 from fusiontree.models.srte import SharedTimeEncoding
-from fusiontree.models.token_layout import BlockInputs, lay_out_tokens
+from fusiontree.models.token_layout import BlockInputs, TokenLayout, lay_out_tokens
 from fusiontree.ops.cross_entropy import (
     TeacherOutput,
     TokenScores,
@@ -156,6 +156,31 @@ class FusionTreeModel(nn.Module):
         """
         layout = lay_out_tokens(input_ids_BS.shape, input_ids_BS.device, documents, padding_mask_BS, cache)
         self.check_length(layout.end)
+        x_BSC, sums = self._run_blocks(input_ids_BS, layout, branch_scale_LB2, cache, layer_metrics)
+        layer_sums = _stack(sums, x_BSC, layout.padding_mask_BS, row_weight_B)
+        if cache is not None:
+            cache.advance(layout.counts, input_ids_BS.shape[1])
+        hidden_BSC = self.norm(x_BSC)
+        output = ModelOutput(None, None, None, layer_sums, cache)
+        if hidden_only:
+            return output._replace(hidden_BSC=hidden_BSC)
+        if labels_BS is not None:
+            if layout.padding_mask_BS is not None:
+                labels_BS = labels_BS.masked_fill(~layout.padding_mask_BS, -100)
+            return self._score(output, hidden_BSC, labels_BS, never_M, teacher)
+        if logits_to_keep is not None:
+            hidden_BSC = hidden_BSC[:, -logits_to_keep:]
+        return output._replace(logits_BSV=self.head(hidden_BSC))
+
+    def _run_blocks(
+        self,
+        input_ids_BS: Tensor,
+        layout: TokenLayout,
+        branch_scale_LB2: Tensor | None,
+        cache: DecodeCache | None,
+        layer_metrics: tuple[str, ...],
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Return the residual stream after the last block, and each layer's sums."""
         x_BSC = self.embed(input_ids_BS)
         cos_BSD, sin_BSD = rotary_tables(layout.positions_BS, self.config.attention_head_dim, self.config.rope_theta)
         mixer = MixerInputs(layout.documents, cos_BSD, sin_BSD, layout.padding_mask_BS, layout.new)
@@ -166,26 +191,24 @@ class FusionTreeModel(nn.Module):
             layer_cache = None if cache is None else cache.layers[layer]
             x_BSC, sums_of_layer = block(x_BSC, inputs, scale_B2, layer_cache, layer_metrics)
             sums.append(sums_of_layer)
-        layer_sums = _stack(sums, x_BSC, layout.padding_mask_BS, row_weight_B)
-        if cache is not None:
-            cache.advance(layout.counts, input_ids_BS.shape[1])
-        hidden_BSC = self.norm(x_BSC)
-        if hidden_only:
-            return ModelOutput(None, None, None, layer_sums, cache, hidden_BSC=hidden_BSC)
-        if labels_BS is None:
-            if logits_to_keep is not None:
-                hidden_BSC = hidden_BSC[:, -logits_to_keep:]
-            return ModelOutput(None, None, self.head(hidden_BSC), layer_sums, cache)
-        if layout.padding_mask_BS is not None:
-            labels_BS = labels_BS.masked_fill(~layout.padding_mask_BS, -100)
+        return x_BSC, sums
+
+    def _score(
+        self,
+        output: ModelOutput,
+        hidden_BSC: Tensor,
+        labels_BS: Tensor,
+        never_M: Tensor | None,
+        teacher: TeacherOutput | None,
+    ) -> ModelOutput:
+        """Return ``output`` with what the head says of labels: their scores, or the sums of the loss."""
         if never_M is not None:
-            scores = self.head(hidden_BSC, labels_BS, never_M)
-            return ModelOutput(None, None, None, layer_sums, cache, token_scores=scores)
+            return output._replace(token_scores=self.head(hidden_BSC, labels_BS, never_M))
         if teacher is not None:
             loss_sum, z_sum, divergence_sum = self.head(hidden_BSC, labels_BS, teacher=teacher)
-            return ModelOutput(loss_sum, z_sum, None, layer_sums, cache, divergence_sum=divergence_sum)
+            return output._replace(loss_sum=loss_sum, z_sum=z_sum, divergence_sum=divergence_sum)
         loss_sum, z_sum = self.head(hidden_BSC, labels_BS)
-        return ModelOutput(loss_sum, z_sum, None, layer_sums, cache)
+        return output._replace(loss_sum=loss_sum, z_sum=z_sum)
 
     def check_length(self, length: int) -> None:
         """Check that the model has a position encoding for texts of ``length`` tokens.
