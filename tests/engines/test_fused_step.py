@@ -26,8 +26,9 @@ from tests.models.recording import pretend_gpu
 from tests.training.test_recorded_passes import WEIGHTS, pass_inputs
 
 TRAINING = {"seq_len": 16, "max_steps": 3, "global_batch_size": 2, "max_grad_norm": 0.5, "optimizer": {"eps": 1e-3}}
-POISONED, CHANGED = 3, 4
-"""Steps: one with a gradient that is not finite, and one before which the parameters are loaded anew."""
+POISONED, WRITTEN, LOADED = 3, 4, 5
+"""Steps: one with a gradient that is not finite, one before which the parameters are written to, and one before which
+a state is loaded through tensors that were taken long before."""
 
 
 def make(layout: Layout, precision: str, *, fused: bool, own: bool = True, engine: Any = "ddp") -> TorchEngine:
@@ -45,12 +46,14 @@ def train(engine: TorchEngine, passes: Any, micro_batches: int) -> tuple[list[An
     """Losses, norms and states of six steps."""
     seen: list[Any] = []
     for step in range(6):
-        if step == CHANGED:
-            state = engine.state_dict()
-            for name, tensor in engine.state_tensors().items():
+        if step == WRITTEN:
+            taken = engine.state_tensors()
+        if step in (WRITTEN, LOADED):
+            for name, tensor in taken.items():
                 for _, piece in pieces_of(tensor):
                     piece.mul_(0.5 if name.startswith("model.") else 1.0)
-            engine.load_state_dict(state)
+        if step == LOADED:
+            engine.load_state_dict(engine.state_dict())
         for number in range(micro_batches):
             last = number + 1 == micro_batches
             inputs = pass_inputs([[0, 3, 9], [0]], seed=10 * step + number, number=number, last=last)
@@ -107,6 +110,8 @@ def test_recorded_steps_are_those_of_eager_ones(
 ) -> None:
     """Bit for bit; parameters that are loaded between recorded steps reach the recorded passes."""
     want = eager(precision, micro_batches, fused=True, own=True)
+    prepared: list[int] = []
+    monkeypatch.setattr(FusedAdamW, "prepare", lambda self, gradients: prepared.append(len(gradients)))
     graphs = pretend_gpu(monkeypatch, reads=True)
     with Layout("cpu") as layout:
         engine = make(layout, precision, fused=True)
@@ -115,6 +120,7 @@ def test_recorded_steps_are_those_of_eager_ones(
             group["lr"] = engine._rate
         passes = RecordedPasses(engine, WEIGHTS, EagerPasses(engine, WEIGHTS), required=True)
         found = train(engine, passes, micro_batches)
+        assert prepared == [len(engine.optimizer.state)]
     assert len(graphs) == 2 * micro_batches + 1
     assert found[0] == want[0]
     assert all(map(torch.equal, found[1].values(), want[1].values()))
@@ -134,7 +140,9 @@ def test_gradients_of_one_micro_batch_are_not_copied() -> None:
         for micro_batches in (1, 2):
             for number in range(micro_batches):
                 inputs = pass_inputs([[0], [0]], seed=number, number=number, last=number + 1 == micro_batches)
-                engine.backward(engine.forward(inputs.micro).loss_sum, last=inputs.last)
+                loss = engine.forward(inputs.micro).loss_sum
+                assert loss is not None
+                engine.backward(loss, last=inputs.last)
             engine.step(1e-3)
         assert all(tensor.grad is None for group in engine.optimizer.param_groups for tensor in group["params"])
     assert seen == [{torch.bfloat16, torch.float32}, {torch.float32}]  # decay parameters are fp32

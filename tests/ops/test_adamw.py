@@ -94,9 +94,9 @@ def ours(case: Case, backend: str = "reference", device: str = "cpu") -> list[Pa
     return parts
 
 
-def torchs(case: Case) -> list[Parts]:
+def torchs(case: Case, device: str = "cpu") -> list[Parts]:
     """What ``torch.optim.AdamW`` makes of fp32 gradients that were divided before."""
-    parts = parts_of(case)
+    parts = parts_of(case, device)
     beta1, beta2, eps = case.constants
     groups: list[Any] = [{"params": [its.values], "weight_decay": its.decay} for its in parts]
     optimizer = torch.optim.AdamW(groups, betas=(beta1, beta2), eps=eps, fused=True)
@@ -105,7 +105,7 @@ def torchs(case: Case) -> list[Parts]:
             continue
         for group in optimizer.param_groups:
             group["lr"] = rate
-        for its, gradient in zip(parts, gradients_of(case, step), strict=True):
+        for its, gradient in zip(parts, gradients_of(case, step, device), strict=True):
             its.values.grad = torch.zeros_like(its.values) if gradient is None else gradient.float() / case.divisor
         optimizer.step()
     found = []
@@ -122,17 +122,18 @@ def compare(case: Case, backend: str, device: str = "cpu", *, rounds: bool = Tru
     ``rounds``: casts round to the nearest value, as everywhere but in Triton's interpreter.
     """
     found = []
-    pairs = list(zip(ours(case, backend, device), torchs(case), strict=True))
+    pairs = list(zip(ours(case, backend, device), torchs(case, device), strict=True))
     for name in RESULTS:
         both = [(getattr(mine, name), getattr(theirs, name)) for mine, theirs in pairs]
         if both[0][0] is None:
             continue
-        far = [float((a.cpu().double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)) for a, b in both]
+        far = [float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)) for a, b in both]
         bar = 1e-9 if name == "step" else 2e-6 if case.states == F32 else 2e-2
         if name == "copy":  # where a value lies between two of the copy's type, it may go to either
             bar = 8e-3 if not rounds else 1e-3 if case.copy == BF16 else 1e-4
             if rounds:
-                assert all(torch.equal(mine.copy, mine.values.to(case.copy)) for mine, _ in pairs)
+                for mine, _ in pairs:
+                    assert mine.copy is not None and torch.equal(mine.copy, mine.values.to(mine.copy.dtype))
         found.append((name, max(far), bar))
     return found
 
@@ -167,3 +168,29 @@ def test_every_backend_is_named() -> None:
     assert list(operation.UPDATES.backends) == ["triton", "reference"]
     update: Update = adamw(parts_of(Case()), CONSTANTS)
     assert type(update).__name__ == "ReferenceUpdate"
+
+
+def test_a_prepared_update_brings_nothing_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph can record it; the kernels themselves need a GPU or the interpreter."""
+    kernels = pytest.importorskip("fusiontree.ops.adamw.triton")
+
+    class Launch:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **settings: launched.append(grid[0])
+
+    def refuse(values: Any) -> Tensor:
+        raise RuntimeError("a copy to the device")
+
+    launched: list[int] = []
+    for name in ("_advance", "_update"):
+        monkeypatch.setattr(kernels, name, Launch())
+    case = CASES["without a gradient"]
+    update = kernels.TritonUpdate(parts_of(case), case.constants)
+    others, gradients = gradients_of(case, 0), gradients_of(case, 0)
+    scalars = [torch.ones(()) for _ in range(3)]
+    update.prepare(gradients)
+    monkeypatch.setattr(update, "_on_device", refuse)
+    update(gradients, *scalars)
+    assert launched == [1, 1 + 3, 1 + 1]  # blocks of 2,048 elements with a gradient, and without
+    with pytest.raises(RuntimeError, match="a copy to the device"):
+        update(others, *scalars)
