@@ -23,8 +23,8 @@ _TENSORS = 128  # per program of the first kernel
 _ALIGNMENT = 16  # bytes of a vector load
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _ADDRESSES = ("values", "mean", "square", "copy")
-_COLUMNS = tl.constexpr(5)  # of the table: these addresses and the number of elements
-_SCALARS = tl.constexpr(4)  # of each tensor
+_COLUMNS = 5  # of the table: these addresses and the number of elements
+_SCALARS = 4  # of each tensor
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def _update(
         tensor = block >> 32
         row, scalars = table_ptr + tensor * COLUMNS, scalars_ptr + tensor * SCALARS
         gradient, size = tl.load(gradients_ptr + tensor), tl.load(row + 4)
-        start = (block & 0xFFFFFFFF) * BLOCK
+        start = (block - (tensor << 32)) * BLOCK
         n = start + tl.arange(0, BLOCK)
         if start + BLOCK <= size:  # a mask of unknown borders would allow no vector loads
             _update_block(
@@ -141,15 +141,15 @@ class TritonUpdate:
         self._table = self._on_device([[*row, size] for row, size in zip(addresses, sizes, strict=True)])
         self._steps = self._on_device([_address(its.step) for its in parts])
         self._decays = torch.tensor([its.decay for its in parts], dtype=torch.float32, device=self._device)
-        self._scalars = torch.zeros(len(parts), _SCALARS.value, device=self._device)
+        self._scalars = torch.zeros(len(parts), _SCALARS, device=self._device)
         self._launches: dict[tuple[_Kind, ...], list[tuple[_Kind, Tensor]]] = {}
         self._prepared: dict[tuple[int, ...], Tensor] = {}
 
-    def _on_device(self, values: list[Any]) -> Tensor:
-        """Return integers on the device without waiting for it."""
+    def _on_device(self, values: list[Any] | Tensor) -> Tensor:
+        """Return int64 values on the device without waiting for it."""
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("AdamW: the gradients' addresses must be prepared before a CUDA graph is recorded")
-        host = torch.tensor(values, dtype=torch.int64)
+        host = torch.as_tensor(values, dtype=torch.int64)
         return host.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else host
 
     def _launches_of(self, gradients: Gradients, addresses: tuple[int, ...]) -> list[tuple[_Kind, Tensor]]:
@@ -168,7 +168,7 @@ class TritonUpdate:
             blocks: dict[_Kind, list[Tensor]] = {}
             for number, (kind, count) in enumerate(zip(kinds, self._blocks_of, strict=True)):
                 blocks.setdefault(kind, []).append(torch.arange(count, dtype=torch.int64) + (number << 32))
-            self._launches[kinds] = [(kind, torch.cat(its).to(self._device)) for kind, its in blocks.items()]
+            self._launches[kinds] = [(kind, self._on_device(torch.cat(its))) for kind, its in blocks.items()]
         return self._launches[kinds]
 
     def prepare(self, gradients: Gradients) -> None:
