@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent / "fusiontree"
 ROOMS: dict[str, set[str]] = {
     "utils": set(),
     "ops": {"utils"},
-    "optim": {"utils"},
+    "optim": {"ops", "utils"},
     "data": {"utils"},
     "models": {"ops", "utils"},
     "parallel": {"data.batch", "models", "ops", "utils"},

@@ -238,6 +238,10 @@ class RecordableEngine(Engine, Protocol):
         """Let the next pass copy or gather the parameters anew."""
         ...
 
+    def refresh(self) -> None:
+        """Let recorded passes find current parameters; call before the first pass of a step is recorded or replayed."""
+        ...
+
     def begin_recording(self, *, side_by_side: bool) -> None:
         """Note that passes are recorded from now on.
 
@@ -259,6 +263,10 @@ class RecordableEngine(Engine, Protocol):
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the learning rate of the next steps."""
+        ...
+
+    def prepare_step(self) -> None:
+        """Bring to the device what a recording of :meth:`run_step` with the gradients of this step needs."""
         ...
 
     def run_step(self) -> Tensor:

@@ -18,7 +18,15 @@ from fusiontree.engines.parameters.local import LocalParameters
 from fusiontree.engines.parameters.replicated import ReplicatedParameters
 from fusiontree.engines.parameters.sharded import ShardedParameters
 from fusiontree.models.model import ModelOutput
-from fusiontree.optim.build import build_optimizer, fill_states, parameter_groups, scaled_step
+from fusiontree.optim.build import (
+    FusedStep,
+    Leaf,
+    build_optimizer,
+    fill_states,
+    fused_step,
+    parameter_groups,
+    scaled_step,
+)
 from fusiontree.parallel.batch_sharding import ModelInputs
 from fusiontree.parallel.fp8 import keep_casts
 from fusiontree.parallel.layout import Layout
@@ -80,7 +88,9 @@ class TorchEngine(CommonEngine):
         # With one micro-batch per step, each weight is cast once for the forward and once for the backward pass anyway.
         several = training.global_batch_size > layout.dp_size * training.micro_batch_size
         self._casts = keep_casts(self.module, in_place if several else set())
-        self.optimizer = self._build_optimizer(training)
+        leaves = {placement: list(placement.leaves()) for placement in self.placements}
+        self.optimizer = self._build_optimizer(training, [leaf for its in leaves.values() for leaf in its])
+        self._fused = self._fused_step(leaves)
         self._watch_nonfinite()
         self._scale = torch.ones((), device=self.device)
         self._rate = torch.zeros((), device=self.device)
@@ -89,14 +99,22 @@ class TorchEngine(CommonEngine):
             for settings in self.optimizer.param_groups:
                 settings.update(lr=self._rate, capturable=True)
 
-    def _build_optimizer(self, training: TrainingConfig) -> torch.optim.Optimizer:
-        leaves = [leaf for placement in self.placements for leaf in placement.leaves()]
+    def _build_optimizer(self, training: TrainingConfig, leaves: list[Leaf]) -> torch.optim.Optimizer:
         decayed, plain = ([leaf.tensor for leaf in leaves if leaf.decays is wanted] for wanted in (True, False))
         groups = parameter_groups(decayed, plain, training.weight_decay)
         optimizer = build_optimizer(training.optimizer, groups)
         for leaf in leaves:
             fill_states(optimizer, leaf.tensor, leaf.states)
         return optimizer
+
+    def _fused_step(self, leaves: dict[Placement, list[Leaf]]) -> FusedStep | None:
+        """Return the optimizer's fused step, if it has one and all parameters are kept so that it can be used."""
+        if not all(placement.fusable for placement, its in leaves.items() if its):
+            return None
+        step = fused_step(self.optimizer_spec, self.optimizer, [leaf for its in leaves.values() for leaf in its])
+        for placement in self.placements:
+            placement.fused = step is not None
+        return step
 
     def forward(
         self, micro: MicroBatch, branch_scale_LB2: Tensor | None = None, layer_metrics: tuple[str, ...] = ()
@@ -150,6 +168,11 @@ class TorchEngine(CommonEngine):
             placement.mark_stale()
         self._discard_casts()
 
+    def refresh(self) -> None:
+        """Let recorded passes find the parameters where others than a fused step may have written to them."""
+        for placement in self.placements:
+            placement.refresh()
+
     def _discard_casts(self) -> None:
         """Let FP8 casts of the parameters be made anew."""
         for casts in self._casts:
@@ -195,18 +218,29 @@ class TorchEngine(CommonEngine):
             return
         self._rate.fill_(learning_rate)
 
+    def _leaf_gradients(self) -> list[Tensor | None]:
+        return [gradient for placement in self.placements for gradient in placement.leaf_gradients()]
+
+    def prepare_step(self) -> None:
+        """Let :meth:`run_step` be recorded with the gradients of this step."""
+        if self._fused is not None:
+            self._fused.prepare(self._leaf_gradients())
+
     @torch.no_grad()
     def run_step(self) -> Tensor:
         """Clip and apply the gradient; return its norm (scalar, unscaled, before clipping)."""
         norm = self._global_norm()
-        for placement in self.placements:
-            placement.set_gradients()
         divisor = torch.ones_like(norm)
         if self.loss_scale:
             norm = norm / self._scale
             divisor = divisor * self._scale
         if self._max_norm:
             divisor = divisor * (norm / self._max_norm).clamp(min=1.0)
+        if self._fused is not None:
+            self._fused(self._leaf_gradients(), divisor, norm)
+            return norm
+        for placement in self.placements:
+            placement.set_gradients()
         scaled_step(self.optimizer, self.optimizer_spec, divisor, norm)
         return norm
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from fusiontree.ops.dispatch import triton_unavailable
 from fusiontree.optim.config import OPTIMIZERS, OptimizerSettings, OptimizerSpec
 
 States = dict[str, Tensor]
@@ -21,6 +22,26 @@ class Leaf(NamedTuple):
     decays: bool
     """True if weight decay applies."""
     states: States
+    copy: Tensor | None = None
+    """The values that the model computes with, where they are others: a fused step writes them, too."""
+
+
+class FusedStep(Protocol):
+    """A step that reads gradients in their own dtype and writes the copies of the leaves, in one pass over memory."""
+
+    def prepare(self, gradients: Sequence[Tensor | None]) -> None:
+        """Let a step with gradients at these addresses be recorded in a CUDA graph; call before the recording."""
+        ...
+
+    def __call__(self, gradients: Sequence[Tensor | None], divisor: Tensor, norm: Tensor) -> None:
+        """Divide the gradients and apply them, as :func:`scaled_step`, at the ``lr`` of the optimizer.
+
+        Args:
+            gradients: of each leaf in order, contiguous and of any floating dtype; None counts as zeros.
+            divisor: scalar on the device.
+            norm: scalar on the device, of the whole gradient; where it is not finite, nothing changes.
+        """
+        ...
 
 
 def new_states(spec: OptimizerSpec, tensor: Tensor) -> States:
@@ -49,6 +70,24 @@ def fill_states(optimizer: torch.optim.Optimizer, tensor: Tensor, states: States
     """
     step = torch.zeros((), dtype=torch.float32, device=tensor.device)
     optimizer.state[tensor] = {"step": step, **states}
+
+
+def fuses(device: torch.device) -> bool:
+    """Return whether fused steps are faster on ``device`` than the optimizers' own, as Triton's kernels are on GPUs."""
+    return triton_unavailable(device) is None
+
+
+def fused_step(spec: OptimizerSpec, optimizer: torch.optim.Optimizer, leaves: Sequence[Leaf]) -> FusedStep | None:
+    """Return the optimizer's fused step, or None where it has none or its own step is to be used.
+
+    Args:
+        spec: of the optimizer.
+        optimizer: its states are filled.
+        leaves: all of its tensors; they and their states and copies keep their memory.
+    """
+    if spec.fused is None or not leaves or not fuses(leaves[0].tensor.device):
+        return None
+    return spec.fused(optimizer, leaves)
 
 
 def scaled_step(optimizer: torch.optim.Optimizer, spec: OptimizerSpec, divisor: Tensor, norm: Tensor) -> None:

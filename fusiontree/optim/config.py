@@ -6,7 +6,7 @@ adds one from a user's file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from fusiontree.utils.settings import Section, setting
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+    from fusiontree.optim.build import FusedStep, Leaf
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEFAULT = "adamw"
@@ -57,6 +59,10 @@ class OptimizerSpec:
     """True if ``step()`` divides gradients by the tensor ``optimizer.grad_scale`` and changes nothing where
     ``optimizer.found_inf`` is 1, as torch's fused optimizers do. Otherwise the engine divides the gradients, and waits
     for the gradient norm to decide whether to step."""
+    fused: Callable[[Optimizer, Sequence[Leaf]], FusedStep] | None = None
+    """Returns a step over the optimizer's tensors and states that also reads 16-bit gradients and writes the copies
+    that the model computes with, or None if there is no such step. Engines use it on GPUs where parameters keep their
+    memory."""
 
     def without_states(self) -> OptimizerSpec:
         """Return the specification of an optimizer that never steps, for frozen parameters."""
@@ -77,6 +83,12 @@ def _build_adamw(groups: list[dict[str, Any]], settings: AdamWSettings) -> Optim
     return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
 
 
+def _fuse_adamw(optimizer: Optimizer, leaves: Sequence[Leaf]) -> FusedStep:
+    from fusiontree.optim.adamw import FusedAdamW
+
+    return FusedAdamW(optimizer, leaves)
+
+
 OPTIMIZERS.register(
     DEFAULT,
     OptimizerSpec(
@@ -84,6 +96,7 @@ OPTIMIZERS.register(
         build=_build_adamw,
         states={"exp_avg": "float32", "exp_avg_sq": "float32"},
         scales_gradients=True,
+        fused=_fuse_adamw,
     ),
 )
 

@@ -103,6 +103,8 @@ class RecordedPasses:
         if key not in self._passes and may_record and not self._record(key, static, inputs):
             return self.eager.forward(inputs)
         if key in self._passes:
+            if inputs.number == 0:
+                self.engine.refresh()
             return self._passes[key].forward()
         with on_recording_stream(self.engine.device):
             return static.forward(self.engine, self.weights)
@@ -158,6 +160,7 @@ class RecordedPasses:
         self.engine.begin_recording(side_by_side=self._required)
         if first:
             self.engine.mark_stale()
+            self.engine.refresh()
         try:
             self._passes[key] = _Recording.of(self.engine, self.weights, static, inputs, self._pool)
         except RuntimeError as error:
@@ -172,6 +175,7 @@ class RecordedPasses:
     def _record_step(self) -> bool:
         """Record the optimizer step; return False if that fails, after which all passes and steps are eager."""
         before = self.engine.pass_state()
+        self.engine.prepare_step()
         try:
             self._steps[self._last] = record(self.engine.run_step, self.engine.device, self._pool)
         except RuntimeError as error:

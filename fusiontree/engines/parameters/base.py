@@ -31,6 +31,10 @@ class Placement:
 
     in_place: ClassVar[bool] = False
     """Whether the parameters that the model computes with keep memory and values for all micro-batches of a step."""
+    fusable: ClassVar[bool] = False
+    """Whether a fused step of the optimizer can take :meth:`leaf_gradients` and write the copies of :meth:`leaves`."""
+    fused: bool = False
+    """Set by the engine: a fused step is in use, so that after a step the copies have the optimizer's values."""
 
     def __init__(self, model: DistributedModel, decays: Decays, optimizer: OptimizerSpec) -> None:
         """Start without parameters.
@@ -106,6 +110,16 @@ class Placement:
 
         A parameter without a gradient, which nothing in the model uses, gets zeros: in a flat buffer the optimizer
         cannot leave it out, so every engine must apply its weight decay.
+        """
+
+    def leaf_gradients(self) -> Iterator[Tensor | None]:
+        """Yield the gradient of each tensor of :meth:`leaves` for a fused step, in its own dtype; None: it has none."""
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """Write the copies anew where a fused step is in use and others may have changed the optimizer's tensors.
+
+        Recorded passes read the copies and do not write them.
         """
 
     def discard(self) -> None:

@@ -103,8 +103,9 @@ class FlatBuffer:
     def optimized(self) -> list[Leaf]:
         """Return the optimizer's tensors: first those with weight decay, then the others; either may be empty."""
         states = {kind: self.cut(values) for kind, values in self.states.items()}
+        copies = self.cut(self._mine)
         return [
-            Leaf(tensor, index == 0, {kind: cut[index] for kind, cut in states.items()})
+            Leaf(tensor, index == 0, {kind: cut[index] for kind, cut in states.items()}, copies[index])
             for index, tensor in enumerate(self.leaves)
         ]
 
@@ -115,9 +116,12 @@ class FlatBuffer:
             yield from ((kind, part, part.of(flat)) for kind, flat in flats.items())
 
     @torch.no_grad()
-    def gather(self) -> None:
-        """Begin to gather all ranks' shards of the master weights into the buffer."""
+    def copy_masters(self) -> None:
+        """Write the masters to this rank's shard of the buffer."""
         self._mine.copy_(self.master)
+
+    def gather(self) -> None:
+        """Begin to gather all ranks' shards of the buffer."""
         self._gathering = getattr(dist, ALL_GATHER)(self._whole, self._mine, group=self._group, async_op=True)
 
     def await_gather(self) -> None:

@@ -3,7 +3,9 @@
 All of a job with one process, and the heads' parameters where tensor parallelism takes every rank. ``fully_shard`` over
 one rank would copy every parameter three times on its way from fp32 to the 16-bit type, twice a step, and every
 gradient twice on its way back. Here the model holds 16-bit copies beside the fp32 parameters that the optimizer works
-on. Gradients of one micro-batch stay as the backward pass made them, and those of several are added up in fp32.
+on. Gradients of one micro-batch stay as the backward pass made them, and those of several are added up in fp32. A
+fused step of the optimizer reads them as they are and writes the copies; another one gets fp32 gradients, and the
+copies are written before the next step's first forward pass.
 """
 
 from __future__ import annotations
@@ -25,14 +27,16 @@ class LocalParameters(Placement):
     """fp32 parameters and, in mixed precision, the copies of them that the model computes with."""
 
     in_place = True
+    fusable = True
 
     def __init__(self, model: DistributedModel, decays: Decays, optimizer: OptimizerSpec) -> None:
         super().__init__(model, decays, optimizer)
         self._masters: dict[str, nn.Parameter] = {}  # a tied one has its first name
-        self._copies: list[tuple[Tensor, Tensor]] = []  # in the dtype of the model, and its master
+        self._copies: dict[nn.Parameter, Tensor] = {}  # of a master, in the dtype of the model
         self._states: dict[str, dict[str, Tensor]] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}  # of this step, by master
         self._in_step = False
+        self._stale = True  # the copies, where a fused step writes them
 
     def take(
         self,
@@ -50,7 +54,7 @@ class LocalParameters(Placement):
             copy = parameter if parameter.dtype == dtype else nn.Parameter(parameter.detach().to(dtype))
             copies[parameter] = copy
             if copy is not parameter:
-                self._copies.append((copy.detach(), parameter.detach()))
+                self._copies[parameter] = copy.detach()
             self._masters[name] = parameter
             self._states[name] = new_states(self.optimizer, parameter)
             copy.register_post_accumulate_grad_hook(_take(None if copy is parameter else parameter, self._gradients))
@@ -59,16 +63,32 @@ class LocalParameters(Placement):
     def leaves(self) -> Iterator[Leaf]:
         """Yield the fp32 parameters."""
         for name, master in self._masters.items():
-            yield Leaf(master, self.decays(name, master), self._states[name])
+            yield Leaf(master, self.decays(name, master), self._states[name], self._copies.get(master))
 
     def begin(self, training: bool) -> None:
         """Copy the parameters to those that the model computes with; once per training step."""
         if self._in_step:
             return
-        if self._copies:
-            copies, masters = zip(*self._copies, strict=True)
-            torch._foreach_copy_(list(copies), list(masters))
+        if self.fused:
+            self.refresh()
+        else:
+            self._copy()
         self._in_step = training
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        if self._copies:
+            torch._foreach_copy_(list(self._copies.values()), list(self._copies))
+
+    def refresh(self) -> None:
+        """Copy the parameters where others than a fused step may have written to them."""
+        if self.fused and self._stale:
+            self._copy()
+            self._stale = False
+
+    def mark_stale(self) -> None:
+        """Note that the parameters may have changed."""
+        self._stale = True
 
     def pass_state(self) -> Any:
         """Return the gradients of this step, and whether the parameters were copied."""
@@ -100,6 +120,10 @@ class LocalParameters(Placement):
             wide, given = zip(*narrow, strict=True)
             torch._foreach_copy_(list(wide), list(given))
 
+    def leaf_gradients(self) -> Iterator[Tensor | None]:
+        """Yield the gradients as the backward passes made or summed them."""
+        yield from (self._gradients.get(master) for master in self._masters.values())
+
     def discard(self) -> None:
         """Clear the gradients; the step is over."""
         self._gradients.clear()
@@ -113,6 +137,7 @@ class LocalParameters(Placement):
             yield f"model.{name}", self._located(name, master.detach())
             for state, values in self._states[name].items():
                 yield f"optimizer.{state}.{name}", self._located(name, values)
+        self.mark_stale()  # the caller may write to them
 
     def _located(self, name: str, values: Tensor) -> Tensor:
         spec = self.specs[name]

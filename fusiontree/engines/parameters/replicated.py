@@ -35,6 +35,7 @@ class ReplicatedParameters(Placement):
     """All flat buffers of a model, in the order in which the forward pass needs them."""
 
     in_place = True
+    fusable = True
 
     def __init__(self, model: DistributedModel, decays: Decays, optimizer: OptimizerSpec) -> None:
         super().__init__(model, decays, optimizer)
@@ -45,6 +46,7 @@ class ReplicatedParameters(Placement):
         self._order: list[FlatBuffer] = []
         self._started = self._awaited = 0  # gathers, in that order
         self._stale = True
+        self._uncopied = True  # masters, where a fused step writes this rank's shards of the buffers
         self._travelling: deque[FlatBuffer] = deque()  # to be reduced
 
     def take(
@@ -102,6 +104,7 @@ class ReplicatedParameters(Placement):
 
     def begin(self, training: bool = True) -> None:
         """Gather the masters where they may have changed since the last forward pass."""
+        self.refresh()
         if self._stale:
             self._stale = False
             self._started = self._awaited = 0
@@ -109,12 +112,22 @@ class ReplicatedParameters(Placement):
 
     def mark_stale(self) -> None:
         """Note that the masters may have changed."""
-        self._stale = True
+        self._stale = self._uncopied = True
+
+    def refresh(self) -> None:
+        """Copy the masters to this rank's shards where others than a fused step may have written to them."""
+        if self.fused and self._uncopied:
+            self._uncopied = False
+            for flat in self.buffers:
+                flat.copy_masters()
 
     def _before(self, stop: int, *_: Any) -> None:
         """Wait for the first ``stop`` buffers, and start gathering the next."""
         while self._started < min(stop + AHEAD, len(self._order)):
-            self._order[self._started].gather()
+            flat = self._order[self._started]
+            if not self.fused:
+                flat.copy_masters()
+            flat.gather()
             self._started += 1
         while self._awaited < stop:
             self._order[self._awaited].await_gather()
@@ -188,12 +201,18 @@ class ReplicatedParameters(Placement):
                 for leaf, gradient in zip(flat.leaves, flat.cut(flat.gradient), strict=True):
                     leaf.grad = gradient
 
+    def leaf_gradients(self) -> Iterator[Tensor | None]:
+        """Yield this rank's shard of each buffer's gradient, cut as the buffer's leaves are."""
+        for flat in self.buffers:
+            given = (None, None) if flat.gradient is None else flat.cut(flat.gradient)
+            yield from (gradient for leaf, gradient in zip(flat.leaves, given, strict=True) if leaf.numel())
+
     def discard(self) -> None:
         """Clear the gradients; the step is over, and may have changed the masters."""
         self._travelling.clear()
         for flat in self.buffers:
             flat.discard()
-        self.mark_stale()
+        self._stale = True
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield this rank's slices of the masters and of their states."""
