@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize(
     ("script", "results"),
     [
-        ("interpreted_ssd", 63),
+        ("interpreted_ssd", 64),
         ("interpreted_elementwise", 77),
         ("interpreted_fp8", 210),
         pytest.param("interpreted_step products attention", 11, id="interpreted_step"),

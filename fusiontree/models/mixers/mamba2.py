@@ -32,6 +32,7 @@ from fusiontree.models.norm import GatedRMSNorm
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import fused
+from fusiontree.ops.halves import halves
 from fusiontree.ops.linear import project
 from fusiontree.ops.recompute import recomputed
 from fusiontree.ops.ssd import StateExchange, ssd_scan
@@ -172,7 +173,7 @@ class Mamba2Mixer(Mixer):
         elif self.left_context is not None and self.look_back:
             (x_BSC, bc_BSC), (initial_x_BKC, initial_bc_BKC) = self.left_context((x_BSC, bc_BSC), self.look_back)
         x_BSHP = self.conv_x(x_BSC, documents, initial_x_BKC).unflatten(-1, (-1, self.head_dim))
-        B_BSC, C_BSC = self.conv_bc(bc_BSC, documents, initial_bc_BKC).chunk(2, dim=-1)
+        B_BSC, C_BSC = halves(self.conv_bc(bc_BSC, documents, initial_bc_BKC))
         B_BSGN, C_BSGN = (part.unflatten(-1, (-1, self.d_state)) for part in (B_BSC, C_BSC))
         y_BSHP, state_BHPN = self.scan(x_BSHP, ssm, B_BSGN, C_BSGN, documents, initial_state_BHPN)
         if cache is not None:
