@@ -187,20 +187,22 @@ class FusionBlock(nn.Module):
             start = 1 if self.given_branches == "second" else 0
             scale_BSn = branch_scale_B2[:, None, start : start + branches].to(outputs_BSC.dtype)
             outputs_BSC = (outputs_BSC.unflatten(-1, (branches, -1)) * scale_BSn.unsqueeze(-1)).flatten(2)
-        z_BSC = self._aligned(outputs_BSC) if self.reads_alignment else None
-        mixed_BSC, sums = self._mixed(z_BSC, outputs_BSC, x_BSC.shape[-1], padding_mask_BS)
+        z_BSC, passed_BSC = self._aligned(outputs_BSC) if self.reads_alignment else (None, outputs_BSC)
+        mixed_BSC, sums = self._mixed(z_BSC, passed_BSC, x_BSC.shape[-1], padding_mask_BS)
         x_BSC = x_BSC + mixed_BSC
         if isinstance(self.mlp, NormedMLP):
             return self.mlp(x_BSC), sums | metric_sums
         return x_BSC + self.mlp(z_BSC), sums | metric_sums
 
-    def _aligned(self, outputs_BSC: Tensor) -> Tensor:
-        """Return the input of gate and MLP, ``[B, S, C]``."""
+    def _aligned(self, outputs_BSC: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input of gate and MLP, ``[B, S, C]``, and the outputs for the mix."""
         if self.align is not None:
-            return self.align(outputs_BSC)
+            z_BSC, passed_BSC = self.align(outputs_BSC)
+            # Only the gate's mix computes a gradient of its own; a sum without a gate hands on that of its result.
+            return z_BSC, outputs_BSC if self.gate is None else passed_BSC
         if len(self._branches) == 2:
-            return torch.add(*outputs_BSC.chunk(2, dim=-1)) / 2
-        return outputs_BSC / 2  # the mean of the output and of zeros for the missing branch
+            return torch.add(*outputs_BSC.chunk(2, dim=-1)) / 2, outputs_BSC
+        return outputs_BSC / 2, outputs_BSC  # the mean of the output and of zeros for the missing branch
 
     def _mixed(
         self, z_BSC: Tensor | None, outputs_BSC: Tensor, channels: int, padding_mask_BS: Tensor | None

@@ -28,10 +28,13 @@ class Alignment(nn.Module):
         self.down = nn.Linear(hidden_size, hidden_size, bias=False)
         self.skip = nn.Linear(branches * hidden_size, hidden_size, bias=False)
 
-    def forward(self, ma_BSC: Tensor) -> Tensor:
-        """Map the branches' concatenated outputs, ``[B, S, branches * hidden_size]``, to ``[B, S, hidden_size]``."""
-        inner_BSC, skip_BSC = project(ma_BSC, (self.up, self.skip), joint=self.fused_projections)
-        return self.down(recomputed(F.gelu, inner_BSC)) + skip_BSC
+    def forward(self, ma_BSC: Tensor) -> tuple[Tensor, Tensor]:
+        """Map the branches' concatenated outputs, ``[B, S, branches * hidden_size]``, to ``[B, S, hidden_size]``.
+
+        Also returns ``ma`` for the gate mix, onto whose gradient the backward pass of the alignment adds its own.
+        """
+        inner_BSC, skip_BSC, ma_BSC = project(ma_BSC, (self.up, self.skip), joint=self.fused_projections, passes=True)
+        return self.down(recomputed(F.gelu, inner_BSC)) + skip_BSC, ma_BSC
 
 
 class BranchNorm(nn.Module):
