@@ -34,8 +34,8 @@ class PerBlock(NamedTuple):
 
 
 RECORDED = {
-    "none": PerBlock(launches=106, views=173, own_calls=109, torch_calls=525),
-    "selective": PerBlock(launches=113, views=240, own_calls=316, torch_calls=618),
+    "none": PerBlock(launches=97, views=164, own_calls=111, torch_calls=553),
+    "selective": PerBlock(launches=104, views=225, own_calls=316, torch_calls=641),
 }
 
 

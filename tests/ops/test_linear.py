@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusiontree.ops.linear import linears, reference
+from fusiontree.ops.linear import add_product, linears, reference
 
 SPLITS = [(3, 2), (4,), (1, 1, 2)]
 
@@ -51,3 +51,18 @@ def test_only_the_passed_input_has_a_gradient() -> None:
         linears(x, [weight], [(4,)], passes=True)[-1].sum(), [x, weight], allow_unused=True
     )
     assert torch.equal(dx, torch.ones(2, 3)) and dweight is None
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_product_added_to_another(joint: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.randn(*shape, generator=g, requires_grad=True)  # noqa: E731
+    start, x, module = rand(2, 5, 4), rand(2, 5, 6), torch.nn.Linear(6, 4, bias=False)
+    leaves, dout = [start, x, module.weight], torch.randn(2, 5, 4, generator=g)
+    expected = start + module(x)
+    first = start * 1
+    found = add_product(first, x, module, joint=joint)
+    assert (found.data_ptr() == first.data_ptr()) == joint
+    torch.testing.assert_close(found, expected)
+    for mine, theirs in zip(*(torch.autograd.grad(out, leaves, dout) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs)

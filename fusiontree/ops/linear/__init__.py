@@ -38,7 +38,7 @@ def project(
     kinds = (nn.Linear, Fp8Linear)
     weights: list[Tensor] = [m.weight for m in modules if type(m) in kinds and m.bias is None]  # type: ignore[misc]
     # A weight that is currently sharded is not a plain nn.Parameter.
-    plain = len(weights) == len(modules) and all(type(weight) is nn.Parameter for weight in weights)
+    plain = len(weights) == len(modules) and {type(weight) for weight in weights} == {nn.Parameter}
     if not joint or not plain or torch.is_autocast_enabled(x_BSC.device.type):
         return *(module(x_BSC) for module in modules), *((x_BSC,) if passes else ())
     splits = [
@@ -56,6 +56,39 @@ def project(
     keeps = all(product.kept for product in products if product is not None)
     results = fp8_linears(x_BSC, weights, outputs, first.recipe, first.kept if keeps else None)
     return (*results, x_BSC) if passes else results
+
+
+def add_product(sum_BSD: Tensor, x_BSC: Tensor, module: nn.Module, *, joint: bool) -> Tensor:
+    """Return ``sum + module(x)``; may overwrite ``sum``, which must be of no further use.
+
+    If ``module`` is a linear map without bias, the matrix product adds to the memory of ``sum``.
+
+    Args:
+        sum_BSD: result of a matrix product.
+        x_BSC: input of the module.
+        module: linear map; a parallel plan may have replaced it by a module of another type.
+        joint: as in :func:`project`.
+    """
+    plain = type(module) is nn.Linear and module.bias is None and type(module.weight) is nn.Parameter
+    if not joint or not plain or torch.is_autocast_enabled(x_BSC.device.type):
+        return sum_BSD + module(x_BSC)
+    return _AddProduct.apply(sum_BSD, x_BSC, module.weight)
+
+
+class _AddProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sum_BSD: Tensor, x_BSC: Tensor, weight_DC: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BSC, weight_DC)
+        # Without mark_dirty, which refuses a view: the caller does not use the old values.
+        out_BSD = sum_BSD.detach()
+        out_BSD.view(-1, out_BSD.shape[-1]).addmm_(x_BSC.flatten(0, -2), weight_DC.t())
+        return out_BSD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_BSC, weight_DC = ctx.saved_tensors
+        g_ND = grads[0].flatten(0, -2)
+        return grads[0], (g_ND @ weight_DC).view(x_BSC.shape), g_ND.t() @ x_BSC.flatten(0, -2)
 
 
 def linears(
@@ -107,13 +140,17 @@ class _Linears(torch.autograd.Function):
         dweights: list[Tensor | None] = []
         for weight, sizes in zip(saved, ctx.splits, strict=True):
             parts, pending = pending[: len(sizes)], pending[len(sizes) :]
-            if parts[0] is None and not any(part is not None for part in parts):
+            first = parts[0]
+            if first is None and not any(part is not None for part in parts):
                 dweights.append(None)
                 continue
+            if first is not None and len(sizes) == 1:  # splits into one part would cost the host views
+                g_ND = first.flatten(0, -2)
+                dweights.append(g_ND.t() @ x_NC)
+                dx_NC = g_ND @ weight if dx_NC is None else dx_NC.addmm_(g_ND, weight)
+                continue
             dweight = torch.empty_like(weight)
-            whole = len(sizes) == 1  # a split into one part would cost the host a view
-            weights = (weight,) if whole else weight.split(sizes)
-            for part, rows, drows in zip(parts, weights, (dweight,) if whole else dweight.split(sizes), strict=True):
+            for part, rows, drows in zip(parts, weight.split(sizes), dweight.split(sizes), strict=True):
                 if part is None:
                     drows.zero_()
                     continue
