@@ -155,19 +155,26 @@ class FusionBlock(nn.Module):
             cache: decoding caches of the branches, updated in place; None in training.
             layer_metrics: names of layer metrics to compute.
         """
-        u_BSC, x_BSC = self.norm(x_BSC)
-        outputs_BSC = self.scatter_tokens(self.branches(self.gather_tokens(u_BSC), inputs, cache))
+        # Once for each branch, so that the norm adds their gradients; gathered tokens are added before the exchange.
+        uses = len(self._branches) if self.gather_tokens is _unchanged else 1
+        *normed, x_BSC = self.norm(x_BSC, uses)
+        branch_inputs = normed if uses > 1 else [self.gather_tokens(normed[0])] * len(self._branches)
+        outputs_BSC = self.scatter_tokens(self.branches(branch_inputs, inputs, cache))
         return self.combine(x_BSC, outputs_BSC, branch_scale_B2, inputs.mixer.padding_mask_BS, layer_metrics)
 
-    def branches(self, u_BSC: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> Tensor:
-        """Return the branches' concatenated outputs: ``[B, S, 2C]`` for two branches, ``[B, S, C]`` for one."""
+    def branches(self, branch_inputs: Sequence[Tensor], inputs: BlockInputs, cache: LayerCache | None = None) -> Tensor:
+        """Return the branches' concatenated outputs: ``[B, S, 2C]`` for two branches, ``[B, S, C]`` for one.
+
+        ``branch_inputs`` are the input of each branch ``[B, S, C]``, all in the same memory.
+        """
         outputs = []
+        u_BSC = branch_inputs[0]
         side_by_side = self._side_by_side(u_BSC)
         for index, (name, adds_time_encoding) in enumerate(self._branches):
             with forked(u_BSC) if side_by_side and index == 0 else nullcontext():
-                input_BSC = u_BSC
+                input_BSC = branch_inputs[index]
                 if adds_time_encoding and inputs.srte_BSC is not None:
-                    input_BSC = recomputed(torch.add, u_BSC, inputs.srte_BSC)
+                    input_BSC = recomputed(torch.add, input_BSC, inputs.srte_BSC)
                 outputs.append(getattr(self, name)(input_BSC, inputs.mixer, cache and cache[name]))
         if side_by_side:
             join(u_BSC.device)
