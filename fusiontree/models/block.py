@@ -22,6 +22,7 @@ from fusiontree.models.token_layout import BlockInputs
 from fusiontree.ops.elementwise import fused
 from fusiontree.ops.gate import GivenBranches, gate_mix
 from fusiontree.ops.linear import add_product, project
+from fusiontree.ops.linear.side_by_side import is_plain, joined
 from fusiontree.ops.recompute import recomputed
 from fusiontree.utils.cuda_graph import forked, join
 from fusiontree.utils.errors import UserError
@@ -169,16 +170,29 @@ class FusionBlock(nn.Module):
         """
         outputs = []
         u_BSC = branch_inputs[0]
+        memory_BSC = self._memory_of_outputs(u_BSC)
+        places = () if memory_BSC is None else memory_BSC.chunk(len(self._branches), dim=-1)
         side_by_side = self._side_by_side(u_BSC)
         for index, (name, adds_time_encoding) in enumerate(self._branches):
             with forked(u_BSC) if side_by_side and index == 0 else nullcontext():
                 input_BSC = branch_inputs[index]
                 if adds_time_encoding and inputs.srte_BSC is not None:
                     input_BSC = recomputed(torch.add, input_BSC, inputs.srte_BSC)
-                outputs.append(getattr(self, name)(input_BSC, inputs.mixer, cache and cache[name]))
+                of_branch = inputs.mixer._replace(place_BSC=places[index]) if places else inputs.mixer
+                outputs.append(getattr(self, name)(input_BSC, of_branch, cache and cache[name]))
         if side_by_side:
             join(u_BSC.device)
-        return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+        return joined(outputs, memory_BSC) if len(outputs) > 1 else outputs[0]
+
+    def _memory_of_outputs(self, u_BSC: Tensor) -> Tensor | None:
+        """Return memory for the branches' outputs side by side, or None if their products cannot write there."""
+        if not self.fused_projections or len(self._branches) < 2 or torch.is_autocast_enabled(u_BSC.device.type):
+            return None
+        for name, _ in self._branches:
+            mixer = getattr(self, name)
+            if not mixer.output_projection or not is_plain(getattr(mixer, mixer.output_projection)):
+                return None
+        return u_BSC.new_empty(*u_BSC.shape[:-1], len(self._branches) * u_BSC.shape[-1])
 
     def _side_by_side(self, u_BSC: Tensor) -> bool:
         """Return whether the device executes both branches at the same time.

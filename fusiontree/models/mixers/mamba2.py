@@ -34,6 +34,7 @@ from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import fused
 from fusiontree.ops.halves import halves
 from fusiontree.ops.linear import project
+from fusiontree.ops.linear.side_by_side import product_in
 from fusiontree.ops.recompute import recomputed
 from fusiontree.ops.ssd import StateExchange, ssd_scan
 from fusiontree.ops.step import has_kernels
@@ -127,6 +128,7 @@ class Mamba2Mixer(Mixer):
     module_name: ClassVar[str] = "mamba"
     adds_time_encoding: ClassVar[bool] = True
     no_decay: ClassVar[tuple[str, ...]] = ("ssm.A_log", "ssm.D", "ssm.dt_bias")
+    output_projection: ClassVar[str] = "out_proj"
     fp8_products: ClassVar[dict[str, str]] = {"in_proj": "mixer_in", "out_proj": "mixer_out"}
     fused_projections = False
     left_context: Callable[[Sequence[Tensor], int], tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None
@@ -153,7 +155,8 @@ class Mamba2Mixer(Mixer):
         cut = partial(_in_proj_sizes, head_dim=self.head_dim)
         *zxdt, bc_BSC = project(u_BSC, (self.in_proj, self.bc_proj), joint=self.fused_projections, cuts=(cut, None))
         z_BSC, x_BSC, dt_BSH = zxdt if len(zxdt) == 3 else zxdt[0].split(cut(zxdt[0].shape[-1]), dim=-1)
-        return self.out_proj(self._mix(z_BSC, x_BSC, dt_BSH, bc_BSC, inputs, cache))
+        mixed_BSC = self._mix(z_BSC, x_BSC, dt_BSH, bc_BSC, inputs, cache)
+        return product_in(mixed_BSC, self.out_proj, inputs.place_BSC)
 
     def _mix(
         self,
