@@ -5,7 +5,7 @@ Shape legend: B rows, S tokens, C channels, n branches of the layer; 2 stands fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -21,6 +21,8 @@ from fusiontree.models.norm import ResidualRMSNorm
 from fusiontree.models.token_layout import BlockInputs
 from fusiontree.ops.elementwise import fused
 from fusiontree.ops.gate import GivenBranches, gate_mix
+from fusiontree.ops.linear import add_product, project
+from fusiontree.ops.linear.side_by_side import is_plain, joined
 from fusiontree.ops.recompute import recomputed
 from fusiontree.utils.cuda_graph import forked, join
 from fusiontree.utils.errors import UserError
@@ -29,6 +31,8 @@ from fusiontree.utils.layer_metrics import layer_metric_sums
 
 class MLP(nn.Module):
     """``down(gelu(up(z)))``, or SwiGLU (Shazeer 2020): ``down(silu(gate(z)) * up(z))``."""
+
+    fused_projections = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -39,12 +43,27 @@ class MLP(nn.Module):
         if config.mlp_activation == "swiglu":
             self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
 
-    def forward(self, z_BSC: Tensor) -> Tensor:
-        """Return ``[B, S, C]``."""
+    def forward(self, z_BSC: Tensor, sum_BSC: Tensor | None = None, projected: Sequence[Tensor] = ()) -> Tensor:
+        """Return ``[B, S, C]``.
+
+        Args:
+            z_BSC: input.
+            sum_BSC: product to which the result is added; of no further use. None: return the MLP's result alone.
+            projected: results of :meth:`projections` for z; empty: compute them.
+        """
+        if not projected:
+            projected = project(z_BSC, self.projections(), joint=self.fused_projections)
         if self.gate is None:
-            return self.down(recomputed(F.gelu, self.up(z_BSC)))
-        swiglu = fused(_swiglu, self.backend, z_BSC.device.type)
-        return self.down(recomputed(swiglu, self.gate(z_BSC), self.up(z_BSC)))
+            inner_BSC = recomputed(F.gelu, *projected)
+        else:
+            inner_BSC = recomputed(fused(_swiglu, self.backend, z_BSC.device.type), *projected)
+        if sum_BSC is None:
+            return self.down(inner_BSC)
+        return add_product(sum_BSC, inner_BSC, self.down, joint=self.fused_projections)
+
+    def projections(self) -> tuple[nn.Module, ...]:
+        """Return the linear maps of the input."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
 
 
 class NormedMLP(MLP):
@@ -54,7 +73,7 @@ class NormedMLP(MLP):
         super().__init__(config)
         self.norm = ResidualRMSNorm(config.hidden_size, config.norm_eps, config.kernels.elementwise)
 
-    def forward(self, x_BSC: Tensor) -> Tensor:
+    def forward(self, x_BSC: Tensor) -> Tensor:  # type: ignore[override]
         """Return the residual stream after the MLP, ``[B, S, C]``."""
         z_BSC, x_BSC = self.norm(x_BSC)
         return x_BSC + super().forward(z_BSC)
@@ -75,6 +94,8 @@ class FusionBlock(nn.Module):
     ``gather_tokens`` is called before ``branches`` and ``scatter_tokens`` after it. Without tensor parallelism both
     return their input unchanged; tensor parallelism replaces them by an all-gather and a reduce-scatter.
     """
+
+    fused_projections = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         """Create the parameters uninitialized.
@@ -135,23 +156,43 @@ class FusionBlock(nn.Module):
             cache: decoding caches of the branches, updated in place; None in training.
             layer_metrics: names of layer metrics to compute.
         """
-        u_BSC, x_BSC = self.norm(x_BSC)
-        outputs_BSC = self.scatter_tokens(self.branches(self.gather_tokens(u_BSC), inputs, cache))
+        # Once for each branch, so that the norm adds their gradients; gathered tokens are added before the exchange.
+        uses = len(self._branches) if self.gather_tokens is _unchanged else 1
+        *normed, x_BSC = self.norm(x_BSC, uses)
+        branch_inputs = normed if uses > 1 else [self.gather_tokens(normed[0])] * len(self._branches)
+        outputs_BSC = self.scatter_tokens(self.branches(branch_inputs, inputs, cache))
         return self.combine(x_BSC, outputs_BSC, branch_scale_B2, inputs.mixer.padding_mask_BS, layer_metrics)
 
-    def branches(self, u_BSC: Tensor, inputs: BlockInputs, cache: LayerCache | None = None) -> Tensor:
-        """Return the branches' concatenated outputs: ``[B, S, 2C]`` for two branches, ``[B, S, C]`` for one."""
+    def branches(self, branch_inputs: Sequence[Tensor], inputs: BlockInputs, cache: LayerCache | None = None) -> Tensor:
+        """Return the branches' concatenated outputs: ``[B, S, 2C]`` for two branches, ``[B, S, C]`` for one.
+
+        ``branch_inputs`` are the input of each branch ``[B, S, C]``, all in the same memory.
+        """
         outputs = []
+        u_BSC = branch_inputs[0]
+        memory_BSC = self._memory_of_outputs(u_BSC)
+        places = () if memory_BSC is None else memory_BSC.chunk(len(self._branches), dim=-1)
         side_by_side = self._side_by_side(u_BSC)
         for index, (name, adds_time_encoding) in enumerate(self._branches):
             with forked(u_BSC) if side_by_side and index == 0 else nullcontext():
-                input_BSC = u_BSC
+                input_BSC = branch_inputs[index]
                 if adds_time_encoding and inputs.srte_BSC is not None:
-                    input_BSC = recomputed(torch.add, u_BSC, inputs.srte_BSC)
-                outputs.append(getattr(self, name)(input_BSC, inputs.mixer, cache and cache[name]))
+                    input_BSC = recomputed(torch.add, input_BSC, inputs.srte_BSC)
+                of_branch = inputs.mixer._replace(place_BSC=places[index]) if places else inputs.mixer
+                outputs.append(getattr(self, name)(input_BSC, of_branch, cache and cache[name]))
         if side_by_side:
             join(u_BSC.device)
-        return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+        return joined(outputs, memory_BSC) if len(outputs) > 1 else outputs[0]
+
+    def _memory_of_outputs(self, u_BSC: Tensor) -> Tensor | None:
+        """Return memory for the branches' outputs side by side, or None if their products cannot write there."""
+        if not self.fused_projections or len(self._branches) < 2 or torch.is_autocast_enabled(u_BSC.device.type):
+            return None
+        for name, _ in self._branches:
+            mixer = getattr(self, name)
+            if not mixer.output_projection or not is_plain(getattr(mixer, mixer.output_projection)):
+                return None
+        return u_BSC.new_empty(*u_BSC.shape[:-1], len(self._branches) * u_BSC.shape[-1])
 
     def _side_by_side(self, u_BSC: Tensor) -> bool:
         """Return whether the device executes both branches at the same time.
@@ -187,28 +228,45 @@ class FusionBlock(nn.Module):
             start = 1 if self.given_branches == "second" else 0
             scale_BSn = branch_scale_B2[:, None, start : start + branches].to(outputs_BSC.dtype)
             outputs_BSC = (outputs_BSC.unflatten(-1, (branches, -1)) * scale_BSn.unsqueeze(-1)).flatten(2)
-        z_BSC = self._aligned(outputs_BSC) if self.reads_alignment else None
-        mixed_BSC, sums = self._mixed(z_BSC, outputs_BSC, x_BSC.shape[-1], padding_mask_BS)
-        x_BSC = x_BSC + mixed_BSC
+        z_BSC, passed_BSC = self._aligned(outputs_BSC) if self.reads_alignment else (None, outputs_BSC)
+        down_BSR: Tensor | None = None
+        projected: Sequence[Tensor] = ()
+        joint = self.fused_projections and not isinstance(self.mlp, NormedMLP)
+        if joint and self.gate is not None and z_BSC is not None:
+            down_BSR, *projected = project(z_BSC, (self.gate.down, *self.mlp.projections()), joint=True)
+        mixed_BSC, sums = self._mixed(z_BSC, down_BSR, passed_BSC, x_BSC.shape[-1], padding_mask_BS)
         if isinstance(self.mlp, NormedMLP):
-            return self.mlp(x_BSC), sums | metric_sums
-        return x_BSC + self.mlp(z_BSC), sums | metric_sums
+            return self.mlp(x_BSC + mixed_BSC), sums | metric_sums
+        if self.out_proj is None:  # what is added may be the branches' output itself
+            return x_BSC + mixed_BSC + self.mlp(z_BSC, None, projected), sums | metric_sums
+        return x_BSC + self.mlp(z_BSC, mixed_BSC, projected), sums | metric_sums
 
-    def _aligned(self, outputs_BSC: Tensor) -> Tensor:
-        """Return the input of gate and MLP, ``[B, S, C]``."""
+    def _aligned(self, outputs_BSC: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input of gate and MLP, ``[B, S, C]``, and the outputs for the mix."""
         if self.align is not None:
-            return self.align(outputs_BSC)
+            z_BSC, passed_BSC = self.align(outputs_BSC)
+            # Only the gate's mix computes a gradient of its own; a sum without a gate hands on that of its result.
+            return z_BSC, outputs_BSC if self.gate is None else passed_BSC
         if len(self._branches) == 2:
-            return torch.add(*outputs_BSC.chunk(2, dim=-1)) / 2
-        return outputs_BSC / 2  # the mean of the output and of zeros for the missing branch
+            return torch.add(*outputs_BSC.chunk(2, dim=-1)) / 2, outputs_BSC
+        return outputs_BSC / 2, outputs_BSC  # the mean of the output and of zeros for the missing branch
 
     def _mixed(
-        self, z_BSC: Tensor | None, outputs_BSC: Tensor, channels: int, padding_mask_BS: Tensor | None
+        self,
+        z_BSC: Tensor | None,
+        down_BSR: Tensor | None,
+        outputs_BSC: Tensor,
+        channels: int,
+        padding_mask_BS: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what the branches add to the residual stream, ``[B, S, C]``, and the sums of the gate's statistics."""
         if self.gate is not None:
             mixed_BSC, (gate_B, entropy_B, square_B) = gate_mix(
-                self.gate(z_BSC), outputs_BSC, padding_mask_BS, given=self.given_branches, backend=self.backend
+                self.gate(z_BSC, down_BSR),
+                outputs_BSC,
+                padding_mask_BS,
+                given=self.given_branches,
+                backend=self.backend,
             )
             sums = {"gate": gate_B, "entropy": entropy_B, "square": square_B}
         else:

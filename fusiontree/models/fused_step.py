@@ -150,7 +150,7 @@ class FusedBlock:
                 backend=backend,
             )
         else:
-            z_BC = block._aligned(outputs_BC)
+            z_BC, _ = block._aligned(outputs_BC)
         down_BM = product(z_BC, self._gate_down, backend=backend)
         mix = Mix(outputs_BC, block.given_branches)
         mixed_BC = product(down_BM[:, : self._rank], self._gate_up, activation="tanh", mixed=mix, backend=backend)

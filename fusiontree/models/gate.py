@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.ops.linear import project
+from fusiontree.ops.linear import add_product, project
 from fusiontree.ops.norm import rms_norm
 from fusiontree.ops.recompute import recomputed
 
@@ -28,10 +28,14 @@ class Alignment(nn.Module):
         self.down = nn.Linear(hidden_size, hidden_size, bias=False)
         self.skip = nn.Linear(branches * hidden_size, hidden_size, bias=False)
 
-    def forward(self, ma_BSC: Tensor) -> Tensor:
-        """Map the branches' concatenated outputs, ``[B, S, branches * hidden_size]``, to ``[B, S, hidden_size]``."""
-        inner_BSC, skip_BSC = project(ma_BSC, (self.up, self.skip), joint=self.fused_projections)
-        return self.down(recomputed(F.gelu, inner_BSC)) + skip_BSC
+    def forward(self, ma_BSC: Tensor) -> tuple[Tensor, Tensor]:
+        """Map the branches' concatenated outputs, ``[B, S, branches * hidden_size]``, to ``[B, S, hidden_size]``.
+
+        Also returns ``ma`` for the gate mix, onto whose gradient the backward pass of the alignment adds its own.
+        """
+        inner_BSC, skip_BSC, ma_BSC = project(ma_BSC, (self.up, self.skip), joint=self.fused_projections, passes=True)
+        gelu_BSC = recomputed(F.gelu, inner_BSC)
+        return add_product(skip_BSC, gelu_BSC, self.down, joint=self.fused_projections), ma_BSC
 
 
 class BranchNorm(nn.Module):
@@ -81,6 +85,6 @@ class FusionGate(nn.Module):
         self.down = nn.Linear(config.hidden_size, config.gate_rank, bias=False)
         self.up = nn.Linear(config.gate_rank, config.hidden_size, bias=False)
 
-    def forward(self, z_BSC: Tensor) -> Tensor:
-        """Return the logits ``[B, S, C]``."""
-        return self.up(torch.tanh(self.down(z_BSC)))
+    def forward(self, z_BSC: Tensor, down_BSR: Tensor | None = None) -> Tensor:
+        """Return the logits ``[B, S, C]``; ``down [B, S, rank]`` is ``W_down z`` if it was computed already."""
+        return self.up(torch.tanh(self.down(z_BSC) if down_BSR is None else down_BSR))

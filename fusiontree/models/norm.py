@@ -28,11 +28,14 @@ class RMSNorm(nn.Module):
 class ResidualRMSNorm(RMSNorm):
     """:class:`RMSNorm` of a residual stream that also returns the stream."""
 
-    def forward(self, x_BSC: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Return the norm and the residual stream for further use, each ``[B, S, C]``."""
-        normed_BSC, stream_BSC = residual_rms_norm(x_BSC, self.weight, self.eps, backend=self.backend)
-        mark_recomputable(normed_BSC, partial(rms_norm, eps=self.eps, backend=self.backend), x_BSC, self.weight)
-        return normed_BSC, stream_BSC
+    def forward(self, x_BSC: Tensor, uses: int = 1) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Return the norm, once for each of one or two uses, and the residual stream for further use.
+
+        Each is ``[B, S, C]``. The first one must stay referenced until the uses have saved theirs.
+        """
+        normed = residual_rms_norm(x_BSC, self.weight, self.eps, uses, backend=self.backend)
+        mark_recomputable(normed[0], partial(rms_norm, eps=self.eps, backend=self.backend), x_BSC, self.weight)
+        return normed
 
 
 class GatedRMSNorm(nn.Module):

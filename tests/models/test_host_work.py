@@ -34,8 +34,8 @@ class PerBlock(NamedTuple):
 
 
 RECORDED = {
-    "none": PerBlock(launches=107, views=171, own_calls=106, torch_calls=514),
-    "selective": PerBlock(launches=114, views=238, own_calls=332, torch_calls=607),
+    "none": PerBlock(launches=96, views=163, own_calls=122, torch_calls=582),
+    "selective": PerBlock(launches=103, views=222, own_calls=327, torch_calls=668),
 }
 
 

@@ -46,6 +46,18 @@ def norms() -> None:
     fast = [*norm_triton.residual_rms_norm_triton(leaves[0] + 0, leaves[2], 1e-5)]
     fast += torch.autograd.grad(fast, (leaves[0], leaves[2]), grads)
     say("residual norm", fast, plain)
+    for used in ((True, True), (False, True), (False, False)):
+        grads = [draw(2, 20, 2 * 48)[..., 48:] if use else None for use in used]
+        grads.append(draw(2, 20, 48))
+        results = []
+        for norm in (norm_triton.residual_rms_norm_triton, norm_reference.residual_rms_norm):
+            outputs = norm(leaves[0] + 0, leaves[2], 1e-5, 2)
+            pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+            used_outputs, given = ([pair[i] for pair in pairs] for i in (0, 1))
+            wanted = (leaves[0], leaves[2])
+            found = torch.autograd.grad(used_outputs, wanted, given, allow_unused=True, materialize_grads=True)
+            results.append([*outputs, *found])
+        say(f"residual norm of two uses {used}", *results)
     settings = {"groups": 2, "eps": 1e-5}
     plain = [norm_reference.gated_rms_norm(*leaves, **settings)]
     plain += torch.autograd.grad(plain[0], leaves, dout)

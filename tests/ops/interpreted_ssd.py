@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.ops.documents import Documents
+from fusiontree.ops.halves import halves
 from fusiontree.ops.ssd.reference import ScanInputs, ssd_reference
 from fusiontree.ops.ssd.triton import ssd_triton
 
@@ -59,7 +60,24 @@ def case(
         print(f"{name}: {what} {error:.2e} {bar:.0e}", flush=True)
 
 
+def halves_of_one_projection() -> None:
+    """B and C are halves of one tensor, whose gradient is what the kernels wrote: print its distance from a copy."""
+    x, dt, bc = torch.randn(2, 70, 4, _WIDTH), torch.rand(2, 70, 4), torch.randn(2, 70, 2 * _GROUPS * _SIZE)
+    bc.requires_grad_()
+    parts = halves(bc)
+    seen: list[Tensor] = [bc, bc]
+    parts[0].register_hook(lambda grad: seen.__setitem__(0, grad))
+    parts[1].register_hook(lambda grad: seen.__setitem__(1, grad))
+    B, C = (part.unflatten(-1, (_GROUPS, _SIZE)) for part in parts)
+    y, _ = ssd_triton(ScanInputs(x, dt, -torch.rand(4), B, C, torch.rand(4), chunk_size=64))
+    (found,) = torch.autograd.grad(y.square().sum(), bc)
+    (first, second), place = seen, found.untyped_storage().data_ptr()
+    assert {first.untyped_storage().data_ptr(), second.untyped_storage().data_ptr()} == {place}, "a gradient was copied"
+    print(f"halves: dBC {float((found - torch.cat((first, second), -1)).norm()):.2e} 1e-9", flush=True)
+
+
 if __name__ == "__main__":
+    halves_of_one_projection()
     case("whole rows", 4, None, False, 8.0, torch.float32, 150)
     case("packed", 18, documents(150), False, 0.01, torch.float32, 150)  # the nine heads of a group are three programs
     case("exchange", 4, None, True, 0.01, torch.float32, 150)

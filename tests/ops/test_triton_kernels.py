@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize(
     ("script", "results"),
     [
-        ("interpreted_ssd", 63),
-        ("interpreted_elementwise", 77),
+        ("interpreted_ssd", 64),
+        ("interpreted_elementwise", 92),
         ("interpreted_fp8", 210),
         pytest.param("interpreted_adamw", 47, id="interpreted_adamw"),
         pytest.param("interpreted_step products attention", 11, id="interpreted_step"),

@@ -22,6 +22,7 @@ from fusiontree.models.mixers.split import Block, Split, column, row
 from fusiontree.ops.attention import attention, cached_attention, decode_attention, key_bias
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.linear import project
+from fusiontree.ops.linear.side_by_side import product_in
 from fusiontree.ops.recompute import recomputed
 from fusiontree.ops.rotary import rotate_and_cut
 from fusiontree.ops.step import has_kernels
@@ -87,6 +88,7 @@ class LocalGlobalAttention(Mixer):
     name: ClassVar[str] = "attention"
     module_name: ClassVar[str] = "attention"
     weighed_as_second: ClassVar[bool] = True
+    output_projection: ClassVar[str] = "o_proj"
     fp8_products: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "mixer_in"),
         "o_proj": "mixer_out",
@@ -114,7 +116,7 @@ class LocalGlobalAttention(Mixer):
             x_BSC.unflatten(-1, (-1, self.head_dim))
             for x_BSC in project(u_BSC, (self.q_proj, self.k_proj, self.v_proj), joint=self.fused_projections)
         )
-        return self.o_proj(self._mix(q, k, v, inputs, cache))
+        return product_in(self._mix(q, k, v, inputs, cache), self.o_proj, inputs.place_BSC)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, inputs: MixerInputs, cache: AttentionCache | None) -> Tensor:
         """Return the input of the output projection, ``[B, S, H*D]``."""

@@ -38,6 +38,8 @@ class MixerInputs(NamedTuple):
     """True on real tokens; None means there are no pads."""
     new: NewTokens | None = None
     """The tokens that this forward adds to the cache; None without a cache."""
+    place_BSC: Tensor | None = None
+    """Memory for the result of a mixer's ``output_projection``, beside that of the other branch; None: anywhere."""
 
 
 class ContextTools(Protocol):
@@ -116,6 +118,8 @@ class Mixer(nn.Module):
     - ``adds_time_encoding``: True to add the shared relative time encoding to its input.
     - ``weighed_as_second``: True if the gate weighs its output by 1 - g instead of g in a layer of this mixer alone.
     - ``no_decay``: names of parameters that weight decay leaves out; norms and biases always are.
+    - ``output_projection``: name of its linear map that computes the result, in ``inputs.place_BSC``, by
+      :func:`fusiontree.ops.linear.side_by_side.product_in`. Empty: the mixer ignores the place, and the block copies.
     - ``fp8_products``: its linear maps that ``training.matmul_precision: fp8`` computes in FP8: the name of each module
       with ``mixer_in`` or ``mixer_out``, by which ``training.fp8.exclude`` names it. Empty: the mixer does not support
       FP8.
@@ -127,6 +131,7 @@ class Mixer(nn.Module):
     adds_time_encoding: ClassVar[bool] = False
     weighed_as_second: ClassVar[bool] = False
     no_decay: ClassVar[tuple[str, ...]] = ()
+    output_projection: ClassVar[str] = ""
     fp8_products: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

@@ -25,6 +25,7 @@ from fusiontree.ops.elementwise import fused
 from fusiontree.ops.gated_delta import AffineExchange, gated_delta_rule
 from fusiontree.ops.gated_delta.formulas import decay_and_beta, norm_then_gate, unit_length
 from fusiontree.ops.linear import project
+from fusiontree.ops.linear.side_by_side import product_in
 from fusiontree.ops.recompute import recomputed
 from fusiontree.utils.settings import Section, check_positive_ranges, setting
 
@@ -103,6 +104,7 @@ class GatedDeltaNet(Mixer):
     settings: ClassVar[type[Section] | None] = GatedDeltaNetConfig
     adds_time_encoding: ClassVar[bool] = True
     no_decay: ClassVar[tuple[str, ...]] = ("decay.A_log", "decay.dt_bias")
+    output_projection: ClassVar[str] = "out_proj"
     fp8_products: ClassVar[dict[str, str]] = {"in_proj": "mixer_in", "out_proj": "mixer_out"}
     fused_projections = False
     left_context: Callable[[Sequence[Tensor], int], tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None
@@ -155,7 +157,7 @@ class GatedDeltaNet(Mixer):
             mask_BS = inputs.padding_mask_BS
             last_v_BLC = last_inputs(initial_v_BLC, v_BSC, self.look_back, mask_BS)
             cache.store(last_v_BLC, last_inputs(initial_qk_BLC, qk_BSC, self.look_back, mask_BS), state_BHKV)
-        return self.out_proj(self.norm(y_BSHV, z_BSC))
+        return product_in(self.norm(y_BSHV, z_BSC), self.out_proj, inputs.place_BSC)
 
     def bf16_rows(self, product: str, rows: int) -> int:
         """Keep the inputs of decay and beta in bf16; they decide what a state keeps."""

@@ -23,7 +23,9 @@ from fusiontree.models.mixers.split import Block, Split, column, row
 from fusiontree.models.norm import GatedRMSNorm
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import fused
+from fusiontree.ops.halves import halves
 from fusiontree.ops.linear import project
+from fusiontree.ops.linear.side_by_side import product_in
 from fusiontree.ops.ssd import StateExchange, ssd_scan
 from fusiontree.ops.step import has_kernels
 
@@ -96,6 +98,7 @@ class Mamba2Mixer(Mixer):
     module_name: ClassVar[str] = "mamba"
     adds_time_encoding: ClassVar[bool] = True
     no_decay: ClassVar[tuple[str, ...]] = ("ssm.A_log", "ssm.D", "ssm.dt_bias")
+    output_projection: ClassVar[str] = "out_proj"
     fp8_products: ClassVar[dict[str, str]] = {"in_proj": "mixer_in", "out_proj": "mixer_out"}
     fused_projections = False
     left_context: Callable[[Sequence[Tensor], int], tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None
@@ -120,7 +123,8 @@ class Mamba2Mixer(Mixer):
         cut = partial(_in_proj_sizes, head_dim=self.head_dim)
         *zxdt, bc_BSC = project(u_BSC, (self.in_proj, self.bc_proj), joint=self.fused_projections, cuts=(cut, None))
         z_BSC, x_BSC, dt_BSH = zxdt if len(zxdt) == 3 else zxdt[0].split(cut(zxdt[0].shape[-1]), dim=-1)
-        return self.out_proj(self._mix(z_BSC, x_BSC, dt_BSH, bc_BSC, inputs, cache))
+        mixed_BSC = self._mix(z_BSC, x_BSC, dt_BSH, bc_BSC, inputs, cache)
+        return product_in(mixed_BSC, self.out_proj, inputs.place_BSC)
 
     def _mix(
         self,
@@ -140,7 +144,7 @@ class Mamba2Mixer(Mixer):
         elif self.left_context is not None and self.look_back:
             (x_BSC, bc_BSC), (initial_x_BKC, initial_bc_BKC) = self.left_context((x_BSC, bc_BSC), self.look_back)
         x_BSHP = self.conv_x(x_BSC, documents, initial_x_BKC).unflatten(-1, (-1, self.head_dim))
-        B_BSC, C_BSC = self.conv_bc(bc_BSC, documents, initial_bc_BKC).chunk(2, dim=-1)
+        B_BSC, C_BSC = halves(self.conv_bc(bc_BSC, documents, initial_bc_BKC))
         B_BSGN, C_BSGN = (part.unflatten(-1, (-1, self.d_state)) for part in (B_BSC, C_BSC))
         y_BSHP, state_BHPN = self.scan(x_BSHP, ssm, B_BSGN, C_BSGN, documents, initial_state_BHPN)
         if cache is not None:

@@ -18,13 +18,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
     return NORM.choose(backend, x.device.type)(x, weight, eps)
 
 
-def residual_rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def residual_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, uses: int = 1, *, backend: str = "auto"
+) -> tuple[Tensor, ...]:
     """Return :func:`rms_norm` of a residual stream, and the stream for further use.
 
     If the caller uses the returned stream, the norm's backward kernel adds the stream's gradient, which saves a
-    separate addition of two activations.
+    separate addition of two activations. Likewise, with ``uses`` 2, it returns the norm twice, in the same memory, for
+    two operations whose gradients the kernel adds.
     """
-    return RESIDUAL_NORM.choose(backend, x.device.type)(x, weight, eps)
+    return RESIDUAL_NORM.choose(backend, x.device.type)(x, weight, eps, uses)
 
 
 def gated_rms_norm(

@@ -13,9 +13,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.to(compute), x.shape[-1:], weight.to(compute), eps).to(x.dtype)
 
 
-def residual_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return :func:`rms_norm` of x, and x itself for further use."""
-    return rms_norm(x, weight, eps), x
+def residual_rms_norm(x: Tensor, weight: Tensor, eps: float, uses: int = 1) -> tuple[Tensor, ...]:
+    """Return :func:`rms_norm` of x ``uses`` times, and x itself for further use."""
+    return *[rms_norm(x, weight, eps)] * uses, x
 
 
 def gated_rms_norm(y_BSC: Tensor, z_BSC: Tensor, weight_C: Tensor, *, groups: int, eps: float) -> Tensor:

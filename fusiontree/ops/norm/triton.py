@@ -95,8 +95,9 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    x_ptr, w_ptr, dout_ptr, dstream_ptr, dx_ptr, dw_ptr, x_stride, dout_stride, dstream_stride, tokens, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, STREAM: tl.constexpr,
+    x_ptr, w_ptr, dout_ptr, dsecond_ptr, dstream_ptr, dx_ptr, dw_ptr,
+    x_stride, dout_stride, dsecond_stride, dstream_stride, tokens, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, SECOND: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     c = tl.arange(0, BLOCK)
     weight = tl.load(w_ptr + c, mask=c < WIDTH, other=0.0).to(tl.float32)
@@ -107,6 +108,8 @@ def _norm_backward(
         mask = c < tl.where(t < tokens, WIDTH, 0)
         x = tl.load(x_ptr + t * x_stride + c, mask=mask, other=0.0).to(tl.float32)
         dout = tl.load(dout_ptr + t * dout_stride + c, mask=mask, other=0.0).to(tl.float32)
+        if SECOND:
+            dout += tl.load(dsecond_ptr + t * dsecond_stride + c, mask=mask, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
         normed = x * scale
         dweight += dout * normed
@@ -123,16 +126,17 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return residual_rms_norm_triton(x, weight, eps)[0]
 
 
-def residual_rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def residual_rms_norm_triton(x: Tensor, weight: Tensor, eps: float, uses: int = 1) -> tuple[Tensor, ...]:
     """Compute :func:`fusiontree.ops.norm.residual_rms_norm`; many channels and float64 use the compiled formula."""
     if x.shape[-1] > _WIDEST or x.dtype == torch.float64:
-        return compiled(reference.rms_norm)(x, weight, eps), x
-    return _Norm.apply(x, weight, eps)
+        return *[compiled(reference.rms_norm)(x, weight, eps)] * uses, x
+    assert uses in (1, 2), f"the kernel adds the gradients of one or two uses, not of {uses}"
+    return _Norm.apply(x, weight, eps, uses)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight_C: Tensor, eps: float, uses: int) -> tuple[Tensor, ...]:
         rows = _rows(x)
         tokens, channels = rows.shape
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -143,15 +147,17 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(x, weight_C)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
-        return out, x
+        return out, *(out.detach() for _ in range(uses - 1)), x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight_C = ctx.saved_tensors
-        dnormed, dstream = grads
-        if dnormed is None:
-            return dstream, None, None
-        rows, dout = _rows(x), _rows(dnormed)
+        *uses, dstream = grads
+        dnormed = [grad for grad in uses if grad is not None]
+        if not dnormed:
+            return dstream, None, None, None
+        rows, dout = _rows(x), _rows(dnormed[0])
+        second = _rows(dnormed[1]) if len(dnormed) > 1 else dout
         added = dout if dstream is None else _rows(dstream)
         tokens, channels = rows.shape
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -159,10 +165,11 @@ class _Norm(torch.autograd.Function):
         programs = triton.cdiv(tokens, each)
         partial = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
         _norm_backward[(programs,)](
-            rows, weight_C, dout, added, dx, partial, rows.stride(0), dout.stride(0), added.stride(0), tokens, ctx.eps,
-            TOKENS=each, STREAM=dstream is not None, **_shape(channels),
+            rows, weight_C, dout, second, added, dx, partial,
+            rows.stride(0), dout.stride(0), second.stride(0), added.stride(0), tokens, ctx.eps,
+            TOKENS=each, SECOND=len(dnormed) > 1, STREAM=dstream is not None, **_shape(channels),
         )  # fmt: skip
-        return dx, partial.sum(0).to(weight_C.dtype), None
+        return dx, partial.sum(0).to(weight_C.dtype), None, None
 
 
 def _tokens_per_program(tokens: int, most: int) -> int:

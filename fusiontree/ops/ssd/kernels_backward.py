@@ -207,7 +207,7 @@ def chunk_scores_backward(
 def chunk_group_backward(
     x_ptr, w_ptr, other_ptr, decay_ptr, step_ptr, segment_ptr, states_ptr, dscores_ptr, dw_ptr, from_state_ptr,
     x_row, x_token, x_head, w_row, w_token, w_group, other_row, other_token, other_group,
-    length, chunks, heads, heads_a_group, blocks,
+    dw_row, dw_token, length, chunks, heads, heads_a_group, blocks,
     of_C: tl.constexpr, packed: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of C or of B, as ``of_C`` says.
@@ -260,7 +260,7 @@ def chunk_group_backward(
         if of_C:
             w = tokens_of(w_ptr + row * w_row + group * w_group, first, w_token, length, Q, N)
             tl.store(from_state_ptr + tokens, tl.sum(part * w, 1))
-    out = dw_ptr + ((row * length + (first + q)[:, None]) * tl.num_programs(0) + group) * N + n[None, :]
+    out = dw_ptr + row * dw_row + (first + q)[:, None] * dw_token + group * N + n[None, :]
     tl.store(out, gradient.to(dw_ptr.dtype.element_ty), mask=inside[:, None])
 
 

@@ -146,7 +146,9 @@ def _chunk_gradients(
     ``more``: addend to the gradient of every chunk's log decay, from a state exchange.
     """
     x_BSHP, B_BSGN, C_BSGN = saved.x_BSHP, saved.B_BSGN, saved.C_BSGN
-    dx_BSHP, dB_BSGN, dC_BSGN = (_empty_like(t) for t in (x_BSHP, B_BSGN, C_BSGN))
+    dx_BSHP = _empty_like(x_BSHP)
+    # Side by side, as in the projection of B and C, which then needs no copy of its gradient.
+    dB_BSGN, dC_BSGN = B_BSGN.new_empty(*B_BSGN.shape[:2], 2, *B_BSGN.shape[2:]).unbind(2)
     dscores = x_BSHP.new_empty(sizes.rows, sizes.chunks, sizes.groups * sizes.blocks, sizes.Q, sizes.Q)
     dstep, ddecay, dlater, to_state, from_state, skip = x_BSHP.new_empty(
         6, *saved.step_BHT.shape, dtype=torch.float32
@@ -167,7 +169,8 @@ def _chunk_gradients(
         x, w, other = (dy_BSHP, C_BSGN, B_BSGN) if of_C else (x_BSHP, B_BSGN, C_BSGN)
         kernels_backward.chunk_group_backward[(sizes.groups, sizes.chunks, sizes.rows)](
             x, w, other, *saved.per_token, saved.states_BcHPN if of_C else dstates_BcHPN, dscores,
-            dC_BSGN if of_C else dB_BSGN, from_state, *_strides(x, w, other), *sizes.extents, sizes.blocks,
+            dC_BSGN if of_C else dB_BSGN, from_state, *_strides(x, w, other), *dB_BSGN.stride()[:2],
+            *sizes.extents, sizes.blocks,
             of_C=of_C, **constants, **sizes.launch(8),
         )  # fmt: skip
     ddt_BSH = x_BSHP.new_empty(x_BSHP.shape[:3], dtype=torch.float32)
