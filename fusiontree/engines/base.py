@@ -222,6 +222,10 @@ class RecordableEngine(Engine, Protocol):
         """Return this rank's chunk of a micro-batch, on the CPU."""
         ...
 
+    def greatest(self, value: int) -> int:
+        """Return the greatest ``value`` of all ranks, which all call this; no device is waited for."""
+        ...
+
     def run(self, inputs: ModelInputs) -> ModelOutput:
         """Do :meth:`Engine.forward` on inputs on the device."""
         ...

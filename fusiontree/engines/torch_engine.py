@@ -122,6 +122,10 @@ class TorchEngine(CommonEngine):
         """Run the model on one micro-batch."""
         return self.run(self.inputs(micro, branch_scale_LB2, layer_metrics).to(self.device))
 
+    def greatest(self, value: int) -> int:
+        """Return the greatest ``value`` of all ranks."""
+        return self.layout.greatest(value)
+
     def run(self, inputs: ModelInputs) -> ModelOutput:
         """Run the model on inputs on the device, for training."""
         for placement in self.placements:

@@ -35,11 +35,6 @@ class ModelInputs(NamedTuple):
         """What the host knows of the documents and kernels depend on (:attr:`Documents.tokens_before`)."""
         return [part.tokens_before for part in self.documents.nested()]
 
-    @property
-    def most_documents(self) -> int:
-        """Number of documents, of those of half chunks the greatest."""
-        return max(len(part.cu_seqlens) - 1 for part in self.documents.nested())
-
     def padded(self, count: int | None) -> ModelInputs:
         """Return the inputs with boundaries padded to ``count`` documents (:meth:`Documents.padded`); None: as here."""
         return self if count is None else self._replace(documents=self.documents.padded(count))

@@ -163,6 +163,14 @@ class Layout:
             dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.world_group)
         return values
 
+    def greatest(self, value: int) -> int:
+        """Return the greatest ``value`` of all ranks; a collective call of the CPUs, which waits for no device."""
+        if self.place.world_size == 1:
+            return value
+        values = torch.tensor([value])
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return int(values)
+
     def gather_text(self, text: str) -> list[str]:
         """Return every rank's ``text``, in rank order; a collective call."""
         return gather_objects(text, self.cpu_group)

@@ -130,8 +130,8 @@ class TrainingConfig(Section):
     cuda_graphs: Literal["auto", "on", "off"] = setting(
         "auto",
         "Record forward, backward and optimizer step on a GPU and replay them, so that steps do not wait for Python. "
-        "auto records runs of one process and off none; on also records several processes (ddp, fsdp2), lets the GPU "
-        "execute both branches of a block at the same time, and fails where a step cannot be recorded.",
+        "auto records what can be recorded (ddp, fsdp2) and off nothing; on also lets the GPU execute both branches of "
+        "a block at the same time, and fails where a step cannot be recorded.",
     )
     gate_target: float = setting(0.5, "Mean gate of a row that the load balance loss asks for.", ge=0, le=1)
     gate_margin: float = setting(0.1, "Distance from gate_target that costs nothing.", ge=0, le=1)

@@ -5,6 +5,7 @@ Shape legend: B rows of a micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -60,6 +61,10 @@ class PassInputs(NamedTuple):
 class Passes(Protocol):
     """Queues a step: for each micro-batch its forward pass, then its backward pass; then the optimizer step."""
 
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Begin a step of these micro-batches; all ranks call this together."""
+        ...
+
     def forward(self, inputs: PassInputs) -> ForwardPass:
         """Queue the forward pass of a micro-batch."""
         ...
@@ -79,6 +84,9 @@ class EagerPasses:
     def __init__(self, engine: Engine, weights: LossWeights) -> None:
         """Connect the engine and the coefficients of the loss terms."""
         self.engine, self.weights = engine, weights
+
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Do nothing."""
 
     def forward(self, inputs: PassInputs) -> ForwardPass:
         """Queue the forward pass of a micro-batch."""

@@ -6,7 +6,7 @@ the order of their recording, and what outlives a pass (gradients) stays referen
 
 The numbers of documents and their lengths change from batch to batch and are therefore data on the device: boundaries
 are padded to a fixed count (:meth:`fusiontree.ops.documents.Documents.padded`). A change of shape (a curriculum stage,
-more documents than fit) drops all recordings.
+more documents than fit, on any rank) drops all recordings.
 
 Shape legend: B rows of a micro-batch.
 """
@@ -14,14 +14,17 @@ Shape legend: B rows of a micro-batch.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusiontree.data.batch import MicroBatch
 from fusiontree.engines.base import Engine, ModelInputs, RecordableEngine, StepResult
 from fusiontree.models.config import ModelConfig
+from fusiontree.ops.documents import Documents
 from fusiontree.training.config import TrainingConfig
 from fusiontree.training.losses import GlobalCounts, LossWeights
 from fusiontree.training.passes import EagerPasses, ForwardPass, Passes, PassInputs
@@ -52,8 +55,6 @@ def build_passes(engine: Engine, model: ModelConfig, training: TrainingConfig, w
         problem = "rows are longer than the learnable SRTE's table, and a replay cannot check documents against it"
     elif engine.teacher is not None and engine.teacher.is_sharded:
         problem = "the teacher's parameters are sharded, and their gathers are not recorded"
-    elif training.cuda_graphs == "auto" and engine.world_size > 1:
-        problem = "the run has several processes; training.cuda_graphs=on records them"
     else:
         return RecordedPasses(engine, weights, eager, required=training.cuda_graphs == "on")
     if training.cuda_graphs == "on":
@@ -80,6 +81,8 @@ class RecordedPasses:
         self.engine, self.weights, self.eager, self._required = engine, weights, eager, required
         self.problem: str | None = None
         """Why passes are eager from now on, or None."""
+        self._most_documents = 0
+        """Of this step's micro-batches, on any rank; 0 if every row of all of them is one document."""
         self._static: _StaticInputs | None = None
         self._passes: dict[tuple[int, bool], _Recording] = {}
         self._steps: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -87,6 +90,13 @@ class RecordedPasses:
         self._eager_steps = -1  # that began with these inputs' shapes, before this one
         self._pool: GraphPool | None = None
         self._last: tuple[int, bool] = (0, True)
+
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Agree on what decides whether a step is recorded anew.
+
+        NCCL wants a collective to be recorded on all of its ranks or on none, whatever documents each of them has.
+        """
+        self._most_documents = self.engine.greatest(max(Documents.count(m.positions_BS) for m in micro_batches))
 
     def forward(self, inputs: PassInputs) -> ForwardPass:
         """Queue the forward pass of a micro-batch."""
@@ -134,9 +144,9 @@ class RecordedPasses:
 
     def _load(self, given: ModelInputs, inputs: PassInputs) -> _StaticInputs:
         """Copy the inputs to the tensors that recordings read; tensors of another shape replace these."""
-        if self._static is None or not self._static.fits(given):
+        if self._static is None or not self._static.fits(given, self._most_documents):
             self._drop()
-            self._static = _StaticInputs.like(given, inputs, self.engine.device)
+            self._static = _StaticInputs.like(given, inputs, self.engine.device, self._most_documents)
         self._static.load(given, inputs)
         return self._static
 
@@ -187,6 +197,11 @@ class RecordedPasses:
     def _give_up(self, error: RuntimeError) -> None:
         if self._required:
             raise UserError(f"training.cuda_graphs is on, but a step cannot be recorded: {error}; set it to auto")
+        if self.engine.world_size > 1 and not isinstance(error, NotImplementedError):  # which all ranks raise
+            raise UserError(
+                f"this rank cannot record a step as CUDA graphs, and the others may have done so: {error}; set "
+                f"training.cuda_graphs to off"
+            )
         self.problem = f"{error}"
         log.warning("cuda graphs: none from here on, steps are launched kernel by kernel: %s", error)
         self._drop()
@@ -251,21 +266,19 @@ class _StaticInputs(NamedTuple):
     """Number of documents to which boundaries are padded; None if the rows have the fixed boundaries of this batch."""
 
     @classmethod
-    def like(cls, given: ModelInputs, inputs: PassInputs, device: torch.device) -> _StaticInputs:
-        """Return tensors that hold inputs such as these."""
-        count = None
-        if None in given.document_kinds:
-            count = max(_FEWEST_DOCUMENTS, 2 * given.most_documents)
+    def like(cls, given: ModelInputs, inputs: PassInputs, device: torch.device, most_documents: int) -> _StaticInputs:
+        """Return tensors that hold inputs such as these, with at most so many documents or a few more."""
+        count = max(_FEWEST_DOCUMENTS, 2 * most_documents) if most_documents else None
         counts = GlobalCounts(torch.zeros((), device=device), torch.zeros((), device=device))
         return cls(given.padded(count).to(device), inputs.micro.row_weight_B.to(device), counts, count)
 
-    def fits(self, given: ModelInputs) -> bool:
-        """Return whether the inputs have the shapes of these tensors."""
+    def fits(self, given: ModelInputs, most_documents: int) -> bool:
+        """Return whether the inputs have the shapes of these tensors, which all ranks answer alike."""
         if self.model.layer_metrics != given.layer_metrics:
             return False
         if self.documents is None and self.model.document_kinds != given.document_kinds:
             return False
-        if self.documents is not None and given.most_documents > self.documents:
+        if most_documents > (self.documents or 0):
             return False
         shapes = [[tensor.shape for tensor in one.tensors()] for one in (self.model, given.padded(self.documents))]
         return shapes[0] == shapes[1]

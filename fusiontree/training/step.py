@@ -163,6 +163,8 @@ class TrainStep:
         # Recorded passes are the same in every step.
         every_step = isinstance(self.passes, RecordedPasses)
         metrics = self.settings.all_layer_metrics if every_step else self.settings.layer_metrics(number)
+        with self.watchdog.section("agreement on the passes of the step", limit_s):
+            self.passes.begin(batch.micro_batches)
         for index, micro in enumerate(batch.micro_batches):
             inputs = PassInputs(micro, self._branch_scale(micro, number), metrics, counts, index, index == last)
             with self.watchdog.section(f"forward of micro batch {index}", limit_s):

@@ -31,6 +31,7 @@ from fusiontree.parallel.validate import check_layout
 from fusiontree.train import train
 from fusiontree.utils import gc_control
 from fusiontree.utils.environment import process_place
+from tests.end_to_end.runs import build_data
 
 SPEED = "configs/bench/hybrid_1b_32k.yaml"
 SMALL = "configs/bench/hybrid_150m_8k.yaml"
@@ -124,19 +125,37 @@ def curve(out: Path, name: str) -> None:
 
 
 def graphs(out: Path, name: str) -> None:
-    """Compare recorded steps with eager ones: packed rows, two micro-batches per step, clipping, branch dropout."""
+    """Compare recorded steps with eager ones: packed rows, two micro-batches per step, clipping, branch dropout.
+
+    Every row holds several short documents. A micro-batch of whole-row documents would take cuDNN's attention in an
+    eager step, whose backward pass adds in no fixed order, and FlexAttention in a recorded one.
+    """
     found = []
+    data = _short_documents(out)
     port = int(os.environ.get("MASTER_PORT", "29500"))
     for mode in ("off", "off", "on"):  # the first run compiles kernels
         os.environ["MASTER_PORT"] = str(port + 100 * (len(found) + 1))  # the processes of each run meet anew
         run_dir = out / f"graphs-{name}-{len(found)}-{mode}"
         settings = [f"run_dir={run_dir}", "training.max_steps=50", "training.micro_batch_size=2"]
         settings += [f"training.cuda_graphs={mode}", "model.drop_branch_prob=0.1", "model.kernels.attention=flex"]
-        settings += ["data.train=[{path: synthetic, type: synthetic, weight: 1, options: {vocab_size: 264}}]"]
+        settings += [f"data.train={data / 'train'}"]
         assert train(load_config(CURVE, [*PARALLEL[name], *settings])) == 0
         found.append([(record["loss"], record["grad_norm"]) for record in _records(run_dir) if "grad_norm" in record])
     assert found[1], "no step was logged"
     assert found[2] == found[1], f"recorded steps differ from step {_first_difference(found[1], found[2])} on"
+
+
+def _short_documents(out: Path) -> Path:
+    """Return a folder of token shards of short texts, which rank 0 builds once."""
+    built = out / "short" / "data"
+    done = built.with_name("done")
+    if process_place().is_main and not done.exists():
+        (out / "short").mkdir(exist_ok=True)
+        build_data(out / "short")
+        done.touch()
+    while not done.exists():
+        time.sleep(0.2)
+    return built
 
 
 def _first_difference(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> int:

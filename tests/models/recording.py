@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 from fusiontree.generation import running_batch
 from fusiontree.models import cuda_graph
-from fusiontree.parallel.batch_sharding import ModelInputs
 from fusiontree.training import step
 from fusiontree.training.passes import EagerPasses
 from fusiontree.training.recorded_passes import RecordedPasses
@@ -104,7 +103,7 @@ class _Capture:
 def recorded_on_cpu() -> Iterator[list[_Graph]]:
     """Let the trainer record the passes of its steps on the CPU; yield the list of the graphs that will be made.
 
-    This recording executes collectives, so all ranks must record the same passes: rows count as packed on all of them.
+    This recording executes collectives, so all ranks must record the same passes.
     """
 
     def build(engine: Any, model: Any, training: Any, weights: Any) -> RecordedPasses:
@@ -119,8 +118,6 @@ def recorded_on_cpu() -> Iterator[list[_Graph]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "build_passes", build)
         patch.setattr(dist.Work, "wait", wait_unrecorded)
-        packed = property(lambda inputs: [None for _ in inputs.documents.nested()])
-        patch.setattr(ModelInputs, "document_kinds", packed)
         yield pretend_gpu(patch, reads=True)
 
 

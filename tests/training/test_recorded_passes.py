@@ -86,8 +86,12 @@ def test_the_tensors_of_a_recording_give_the_values_of_the_batch(
         values.append([])
         gradients.append([])
         for step in STEPS:
-            for number, starts in enumerate(step):
-                inputs = pass_inputs(starts, seed=number, number=number, last=number + 1 == len(step))
+            given = [
+                pass_inputs(starts, seed=number, number=number, last=number + 1 == len(step))
+                for number, starts in enumerate(step)
+            ]
+            passes.begin([inputs.micro for inputs in given])
+            for inputs in given:
                 done = passes.forward(inputs)
                 passes.backward(inputs, done)
                 values[-1] += [float(done.lm), float(done.z), done.row_terms.tolist(), done.sum_names]
@@ -112,8 +116,12 @@ def train(engine: TorchEngine, passes: EagerPasses | RecordedPasses) -> tuple[li
     values: list[Any] = []
     gradients: list[Tensor] = []
     for step in range(6):
-        for number in range(4):
-            inputs = pass_inputs(kinds[(step + number) % 4], seed=10 * step + number, number=number, last=number == 3)
+        given = [
+            pass_inputs(kinds[(step + number) % 4], seed=10 * step + number, number=number, last=number == 3)
+            for number in range(4)
+        ]
+        passes.begin([inputs.micro for inputs in given])
+        for inputs in given:
             done = passes.forward(inputs)
             passes.backward(inputs, done)
             values += [float(done.lm), float(done.z), done.row_terms.tolist()]
@@ -189,9 +197,13 @@ def recorder(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def run_step(passes: RecordedPasses, micro_batches: int, starts: Starts | None = None, length: int = 16) -> None:
-    for number in range(micro_batches):
-        rows = starts or [[0, 3], [0]]
-        inputs = pass_inputs(rows, seed=number, number=number, last=number + 1 == micro_batches, length=length)
+    rows = starts or [[0, 3], [0]]
+    given = [
+        pass_inputs(rows, seed=number, number=number, last=number + 1 == micro_batches, length=length)
+        for number in range(micro_batches)
+    ]
+    passes.begin([inputs.micro for inputs in given])
+    for inputs in given:
         passes.backward(inputs, passes.forward(inputs))
     passes.step(1e-3)
 
@@ -230,6 +242,7 @@ def test_nothing_is_recorded_before_the_choice_of_recomputation(
         run_step(recorded, 1)
     assert recorder.kinds == []
     first = pass_inputs([[0, 3], [0]], seed=0, last=False)
+    recorded.begin([first.micro])
     recorded.backward(first, recorded.forward(first))
     monkeypatch.setattr(type(engine.checkpointing), "settled", True)  # in the middle of a step
     second = pass_inputs([[0, 3], [0]], seed=1, number=1)
@@ -247,8 +260,41 @@ def test_chunks_after_another_number_of_tokens_do_not_fit(engine: TorchEngine) -
     def after(tokens: int) -> Any:
         return engine.inputs(replace(given.micro, positions_BS=given.micro.positions_BS + tokens))
 
-    static = recorded_passes._StaticInputs.like(after(16), given, torch.device("cpu"))
-    assert static.fits(after(16)) and not static.fits(after(32))
+    static = recorded_passes._StaticInputs.like(after(16), given, torch.device("cpu"), 0)
+    assert static.fits(after(16), 0) and not static.fits(after(32), 0)
+
+
+def test_documents_of_another_rank_decide_too(
+    recorded: RecordedPasses, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL wants all ranks to record a collective, or none; this rank's own documents would fit."""
+    monkeypatch.setattr(recorded_passes, "_FEWEST_DOCUMENTS", 8)
+    for _ in range(3):
+        run_step(recorded, 1)
+    assert recorder.kinds == [(0, True)]
+    monkeypatch.setattr(type(recorded.engine), "greatest", lambda engine, value: max(value, 9))
+    for _ in range(3):
+        run_step(recorded, 1)
+    assert recorder.kinds == [(0, True)] * 2
+
+
+def test_rows_of_one_document_here_and_of_several_on_another_rank_are_recorded_as_several(
+    recorded: RecordedPasses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(recorded.engine), "greatest", lambda engine, value: max(value, 9))
+    run_step(recorded, 1, [[0], [0]])
+    assert recorded._static is not None and recorded._static.documents == 64
+
+
+def test_a_recording_that_fails_on_one_of_several_ranks_is_an_error(
+    recorded: RecordedPasses, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder.fails = True
+    monkeypatch.setattr(recorded.engine, "world_size", 2)
+    run_step(recorded, 1)
+    run_step(recorded, 1)
+    with pytest.raises(UserError, match=r"operation not permitted; set training\.cuda_graphs to off"):
+        run_step(recorded, 1)
 
 
 def test_a_recording_that_fails_is_said_once_and_leaves_eager_passes(
@@ -290,8 +336,7 @@ class OnGPU:
         ("off", {}, "none", None),
         ("auto", {}, "none", "recorded"),
         ("on", {}, "none", "recorded"),
-        ("auto", {"world_size": 2}, "none", "several processes; training.cuda_graphs=on records them"),
-        ("on", {"world_size": 2}, "none", "recorded"),
+        ("auto", {"world_size": 2}, "none", "recorded"),
         ("auto", {"device": torch.device("cpu")}, "none", None),
         ("on", {"device": torch.device("cpu")}, "none", "the run is on the CPU"),
         ("on", {}, "learnable", "longer than the learnable SRTE's table"),
@@ -333,6 +378,7 @@ def test_the_end_of_the_process_groups_discards_recordings(
     passes = RecordedPasses(engine, WEIGHTS, EagerPasses(engine, WEIGHTS))
     for step in range(3):
         inputs = pass_inputs([[0, 7], [0]], step)
+        passes.begin([inputs.micro])
         passes.backward(inputs, passes.forward(inputs))
         passes.step(1e-3)
     assert made and not any(graph.was_reset for graph in made)
