@@ -98,7 +98,8 @@ def command(args: argparse.Namespace) -> int:
         teacher = [f"training.teacher={source}", *args.heal]
         train(args, folders[name], str(folders[name] / "config.yaml"), steps, args.healing_rate, teacher)
     scratch = args.out / "scratch"
-    train(args, scratch, str(folders["pruned"] / "config.yaml"), steps, args.learning_rate, [])
+    alone = ["training.teacher=null"]  # which the healed run's configuration has by now
+    train(args, scratch, str(folders["pruned"] / "config.yaml"), steps, args.learning_rate, alone)
     results |= {f"{name}, healed": figures(args, folders[name], steps, settings) for name in HEALED}
     results["from scratch"] = figures(args, scratch, steps, settings)
     ahead = results["pruned, healed"]["loss"] < min(results[n]["loss"] for n in ("random, healed", "from scratch"))

@@ -52,6 +52,7 @@ def check_options(config: Config, args: argparse.Namespace) -> None:
     Raises:
         UserError: an option's value is wrong, or needs a GPU, a folder or a package that is missing.
     """
+    from fusiontree.training.recorded_passes import RECORDED_STEP
     from fusiontree.utils.device import choose_device
 
     if args.steps < 1 or args.warmup < 1:
@@ -64,6 +65,11 @@ def check_options(config: Config, args: argparse.Namespace) -> None:
             f"then keeps its choice"
         )
     device = choose_device(config.training.device, process_place().local_rank, "training.device")
+    if device.type == "cuda" and config.training.cuda_graphs != "off" and args.warmup < RECORDED_STEP:
+        raise UserError(
+            f"--warmup {args.warmup} must be at least {RECORDED_STEP}: that step is recorded as CUDA graphs and would "
+            f"be timed; or set training.cuda_graphs=off"
+        )
     if args.profile is not None:
         if device.type == "cpu":
             raise UserError("--profile traces the kernels of a GPU, and this run is on the CPU; leave it out")

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _EAGER = 2
 """Eager steps before the recording: kernels compile in the first, and tune or load in the second."""
+RECORDED_STEP = _EAGER + 1
+"""First step that is recorded, counted from 1."""
 _FEWEST_DOCUMENTS = 64
 
 

@@ -129,6 +129,14 @@ def test_decoding_beyond_a_learned_table_is_refused(config: str, monkeypatch: py
         benchmark_options.check_options(load_config(config, ["model.srte_encoding=learnable"]), args)
 
 
+def test_the_step_that_is_recorded_is_not_timed(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusiontree.utils.device.choose_device", lambda *_: torch.device("cuda"))
+    args = benchmark_options.build_parser().parse_args(["--config", config, "--warmup", "2"])
+    benchmark_options.check_options(load_config(config, ["training.cuda_graphs=off"]), args)
+    with pytest.raises(UserError, match="--warmup 2 must be at least 3"):
+        benchmark_options.check_options(load_config(config, []), args)
+
+
 def test_the_peer_needs_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "fusiontree[hf]" in peers.falcon_missing()
