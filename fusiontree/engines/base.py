@@ -8,7 +8,7 @@ global norm; a step whose gradient is not finite changes nothing and says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -222,8 +222,11 @@ class RecordableEngine(Engine, Protocol):
         """Return this rank's chunk of a micro-batch, on the CPU."""
         ...
 
-    def greatest(self, value: int) -> int:
-        """Return the greatest ``value`` of all ranks, which all call this; no device is waited for."""
+    def most_documents(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """Return the greatest number of documents of a micro-batch on any rank, 0 if every row is one document.
+
+        All ranks call this together; no device is waited for.
+        """
         ...
 
     def run(self, inputs: ModelInputs) -> ModelOutput:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from fusiontree.optim.build import (
     parameter_groups,
     scaled_step,
 )
-from fusiontree.parallel.batch_sharding import ModelInputs
+from fusiontree.parallel.batch_sharding import ModelInputs, count_documents
 from fusiontree.parallel.fp8 import keep_casts
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.shard_groups import DistributedModel, ShardGroup, shard_groups_leaves_first
@@ -122,9 +122,9 @@ class TorchEngine(CommonEngine):
         """Run the model on one micro-batch."""
         return self.run(self.inputs(micro, branch_scale_LB2, layer_metrics).to(self.device))
 
-    def greatest(self, value: int) -> int:
-        """Return the greatest ``value`` of all ranks."""
-        return self.layout.greatest(value)
+    def most_documents(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """Return the greatest number of documents of a micro-batch on any rank, 0 if every row is one document."""
+        return self.layout.greatest(max(map(count_documents, micro_batches)))
 
     def run(self, inputs: ModelInputs) -> ModelOutput:
         """Run the model on inputs on the device, for training."""

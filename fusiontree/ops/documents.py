@@ -64,16 +64,6 @@ class Documents:
             tokens_before=first if unbroken else None,
         )
 
-    @staticmethod
-    def count(positions_BS: Tensor) -> int:
-        """Return the number of documents in rows on the CPU, parts of one in several rows counted apart.
-
-        0 if none starts after a row's first token. Parts of the rows (context parallel chunks) have at most as many.
-        """
-        inner = int((positions_BS[:, 1:] == 0).sum())
-        alike = bool((positions_BS[:, 0] == positions_BS[0, 0]).all())
-        return 0 if inner == 0 and alike else inner + len(positions_BS)
-
     @classmethod
     def whole(cls, rows: int, length: int, device: torch.device | str = "cpu") -> Documents:
         """Return boundaries for rows of one document of ``length`` tokens each."""

@@ -65,6 +65,15 @@ class ModelInputs(NamedTuple):
         )
 
 
+def count_documents(micro: MicroBatch) -> int:
+    """Return the number of documents in the rows of a micro-batch on the CPU; 0 if every row is one.
+
+    Parts of one document in several rows count apart. A context parallel chunk has at most as many.
+    """
+    documents = Documents.from_positions(micro.positions_BS)
+    return len(documents.cu_seqlens) - 1 if documents.tokens_before is None else 0
+
+
 def shard_inputs(
     micro: MicroBatch, branch_scale_LB2: Tensor | None, layer_metrics: tuple[str, ...], layout: Layout | None
 ) -> ModelInputs:

@@ -24,7 +24,6 @@ from torch import Tensor
 from fusiontree.data.batch import MicroBatch
 from fusiontree.engines.base import Engine, ModelInputs, RecordableEngine, StepResult
 from fusiontree.models.config import ModelConfig
-from fusiontree.ops.documents import Documents
 from fusiontree.training.config import TrainingConfig
 from fusiontree.training.losses import GlobalCounts, LossWeights
 from fusiontree.training.passes import EagerPasses, ForwardPass, Passes, PassInputs
@@ -98,7 +97,7 @@ class RecordedPasses:
 
         NCCL wants a collective to be recorded on all of its ranks or on none, whatever documents each of them has.
         """
-        self._most_documents = self.engine.greatest(max(Documents.count(m.positions_BS) for m in micro_batches))
+        self._most_documents = self.engine.most_documents(micro_batches)
 
     def forward(self, inputs: PassInputs) -> ForwardPass:
         """Queue the forward pass of a micro-batch."""

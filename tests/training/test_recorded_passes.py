@@ -272,7 +272,7 @@ def test_documents_of_another_rank_decide_too(
     for _ in range(3):
         run_step(recorded, 1)
     assert recorder.kinds == [(0, True)]
-    monkeypatch.setattr(type(recorded.engine), "greatest", lambda engine, value: max(value, 9))
+    monkeypatch.setattr(Layout, "greatest", lambda layout, value: max(value, 9))
     for _ in range(3):
         run_step(recorded, 1)
     assert recorder.kinds == [(0, True)] * 2
@@ -281,7 +281,7 @@ def test_documents_of_another_rank_decide_too(
 def test_rows_of_one_document_here_and_of_several_on_another_rank_are_recorded_as_several(
     recorded: RecordedPasses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(recorded.engine), "greatest", lambda engine, value: max(value, 9))
+    monkeypatch.setattr(Layout, "greatest", lambda layout, value: max(value, 9))
     run_step(recorded, 1, [[0], [0]])
     assert recorded._static is not None and recorded._static.documents == 64
 
