@@ -10,7 +10,8 @@ import pytest
 
 from tools.fault_campaign import ENDING, PASSING, main, plan_faults
 from tools.fault_injection import Fault
-from tools.fault_runs import FaultyRun, References, build_corpus
+from tools.fault_runs import FaultyRun, References
+from tools.fault_starts import build_corpus
 
 
 def test_the_same_seed_plans_the_same_faults() -> None:

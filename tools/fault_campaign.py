@@ -26,7 +26,8 @@ if not __package__:  # called by its path, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.fault_injection import Fault
-from tools.fault_runs import FaultyRun, References, build_corpus, can_mount
+from tools.fault_runs import FaultyRun, References
+from tools.fault_starts import build_corpus, can_mount
 
 ENDING = ("kill", "hang", "term", "usr1", "int", "corrupt", "lost_shard", "full_disk")
 """Faults after which the run has to be started again (a full disk need not)."""

@@ -11,7 +11,7 @@ import pytest
 
 from fusiontree.tracking.records import read_records
 from tools.fault_injection import Fault
-from tools.fault_runs import CONFIG, STEPS, build_corpus, start, write_config
+from tools.fault_starts import CONFIG, STEPS, build_corpus, start, write_config
 
 pytestmark = [pytest.mark.xdist_group("training"), pytest.mark.timeout(600)]
 SPIKES = {"window": 8, "threshold": 12.0}
