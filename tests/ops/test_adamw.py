@@ -182,7 +182,7 @@ def test_a_prepared_update_brings_nothing_to_the_device(monkeypatch: pytest.Monk
         raise RuntimeError("a copy to the device")
 
     launched: list[int] = []
-    for name in ("_advance", "_update"):
+    for name in ("_adamw_counts", "_adamw_update"):
         monkeypatch.setattr(kernels, name, Launch())
     case = CASES["without a gradient"]
     update = kernels.TritonUpdate(parts_of(case), case.constants)

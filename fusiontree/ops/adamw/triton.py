@@ -28,7 +28,7 @@ _SCALARS = 4  # of each tensor
 
 
 @triton.jit
-def _advance(
+def _adamw_counts(
     steps_ptr, decays_ptr, scalars_ptr, rate_ptr, divisor_ptr, norm_ptr, count, log_beta1, log_beta2,
     COLUMNS: tl.constexpr, TENSORS: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def _update_block(
 
 
 @triton.jit
-def _update(
+def _adamw_update(
     blocks_ptr, table_ptr, gradients_ptr, scalars_ptr, norm_ptr, beta1, rest1, beta2, rest2, eps,
     gradient_type: tl.constexpr, mean_type: tl.constexpr, square_type: tl.constexpr, copy_type: tl.constexpr,
     aligned: tl.constexpr, COLUMNS: tl.constexpr, SCALARS: tl.constexpr, BLOCK: tl.constexpr,
@@ -186,13 +186,13 @@ class TritonUpdate:
         table = self._on_device(list(addresses)) if table is None else table
         beta1, beta2, eps = self.constants
         count = len(self.parts)
-        _advance[(triton.cdiv(count, _TENSORS),)](
+        _adamw_counts[(triton.cdiv(count, _TENSORS),)](
             self._steps, self._decays, self._scalars, rate, divisor, norm, count, _log(beta1), _log(beta2),
             COLUMNS=_SCALARS, TENSORS=_TENSORS,
         )  # fmt: skip
         for kind, blocks in self._launches_of(gradients, addresses):
             if blocks.numel():
-                _update[(blocks.numel(),)](
+                _adamw_update[(blocks.numel(),)](
                     blocks, self._table, table, self._scalars, norm, beta1, 1 - beta1, beta2, 1 - beta2, eps,
                     **kind.arguments(), COLUMNS=_COLUMNS, SCALARS=_SCALARS, BLOCK=_BLOCK, num_warps=_WARPS,
                 )  # fmt: skip
