@@ -21,6 +21,7 @@ from fusiontree.models.norm import ResidualRMSNorm
 from fusiontree.models.token_layout import BlockInputs
 from fusiontree.ops.elementwise import fused
 from fusiontree.ops.gate import GivenBranches, gate_mix
+from fusiontree.ops.gelu import gelu_product
 from fusiontree.ops.linear import add_product, project
 from fusiontree.ops.linear.side_by_side import is_plain, joined
 from fusiontree.ops.recompute import recomputed
@@ -54,9 +55,8 @@ class MLP(nn.Module):
         if not projected:
             projected = project(z_BSC, self.projections(), joint=self.fused_projections)
         if self.gate is None:
-            inner_BSC = recomputed(F.gelu, *projected)
-        else:
-            inner_BSC = recomputed(fused(_swiglu, self.backend, z_BSC.device.type), *projected)
+            return gelu_product(projected[0], self.down, sum_BSC, joint=self.fused_projections, backend=self.backend)
+        inner_BSC = recomputed(fused(_swiglu, self.backend, z_BSC.device.type), *projected)
         if sum_BSC is None:
             return self.down(inner_BSC)
         return add_product(sum_BSC, inner_BSC, self.down, joint=self.fused_projections)
@@ -122,7 +122,7 @@ class FusionBlock(nn.Module):
         self.branch_norm: BranchNorm | None = None
         if config.branch_norm:
             self.branch_norm = BranchNorm(len(classes), hidden, config.norm_eps, config.kernels.elementwise)
-        self.align = Alignment(len(classes), hidden) if config.use_alignment else None
+        self.align = Alignment(len(classes), hidden, self.backend) if config.use_alignment else None
         self.reads_alignment = config.reads_alignment
         self.gate = FusionGate(config) if config.branch_mix == "gate" else None
         self.mix = config.branch_mix

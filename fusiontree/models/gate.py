@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.ops.linear import add_product, project
+from fusiontree.ops.gelu import gelu_product
+from fusiontree.ops.linear import project
 from fusiontree.ops.norm import rms_norm
 from fusiontree.ops.recompute import recomputed
 
@@ -22,8 +22,9 @@ class Alignment(nn.Module):
 
     fused_projections = False
 
-    def __init__(self, branches: int, hidden_size: int) -> None:
+    def __init__(self, branches: int, hidden_size: int, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.up = nn.Linear(branches * hidden_size, hidden_size, bias=False)
         self.down = nn.Linear(hidden_size, hidden_size, bias=False)
         self.skip = nn.Linear(branches * hidden_size, hidden_size, bias=False)
@@ -34,8 +35,7 @@ class Alignment(nn.Module):
         Also returns ``ma`` for the gate mix, onto whose gradient the backward pass of the alignment adds its own.
         """
         inner_BSC, skip_BSC, ma_BSC = project(ma_BSC, (self.up, self.skip), joint=self.fused_projections, passes=True)
-        gelu_BSC = recomputed(F.gelu, inner_BSC)
-        return add_product(skip_BSC, gelu_BSC, self.down, joint=self.fused_projections), ma_BSC
+        return gelu_product(inner_BSC, self.down, skip_BSC, joint=self.fused_projections, backend=self.backend), ma_BSC
 
 
 class BranchNorm(nn.Module):

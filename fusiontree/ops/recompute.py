@@ -35,6 +35,11 @@ def mark_recomputable(outputs: Any, formula: Callable[..., Any], *inputs: Any) -
         _active[-1].register(formula, inputs, outputs)
 
 
+def recomputing() -> bool:
+    """Return whether results of :func:`recomputed` are recomputed now."""
+    return bool(_active) and torch.is_grad_enabled()
+
+
 class Recomputed(saved_tensors_hooks):
     """Context of a forward pass in which results of :func:`recomputed` are not kept for the backward pass."""
 

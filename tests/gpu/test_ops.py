@@ -18,6 +18,7 @@ from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.cross_entropy import linear_cross_entropy
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.gate import gate_mix
+from fusiontree.ops.gelu import AGAIN_AND_GRADIENT
 from fusiontree.ops.norm import gated_rms_norm, residual_rms_norm, rms_norm
 from fusiontree.ops.rotary import apply_rotary, rotary_tables, rotate_and_cut
 from fusiontree.ops.ssd import ssd_scan
@@ -330,6 +331,17 @@ def test_conv(name: str, packed: bool) -> None:
     check(run(name), run("reference"), inputs)
 
 
+@pytest.mark.parametrize("name", ["triton", "compiled"])
+def test_gelu_recomputed_with_its_gradient(name: str) -> None:
+    x, dy = 3 * draw(2, 1000, 300), draw(2, 1000, 300, seed=1)
+    for dtype in (torch.float32, torch.bfloat16):
+        found, expected = (
+            AGAIN_AND_GRADIENT.choose(backend, "cuda")(x.to(dtype), dy.to(dtype)) for backend in (name, "reference")
+        )
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
 def test_norms_and_rotary() -> None:
     x, z, weight = draw(2, 500, 256), draw(2, 500, 256, seed=1), draw(256, seed=2)
     for name in ("auto", "compiled"):
@@ -341,6 +353,11 @@ def test_norms_and_rotary() -> None:
         check(
             lambda x, w, name=name: residual_rms_norm(x + 0, w, 1e-5, backend=name),
             lambda x, w: residual_rms_norm(x + 0, w, 1e-5, backend="reference"),
+            [x, weight],
+        )
+        check(
+            lambda x, w, name=name: residual_rms_norm(x + 0, w, 1e-5, 2, backend=name),
+            lambda x, w: residual_rms_norm(x + 0, w, 1e-5, 2, backend="reference"),
             [x, weight],
         )
 

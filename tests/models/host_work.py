@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fusiontree
-from fusiontree.ops import attention, conv, cross_entropy, elementwise, gate, norm, rotary, ssd
+from fusiontree.ops import attention, conv, cross_entropy, elementwise, gate, gelu, norm, rotary, ssd
 
 OWN, TORCH = str(Path(fusiontree.__file__).parent), str(Path(torch.__file__).parent)
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
@@ -34,6 +34,7 @@ KERNELS = (
     gate.GRADIENTS,
     gate.MIX,
     gate.MIX_AND_SUMS,
+    gelu.AGAIN_AND_GRADIENT,
     norm.NORM,
     norm.RESIDUAL_NORM,
     norm.GATED_NORM,

@@ -13,6 +13,8 @@ from torch import Tensor
 from fusiontree.ops.attention import merge_triton, split_causal
 from fusiontree.ops.gate import reference as gate_reference
 from fusiontree.ops.gate import triton as gate_triton
+from fusiontree.ops.gelu import reference as gelu_reference
+from fusiontree.ops.gelu import triton as gelu_triton
 from fusiontree.ops.norm import reference as norm_reference
 from fusiontree.ops.norm import triton as norm_triton
 from fusiontree.ops.rotary import reference as rotary_reference
@@ -78,6 +80,12 @@ def gates() -> None:
             say(f"{name} gradient", fast, plain)
 
 
+def gelus() -> None:
+    for count in (37, 5000):  # less than one program, and a last program that is not full
+        x, dy = 3 * draw(1, 1, count), draw(1, 2, count)[:, 1:]
+        say(f"gelu {count}", gelu_triton.again_and_gradient(x, dy), gelu_reference.again_and_gradient(x, dy))
+
+
 def rotations() -> None:
     q, k = draw(2, 37, 6 * 24 + 5)[..., : 6 * 24].unflatten(-1, (6, 24)), draw(2, 37, 3, 24)
     for rows in (1, 2):
@@ -108,5 +116,6 @@ def merges() -> None:
 if __name__ == "__main__":
     norms()
     gates()
+    gelus()
     rotations()
     merges()

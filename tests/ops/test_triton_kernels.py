@@ -16,7 +16,7 @@ pytest.importorskip("triton")
     ("script", "results"),
     [
         ("interpreted_ssd", 64),
-        ("interpreted_elementwise", 92),
+        ("interpreted_elementwise", 96),
         ("interpreted_fp8", 210),
         pytest.param("interpreted_adamw", 47, id="interpreted_adamw"),
         pytest.param("interpreted_step products attention", 11, id="interpreted_step"),
