@@ -51,7 +51,7 @@ def project(
         for product, sizes in zip(products, splits, strict=True)
     ]
     keeps = all(product.kept for product in products if product is not None)
-    return fp8_linears(x_BSC, weights, outputs, first.recipe, first.kept if keeps else None)
+    return fp8_linears(x_BSC, weights, outputs, first.recipe, first.kept if keeps else None, first.guesses)
 
 
 def linears(x_BSC: Tensor, weights_DC: Sequence[Tensor], splits: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
