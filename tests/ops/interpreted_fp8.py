@@ -45,8 +45,43 @@ def compare(name: str, parts: list[Tensor], scaling: casts.Scaling, dtype: torch
     want = run()
     with patch.object(casts._KERNELS, "choose", lambda wanted, device: triton.KERNELS):
         got = run()
+    report(name, got, want)
+
+
+def report(name: str, got: list[Tensor], want: list[Tensor]) -> None:
     for index, (mine, theirs) in enumerate(zip(got, want, strict=True)):
         print(f"{name} {index} {different(mine, theirs):.2e} 1e-09", flush=True)
+
+
+def compare_guesses(name: str, parts: list[Tensor], dtype: torch.dtype, dim: int, kept: casts.Guess) -> None:
+    """Casts by a wrong guess, by a right one, and by one from other values; ``kept`` starts with other values."""
+    greater = [part * 8 for part in parts]
+    for case, matrices, wrong in (("wrong", parts, 1), ("right", parts, 0), ("of smaller values", greater, 1)):
+        found = casts.greatest(matrices, "tensor", dim)
+        want = [*found, *casts.cast_rows(matrices, found, dtype, dim), *casts.cast_columns(matrices, found, dtype, dim)]
+        before = kept.wrong
+        with patch.object(casts._KERNELS, "choose", lambda wanted, device: triton.KERNELS):
+            amax, rows, columns = casts.find_and_cast(matrices, "tensor", dtype, dim, both=True, guess=kept)
+            alone = casts.find_and_cast(matrices, "tensor", dtype, dim, both=False, guess=kept)
+        assert columns is not None and alone[2] is None
+        report(f"{name}, guess {case}", [*amax, *rows, *columns], want)
+        report(f"{name}, guess {case}, cast alone", [*alone[0], *alone[1]], [*found, *want[2:4]])
+        wrongs = [torch.tensor([float(kept.wrong - before)]), torch.tensor([wrong * len(parts)]).float()]
+        report(f"{name}, guess {case}, number of wrong guesses", wrongs[:1], wrongs[1:])
+
+
+def right_guesses_are_not_repaired() -> None:
+    """A repair after a right guess leaves what it finds."""
+    matrix, kept = draw(70, 150), casts.Guess()
+    with patch.object(casts._KERNELS, "choose", lambda wanted, device: triton.KERNELS):
+        for _ in range(2):
+            found, rows, columns = casts.find_and_cast([matrix], "tensor", casts.E4M3, 0, both=True, guess=kept)
+    assert columns is not None
+    marked = [rows.values_RK.zero_().clone(), columns.values_RK.zero_().clone()]
+    windows = next(iter(casts._windows([matrix], found, 0, rows, columns)))
+    bits = torch.cat([found.rows, found.rows]).view(torch.int32)
+    triton.repair(windows[0], casts.E4M3, windows[1], windows[2], bits, kept.on(matrix.device))
+    report("nothing to repair", [rows.values_RK, columns.values_RK], marked)
 
 
 def main() -> None:
@@ -60,6 +95,22 @@ def main() -> None:
         compare(f"{kind} a transposed view", [draw(33, 70).t()], scaling, dtype, 1)
         for name, matrix in (("nan", with_nan), ("inf", with_inf), ("zeros", zeros), ("extremes", extreme)):
             compare(f"{kind} {name}", [matrix], scaling, dtype, 1)
+    for dtype in (casts.E4M3, casts.E5M2):
+        kept = casts.Guess()
+        compare_guesses(f"{dtype}".replace("torch.float8_", ""), [draw(70, 150)], dtype, 1, kept)
+        compare_guesses("other values", [draw(70, 150) / 64], dtype, 1, kept)
+    compare_guesses("side by side", [draw(70, 150), draw(70, 33)], casts.E4M3, 1, casts.Guess())
+    for name, matrix in (("nan", with_nan), ("inf", with_inf), ("zeros", zeros)):
+        kept = casts.Guess()
+        with patch.object(casts._KERNELS, "choose", lambda wanted, device: triton.KERNELS):
+            for _ in range(2):
+                got = casts.find_and_cast([matrix], "tensor", casts.E4M3, 0, both=True, guess=kept)
+            after = casts.find_and_cast([with_nan.nan_to_num()], "tensor", casts.E4M3, 0, both=True, guess=kept)
+        for case, mine, source in (("guess", got, matrix), ("finite after it", after, with_nan.nan_to_num())):
+            found = casts.greatest([source], "tensor", 0)
+            want = [*found, *casts.cast_rows([source], found, casts.E4M3, 0)]
+            report(f"{name} {case}", [*mine[0], *mine[1]], want)
+    right_guesses_are_not_repaired()
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fusiontree.ops.fp8 import KeptCasts, Outputs, Recipe, casts, fp8_linears, reference
+from fusiontree.ops.fp8 import Guesses, KeptCasts, Outputs, Recipe, casts, fp8_linears, reference
 from fusiontree.ops.fp8.casts import E4M3, E5M2
 from fusiontree.ops.fp8.linear import Fp8Linear, Fp8Product
 from fusiontree.ops.linear import project
@@ -69,10 +70,15 @@ def expected(x: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor], reci
 
 
 def computed(
-    x: Tensor, weights: Sequence[Tensor], grads: Sequence[Tensor | None], recipe: Recipe, kept: KeptCasts | None = None
+    x: Tensor,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    recipe: Recipe,
+    kept: KeptCasts | None = None,
+    guesses: Guesses | None = None,
 ) -> list[Tensor]:
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, *weights)]
-    outputs = fp8_linears(leaves[0], leaves[1:], OUTPUTS, recipe, kept)
+    outputs = fp8_linears(leaves[0], leaves[1:], OUTPUTS, recipe, kept, guesses)
     used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
     torch.autograd.backward(*zip(*used, strict=True))
     return [*outputs, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
@@ -205,3 +211,53 @@ def test_projections_of_one_input_are_equal_joint_and_one_by_one() -> None:
     for mine, theirs in zip(*found, strict=True):
         assert mine is not None and theirs is not None
         assert float((mine - theirs).float().norm() / theirs.float().norm()) < 5e-3
+
+
+def _guess(part: Tensor, dtype: torch.dtype, rows: Any, columns: Any, found: Tensor, guessed: Tensor) -> None:
+    """What the kernel does: casts with the scale of the guess."""
+    found[1] = guessed[0]
+    casts._find(part, found[:1].view(torch.float32), None)
+    for window in (rows, columns):
+        if window is not None:
+            scaled = window._replace(amax=guessed[:1].view(torch.float32))
+            casts._write(part, dtype, *((scaled, None) if window is rows else (None, scaled)))
+
+
+def _repair(part: Tensor, dtype: torch.dtype, rows: Any, columns: Any, found: Tensor, guessed: Tensor) -> None:
+    greatest, guess = found.view(torch.float32).split(1)
+    if not torch.equal(reference.scales_of(greatest, dtype), reference.scales_of(guess, dtype)):
+        casts._write(part, dtype, rows, columns)
+        guessed[1] += 1
+    guessed[0] = found[0]
+
+
+def test_guesses_change_no_result_and_are_mostly_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, backward, and the same again with other values: only a scale that changes is repaired."""
+    kernels = (casts._find, casts._write, (_guess, _repair))
+    x, weights, grads = case()
+    guesses = Guesses()
+    three = (guesses.input, guesses.weight, guesses.gradient)
+    for factor, wrong in ((1.0, 1), (1.0, 0), (1.0001, 0), (16.0, 1)):
+        others = [factor * weight for weight in weights]
+        its_grads = [factor * grad for grad in grads]
+        want = computed(factor * x, others, its_grads, Recipe())
+        before = [guess.wrong for guess in three]
+        with monkeypatch.context() as patch:
+            patch.setattr(casts._KERNELS, "choose", lambda wanted, device: kernels)
+            got = computed(factor * x, others, its_grads, Recipe(), guesses=guesses)
+        for mine, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        assert [guess.wrong > count for guess, count in zip(three, before, strict=True)] == [bool(wrong)] * 3
+
+
+def test_modules_keep_their_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(casts._KERNELS, "choose", lambda wanted, device: (casts._find, casts._write, (_guess, _repair)))
+    maps = [Fp8Linear(nn.Linear(C, 16, bias=False), Fp8Product(Recipe())) for _ in range(2)]
+    for index, module in enumerate(maps):
+        module.weight = nn.Parameter(draw(16, C, seed=index))
+    x = draw(2, 24, C)
+    for joint in (True, False):
+        for _ in range(2):
+            project(x, maps, joint=joint)
+    assert maps[0].product.guesses.input.wrong == 1, "the first alone"
+    assert maps[0].product.guesses.input._bits is not None and maps[1].product.guesses.input.wrong == 1

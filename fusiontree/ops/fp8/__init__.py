@@ -15,16 +15,15 @@ from fusiontree.ops.fp8.casts import (
     E4M3,
     Cast,
     Greatest,
+    Guess,
     Recipe,
-    cast_both,
     cast_columns,
-    cast_rows,
-    greatest,
+    find_and_cast,
     part_of,
     product,
 )
 
-__all__ = ["E4M3", "KeptCasts", "Outputs", "Recipe", "fp8_linears"]
+__all__ = ["E4M3", "Guesses", "KeptCasts", "Outputs", "Recipe", "fp8_linears"]
 
 FAST = {"output": True, "input gradient": False, "weight gradient": False}
 """Products that sum up in the tensor cores' own registers; the weight gradient sums over all tokens."""
@@ -44,6 +43,14 @@ class Outputs(NamedTuple):
         return sum(self.sizes[: len(self.sizes) - self.bf16])
 
 
+class Guesses:
+    """Guesses of the scales of a product's three matrices; results do not depend on them."""
+
+    def __init__(self) -> None:
+        """Guess nothing yet."""
+        self.input, self.weight, self.gradient = Guess(), Guess(), Guess()
+
+
 class KeptCasts:
     """The casts of weights for the micro-batches of a step, in memory that stays: a recorded step reads it."""
 
@@ -52,13 +59,17 @@ class KeptCasts:
         self.valid = False
         """Whether the weights have not changed since the casts were made."""
         self._both: tuple[Cast, Cast] | None = None
+        self._guess = Guess()
 
     def of(self, weights: Sequence[Tensor], recipe: Recipe) -> tuple[Cast, Cast]:
         """Return the casts of the weights one above the other, as they are and transposed."""
         if self.valid and self._both is not None:
             return self._both
-        self._both = cast_both(weights, greatest(weights, recipe.scaling, 0), E4M3, 0, into=self._both)
-        self.valid = True
+        _, rows, columns = find_and_cast(
+            weights, recipe.scaling, E4M3, 0, both=True, guess=self._guess, into=self._both
+        )
+        assert columns is not None
+        self._both, self.valid = (rows, columns), True
         return self._both
 
 
@@ -68,6 +79,7 @@ def fp8_linears(
     outputs: Sequence[Outputs],
     recipe: Recipe,
     kept: KeptCasts | None = None,
+    guesses: Guesses | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the products of ``x`` with every weight, each split into its parts.
 
@@ -81,10 +93,11 @@ def fp8_linears(
         outputs: of each weight; at least one part is in FP8.
         recipe: scaling and types.
         kept: casts of the weights; None casts them whenever they are used.
+        guesses: of the scales, updated; they save time and change no result. None: no guesses.
     """
     for weight, its in zip(weights_DC, outputs, strict=True):
         assert sum(its.sizes) == weight.shape[0], f"{weight.shape[0]} output channels split into {its.sizes}"
-    return _Fp8Linears.apply(x_BSC, tuple(outputs), recipe, kept, *weights_DC)
+    return _Fp8Linears.apply(x_BSC, tuple(outputs), recipe, kept, guesses, *weights_DC)
 
 
 def _fp8_parts(weights: Sequence[Tensor], outputs: Sequence[Outputs]) -> list[Tensor]:
@@ -101,16 +114,19 @@ class _Fp8Linears(torch.autograd.Function):
         outputs: tuple[Outputs, ...],
         recipe: Recipe,
         kept: KeptCasts | None,
+        guesses: Guesses | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         x_NC = x_BSC.flatten(0, -2)
-        x_amax = greatest([x_NC], recipe.scaling, 0)
-        x_cast = cast_rows([x_NC], x_amax, E4M3, 0)
+        x_amax, x_cast, _ = find_and_cast(
+            [x_NC], recipe.scaling, E4M3, 0, both=False, guess=guesses.input if guesses else None
+        )
         saved = [x_amax.columns]
         if kept is None:
             parts = _fp8_parts(weights, outputs)
-            w_amax = greatest(parts, recipe.scaling, 0)
-            w_cast = cast_rows(parts, w_amax, E4M3, 0)
+            w_amax, w_cast, _ = find_and_cast(
+                parts, recipe.scaling, E4M3, 0, both=False, guess=guesses.weight if guesses else None
+            )
             saved.append(w_amax.columns)
         else:
             w_cast = kept.of(_fp8_parts(weights, outputs), recipe)[0]
@@ -125,7 +141,7 @@ class _Fp8Linears(torch.autograd.Function):
                     found.append(x_NC @ weight[row : row + size].t())
                 row += size
         ctx.save_for_backward(x_BSC, *weights, *saved)
-        ctx.outputs, ctx.recipe, ctx.kept = outputs, recipe, kept
+        ctx.outputs, ctx.recipe, ctx.kept, ctx.guess = outputs, recipe, kept, guesses.gradient if guesses else None
         ctx.set_materialize_grads(False)
         return tuple(y_ND.view(*x_BSC.shape[:-1], -1) for y_ND in found)
 
@@ -136,9 +152,9 @@ class _Fp8Linears(torch.autograd.Function):
         weights, amax = rest[: len(outputs)], rest[len(outputs) :]
         x_NC = x_BSC.flatten(0, -2)
         fp8, bf16 = _by_precision(x_NC, grads, outputs)
-        dx_NC = None
+        dx_NC = g_columns = None
         if fp8:
-            g_rows, g_columns = cast_both(fp8, greatest(fp8, recipe.scaling, 1), recipe.gradient, 1)
+            _, g_rows, g_columns = find_and_cast(fp8, recipe.scaling, recipe.gradient, 1, both=True, guess=ctx.guess)
             if ctx.kept is None:
                 w_columns = cast_columns(_fp8_parts(weights, outputs), Greatest(amax[1], amax[1]), E4M3, 0)
             else:
@@ -153,7 +169,7 @@ class _Fp8Linears(torch.autograd.Function):
                 continue
             rows = its.fp8_rows
             dweight = torch.empty_like(weight)
-            if rows and fp8:
+            if rows and g_columns is not None:
                 product(part_of(g_columns, at, at + rows), x_columns, fast=FAST["weight gradient"], out=dweight[:rows])
             else:
                 dweight[:rows].zero_()
@@ -167,7 +183,7 @@ class _Fp8Linears(torch.autograd.Function):
                     dx_NC = part @ its_weight if dx_NC is None else dx_NC.addmm_(part, its_weight)
                 rows += size
             dweights.append(dweight)
-        return None if dx_NC is None else dx_NC.view(x_BSC.shape), None, None, None, *dweights
+        return None if dx_NC is None else dx_NC.view(x_BSC.shape), None, None, None, None, *dweights
 
 
 def _by_precision(

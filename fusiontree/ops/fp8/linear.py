@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fusiontree.ops.fp8 import KeptCasts, Outputs, Recipe, fp8_linears
+from fusiontree.ops.fp8 import Guesses, KeptCasts, Outputs, Recipe, fp8_linears
 
 
 class Fp8Product:
@@ -21,6 +21,7 @@ class Fp8Product:
             bf16_rows: returns how many of the last output channels stay bf16, given the number of all.
         """
         self.recipe, self.bf16_rows = recipe, bf16_rows
+        self.guesses = Guesses()
         self.kept: KeptCasts | None = None
         """Set by an engine: casts are kept for the micro-batches of a step."""
 
@@ -40,7 +41,7 @@ class Fp8Product:
         """Return the product of ``x`` and a weight."""
         bf16 = self.bf16_rows(weight_DC.shape[0])
         sizes = [weight_DC.shape[0] - bf16, bf16] if bf16 else [weight_DC.shape[0]]
-        parts = fp8_linears(x_BSC, [weight_DC], [self.outputs(sizes)], self.recipe, self.kept)
+        parts = fp8_linears(x_BSC, [weight_DC], [self.outputs(sizes)], self.recipe, self.kept, self.guesses)
         return torch.cat(parts, dim=-1) if bf16 else parts[0]
 
 

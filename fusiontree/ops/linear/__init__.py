@@ -54,7 +54,8 @@ def project(
         for product, sizes in zip(products, splits, strict=True)
     ]
     keeps = all(product.kept for product in products if product is not None)
-    results = fp8_linears(x_BSC, weights, outputs, first.recipe, first.kept if keeps else None)
+    kept = first.kept if keeps else None
+    results = fp8_linears(x_BSC, weights, outputs, first.recipe, kept, first.guesses)
     return (*results, x_BSC) if passes else results
 
 
