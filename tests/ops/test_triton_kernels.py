@@ -18,7 +18,7 @@ pytest.importorskip("triton")
         ("interpreted_ssd", 63),
         ("interpreted_elementwise", 77),
         ("interpreted_fp8", 210),
-        pytest.param("interpreted_step products attention", 11, id="interpreted_step"),
+        pytest.param("interpreted_step products attention", 21, id="interpreted_step"),
         pytest.param("interpreted_step", 35, id="all_of_interpreted_step", marks=pytest.mark.slow),
     ],
 )
