@@ -56,11 +56,14 @@ class FusedStep:
         cos_BSD, sin_BSD = tables(layout.positions_BS, config.attention_head_dim, config.rope_theta)
         mixer = MixerInputs(None, cos_BSD, sin_BSD, None, layout.new)
         inputs = BlockInputs(mixer, model.srte(layout.positions_BS, x_BC.dtype))
+        follows = False
         for block, kept in zip(self.blocks, cache.layers, strict=True):
-            x_BC = block(x_BC, inputs, kept)
+            x_BC = block(x_BC, inputs, kept, follows)
+            follows = block.ends_in_product
+        norm, head = Norm(model.norm.weight, model.norm.eps), Weight(model.head.weight)
+        logits_BV = product(x_BC, head, norm=norm, follows=follows, backend=config.kernels.elementwise)
         cache.advance(layout.counts, 1)
-        norm = Norm(model.norm.weight, model.norm.eps)
-        return product(x_BC, Weight(model.head.weight), norm=norm, backend=config.kernels.elementwise)
+        return logits_BV
 
 
 class FusedBlock:
@@ -74,6 +77,8 @@ class FusedBlock:
         """Whether all mixers have a step; else the block's forward is called."""
         self.fuses_mix = block.gate is not None and block.branch_norm is None and block.out_proj is not None
         """Whether gate, output projection and MLP are fused; else :meth:`FusionBlock.combine` is called."""
+        self.ends_in_product = self.fuses_mixers and self.fuses_mix
+        """Whether a product, which lets its successor start early, is the last launch."""
         if not self.fuses_mixers:
             return
         # Mixers that read the time encoding come first, because a product adds it for its first outputs.
@@ -102,17 +107,17 @@ class FusedBlock:
         self._gate_up, self._out = weight_of(block.gate.up), weight_of(block.out_proj)
         self._mlp_down = weight_of(mlp.down)
 
-    def __call__(self, x_BC: Tensor, inputs: BlockInputs, cache: LayerCache) -> Tensor:
-        """Return the residual stream after the layer, ``[B, C]``."""
+    def __call__(self, x_BC: Tensor, inputs: BlockInputs, cache: LayerCache, follows: bool = False) -> Tensor:
+        """Return the residual stream after the layer, ``[B, C]``; ``follows``: see :func:`product`."""
         block = self._block
         if not self.fuses_mixers:
             return block(x_BC[:, None], inputs, None, cache)[0][:, 0]
-        outputs_BC = self._branches(x_BC, inputs, cache)
+        outputs_BC = self._branches(x_BC, inputs, cache, follows)
         if not self.fuses_mix:
             return block.combine(x_BC[:, None], outputs_BC[:, None])[0][:, 0]
         return self._combine(x_BC, outputs_BC)
 
-    def _branches(self, x_BC: Tensor, inputs: BlockInputs, cache: LayerCache) -> Tensor:
+    def _branches(self, x_BC: Tensor, inputs: BlockInputs, cache: LayerCache, follows: bool) -> Tensor:
         """Return the branches' concatenated outputs, ``[B, n*C]``."""
         block, backend = self._block, self._backend
         shift = None
@@ -120,7 +125,7 @@ class FusedBlock:
             encoded = sum(size for _, encoded, size in self._order if encoded)
             shift = Shift(inputs.srte_BSC[:, 0], encoded) if encoded else None
         norm = Norm(block.norm.weight, block.norm.eps)
-        projected_BM = product(x_BC, self._projections, norm=norm, shift=shift, backend=backend)
+        projected_BM = product(x_BC, self._projections, norm=norm, shift=shift, follows=follows, backend=backend)
         channels, names = x_BC.shape[1], list(block.mixers())
         outputs_BC = x_BC.new_empty(x_BC.shape[0], channels * len(names))
         aside = len(names) > 1 and x_BC.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -131,7 +136,7 @@ class FusedBlock:
             with forked(projected_BM) if aside and index == 0 else nullcontext():
                 mixed_BC = mixer.step(projected_BM[:, start : start + size], inputs.mixer, cache[name])
                 out_BC = outputs_BC[:, place : place + channels]
-                product(mixed_BC, self._outputs[mixer], out_BN=out_BC, backend=backend)
+                product(mixed_BC, self._outputs[mixer], out_BN=out_BC, follows=True, backend=backend)
             start += size
         if aside:
             join(x_BC.device)
@@ -141,26 +146,29 @@ class FusedBlock:
         """Compute :meth:`FusionBlock.combine` of blocks with a gate."""
         block, backend, channels = self._block, self._backend, x_BC.shape[1]
         if block.align is not None:
+            # No early start: the branches' streams join ahead of it.
             both_BM = product(outputs_BC, self._align_up, backend=backend)
             z_BC = product(
                 both_BM[:, :channels],
                 self._align_down,
                 activation="gelu",
                 add_BN=both_BM[:, channels:],
+                follows=True,
                 backend=backend,
             )
         else:
             z_BC, _ = block._aligned(outputs_BC)
-        down_BM = product(z_BC, self._gate_down, backend=backend)
+        chained: dict[str, Any] = {"follows": True, "backend": backend}
+        down_BM = product(z_BC, self._gate_down, follows=block.align is not None, backend=backend)
         mix = Mix(outputs_BC, block.given_branches)
-        mixed_BC = product(down_BM[:, : self._rank], self._gate_up, activation="tanh", mixed=mix, backend=backend)
+        mixed_BC = product(down_BM[:, : self._rank], self._gate_up, activation="tanh", mixed=mix, **chained)
         if self._mlp_up is None:
             second = Second(down_BM[:, self._rank :], self._mlp_down, self._activation)
-            return product(mixed_BC, self._out, second=second, add_BN=x_BC, backend=backend)
-        x_BC = product(mixed_BC, self._out, add_BN=x_BC, backend=backend)
+            return product(mixed_BC, self._out, second=second, add_BN=x_BC, **chained)
+        x_BC = product(mixed_BC, self._out, add_BN=x_BC, **chained)
         norm = Norm(block.mlp.norm.weight, block.mlp.norm.eps)  # type: ignore[union-attr, arg-type]
-        up_BM = product(x_BC, self._mlp_up, norm=norm, backend=backend)
-        return product(up_BM, self._mlp_down, activation=self._activation, add_BN=x_BC, backend=backend)
+        up_BM = product(x_BC, self._mlp_up, norm=norm, **chained)
+        return product(up_BM, self._mlp_down, activation=self._activation, add_BN=x_BC, **chained)
 
 
 def weight_of(module: nn.Module) -> Weight:

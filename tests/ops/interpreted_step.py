@@ -40,7 +40,7 @@ def say(name: str, got: Tensor, want: Tensor, bar: float = 3e-6) -> None:
 
 
 def products(*several: int) -> None:
-    for rows in several or (3,):
+    for rows in several or (2, 3):
         x, wide = draw(rows, 2 * 40 + 3)[:, : 2 * 40], Weight(draw(37, 40))
         few, other = x[:, :40], Second(draw(rows, 48), Weight(draw(37, 24)), "swiglu")
         branches = draw(rows, 2 * 37)
@@ -91,10 +91,11 @@ def attention(*cases: tuple[int, int, int]) -> None:
             qkv, tables, *stores, positions, column, heads=(group * kv, group), window=window, rotates_global=True
         )
         # The kernel stored the new keys and values; the definition reads them there.
-        q = qkv[:, : group * kv * width].view(2, 1, -1, width)
-        first, second = q.chunk(2, dim=-1)
         cos, sin = (t[:, None, None] for t in tables)
-        q = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+        first, second = qkv[:, : (group + 1) * kv * width].view(2, 1, -1, width).chunk(2, dim=-1)
+        turned = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+        q, new_k = turned.split([group * kv, kv], dim=2)
+        new_v = qkv[:, (group + 1) * kv * width :].view(2, -1, width)
         want, heads_before = [], 0
         for store, slots in zip(stores, (window, None), strict=True):
             if store is None:
@@ -102,6 +103,11 @@ def attention(*cases: tuple[int, int, int]) -> None:
             assert bool((store.positions_BT == positions[:, None]).any(1).all())
             heads = store.k_BTKD.shape[2] * group
             part = q[:, :, heads_before : heads_before + heads]
+            at = (store.positions_BT == positions[:, None]).long().argmax(1)
+            kv_heads = slice(heads_before // group, (heads_before + heads) // group)
+            for row in range(2):
+                torch.testing.assert_close(store.k_BTKD[row, at[row]], new_k[row, 0, kv_heads])
+                assert torch.equal(store.v_BTKD[row, at[row]], new_v[row, kv_heads])
             seen = {"key_positions_BT": store.positions_BT, "query_positions_BS": positions[:, None], "window": slots}
             want.append(cached_attention(part, store.k_BTKD, store.v_BTKD, **seen).flatten(1))
             heads_before += heads
@@ -140,7 +146,7 @@ def quantized_step() -> None:
 
 
 def everything() -> None:
-    products(1, 3, 70)  # elementwise, tensor cores, and more rows than a program takes
+    products(2, 3, 70)  # elementwise, tensor cores, and more rows than a program takes
     attention((2, 1, 900), (2, 1, 40), (0, 2, 700), (1, 0, 0))
     whole_steps()
     quantized_step()

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
         ("interpreted_elementwise", 96),
         ("interpreted_fp8", 401),
         pytest.param("interpreted_adamw", 47, id="interpreted_adamw"),
-        pytest.param("interpreted_step products attention", 11, id="interpreted_step"),
+        pytest.param("interpreted_step products attention", 21, id="interpreted_step"),
         pytest.param("interpreted_step", 35, id="all_of_interpreted_step", marks=pytest.mark.slow),
     ],
 )

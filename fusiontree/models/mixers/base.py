@@ -250,6 +250,8 @@ class Mixer(nn.Module):
     def step(self, projected_BM: Tensor, inputs: MixerInputs, cache: Any) -> Tensor:
         """Continue every row of a fixed cache by one token; return the input of :meth:`step_output`, ``[B, …]``.
 
+        Its last launch must be a kernel (not a copy of memory), as the output projection may start before its end.
+
         Args:
             projected_BM: outputs of :meth:`step_projections`.
             inputs: positions of the tokens; ``inputs.new`` is set.

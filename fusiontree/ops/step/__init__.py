@@ -33,6 +33,7 @@ def product(
     add_BN: Tensor | None = None,
     mixed: Mix | None = None,
     out_BN: Tensor | None = None,
+    follows: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Return ``mix(activation(norm(x) + shift) W^T + second + add)`` of a few rows.
@@ -47,6 +48,8 @@ def product(
         add_BN: values to add.
         mixed: the result is the gate's logits; return the mix of these branches instead.
         out_BN: where to write the result; channels must be contiguous.
+        follows: the launch ahead in the stream is a kernel, and no other stream's work was joined since: the product
+            may load weights before that kernel has ended.
         backend: ``kernels.elementwise``.
 
     Returns:
@@ -59,5 +62,5 @@ def product(
     if has_kernels(x_BK, backend):
         from fusiontree.ops.step.product_triton import product as kernel
 
-        return kernel(x_BK, weight, **arguments)
+        return kernel(x_BK, weight, follows=follows, **arguments)
     return reference.product(x_BK, weight, **arguments)

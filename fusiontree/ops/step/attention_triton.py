@@ -16,9 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusiontree.ops.step.early_start import early_start
+
 _KEYS = 64  # per step of a program's loop
 _PROGRAMS = 256  # that keep a large GPU busy
 _MOST_PARTS = 128
+_CHANNELS = 32  # of a program that merges
 
 
 class Store(NamedTuple):
@@ -30,83 +33,64 @@ class Store(NamedTuple):
 
 
 @triton.jit
-def _rotate_and_store(
-    qkv_ptr, cos_ptr, sin_ptr, q_ptr, local_k, local_v, local_positions, global_k, global_v, global_positions,
-    positions_ptr, column_ptr, qkv_stride, table_stride, heads, kv_heads, local_heads, local_kv, slots, capacity,
-    rotates_global: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rotate a head of q or k, or take a head of v; write it to the queries or to its slot of the cache."""
-    row = tl.program_id(1).to(tl.int64)
-    head = tl.program_id(0)
-    d = tl.arange(0, BLOCK)
-    mask = d < HALF
-    source = qkv_ptr + row * qkv_stride + head * (2 * HALF) + d
-    first = tl.load(source, mask=mask, other=0.0)
-    second = tl.load(source + HALF, mask=mask, other=0.0)
-    is_query = head < heads
-    is_value = head >= heads + kv_heads
-    kv = tl.where(is_value, head - heads - kv_heads, head - heads)
-    is_local = tl.where(is_query, head < local_heads, kv < local_kv)
-    turned = head < heads + kv_heads
-    if not rotates_global:
-        turned = turned & is_local
-    if turned:
-        cos = tl.load(cos_ptr + row * table_stride + d, mask=mask, other=0.0)
-        sin = tl.load(sin_ptr + row * table_stride + d, mask=mask, other=0.0)
-        x, y = first.to(tl.float32), second.to(tl.float32)
-        first = (x * cos - y * sin).to(first.dtype)
-        second = (x * sin + y * cos).to(second.dtype)
-    position = tl.load(positions_ptr + row)
-    if is_query:
-        query = q_ptr + (row * heads + head) * (2 * HALF) + d
-        tl.store(query, first, mask=mask)
-        tl.store(query + HALF, second, mask=mask)
-    else:
-        length = tl.where(is_local, slots, capacity)
-        slot = tl.where(is_local, position % slots, tl.load(column_ptr))
-        place = tl.where(is_local, row * local_kv + kv, row * (kv_heads - local_kv) + kv - local_kv)
-        if is_local:
-            keys, values, table = local_k, local_v, local_positions
-        else:
-            keys, values, table = global_k, global_v, global_positions
-        target = (place * length + slot) * (2 * HALF) + d
-        if is_value:
-            tl.store(values + target, first.to(values.dtype.element_ty), mask=mask)
-            tl.store(values + target + HALF, second.to(values.dtype.element_ty), mask=mask)
-        else:
-            tl.store(keys + target, first.to(keys.dtype.element_ty), mask=mask)
-            tl.store(keys + target + HALF, second.to(keys.dtype.element_ty), mask=mask)
-            if (kv == 0) | (kv == local_kv):
-                tl.store(table + row * length + slot, position)
+def _turn(source_ptr, at, partner, cos, sin, mask):
+    """Return rotated channels in the input's dtype; ``sin`` has the sign of the partner's part."""
+    x = tl.load(source_ptr + at, mask=mask, other=0.0)
+    y = tl.load(source_ptr + partner, mask=mask, other=0.0)
+    return (x.to(tl.float32) * cos + y.to(tl.float32) * sin).to(x.dtype)
 
 
 @triton.jit
 def _attend_to_part(
-    q_ptr, local_k, local_v, local_positions, global_k, global_v, global_positions, positions_ptr, column_ptr,
-    out_ptr, lse_ptr, heads, kv_heads, local_kv, slots, capacity, window, parts, scale,
+    qkv_ptr, cos_ptr, sin_ptr, local_k, local_v, local_positions, global_k, global_v, global_positions,
+    positions_ptr, column_ptr, out_ptr, lse_ptr, qkv_stride, table_stride, heads, kv_heads, local_kv, slots, capacity,
+    window, parts, scale, rotates_global: tl.constexpr, signals: tl.constexpr,
     R: tl.constexpr, D: tl.constexpr, RP: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Attend with the query heads of one key/value head to one part of its keys."""
+    """Attend with the query heads of one key/value head to one part of its keys; store the new key and value.
+
+    The program whose part has the slot of the new token rotates and stores its key and value, and is the only one that
+    reads them.
+    """
     part = tl.program_id(0)
     row = (tl.program_id(1) // kv_heads).to(tl.int64)
-    kv = tl.program_id(1) % kv_heads
+    kv = kv_heads - 1 - tl.program_id(1) % kv_heads  # global heads have more keys and start first
     position = tl.load(positions_ptr + row)
     is_local = kv < local_kv
     length = tl.where(is_local, slots, capacity)
     place = tl.where(is_local, row * local_kv + kv, row * (kv_heads - local_kv) + kv - local_kv)
-    used = tl.where(is_local, tl.minimum(position + 1, slots), tl.load(column_ptr) + 1).to(tl.int32)
+    column = tl.load(column_ptr)
+    used = tl.where(is_local, tl.minimum(position + 1, slots), column + 1).to(tl.int32)
     oldest = tl.where(is_local, position - window, -1)
     if is_local:
         keys, values, table = local_k, local_v, local_positions
     else:
         keys, values, table = global_k, global_v, global_positions
-    each = tl.cdiv(tl.cdiv(used, parts), BT) * BT
+    each = tl.maximum(tl.cdiv(tl.cdiv(used, parts), 16) * 16, BT)
     begin = part * each
     end = tl.minimum(begin + each, used)
     r, d = tl.arange(0, RP), tl.arange(0, DP)
     inside = (r[:, None] < R) & (d[None, :] < D)
     head = kv * R + r
-    q = tl.load(q_ptr + (row * heads + head[:, None]) * D + d[None, :], mask=inside, other=0.0)
+    low = d < D // 2
+    partner = tl.where(low, d + D // 2, d - D // 2)
+    angle = row * table_stride + tl.where(low, d, d - D // 2)
+    turned = is_local | rotates_global
+    cos = tl.load(cos_ptr + angle, mask=(d < D) & turned, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=(d < D) & turned, other=0.0)
+    sin = tl.where(low, -sin, sin)
+    token = qkv_ptr + row * qkv_stride
+    q = _turn(token, head[:, None] * D + d[None, :], head[:, None] * D + partner[None, :], cos, sin, inside)
+    slot = tl.where(is_local, position % slots, column).to(tl.int32)
+    if (slot >= begin) & (slot < end):
+        start = (heads + kv) * D
+        target = (place * length + slot) * D + d
+        key = _turn(token, start + d, start + partner, cos, sin, d < D)
+        tl.store(keys + target, key.to(keys.dtype.element_ty), mask=d < D)
+        value = tl.load(token + start + kv_heads * D + d, mask=d < D, other=0.0)
+        tl.store(values + target, value.to(values.dtype.element_ty), mask=d < D)
+        tl.store(table + row * length + slot, position)  # equal for all heads
+        tl.debug_barrier()  # other threads of the program read them below
     base = place * length
     most = tl.full([RP], float("-inf"), dtype=tl.float32)
     total = tl.zeros([RP], dtype=tl.float32)
@@ -128,6 +112,8 @@ def _attend_to_part(
         v = tl.load(values + tile, mask=tile_mask, other=0.0)
         out = out * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         most = newest
+    if signals:
+        tl.extra.cuda.gdc_launch_dependents()
     place_out = (row * heads + head) * parts + part
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]
     tl.store(out_ptr + place_out[:, None] * D + d[None, :], out, mask=inside)
@@ -136,13 +122,20 @@ def _attend_to_part(
 
 
 @triton.jit
-def _merge_parts(parts_ptr, lse_ptr, out_ptr, parts, D: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr):
-    """Merge the parts of one head: their mean, weighed by the exponential of their log-sum-exp."""
+def _merge_parts(
+    parts_ptr, lse_ptr, out_ptr, parts,
+    signals: tl.constexpr, waits: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PP: tl.constexpr,
+):  # fmt: skip
+    """Merge some channels of the parts of one head: their mean, weighed by the exponential of their log-sum-exp."""
+    if signals:
+        tl.extra.cuda.gdc_launch_dependents()
+    if waits:
+        tl.extra.cuda.gdc_wait()
     head = tl.program_id(0).to(tl.int64)
-    p, d = tl.arange(0, PP), tl.arange(0, DP)
+    p, d = tl.arange(0, PP), tl.program_id(1) * BD + tl.arange(0, BD)
     lse = tl.load(lse_ptr + head * parts + p, mask=p < parts, other=float("-inf"))
     weight = tl.exp(lse - tl.max(lse, axis=0))
-    mask = (p[:, None] < parts) & (d[None, :] < D)
+    mask = (lse > float("-inf"))[:, None] & (d[None, :] < D)
     part = tl.load(parts_ptr + (head * parts + p[:, None]) * D + d[None, :], mask=mask, other=0.0)
     out = tl.sum(part * weight[:, None], axis=0) / tl.sum(weight, axis=0)
     tl.store(out_ptr + head * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
@@ -184,24 +177,22 @@ def attend(
     kv_heads = local_kv + (b_heads if everything is not None else 0)
     queries, group = heads
     cos_BD, sin_BD = (table.contiguous() for table in tables_BD)
-    q = qkv_BM.new_empty(rows, queries, width)
-    _rotate_and_store[(queries + 2 * kv_heads, rows)](
-        qkv_BM, cos_BD, sin_BD, q, *a, *b, positions_B, column_1, qkv_BM.stride(0),
-        width // 2 if cos_BD.shape[0] > 1 else 0, queries, kv_heads, local_kv * group, local_kv, slots, capacity,
-        rotates_global=rotates_global, HALF=width // 2, BLOCK=triton.next_power_of_2(width // 2), num_warps=1,
-    )  # fmt: skip
     parts = parts_for(rows * max(1, kv_heads - local_kv), capacity if everything is not None else slots)
-    partial = torch.empty(rows, queries, parts, width, dtype=torch.float32, device=q.device)
-    lse = torch.empty(rows, queries, parts, dtype=torch.float32, device=q.device)
-    block = max(16, triton.next_power_of_2(width))
+    partial = torch.empty(rows, queries, parts, width, dtype=torch.float32, device=qkv_BM.device)
+    lse = torch.empty(rows, queries, parts, dtype=torch.float32, device=qkv_BM.device)
+    signals, options = early_start(qkv_BM.device, True)
     _attend_to_part[(parts, rows * kv_heads)](
-        q, *a, *b, positions_B, column_1, partial, lse, queries, kv_heads, local_kv, slots, capacity, window, parts,
-        width**-0.5, R=group, D=width, RP=max(16, triton.next_power_of_2(group)), DP=block, BT=_KEYS, num_warps=4,
+        qkv_BM, cos_BD, sin_BD, *a, *b, positions_B, column_1, partial, lse, qkv_BM.stride(0),
+        width // 2 if cos_BD.shape[0] > 1 else 0, queries, kv_heads, local_kv, slots, capacity, window, parts,
+        width**-0.5, rotates_global=rotates_global, signals=signals, R=group, D=width,
+        RP=max(16, triton.next_power_of_2(group)), DP=max(16, triton.next_power_of_2(width)), BT=_KEYS, num_warps=4,
     )  # fmt: skip
     out = qkv_BM.new_empty(rows, queries * width)
-    _merge_parts[(rows * queries,)](
-        partial, lse, out, parts, D=width, DP=block, PP=triton.next_power_of_2(parts), num_warps=8
-    )
+    channels = min(_CHANNELS, triton.next_power_of_2(width))
+    _merge_parts[(rows * queries, triton.cdiv(width, channels))](
+        partial, lse, out, parts, signals=signals, waits=bool(options), D=width, BD=channels,
+        PP=triton.next_power_of_2(parts), num_warps=4, **options,
+    )  # fmt: skip
     return out
 
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusiontree.ops.step.early_start import early_start
+
 _CHANNELS = 256  # of a program of the convolution
 _HEAD_CHANNELS = 16  # of a program of the state update
 
@@ -19,8 +21,11 @@ _HEAD_CHANNELS = 16  # of a program of the state update
 def _convolve(
     input_ptr, x_weight_ptr, x_bias_ptr, x_state_ptr, bc_weight_ptr, bc_bias_ptr, bc_state_ptr, out_ptr,
     input_stride, x_start, bc_start, x_channels, bc_channels, TAPS: tl.constexpr, BC: tl.constexpr,
+    signals: tl.constexpr,
 ):  # fmt: skip
     """Convolve a block of channels of x or of B and C, and move their window on by one token."""
+    if signals:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(1).to(tl.int64)
     x_blocks = tl.cdiv(x_channels, BC)
     block = tl.program_id(0)
@@ -51,7 +56,7 @@ def _convolve(
 @triton.jit
 def _update_state(
     convolved_ptr, dt_ptr, A_log_ptr, D_ptr, dt_bias_ptr, state_ptr, y_ptr, dt_stride, inner, groups, heads,
-    dt_min, dt_max, low: tl.constexpr, high: tl.constexpr,
+    dt_min, dt_max, low: tl.constexpr, high: tl.constexpr, waits: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update the state of some channels of a head and return their outputs."""
@@ -59,6 +64,11 @@ def _update_state(
     head = tl.program_id(1)
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     n = tl.arange(0, BLOCK)
+    place = state_ptr + ((row * heads + head) * P + p)[:, None] * N + n[None, :]
+    mask = (p[:, None] < P) & (n[None, :] < N)
+    state = tl.load(place, mask=mask, other=0.0)  # of the token before: written before the convolution started
+    if waits:
+        tl.extra.cuda.gdc_wait()
     step = tl.load(dt_ptr + row * dt_stride + head).to(tl.float32) + tl.load(dt_bias_ptr + head)
     step = tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step)))
     if low:
@@ -71,9 +81,7 @@ def _update_state(
     B_ptr = row_ptr + inner + head // (heads // groups) * N + n
     B = tl.load(B_ptr, mask=n < N, other=0.0).to(tl.float32)
     C = tl.load(B_ptr + groups * N, mask=n < N, other=0.0).to(tl.float32)
-    place = state_ptr + ((row * heads + head) * P + p)[:, None] * N + n[None, :]
-    mask = (p[:, None] < P) & (n[None, :] < N)
-    state = decay * tl.load(place, mask=mask, other=0.0) + (step * x)[:, None] * B[None, :]
+    state = decay * state + (step * x)[:, None] * B[None, :]
     tl.store(place, state, mask=mask)
     y = tl.sum(state * C[None, :], axis=1) + tl.load(D_ptr + head) * x
     tl.store(y_ptr + row * inner + head * P + p, y.to(y_ptr.dtype.element_ty), mask=p < P)
@@ -102,17 +110,19 @@ def convolve_and_update(
     rows, heads, width, size = state.shape
     inner, bc = heads * width, bc_weight.shape[0]
     convolved = zxdt_bc_BM.new_empty(rows, inner + bc)
+    signals, options = early_start(state.device, True)
     blocks = triton.cdiv(inner, _CHANNELS) + triton.cdiv(bc, _CHANNELS)
     _convolve[(blocks, rows)](
         zxdt_bc_BM, x_weight, x_bias, x_state, bc_weight, bc_bias, bc_state, convolved,
-        zxdt_bc_BM.stride(0), inner, 2 * inner + heads, inner, bc, TAPS=x_weight.shape[1], BC=_CHANNELS, num_warps=2,
+        zxdt_bc_BM.stride(0), inner, 2 * inner + heads, inner, bc, TAPS=x_weight.shape[1], BC=_CHANNELS,
+        signals=signals, num_warps=2,
     )  # fmt: skip
     y = zxdt_bc_BM.new_empty(rows, inner)
     part = min(_HEAD_CHANNELS, triton.next_power_of_2(width))
     _update_state[(triton.cdiv(width, part), heads, rows)](
         convolved, zxdt_bc_BM[:, 2 * inner :], *parameters, state, y, zxdt_bc_BM.stride(0), inner, bc // (2 * size),
         heads, limits[0] or 0.0, limits[1] or 0.0, low=limits[0] is not None, high=limits[1] is not None,
-        P=width, N=size, BP=part, BLOCK=triton.next_power_of_2(size), num_warps=4,
+        waits=bool(options), P=width, N=size, BP=part, BLOCK=triton.next_power_of_2(size), num_warps=4, **options,
     )  # fmt: skip
     return y
 
