@@ -81,3 +81,26 @@ def test_programs_have_sizes_that_triton_takes() -> None:
             assert all(size & (size - 1) == 0 for size in sizes)
             assert tile["dot"] is False or min(tile["ROWS"], tile["BN"], tile["BK"]) >= 16
             assert tile["ROWS"] * tile["BN"] * tile["BK"] <= 1 << 18
+
+
+def test_kernels_start_early_on_hopper_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel waits if and only if it is launched early; what follows a join of streams is not."""
+    pytest.importorskip("triton")
+    from fusiontree.ops.step.early_start import _starts_early, early_start
+
+    found = {}
+    for capability in ((9, 0), (8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, seen=capability: seen)
+        _starts_early.cache_clear()
+        found[capability] = [early_start(torch.device("cuda", 0), follows) for follows in (True, False)]
+    _starts_early.cache_clear()
+    assert found[9, 0] == [(True, {"launch_pdl": True}), (True, {})]
+    assert found[8, 0] == [(False, {})] * 2 == [early_start(torch.device("cpu"), follows) for follows in (True, False)]
+
+
+def test_one_row_takes_enough_programs_for_a_large_gpu() -> None:
+    pytest.importorskip("triton")
+    from fusiontree.ops.step.product_triton import _tile
+
+    for outputs, inputs in ((2048, 256), (2048, 4096), (4096, 4096), (4352, 2048), (14400, 2048)):
+        assert outputs // _tile(1, outputs, inputs)["BN"] >= 256

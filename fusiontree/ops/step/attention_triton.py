@@ -127,10 +127,10 @@ def _merge_parts(
     signals: tl.constexpr, waits: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PP: tl.constexpr,
 ):  # fmt: skip
     """Merge some channels of the parts of one head: their mean, weighed by the exponential of their log-sum-exp."""
-    if signals:
-        tl.extra.cuda.gdc_launch_dependents()
     if waits:
         tl.extra.cuda.gdc_wait()
+    if signals:
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0).to(tl.int64)
     p, d = tl.arange(0, PP), tl.program_id(1) * BD + tl.arange(0, BD)
     lse = tl.load(lse_ptr + head * parts + p, mask=p < parts, other=float("-inf"))

@@ -2,7 +2,9 @@
 
 A step is a chain of kernels of a few microseconds, and the start of each costs about one. A kernel that starts early
 loads its weights, which no kernel writes, and then waits for the end of the one ahead. Waiting is transitive as long as
-every such kernel waits in all of its programs; a kernel without an early start waits by itself.
+every such kernel waits in all of its programs; a kernel without an early start waits by itself. A kernel lets its
+successor start only behind its own wait: no more than two kernels of a stream then run at a time, and a buffer that is
+used again is not read by a third.
 """
 
 from __future__ import annotations
@@ -34,4 +36,4 @@ def _starts_early(device: torch.device) -> bool:
     import triton.language as tl
     from triton.backends.nvidia.compiler import CUDAOptions
 
-    return hasattr(CUDAOptions(), "launch_pdl") and hasattr(tl.extra.cuda, "gdc_launch_dependents")
+    return "launch_pdl" in CUDAOptions.__dataclass_fields__ and hasattr(tl.extra.cuda, "gdc_launch_dependents")

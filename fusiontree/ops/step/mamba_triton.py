@@ -110,6 +110,7 @@ def convolve_and_update(
     rows, heads, width, size = state.shape
     inner, bc = heads * width, bc_weight.shape[0]
     convolved = zxdt_bc_BM.new_empty(rows, inner + bc)
+    # The update starts early behind the convolution, which itself starts when all work ahead has ended.
     signals, options = early_start(state.device, True)
     blocks = triton.cdiv(inner, _CHANNELS) + triton.cdiv(bc, _CHANNELS)
     _convolve[(blocks, rows)](

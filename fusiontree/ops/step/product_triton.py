@@ -108,10 +108,10 @@ def _step_product(
         w = _load_weights(w_ptr, n, _channels(0, BK), outputs, inputs)
         if second:
             w2 = _load_weights(w2_ptr, n, _channels(0, BK2), outputs, inputs2)
-    if signals:
-        tl.extra.cuda.gdc_launch_dependents()
     if waits:
         tl.extra.cuda.gdc_wait()
+    if signals:
+        tl.extra.cuda.gdc_launch_dependents()
     if normed:
         squares = tl.zeros([ROWS], dtype=tl.float32)
         for start in range(0, inputs, STATS):
