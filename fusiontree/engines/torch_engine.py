@@ -112,8 +112,8 @@ class TorchEngine(CommonEngine):
         if not all(placement.fusable for placement, its in leaves.items() if its):
             return None
         step = fused_step(self.optimizer_spec, self.optimizer, [leaf for its in leaves.values() for leaf in its])
-        for placement in self.placements:
-            placement.fused = step is not None
+        for placement, its in leaves.items():
+            placement.fused = step is not None and bool(its)
         return step
 
     def forward(
@@ -223,7 +223,7 @@ class TorchEngine(CommonEngine):
         self._rate.fill_(learning_rate)
 
     def _leaf_gradients(self) -> list[Tensor | None]:
-        return [gradient for placement in self.placements for gradient in placement.leaf_gradients()]
+        return [gradient for placement in self.placements if placement.fused for gradient in placement.leaf_gradients()]
 
     def prepare_step(self) -> None:
         """Let :meth:`run_step` be recorded with the gradients of this step."""

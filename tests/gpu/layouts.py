@@ -31,7 +31,8 @@ from fusiontree.parallel.validate import check_layout
 from fusiontree.train import train
 from fusiontree.utils import gc_control
 from fusiontree.utils.environment import process_place
-from tests.end_to_end.runs import build_data
+from tests.end_to_end.runs import write_texts
+from tools.build_shards import main as build_shards
 
 SPEED = "configs/bench/hybrid_1b_32k.yaml"
 SMALL = "configs/bench/hybrid_150m_8k.yaml"
@@ -147,11 +148,12 @@ def graphs(out: Path, name: str) -> None:
 
 def _short_documents(out: Path) -> Path:
     """Return a folder of token shards of short texts, which rank 0 builds once."""
-    built = out / "short" / "data"
-    done = built.with_name("done")
+    built = out / "short"
+    done = built / "done"
     if process_place().is_main and not done.exists():
-        (out / "short").mkdir(exist_ok=True)
-        build_data(out / "short")
+        texts = write_texts(built / "texts", count=2000)
+        words = ["--input", str(texts), "--output", str(built / "train"), "--processes", "1"]
+        assert build_shards(words) == 0
         done.touch()
     while not done.exists():
         time.sleep(0.2)
