@@ -229,6 +229,10 @@ class RecordableEngine(Engine, Protocol):
         """
         ...
 
+    def on_any_rank(self, happened: bool) -> bool:
+        """Return whether something happened on any rank; all ranks call this together."""
+        ...
+
     def run(self, inputs: ModelInputs) -> ModelOutput:
         """Do :meth:`Engine.forward` on inputs on the device."""
         ...

@@ -126,6 +126,10 @@ class TorchEngine(CommonEngine):
         """Return the greatest number of documents of a micro-batch on any rank, 0 if every row is one document."""
         return self.layout.greatest(max(map(count_documents, micro_batches)))
 
+    def on_any_rank(self, happened: bool) -> bool:
+        """Return whether something happened on any rank."""
+        return self.layout.greatest(int(happened)) > 0
+
     def run(self, inputs: ModelInputs) -> ModelOutput:
         """Run the model on inputs on the device, for training."""
         for placement in self.placements:

@@ -172,37 +172,39 @@ class RecordedPasses:
         if first:
             self.engine.mark_stale()
             self.engine.refresh()
+        problem = None
         try:
             self._passes[key] = _Recording.of(self.engine, self.weights, static, inputs, self._pool)
         except RuntimeError as error:
-            self._give_up(error)
-            return False
+            problem = error
         finally:
             self.engine.set_pass_state(before)
             if first:
                 self.engine.mark_stale()
-        return True
+        return self._is_recorded(problem)
 
     def _record_step(self) -> bool:
         """Record the optimizer step; return False if that fails, after which all passes and steps are eager."""
         before = self.engine.pass_state()
         self.engine.prepare_step()
+        problem = None
         try:
             self._steps[self._last] = record(self.engine.run_step, self.engine.device, self._pool)
         except RuntimeError as error:
+            problem = error
             self.engine.set_pass_state(before)
-            self._give_up(error)
-            return False
-        return True
+        return self._is_recorded(problem)
+
+    def _is_recorded(self, problem: RuntimeError | None) -> bool:
+        """Return whether the recording succeeded on all ranks; if not, passes are eager on all of them."""
+        if not self.engine.on_any_rank(problem is not None):
+            return True
+        self._give_up(problem or RuntimeError("another rank cannot record"))
+        return False
 
     def _give_up(self, error: RuntimeError) -> None:
         if self._required:
             raise UserError(f"training.cuda_graphs is on, but a step cannot be recorded: {error}; set it to auto")
-        if self.engine.world_size > 1 and not isinstance(error, NotImplementedError):  # which all ranks raise
-            raise UserError(
-                f"this rank cannot record a step as CUDA graphs, and the others may have done so: {error}; set "
-                f"training.cuda_graphs to off"
-            )
         self.problem = f"{error}"
         log.warning("cuda graphs: none from here on, steps are launched kernel by kernel: %s", error)
         self._drop()
