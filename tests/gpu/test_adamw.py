@@ -24,7 +24,7 @@ MODELS = {"165M": (18, 768, 25_000), "1.57B": (24, 2048, 88_000)}
 
 @pytest.mark.parametrize("name", CASES)
 def test_steps_are_those_of_torch(name: str) -> None:
-    """torch's kernel subtracts beta2 = 0.999 from 1 in fp32, which is off by 1.3e-5; ours takes the difference of fp64."""
+    """torch's kernel subtracts beta2 = 0.999 from 1 in fp32, which is off by 1.3e-5; ours takes fp64's difference."""
     found = compare(CASES[name], "triton", "cuda")
     found = [(what, error, max(bar, 2e-5) if what == "square" else bar) for what, error, bar in found]
     wrong = [f"{what} is off by {error:.1e}" for what, error, bar in found if error >= bar]
