@@ -30,6 +30,8 @@ COPIED = {
     "fusiontree.models.block": ("MLP",),
 }
 """Definitions that the shell uses, per module."""
+REFERENCES = ("gelu_product", "add_product")
+"""Operations of which the formula in their module ``reference`` is copied."""
 BEGIN = "# ---- Copied by python -m fusiontree.convert.hf_assemble; change the named modules instead. ----\n"
 END = "# ---- End of the copied definitions. ----\n"
 
@@ -57,7 +59,8 @@ class _Plain(ast.NodeVisitor):
     """Finds the edits that make a definition of the training code independent of it.
 
     ``recomputed(f, x)`` becomes ``f(x)``, ``fused(f, ...)`` becomes ``f``, ``project(x, (a, b), ...)`` becomes
-    ``a(x), b(x)``, ``ModelConfig`` becomes ``FusionTreeConfig``, and backend settings are dropped.
+    ``a(x), b(x)``, with ``x`` as the last if it is passed on, or ``[module(x) for module in modules]`` if there is no
+    literal tuple; ``ModelConfig`` becomes ``FusionTreeConfig``, and settings of kernels are dropped.
     """
 
     def __init__(self, lines: list[bytes]) -> None:
@@ -65,7 +68,7 @@ class _Plain(ast.NodeVisitor):
         self.edits: list[tuple[ast.expr | ast.stmt, str | None]] = []
 
     def visit_Call(self, node: ast.Call) -> None:
-        """Replace the three helpers."""
+        """Replace the helpers."""
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         if name == "recomputed":
             formula, *inputs = (plain(argument, self.lines) for argument in node.args)
@@ -73,11 +76,19 @@ class _Plain(ast.NodeVisitor):
         elif name == "fused":
             self.edits.append((node, plain(node.args[0], self.lines)))
         elif name == "project":
-            assert isinstance(node.args[1], ast.Tuple), "project() is copied only with a literal tuple of modules"
-            x = plain(node.args[0], self.lines)
-            self.edits.append((node, ", ".join(f"{plain(module, self.lines)}({x})" for module in node.args[1].elts)))
+            self.edits.append((node, self._projected(*node.args, passes="passes" in [k.arg for k in node.keywords])))
+        elif name in REFERENCES:
+            inputs = [plain(argument, self.lines) for argument in node.args]
+            self.edits.append((node, f"{name}({', '.join(inputs)})"))
         else:
             self.generic_visit(node)
+
+    def _projected(self, x_node: ast.expr, modules: ast.expr, *, passes: bool) -> str:
+        x = plain(x_node, self.lines)
+        if not isinstance(modules, ast.Tuple):
+            assert not passes, "project(passes=True) is copied only with a literal tuple of modules"
+            return f"[module({x}) for module in {plain(modules, self.lines)}]"
+        return ", ".join([*(f"{plain(module, self.lines)}({x})" for module in modules.elts), *([x] if passes else [])])
 
     def visit_Assign(self, node: ast.Assign) -> None:
         """Drop backend settings."""
@@ -146,7 +157,7 @@ class Assembly:
             if used in module.definitions:
                 self.add(module_name, used)
             elif module.imports.get(used, "").startswith("fusiontree."):
-                self.add(module.imports[used], used)
+                self.add(module.imports[used] + (".reference" if used in REFERENCES else ""), used)
         self.texts[name] = self.texts.pop(name)
 
     def section(self) -> str:

@@ -5,6 +5,7 @@ Shape legend: B rows, S tokens.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -76,23 +77,33 @@ def test_graphs_draw_the_tokens_of_eager_steps(kind: str, how: str, fused: bool)
 )
 @torch.inference_mode()
 def test_graphed_logits_in_half_precision(kind: str, dtype: torch.dtype, weights: str) -> None:
-    """The recorded step's logits against the same cache's eager ones, over a cache long enough to be cut in parts."""
+    """The recorded step against fp32, over a cache long enough to be cut in parts: at most twice as far as eager ones.
+
+    The rounding of bf16 alone moves a few of these logits by a tenth.
+    """
     model = tiny_model(**{"scale": 1.0, "max_position_embeddings": 4096, **MODELS[kind]}).to("cuda", dtype).eval()
+    exact = copy.deepcopy(model).float()
     if "8" in weights:
-        quantize_weights(model, weights.split()[1])  # type: ignore[arg-type]
+        for each in (model, exact):
+            quantize_weights(each, weights.split()[1])  # type: ignore[arg-type]
     if "fused" in weights:
         prepare(model)
     ids = torch.randint(0, 64, (2, 2100), generator=torch.Generator().manual_seed(0)).cuda()
-    graphed, eager = model.new_cache(2, 2300), model.new_cache(2)
-    for cache in (graphed, eager):
-        model(ids[:, :2070], cache=cache, logits_to_keep=1)
+    graphed, eager, in_fp32 = model.new_cache(2, 2300), model.new_cache(2), exact.new_cache(2)
+    for each, cache in ((model, graphed), (model, eager), (exact, in_fp32)):
+        each(ids[:, :2070], cache=cache, logits_to_keep=1)
     graphed.fix(2300)
     step = GraphedStep(model, graphed)
     assert graphed.lengths == [2070, 2070]
+    errors: dict[str, list[torch.Tensor]] = {"recorded": [], "eager": []}
     for i in range(2070, 2100):
-        got = step(ids[:, i : i + 1]).clone()
-        want = model(ids[:, i : i + 1], cache=eager).logits_BSV[:, -1]
-        torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)
+        token = ids[:, i : i + 1]
+        truth = exact(token, cache=in_fp32).logits_BSV[:, -1]
+        errors["recorded"].append(step(token).float() - truth)
+        errors["eager"].append(model(token, cache=eager).logits_BSV[:, -1].float() - truth)
+    recorded, plain = (float(torch.stack(of).norm()) for of in errors.values())
+    print(f"{kind}, {dtype}, {weights}: error {recorded:.3f} recorded, {plain:.3f} eager")
+    assert recorded <= 2 * plain
     assert graphed.lengths == [2100, 2100] == graphed.positions_B.tolist()
 
 

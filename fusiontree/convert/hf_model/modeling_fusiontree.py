@@ -13,7 +13,7 @@ The formulas between the two lines of dashes are copied from the code that train
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -356,20 +356,30 @@ def sincos_encoding(positions_BS: Tensor, channels: int, dtype: torch.dtype) -> 
     return torch.stack([angle.sin().to(dtype), angle.cos().to(dtype)], dim=-1).flatten(2)
 
 
+# fusiontree.ops.gelu.reference
+def gelu_product(x_BSC: Tensor, module: nn.Module, sum_BSD: Tensor | None = None) -> Tensor:
+    """Compute :func:`fusiontree.ops.gelu.gelu_product`."""
+    product_BSD: Tensor = module(F.gelu(x_BSC))
+    return product_BSD if sum_BSD is None else product_BSD + sum_BSD
+
+
 # fusiontree.models.gate
 class Alignment(nn.Module):
     """Computes the input of gate and MLP from the branches' outputs: sum of a two-layer GELU MLP and a linear map."""
 
-    def __init__(self, branches: int, hidden_size: int) -> None:
+    def __init__(self, branches: int, hidden_size: int, backend: str = "auto") -> None:
         super().__init__()
         self.up = nn.Linear(branches * hidden_size, hidden_size, bias=False)
         self.down = nn.Linear(hidden_size, hidden_size, bias=False)
         self.skip = nn.Linear(branches * hidden_size, hidden_size, bias=False)
 
-    def forward(self, ma_BSC: Tensor) -> Tensor:
-        """Map the branches' concatenated outputs, ``[B, S, branches * hidden_size]``, to ``[B, S, hidden_size]``."""
-        inner_BSC, skip_BSC = self.up(ma_BSC), self.skip(ma_BSC)
-        return self.down(F.gelu(inner_BSC)) + skip_BSC
+    def forward(self, ma_BSC: Tensor) -> tuple[Tensor, Tensor]:
+        """Map the branches' concatenated outputs, ``[B, S, branches * hidden_size]``, to ``[B, S, hidden_size]``.
+
+        Also returns ``ma`` for the gate mix, onto whose gradient the backward pass of the alignment adds its own.
+        """
+        inner_BSC, skip_BSC, ma_BSC = self.up(ma_BSC), self.skip(ma_BSC), ma_BSC
+        return gelu_product(inner_BSC, self.down, skip_BSC), ma_BSC
 
 
 # fusiontree.models.gate
@@ -386,14 +396,21 @@ class FusionGate(nn.Module):
         self.down = nn.Linear(config.hidden_size, config.gate_rank, bias=False)
         self.up = nn.Linear(config.gate_rank, config.hidden_size, bias=False)
 
-    def forward(self, z_BSC: Tensor) -> Tensor:
-        """Return the logits ``[B, S, C]``."""
-        return self.up(torch.tanh(self.down(z_BSC)))
+    def forward(self, z_BSC: Tensor, down_BSR: Tensor | None = None) -> Tensor:
+        """Return the logits ``[B, S, C]``; ``down [B, S, rank]`` is ``W_down z`` if it was computed already."""
+        return self.up(torch.tanh(self.down(z_BSC) if down_BSR is None else down_BSR))
 
 
 # fusiontree.models.block
 def _swiglu(gate_BSC: Tensor, up_BSC: Tensor) -> Tensor:
     return F.silu(gate_BSC) * up_BSC
+
+
+# fusiontree.ops.linear.reference
+def add_product(sum_BSD: Tensor, x_BSC: Tensor, module: nn.Module) -> Tensor:
+    """Compute :func:`fusiontree.ops.linear.add_product`."""
+    product_BSD: Tensor = module(x_BSC)
+    return sum_BSD + product_BSD
 
 
 # fusiontree.models.block
@@ -408,12 +425,26 @@ class MLP(nn.Module):
         if config.mlp_activation == "swiglu":
             self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
 
-    def forward(self, z_BSC: Tensor) -> Tensor:
-        """Return ``[B, S, C]``."""
+    def forward(self, z_BSC: Tensor, sum_BSC: Tensor | None = None, projected: Sequence[Tensor] = ()) -> Tensor:
+        """Return ``[B, S, C]``.
+
+        Args:
+            z_BSC: input.
+            sum_BSC: product to which the result is added; of no further use. None: return the MLP's result alone.
+            projected: results of :meth:`projections` for z; empty: compute them.
+        """
+        if not projected:
+            projected = [module(z_BSC) for module in self.projections()]
         if self.gate is None:
-            return self.down(F.gelu(self.up(z_BSC)))
-        swiglu = _swiglu
-        return self.down(swiglu(self.gate(z_BSC), self.up(z_BSC)))
+            return gelu_product(projected[0], self.down, sum_BSC)
+        inner_BSC = _swiglu(*projected)
+        if sum_BSC is None:
+            return self.down(inner_BSC)
+        return add_product(sum_BSC, inner_BSC, self.down)
+
+    def projections(self) -> tuple[nn.Module, ...]:
+        """Return the linear maps of the input."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
 
 
 # ---- End of the copied definitions. ----
@@ -767,7 +798,7 @@ class FusionTreeBlock(GradientCheckpointingLayer):
                 outputs.append(recurrent(timed_BSC, layout, cache))
         ma_BSC = torch.cat(outputs, dim=-1)
         if self.align is not None:
-            z_BSC = self.align(ma_BSC)
+            z_BSC, ma_BSC = self.align(ma_BSC)
         else:
             z_BSC = sum(outputs) / 2  # a missing mixer counts as zeros
         given = "both" if len(outputs) == 2 else "second" if self.mixers == ["attention"] else "first"
