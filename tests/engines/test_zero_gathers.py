@@ -30,4 +30,4 @@ def test_a_block_is_gathered_once_a_pass(tmp_path: Path, checkpointing: str) -> 
     for layer in reversed(range(LAYERS - 1)):
         expected += [f"gather {layer}", "reduce"]
     assert backward == " ".join([*expected, "reduce", "reduce"])
-    assert found["nodes"] == 3 * LAYERS  # (in, bc), (q, k, v), (up, skip)
+    assert found["nodes"] == 4 * LAYERS  # (in, bc), (q, k, v), (up, skip), (gate down, MLP up)
