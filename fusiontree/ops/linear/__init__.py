@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fusiontree.ops.fp8 import Outputs, fp8_linears
 from fusiontree.ops.fp8.linear import Fp8Linear
+from fusiontree.ops.linear.side_by_side import is_plain
 
 
 def project(
@@ -70,8 +71,7 @@ def add_product(sum_BSD: Tensor, x_BSC: Tensor, module: nn.Module, *, joint: boo
         module: linear map; a parallel plan may have replaced it by a module of another type.
         joint: as in :func:`project`.
     """
-    plain = type(module) is nn.Linear and module.bias is None and type(module.weight) is nn.Parameter
-    if not joint or not plain or torch.is_autocast_enabled(x_BSC.device.type):
+    if not joint or not is_plain(module) or torch.is_autocast_enabled(x_BSC.device.type):
         return sum_BSD + module(x_BSC)
     return _AddProduct.apply(sum_BSD, x_BSC, module.weight)
 
