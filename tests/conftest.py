@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -46,6 +48,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{len(ran):5d} ran")
         for reason, count in skipped.most_common():
             terminalreporter.write_line(f"{count:5d} skipped: {reason}")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Show why a GPU test failed at once: the time on a GPU may end before pytest's summary."""
+    if report.failed and _is_gpu_test(report) and "PYTEST_XDIST_WORKER" not in os.environ:
+        sys.__stderr__.write(f"\n{report.nodeid}\n{report.longreprtext[-3000:]}\n")
+        sys.__stderr__.flush()
 
 
 def _is_gpu_test(report: object) -> bool:

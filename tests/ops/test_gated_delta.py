@@ -217,7 +217,7 @@ def test_wrong_gradients_are_measured() -> None:
 
     def error(function: Callable) -> float:
         run = lambda i: adapter.run_kernels(function, i)  # noqa: E731
-        return adapter.gradient_errors(run, torch.device("cpu"), 16, 16, torch.bfloat16)
+        return adapter.gradient_errors(run, torch.device("cpu"), (1, 2), (16, 16), torch.bfloat16)
 
     assert error(kernel) < 0.02
     assert error(with_wrong_keys) == pytest.approx(0.5, rel=0.05)

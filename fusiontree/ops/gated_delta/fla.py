@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fusiontree.ops.documents import Documents
 from fusiontree.ops.gated_delta.chunked import gated_delta_chunked
+from fusiontree.ops.gated_delta.fla_tiles import MEASURED, choose_tiles
 from fusiontree.ops.gated_delta.reference import DeltaInputs
 from fusiontree.utils.environment import keep_tuning
 from fusiontree.utils.errors import UserError
@@ -92,9 +93,9 @@ def gated_delta_fla(inputs: DeltaInputs) -> tuple[Tensor, Tensor]:
             f"kernels.gated_delta=fla has no kernel for keys of {size} channels; set "
             f"model.mixers.gated_delta_net.key_dim to at most {WIDEST_KEY}, or model.kernels.gated_delta=chunked"
         )
-    device = inputs.v_BSHV.device
+    device, (groups, (heads, width)) = inputs.v_BSHV.device, (inputs.k_BSGK.shape[2], inputs.v_BSHV.shape[2:])
     if device.type == "cuda" and torch.is_grad_enabled() and inputs.k_BSGK.requires_grad:
-        check_gradients(device, size, inputs.v_BSHV.shape[-1], inputs.v_BSHV.dtype)
+        check_gradients(device, (groups, heads), (size, width), inputs.v_BSHV.dtype)
     return run_kernels(kernels(device), inputs)
 
 
@@ -134,6 +135,8 @@ def kernels(device: torch.device) -> Callable[..., Any]:
             triton.__version__,
         )
         chunk.chunk_bwd_dqkwg = _with_safe_tiles
+    if capability == MEASURED:
+        choose_tiles()
     return chunk.chunk_gated_delta_rule
 
 
@@ -183,8 +186,14 @@ def _with_safe_tiles(
 
 
 @functools.cache
-def check_gradients(device: torch.device, size: int, width: int, dtype: torch.dtype) -> None:
-    """Compare the kernels' gradients with those of the plain PyTorch form, once per size and dtype.
+def check_gradients(device: torch.device, heads: tuple[int, int], sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """Compare the kernels' gradients with those of the plain PyTorch form, once per layer shape and dtype.
+
+    Args:
+        device: the GPU.
+        heads: key heads and value heads; those of the layer, so that the kernels are compiled once.
+        sizes: channels of a key and of a value.
+        dtype: of keys and values.
 
     Raises:
         UserError: a gradient is wrong; training would go on silently with it.
@@ -194,7 +203,7 @@ def check_gradients(device: torch.device, size: int, width: int, dtype: torch.dt
     scan = functools.partial(run_kernels, kernels(device))
     # Outside the hooks and modes of activation checkpointing: a recomputed forward does not check again.
     with _disable_current_modes(), saved_tensors_hooks(_as_it_is, _as_it_is):
-        wrong = gradient_errors(scan, device, size, width, dtype)
+        wrong = gradient_errors(scan, device, heads, sizes, dtype)
     if wrong > _WORST_ERROR:
         import triton
 
@@ -209,21 +218,21 @@ def check_gradients(device: torch.device, size: int, width: int, dtype: torch.dt
 def gradient_errors(
     scan: Callable[[DeltaInputs], tuple[Tensor, Tensor]],
     device: torch.device,
-    size: int,
-    width: int,
+    heads: tuple[int, int],
+    sizes: tuple[int, int],
     dtype: torch.dtype,
 ) -> float:
     """Return the greatest relative error of a gradient of ``scan`` on two chunks and a half, with a document start."""
     generator = torch.Generator().manual_seed(0)
-    length, heads = 2 * _CHUNK + _CHUNK // 2, 2
+    length, (groups, count), (size, width) = 2 * _CHUNK + _CHUNK // 2, heads, sizes
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    q, k = (F.normalize(draw(1, length, 1, size), dim=-1) for _ in range(2))
-    v, weight_BSHV = draw(1, length, heads, width), draw(1, length, heads, width)
-    values = [q.to(dtype), k.to(dtype), v.to(dtype), -0.1 * draw(1, length, heads).abs()]
-    values.append(draw(1, length, heads).sigmoid())
+    q, k = (F.normalize(draw(1, length, groups, size), dim=-1) for _ in range(2))
+    v, weight_BSHV = draw(1, length, count, width), draw(1, length, count, width)
+    values = [q.to(dtype), k.to(dtype), v.to(dtype), -0.1 * draw(1, length, count).abs()]
+    values.append(draw(1, length, count).sigmoid())
     first = _CHUNK + 5
     documents = Documents.from_positions(torch.cat([torch.arange(first), torch.arange(length - first)])[None])
 
