@@ -23,7 +23,7 @@ from fusiontree.ops.elementwise import fused
 from fusiontree.ops.gate import GivenBranches, gate_mix
 from fusiontree.ops.gelu import gelu_product
 from fusiontree.ops.linear import add_product, project
-from fusiontree.ops.linear.side_by_side import is_plain, joined
+from fusiontree.ops.linear.side_by_side import joined
 from fusiontree.ops.recompute import recomputed
 from fusiontree.utils.cuda_graph import forked, join
 from fusiontree.utils.errors import UserError
@@ -190,7 +190,10 @@ class FusionBlock(nn.Module):
             return None
         for name, _ in self._branches:
             mixer = getattr(self, name)
-            if not mixer.output_projection or not is_plain(getattr(mixer, mixer.output_projection)):
+            # Not whether its weight is sharded now: an engine may gather a mixer's weights when the mixer runs, and the
+            # recomputation of this block must do as its forward did.
+            module = getattr(mixer, mixer.output_projection) if mixer.output_projection else None
+            if type(module) is not nn.Linear or module.bias is not None:
                 return None
         return u_BSC.new_empty(*u_BSC.shape[:-1], len(self._branches) * u_BSC.shape[-1])
 

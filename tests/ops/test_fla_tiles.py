@@ -39,7 +39,7 @@ def test_one_variant_remains(tuner: SimpleNamespace, where: str) -> None:
     kept = tuner.early_config_prune(
         VARIANTS, sizes if where == "arguments" else {}, **({} if where == "arguments" else sizes)
     )
-    assert kept == [variant(4, 3, BV=32)]
+    assert kept == [variant(4, 4, BV=32)]
 
 
 @pytest.mark.parametrize("sizes", [{"K": 256, "V": 128}, {"K": 64, "V": 256}])
@@ -48,5 +48,5 @@ def test_wide_heads_are_measured(tuner: SimpleNamespace, sizes: dict[str, int]) 
 
 
 def test_without_the_variant_all_are_measured(tuner: SimpleNamespace) -> None:
-    others = [v for v in VARIANTS if v.num_stages != 3]
+    others = [v for v in VARIANTS if v.num_stages != 4]
     assert tuner.early_config_prune(others, {"K": 64, "V": 64}) == others

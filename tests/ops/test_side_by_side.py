@@ -9,8 +9,12 @@ from torch import nn
 from fusiontree.ops.linear.side_by_side import joined, product_in
 
 
+class Sharded(nn.Parameter):
+    """Stands for a weight of another type than nn.Parameter, as a sharded one has."""
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["in place", "in reverse order", "one elsewhere", "no memory"])
+@pytest.mark.parametrize("case", ["in place", "in reverse order", "one elsewhere", "no memory", "a sharded weight"])
 def test_values_and_gradients(case: str, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     xs = [torch.randn(2, 5, size, generator=g).to(dtype).requires_grad_() for size in (6, 7)]
@@ -22,6 +26,8 @@ def test_values_and_gradients(case: str, dtype: torch.dtype) -> None:
         places.reverse()
     if case == "one elsewhere":
         places[1] = None
+    if case == "a sharded weight":
+        modules[0].weight = Sharded(modules[0].weight)
     parts = [product_in(x, module, place) for x, module, place in zip(xs, modules, places, strict=True)]
     found = joined(parts, memory)
     assert (memory is not None and found.data_ptr() == memory.data_ptr()) == (case == "in place")

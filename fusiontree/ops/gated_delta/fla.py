@@ -70,7 +70,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def compiled_wrongly(capability: tuple[int, int], triton_version: str) -> bool:
-    """Return whether Triton compiles fla's ``chunk_bwd_dqkwg`` wrongly for tiles of 64 key channels.
+    """Return whether Triton compiles fla's ``chunk_bwd_dqkwg`` wrongly for tiles of 64 channels.
 
     On GPUs of compute capability 9.x; gradients of keys and decays are then wrong by more than their size (fla issue
     640). fla-core refuses every tile there, also those of 32 and 128 channels, which are computed rightly.
@@ -130,7 +130,7 @@ def kernels(device: torch.device) -> Callable[..., Any]:
     capability = torch.cuda.get_device_capability(device)
     if compiled_wrongly(capability, triton.__version__) and find_spec("tilelang") is None:
         log.warning(
-            "triton %s compiles a backward kernel of fla-core wrongly on this GPU for tiles of 64 key channels; gated "
+            "triton %s compiles a backward kernel of fla-core wrongly on this GPU for tiles of 64 channels; gated "
             "delta rule uses other tiles and checks its gradients once. triton 3.7.1 has no such defect",
             triton.__version__,
         )
@@ -141,7 +141,7 @@ def kernels(device: torch.device) -> Callable[..., Any]:
 
 
 def safe_tile(size: int) -> int:
-    """Return the key channels of a tile that every version of Triton compiles rightly."""
+    """Return the channels, of keys or of values, of a tile that every version of Triton compiles rightly."""
     return 16 if size <= 16 else 32 if size <= 64 else 128
 
 
@@ -171,7 +171,7 @@ def _with_safe_tiles(
 
     rows, length, groups, size = k.shape
     heads, width = v.shape[2:]
-    tile, columns = safe_tile(size), min(max(triton.next_power_of_2(width), 16), 128)
+    tile, columns = safe_tile(size), safe_tile(width)
     tiles = triton.cdiv(size, tile)
     dq, dk = (t.new_empty(rows, length, heads, size) for t in (q, k))
     dw, dg = torch.empty_like(w), g.new_empty(tiles, *g.shape, dtype=torch.float32)

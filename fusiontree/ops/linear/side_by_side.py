@@ -18,14 +18,14 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def product_in(x_BSC: Tensor, module: nn.Module, place_BSD: Tensor | None) -> Tensor:
-    """Return ``module(x)``; in the memory of ``place`` if it has the dtype of ``x``.
+    """Return ``module(x)``; in the memory of ``place`` if it has the dtype of ``x`` and the weight is not sharded now.
 
     Args:
         x_BSC: input.
-        module: linear map; :func:`is_plain` must hold if a place is given.
+        module: linear map.
         place_BSD: part of the channels of a wider tensor, which is of no other use. None: anywhere.
     """
-    if place_BSD is None or place_BSD.dtype != x_BSC.dtype:
+    if place_BSD is None or place_BSD.dtype != x_BSC.dtype or not is_plain(module):
         return module(x_BSC)
     return _ProductIn.apply(x_BSC, module.weight, place_BSD)
 
