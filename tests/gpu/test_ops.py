@@ -417,7 +417,7 @@ def test_gate_mix(kind: str, padded: bool) -> None:
 
     def run(backend: str) -> Callable:
         def mixed(logits: torch.Tensor, branches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            result, sums = gate_mix(logits, branches, counted, present=kind, backend=backend)
+            result, sums = gate_mix(logits, branches, counted, given=kind, backend=backend)
             return result, *sums
 
         return mixed
