@@ -34,7 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("study", nargs="?", metavar="FILE", help="the study's YAML file, or a packaged name such as blocks")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the runs, results.json and report.md")
-    add("--gpus", type=int, metavar="N", help="GPUs, one run on each at a time (default: all)")
+    add("--gpus", type=int, metavar="N", help="GPUs to use (default: all)")
+    add("--per-gpu", type=int, default=1, metavar="K", help="runs on each GPU at a time (default 1)")
     add("--processes", type=int, metavar="N", help="train on CPUs, N runs at a time, instead of on GPUs")
     add("--only", nargs="+", metavar="PATTERN", help="runs to start, by SIZE/ARM/seed-S, e.g. '60m/*' '*/fused/*'")
     add("--time-limit", type=float, metavar="S", help="seconds after which running runs save a checkpoint and stop")
@@ -172,25 +173,26 @@ def _selection(patterns: Sequence[str] | None, runs: Sequence[Run]) -> Callable[
     return lambda run: patterns is None or any(fnmatchcase(run.name, pattern) for pattern in patterns)
 
 
-def _slots(args: argparse.Namespace) -> tuple[int, bool]:
-    """Return how many runs go side by side, and whether each has a GPU.
+def _slots(args: argparse.Namespace) -> tuple[int, int]:
+    """Return how many runs go side by side, and on how many GPUs; 0 on CPUs.
 
     Raises:
         UserError: the numbers contradict each other or the machine.
     """
     if args.gpus is not None and args.processes is not None:
         raise UserError("--gpus and --processes exclude each other; give one")
+    for option, number in (("--processes", args.processes), ("--per-gpu", args.per_gpu)):
+        if number is not None and number < 1:
+            raise UserError(f"{option} {number}: give at least 1")
     if args.processes is not None:
-        if args.processes < 1:
-            raise UserError(f"--processes {args.processes}: give at least 1")
-        return args.processes, False
+        return args.processes, 0
     import torch
 
     found = torch.cuda.device_count()
     wanted = found if args.gpus is None else args.gpus
     if not 1 <= wanted <= found:
         raise UserError(f"--gpus {wanted}: this machine has {found} GPUs; give 1 to {found}, or --processes N for CPUs")
-    return wanted, True
+    return wanted * args.per_gpu, wanted
 
 
 if __name__ == "__main__":

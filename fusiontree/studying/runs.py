@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -97,19 +97,26 @@ def choose_rates(study: StudyConfig, runs: list[Run], loss_of: Callable[[Run], f
     """
     parameters = {run.size: run.parameters for run in runs if run.arm == study.reference}
     first = next(iter(study.sizes))
-    chosen: dict[str, float] = {}
-    for arm in study.arms:
-        searches = [(run, loss_of(run)) for run in runs if run.searched and run.arm == arm]
-        if searches and all(loss is not None for _, loss in searches):
-            good = [(loss, run.rate) for run, loss in searches if loss is not None and loss == loss]
-            if good:
-                chosen[arm] = min(good)[1] or 0.0
-    return [
-        replace(run, rate=chosen[run.arm] * (parameters[first] / parameters[run.size]) ** study.rate_exponent)
-        if run.rate is None and run.arm in chosen
-        else run
-        for run in runs
-    ]
+    chosen = {arm: chosen_rate(runs, arm, loss_of) for arm in study.arms}
+    found = []
+    for run in runs:
+        rate = chosen[run.arm]
+        if run.rate is None and rate is not None:
+            run = replace(run, rate=rate * (parameters[first] / parameters[run.size]) ** study.rate_exponent)
+        found.append(run)
+    return found
+
+
+def chosen_rate(runs: Sequence[Run], arm: str, loss_of: Callable[[Run], float | None]) -> float | None:
+    """Return the rate that the arm's search decided, or None: there is none, it goes on, or all its runs failed.
+
+    ``loss_of`` is as in :func:`choose_rates`.
+    """
+    searches = [(loss_of(run), run.rate) for run in runs if run.searched and run.arm == arm]
+    if any(loss is None for loss, _ in searches):
+        return None
+    good = [(loss, rate) for loss, rate in searches if loss is not None and loss == loss and rate is not None]
+    return min(good)[1] if good else None
 
 
 def _runs_of_size(study: StudyConfig, size: str) -> list[Run]:

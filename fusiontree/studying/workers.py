@@ -1,4 +1,4 @@
-"""Runs a study's runs side by side, one per slot (a GPU, or a process on CPUs), and says how far they are."""
+"""Runs a study's runs side by side, one per slot (on a GPU or on CPUs), and says how far they are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from fusiontree.studying.config import StudyConfig
 from fusiontree.studying.results import EVALUATION, final_loss
-from fusiontree.studying.runs import Run, choose_rates
+from fusiontree.studying.runs import Run, choose_rates, chosen_rate
 from fusiontree.tracking.console import clock, short
 from fusiontree.tracking.records import read_records
 from fusiontree.utils.environment import environment_with_defaults, name_of_gpu
@@ -59,7 +59,7 @@ class Workers:
         folder: Path,
         slots: int,
         *,
-        gpus: bool,
+        gpus: int,
         only: Callable[[Run], bool],
         time_limit_s: float | None,
         say: Callable[[str], None],
@@ -68,7 +68,8 @@ class Workers:
     ) -> None:
         """Prepare; ``runs`` are of :func:`plan_runs`, ``only`` selects those to start.
 
-        ``elsewhere`` has entries of runs in the results of other machines; finished ones are not started.
+        ``gpus`` is the number of GPUs, over which the slots are spread; 0 on CPUs. ``elsewhere`` has entries of runs in
+        the results of other machines; finished ones are not started.
         """
         self.study, self.planned, self.folder, self.slots = study, list(runs), folder, slots
         self.gpus, self.only, self.say, self.every_s = gpus, only, say, every_s
@@ -121,12 +122,20 @@ class Workers:
         return choose_rates(self.study, self.planned, self._loss_of)
 
     def is_finished(self, run: Run) -> bool:
-        """Whether the run is trained and, if the study says so, evaluated."""
+        """Whether the run is trained and, if the study says so, evaluated.
+
+        Of a search, only the run with the chosen rate is evaluated; the report shows no other.
+        """
         if self._result_elsewhere(run) is not None:
             return True
-        if run.rate is None or not (self.folder / run.name / DONE).is_file():
+        if not self._is_trained(run):
             return False
-        return not self.study.evaluate or (self.folder / run.name / EVALUATION).is_file()
+        if not self.study.evaluate or (self.folder / run.name / EVALUATION).is_file():
+            return True
+        return run.searched and run.rate != chosen_rate(self.planned, run.arm, self._loss_of)
+
+    def _is_trained(self, run: Run) -> bool:
+        return run.rate is not None and (self.folder / run.name / DONE).is_file()
 
     def progress(self) -> str:
         """Return one line: finished runs, rate, time left, and the state of every running one."""
@@ -147,7 +156,10 @@ class Workers:
             return float("nan")
         if (other := self._result_elsewhere(run)) is not None:
             return float("nan") if other["final_loss"] is None else float(other["final_loss"])
-        return final_loss(self.folder / run.name) if self.is_finished(run) else None
+        if not self._is_trained(run):
+            return None
+        loss = final_loss(self.folder / run.name)
+        return float("nan") if loss is None else loss  # a rate at which the run diverged decides nothing
 
     def _result_elsewhere(self, run: Run) -> dict[str, Any] | None:
         """Return the entry of the same run, finished on another machine; its numbers are rounded."""
@@ -207,7 +219,7 @@ class Workers:
         kernels = self.folder / "kernels"  # compiled once for all runs of the study
         changes = {"TRITON_CACHE_DIR": str(kernels / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(kernels / "inductor")}
         if self.gpus:
-            changes["CUDA_VISIBLE_DEVICES"] = name_of_gpu(slot)
+            changes["CUDA_VISIBLE_DEVICES"] = name_of_gpu(slot % self.gpus)
         threads = max(1, (os.cpu_count() or 1) // self.slots)
         log = path.with_name(f"{path.name}.log").open("ab")
         process = subprocess.Popen(

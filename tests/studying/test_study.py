@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from fusiontree.study import _slots, build_parser
 from fusiontree.studying.results import RESULTS, collect
 from fusiontree.studying.runs import Run, plan_runs
 from fusiontree.studying.workers import DONE, Workers
 from fusiontree.supervision.run_lock import RUN_LOCK
 from fusiontree.tracking.records import read_records
 from fusiontree.utils.environment import name_of_gpu
+from fusiontree.utils.errors import UserError
 from tests.studying.test_runs import BASE, study
 
 TRAIN = """
@@ -63,7 +66,7 @@ def workers(
         plan_runs(values),
         folder,
         2,
-        gpus=False,
+        gpus=0,
         only=lambda run: run.arm != "llama",
         time_limit_s=time_limit_s,
         say=said.append,
@@ -117,6 +120,38 @@ def test_finished_runs_are_evaluated_and_rates_follow_the_search(tmp_path: Path)
     assert entry["rate"] in (1e-3, 2e-3)
     assert entry["evaluation"] == {"recall": [{"length": 64, "token_accuracy": 0.25}]}
     assert len(json.dumps(results)) < 40_000
+    searched = [run for run in results["runs"] if run["searched"] and run["arm"] != "llama"]
+    assert [run["state"] for run in searched] == ["finished"] * 4
+    evaluated = [run["rate"] for run in searched if "evaluation" in run]
+    assert evaluated == [entry["rate"]] * 2  # both arms have the same losses
+    said.clear()
+    again = workers(tmp_path, said, learning_rates=[1e-3, 2e-3], evaluate=["--tasks", "recall"])
+    again.run_all()
+    assert not said
+
+
+def test_a_trained_run_of_a_search_is_evaluated_once_its_rate_is_chosen(tmp_path: Path) -> None:
+    settings = {"learning_rates": [1e-3, 2e-3], "evaluate": ["--tasks", "recall"]}
+    said: list[str] = []
+    first = workers(tmp_path, said, **settings)
+    first.only = lambda run: run.name == "tiny/mean/lr-0.001-seed-0"
+    first.run_all()
+    assert len(said) == 2 and not list(tmp_path.rglob("evaluation.json"))
+    second = workers(tmp_path, said, **settings)
+    second.only = lambda run: run.searched and run.arm == "mean"
+    second.run_all()  # equal losses: the lower rate
+    assert [path.parent.name for path in tmp_path.rglob("evaluation.json")] == ["lr-0.001-seed-0"]
+
+
+def test_a_rate_that_diverges_is_not_chosen(tmp_path: Path) -> None:
+    settings = {"learning_rates": [1e-3, 2e-3], "evaluate": []}
+    first = workers(tmp_path, [], **settings)
+    first.only = lambda run: run.searched and run.arm == "mean"
+    first.run_all()
+    records = tmp_path / "tiny/mean/lr-0.001-seed-0/metrics.jsonl"
+    records.write_text(records.read_text().replace("lm_loss", "not finite"))
+    second = workers(tmp_path, [], **settings)
+    assert next(run.rate for run in second.runs() if run.name == "tiny/mean/seed-3") == 2e-3
 
 
 def test_what_was_finished_on_another_machine_is_not_run_again_and_decides_rates(tmp_path: Path) -> None:
@@ -136,6 +171,25 @@ def test_what_was_finished_on_another_machine_is_not_run_again_and_decides_rates
     changed = [{**run, "steps": run["steps"] + 1} for run in results]  # of another budget
     third = workers(tmp_path / "third", [], elsewhere=changed, **rates)
     assert not any(third.is_finished(run) for run in third.runs())
+
+
+def test_runs_share_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _slots(build_parser().parse_args(["--out", "x", "--per-gpu", "2"])) == (4, 2)
+    with pytest.raises(UserError, match="--per-gpu 0: give at least 1"):
+        _slots(build_parser().parse_args(["--out", "x", "--per-gpu", "0"]))
+    placed: list[str] = []
+
+    def start(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        placed.append(env["CUDA_VISIBLE_DEVICES"])
+        return None
+
+    sharing = workers(tmp_path, [])
+    sharing.gpus, sharing.slots = 2, 4
+    monkeypatch.setattr(subprocess, "Popen", start)
+    sharing._start_jobs()
+    assert placed == ["4", "6", "4", "6"]
 
 
 def test_runs_are_placed_on_the_gpus_that_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
