@@ -124,12 +124,11 @@ class Workers:
     def is_finished(self, run: Run) -> bool:
         """Whether the run is trained and, if the study says so, evaluated.
 
-        Of a search, only the run with the chosen rate is evaluated; the report shows no other.
+        Of a search, only the run with the chosen rate is evaluated; the report shows no other. A run that was trained
+        here is evaluated here: another machine may decide its rate, but has no checkpoint of it.
         """
-        if self._result_elsewhere(run) is not None:
-            return True
         if not self._is_trained(run):
-            return False
+            return self._result_elsewhere(run) is not None
         if not self.study.evaluate or (self.folder / run.name / EVALUATION).is_file():
             return True
         return run.searched and run.rate != chosen_rate(self.planned, run.arm, self._loss_of)
@@ -152,7 +151,7 @@ class Workers:
         return "\n".join([head, *(f"    {text}" for text, _, _ in states)])
 
     def _loss_of(self, run: Run) -> float | None:
-        if run.name in self.failed:
+        if run.name in self.failed and not self._is_trained(run):  # a failed evaluation leaves the loss as it is
             return float("nan")
         if (other := self._result_elsewhere(run)) is not None:
             return float("nan") if other["final_loss"] is None else float(other["final_loss"])

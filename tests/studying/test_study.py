@@ -47,8 +47,11 @@ class Stubs(Workers):
 
     fails: tuple[str, ...] = ()
     waits = False
+    evaluation_fails = False
 
     def command(self, run: Run, evaluates: bool) -> list[str]:
+        if evaluates and self.evaluation_fails:
+            return [sys.executable, "-c", "import sys; sys.exit('error: no memory')"]
         if evaluates:
             values = {"results": {"recall": [{"length": 64, "token_accuracy": 0.25}]}}
             code = f"open({str(self.folder / run.name / 'evaluation.json')!r}, 'w').write({json.dumps(values)!r})"
@@ -140,6 +143,41 @@ def test_a_trained_run_of_a_search_is_evaluated_once_its_rate_is_chosen(tmp_path
     second = workers(tmp_path, said, **settings)
     second.only = lambda run: run.searched and run.arm == "mean"
     second.run_all()  # equal losses: the lower rate
+    assert [path.parent.name for path in tmp_path.rglob("evaluation.json")] == ["lr-0.001-seed-0"]
+
+
+def test_a_failed_evaluation_does_not_change_the_chosen_rate(tmp_path: Path) -> None:
+    settings = {"learning_rates": [1e-3, 2e-3], "evaluate": ["--tasks", "recall"]}
+    said: list[str] = []
+    first = workers(tmp_path, said, **settings)
+    first.evaluation_fails = True
+    first.only = lambda run: run.arm == "mean"
+    first.run_all()
+    assert set(first.failed) == {"tiny/mean/lr-0.001-seed-0", "tiny/mean/seed-3"}
+    assert not [line for line in said if line.startswith("tiny/mean/lr-0.002-seed-0: evaluated")]
+    assert next(run.rate for run in first.runs() if run.name == "tiny/mean/seed-3") == 1e-3
+    second = workers(tmp_path, [], **settings)
+    second.only = first.only
+    second.run_all()
+    found = sorted(path.parent.name for path in tmp_path.rglob("evaluation.json"))
+    assert found == ["lr-0.001-seed-0", "seed-3"]
+
+
+def test_a_rate_that_another_machine_decides_is_evaluated_where_it_was_trained(tmp_path: Path) -> None:
+    settings = {"learning_rates": [1e-3, 2e-3], "evaluate": ["--tasks", "recall"]}
+    entries: list[dict[str, Any]] = []
+    for rate in ("0.001", "0.002"):
+        name = f"tiny/mean/lr-{rate}-seed-0"
+        machine = workers(tmp_path / rate, [], **settings)
+        machine.only = lambda run, name=name: run.name == name
+        machine.run_all()
+        results = collect(machine.study, machine.runs(), machine.folder, machine.is_finished, {})["runs"]
+        entries += [run for run in results if run["name"] == name]
+    assert not list(tmp_path.rglob("evaluation.json"))
+    for rate in ("0.002", "0.001"):  # the entries hold each machine's own run too, as those of --known may
+        again = workers(tmp_path / rate, [], elsewhere=entries, **settings)
+        again.only = lambda run: run.searched and run.arm == "mean"
+        again.run_all()
     assert [path.parent.name for path in tmp_path.rglob("evaluation.json")] == ["lr-0.001-seed-0"]
 
 
