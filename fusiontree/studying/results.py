@@ -15,6 +15,8 @@ from fusiontree.tracking.records import read_records
 from fusiontree.utils.errors import UserError
 
 RESULTS, EVALUATION = "results.json", "evaluation.json"
+DONE = "study.json"
+"""File in a run's folder that says that its training is finished."""
 _FORMAT = "fusiontree-study"
 _COPIED = ("size", "arm", "seed", "searched", "parameters", "steps", "tokens")
 """Fields of a run that its entry repeats."""
@@ -66,7 +68,8 @@ def collect(
             entries.append(entry | {"state": "failed" if run.name in failed else "waiting"})
             continue
         state = "finished" if is_finished(run) else "failed" if run.name in failed else "unfinished"
-        entry |= {"state": state, "final_loss": final_loss(path), "curve": curve(path)}
+        trained = (path / DONE).is_file()
+        entry |= {"state": state, "trained": trained, "final_loss": final_loss(path), "curve": curve(path)}
         if (path / EVALUATION).is_file():
             entry["evaluation"] = read_evaluation(path / EVALUATION)
         entries.append(entry)

@@ -56,13 +56,17 @@ class SizeResult:
 
 
 def used_runs(results: dict[str, Any], size: str) -> list[dict[str, Any]]:
-    """Return the finished runs of a size that count; of a search those of the rate that was chosen."""
-    finished = [r for r in results["runs"] if r["size"] == size and r["state"] == "finished" and _finite(r)]
+    """Return the finished runs of a size that count; of a search that of the chosen rate, once it is evaluated."""
+    trained = [
+        r
+        for r in results["runs"]
+        if r["size"] == size and _finite(r) and (r["state"] == "finished" or r.get("trained"))
+    ]
     best: dict[str, dict[str, Any]] = {}
-    for run in (r for r in finished if r["searched"]):
+    for run in (r for r in trained if r["searched"]):
         if run["arm"] not in best or run["final_loss"] < best[run["arm"]]["final_loss"]:
             best[run["arm"]] = run
-    return [r for r in finished if not r["searched"] or r is best[r["arm"]]]
+    return [r for r in trained if r["state"] == "finished" and (not r["searched"] or r is best[r["arm"]])]
 
 
 def summarize(results: dict[str, Any]) -> list[SizeResult]:

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from fusiontree.studying.config import StudyConfig
-from fusiontree.studying.results import EVALUATION, final_loss
+from fusiontree.studying.results import DONE, EVALUATION, final_loss
 from fusiontree.studying.runs import Run, choose_rates, chosen_rate
 from fusiontree.tracking.console import clock, short
 from fusiontree.tracking.records import read_records
 from fusiontree.utils.environment import environment_with_defaults, name_of_gpu
 from fusiontree.utils.files import write_json
 
-DONE = "study.json"
-"""File in a run's folder that says that its training is finished."""
 _STOPPED = 75
 _GRACE_S = 120.0
 """Time in which a stopped run may save its checkpoint."""

@@ -83,6 +83,15 @@ def test_only_finished_runs_and_chosen_rates_count(results: dict[str, Any]) -> N
     assert losses["fused"] == [2.0, pytest.approx(2.002)] and len(losses["mean"]) == 2
 
 
+def test_a_worse_rate_does_not_stand_for_the_chosen_one(results: dict[str, Any]) -> None:
+    """The run of the chosen rate is trained and waits for its evaluation."""
+    results["runs"][0] |= {"searched": True, "name": "tiny/fused/lr-0.001-seed-0"}
+    chosen = {"searched": True, "name": "tiny/fused/lr-0.004-seed-0", "final_loss": 1.5, "state": "unfinished"}
+    results["runs"].append(entry("fused", 0, **chosen, trained=True))
+    (size,) = summarize(results)
+    assert {arm.arm: arm.losses for arm in size.arms}["fused"] == [pytest.approx(2.002)]
+
+
 def test_one_seed_gives_no_verdict(results: dict[str, Any], tmp_path: Path) -> None:
     results["runs"] = [run for run in results["runs"] if run["seed"] == 0]
     (size,) = summarize(results)
