@@ -29,7 +29,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ParityTable:
     Ten steps with a larger norm_eps. A query may be orthogonal to the keys of a document's first tokens; the norm of a
     head then divides by almost zero, and rounding of one process alone moves a gradient norm.
     """
-    model = {**MODEL, "layer_pattern": "GDAG", "norm_eps": 1e-2, **DELTA}
+    model = {**MODEL, "layer_pattern": "GDAG", "norm_eps": 1e-3, **DELTA}
     return ParityTable(tmp_path_factory.mktemp("delta"), model, steps=10)
 
 
@@ -52,7 +52,8 @@ GROUPS = {
     ],
     "recorded steps": [Cell("ddp", *axis, extra=RECORDED) for axis in ((1, 2, 1), (1, 1, 2))],
     "mixes of branches": [
-        Cell("fsdp2", 1, 1, 2, "full", extra=NORMED),
+        # At norm_eps 1e-3 its tenth step is ill-conditioned: 3e-6 between two accumulations of one process.
+        Cell("fsdp2", 1, 1, 2, "full", extra=(*NORMED, "model.norm_eps=1e-2")),
         Cell("ddp", 1, 2, 1, extra=MEAN),
         Cell("zero3", 1, 2, 1, extra=CONCATENATED),
         Cell("fsdp2", 1, 2, 1, "selective", extra=IN_TURN),
