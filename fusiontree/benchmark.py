@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusiontree.benchmarking.breakdown import breakdown, memory_by_kind
-from fusiontree.benchmarking.table import length_histogram, print_table, spread
+from fusiontree.benchmarking.table import length_histogram, print_operations, print_table, spread
 from fusiontree.cli.benchmark_options import build_parser, check_options
 from fusiontree.cli.program import run_program
 from fusiontree.config.load import load_config
@@ -87,15 +87,18 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         result, timer, engine = _time_training(config, args, layout)
         if layout.device.type == "cuda":
             result |= _on_the_gpu(timer, engine, args.profile if layout.is_main else None)
+        gc_control.unfreeze()
+        if layout.is_main:  # now, as what follows compiles for minutes
+            print_table(result)
+            sys.stdout.flush()
         if args.ops:
             from fusiontree.benchmarking.operations import time_operations
             from fusiontree.engines.common import PRECISION
 
             dtype = PRECISION[training.precision]
             result["operations"] = time_operations(model, training.seq_len, dtype, layout.device)
-        gc_control.unfreeze()
-        if layout.is_main:
-            print_table(result)
+            if layout.is_main:
+                print_operations(result["operations"])
         if args.peers or args.decode:
             from fusiontree.benchmarking.others import falcon_and_decoding, time_others
 

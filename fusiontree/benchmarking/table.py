@@ -67,9 +67,12 @@ def print_table(result: dict[str, Any]) -> None:
         print(f"    {name:<32}{spent:>10.2f} ms")
     for name, size in result.get("memory_gib", {}).items():
         print(f"    {name:<52}{size:>8.2f} GiB")
-    if "operations" in result:
-        print(f"    {'one row, milliseconds':<36}{'forward':>9}{'least':>9}{'backward':>9}{'least':>9}")
-    for row in result.get("operations", []):
+
+
+def print_operations(operations: Sequence[dict[str, Any]]) -> None:
+    """Print the times of operations alone, one line each."""
+    print(f"    {'one row, milliseconds':<36}{'forward':>9}{'least':>9}{'backward':>9}{'least':>9}")
+    for row in operations:
         times = "".join(f"{'-' if row[k] is None else f'{row[k]:.2f}':>9}" for k in _OPERATION_COLUMNS)
         print(f"    {row['operation']:<24}{row['backend']:<12}{times}")
 

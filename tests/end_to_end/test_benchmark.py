@@ -95,6 +95,19 @@ def test_no_dataset_is_needed(config: str, capsys: pytest.CaptureFixture[str]) -
     assert documents[0] == 1 < documents[1]
 
 
+def test_the_step_is_printed_before_operations_are_timed(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operations compile for minutes: a time limit meanwhile does not take the step's figures."""
+
+    def time_operations(*_: object) -> None:
+        assert "useful work" in capsys.readouterr().out
+        raise UserError("the time is over")
+
+    monkeypatch.setattr("fusiontree.benchmarking.operations.time_operations", time_operations)
+    assert benchmark.main(["--config", config, "--steps", "1", "--warmup", "1", "--ops"]) == 2
+
+
 SIZES = "model.letter_sizes={F: {mlp_size: 16}}"
 
 
