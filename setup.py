@@ -39,6 +39,9 @@ setup(
             "flash-attn-4[cu13]>=4.0.0b36,<4.1",  # the fastest attention on Hopper and Blackwell
             "fla-core>=0.6,<0.7",  # kernels of Gated DeltaNet; its functions are called one level below its interface
         ],
+        # Faster kernels of Gated DeltaNet for Hopper, which fla-core calls; compiled by the CUDA toolkit's nvcc. Older
+        # versions cannot be recorded in CUDA graphs.
+        "flash-qla": ["fla-core>=0.6,<0.7", "flash-qla>=0.1.3,<0.2"],
         # Another set of GPU kernels for the scan, built from source; the peer's too. 2.3.2 and newer want an older
         # apache-tvm-ffi than flash-attn-4 does, so that both could not be installed.
         "mamba-ssm": ["mamba-ssm>=2.3.0,<2.3.2"],
