@@ -221,9 +221,9 @@ def test_sizes_are_checked() -> None:
         tiny_config(layer_pattern="D", kernels={"gated_delta": "fla"}, **shape(key_dim=272))
     tiny_config(layer_pattern="D", kernels={"gated_delta": "fla"}, **shape(key_dim=256))
     tiny_config(layer_pattern="D", **shape(key_dim=272))
-    exact = shape(value_dim=32, expand=1.1, heads_per_key=11)
-    wide = tiny_config(layer_pattern="D", hidden_size=320, num_heads=4, head_dim=80, **exact)
-    assert not list(GatedDeltaNet.tp_problems(wide, 11)), "1.1 * 320 / 32 is 11 in spite of rounding"
+    wide = shape(value_dim=16, expand=1.12, heads_per_key=7)
+    config = tiny_config(layer_pattern="D", hidden_size=400, num_heads=4, head_dim=100, **wide)
+    assert not list(GatedDeltaNet.tp_problems(config, 28)), "1.12 * 400 / 16 is 28 in spite of rounding"
 
 
 def test_initial_values_weight_decay_and_precision() -> None:

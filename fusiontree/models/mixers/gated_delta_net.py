@@ -173,7 +173,7 @@ class GatedDeltaNet(Mixer):
             yield f"key_dim {sizes.key_dim} is above the {limit}; lower it, or set model.kernels.gated_delta=chunked"
         exact = sizes.expand * config.hidden_size / sizes.value_dim
         heads = max(round(exact), 1)
-        if abs(exact - heads) > 1e-9 * heads:  # 1.1 * 320 / 32 is 11, and a little more in floating point
+        if abs(exact - heads) > 1e-9 * heads:  # 1.12 * 400 / 16 is 28, and a little more in floating point
             yield (
                 f"expand {sizes.expand} * hidden_size {config.hidden_size} is not a multiple of value_dim "
                 f"{sizes.value_dim}; {heads} heads need expand {heads * sizes.value_dim / config.hidden_size!r}"
