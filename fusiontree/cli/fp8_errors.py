@@ -1,7 +1,9 @@
-"""``python tools/fp8_errors.py --config FILE``: errors of every product of a model in bf16 and FP8 against fp32.
+"""``python tools/fp8_errors.py --checkpoint RUN``: errors of every product of a model in bf16 and FP8 against fp32.
 
-Runs forward and backward of one micro-batch in bf16. Each linear map of the blocks is computed again from its input,
-its weight and the gradient of its output: output, input gradient and weight gradient, in every precision.
+With ``--config FILE``, the data and the length of a row are those of the file; without ``--checkpoint``, the model has
+its initial weights. Runs forward and backward of one micro-batch in bf16. Each linear map of the blocks is computed
+again from its input, its weight and the gradient of its output: output, input gradient and weight gradient, in every
+precision.
 
 Shape legend: N tokens, C input channels, D output channels.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusiontree.checkpoint.load import load_model
+from fusiontree.checkpoint.load import find_checkpoint, load_model, read_state
 from fusiontree.cli.program import run_program
-from fusiontree.config.load import load_config
+from fusiontree.config.load import apply_overrides, build_config, load_config
 from fusiontree.config.root import Config
 from fusiontree.data.loader import TrainingData
 from fusiontree.models.initialization import initialize_model
@@ -27,10 +30,12 @@ from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.fp8 import Outputs, fp8_linears
 from fusiontree.ops.fp8.casts import E4M3, E5M2, Recipe
 from fusiontree.parallel.batch_sharding import shard_inputs
-from fusiontree.parallel.fp8 import linear_maps
-from fusiontree.training.config import Fp8Config
+from fusiontree.parallel.fp8 import MULTIPLE, linear_maps
+from fusiontree.training.config import Fp8Config, TrainingConfig
 from fusiontree.utils.device import choose_device
 from fusiontree.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 RECIPES = {
     "fp8 tensor e4m3": Recipe("tensor", E4M3),
@@ -92,6 +97,9 @@ def _outlier(matrix: Tensor) -> float:
 def measure(model: FusionTreeModel, inputs: Any) -> list[Errors]:
     """Return the errors of all linear maps of the blocks, including those that training computes in bf16.
 
+    Mixers that do not support FP8 are left out, as are, on a GPU, maps whose sizes are not multiples of 16; the
+    latter are named in a warning.
+
     Args:
         model: in bf16.
         inputs: a :class:`ModelInputs` with labels, on the model's device.
@@ -99,9 +107,12 @@ def measure(model: FusionTreeModel, inputs: Any) -> list[Errors]:
     found: list[Errors] = []
     handles = []
     for its in linear_maps(model, Fp8Config(exclude=[])):
+        if refused := size_problem(its.name, its.fp8_rows, its.module.in_features, its.module.weight.device):
+            log.warning("left out: %s", refused)
+            continue
 
         def watch(module: Any, given: tuple[Tensor], output: Tensor, its: Any = its) -> None:
-            rows = module.weight.shape[0] - its.bf16_rows(module.weight.shape[0])
+            rows = its.fp8_rows
             x_NC, weight = given[0].detach().flatten(0, -2), module.weight.detach()[:rows]
             name = f"{its.name} ({its.kind})"
 
@@ -136,10 +147,12 @@ def table(errors: Sequence[Errors]) -> Iterator[str]:
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description="Errors of matrix products in bf16 and FP8 against fp32.")
-    model = "YAML file: the model (unless --checkpoint), the data and the length of a row"
-    parser.add_argument("--config", required=True, metavar="FILE", help=model)
+    model = "YAML file: the model (unless --checkpoint), the data and the length of a row (default: the checkpoint's)"
+    parser.add_argument("--config", metavar="FILE", help=model)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--checkpoint", type=Path, help="run or checkpoint folder (default: initial weights)")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="run or checkpoint folder (default: initial weights of --config)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the errors of every layer")
     return parser
 
@@ -150,14 +163,56 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    config = load_config(args.config, args.overrides)
+    if args.output and not args.output.absolute().parent.is_dir():
+        raise UserError(f"--output '{args.output}': folder '{args.output.absolute().parent}' does not exist; create it")
+    config = _config(args)
     device = choose_device(config.training.device, 0, "training.device")
-    errors = measure(_model(config, args.checkpoint, device), _inputs(config).to(device))
+    check_length(config.training, device)
+    model = _model(config, args.checkpoint, device)
+    errors = measure(model, _inputs(config, model.config.vocab_size).to(device))
     for line in table(errors):
         print(line)
     if args.output:
         args.output.write_text(json.dumps([its._asdict() for its in errors], indent=1))
     return 0
+
+
+def size_problem(name: str, rows: int, columns: int, device: torch.device) -> str | None:
+    """Return why ``device`` cannot multiply by a weight in FP8, or None; a CPU multiplies every size."""
+    if device.type == "cpu" or not (rows % MULTIPLE or columns % MULTIPLE):
+        return None
+    return f"{name} multiplies by a matrix of {rows} x {columns}, and GPUs need multiples of {MULTIPLE}"
+
+
+def check_length(training: TrainingConfig, device: torch.device) -> None:
+    """Check that the tokens of the first rows are a multiple of 16, which GPUs need.
+
+    Raises:
+        UserError: they are not.
+    """
+    name, length = "training.seq_len", training.seq_len
+    if training.curriculum:
+        name, length = "stage 0 of training.curriculum", training.curriculum[0][0]
+    if device.type != "cpu" and length % MULTIPLE:
+        raise UserError(
+            f"FP8 products on a GPU need rows of a multiple of {MULTIPLE} tokens, and {name} is {length}; give "
+            f"training.curriculum=null training.seq_len={-(-length // MULTIPLE) * MULTIPLE}"
+        )
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """Return the file's configuration, or that which the checkpoint was trained with."""
+    if args.config is not None:
+        return load_config(args.config, args.overrides)
+    if args.checkpoint is None:
+        raise UserError("give --config FILE, --checkpoint RUN, or both")
+    folder = find_checkpoint(args.checkpoint)
+    values = read_state(folder)["config"]
+    if not {"training", "data"} <= values.keys():
+        raise UserError(
+            f"checkpoint '{folder}' does not say with which data it was trained; give them by --config FILE"
+        )
+    return build_config(apply_overrides(values, args.overrides), f"configuration of '{folder}'")
 
 
 def _model(config: Config, checkpoint: Path | None, device: torch.device) -> FusionTreeModel:
@@ -168,9 +223,9 @@ def _model(config: Config, checkpoint: Path | None, device: torch.device) -> Fus
     return model.to(device, torch.bfloat16)
 
 
-def _inputs(config: Config) -> Any:
+def _inputs(config: Config, vocab_size: int) -> Any:
     training = config.training
-    data = TrainingData(config.data, training, config.model.vocab_size, 0, 1)
+    data = TrainingData(config.data, training, vocab_size, 0, 1)
     for batch, _ in data.steps():
         return shard_inputs(batch.micro_batches[0], None, (), None)
     raise UserError(f"{config.data.train} has no row of {training.seq_len} tokens; shorten training.seq_len")

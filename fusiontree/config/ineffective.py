@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fusiontree.config.root import Config
+from fusiontree.models.config import ModelConfig
 from fusiontree.utils.settings import Section
 
 Rule = tuple[bool, str, str]
@@ -20,7 +21,7 @@ def without_effect(config: Config, world_size: int) -> list[str]:
         world_size: number of processes.
     """
     rules = (*_training(config), *_model(config), *_data(config), *_rest(config, world_size))
-    found = []
+    found = list(_mixers(config.model))
     for applies, names, reason in rules:
         for name in names.split() if applies else ():
             value, default = _value_and_default(config, name)
@@ -96,6 +97,19 @@ def _model(config: Config) -> Iterator[Rule]:
         "model.mamba.chunk_size",
         "model.kernels.ssd triton ignores it",
     )
+
+
+def _mixers(model: ModelConfig) -> Iterator[str]:
+    """Yield the sentences on ``model.mixers``, whose sections depend on the plugins."""
+    used = {name for names in model.branches for name in names}
+    for name, section in (model.mixers or {}).items():
+        for key, field in type(section).model_fields.items():
+            value, default = getattr(section, key), field.get_default(call_default_factory=True)
+            reason = "" if name in used else f"no layer of model.layer_pattern has {name}"
+            if (name, key) == ("gated_delta_net", "chunk_size") and model.kernels.gated_delta == "fla":
+                reason = reason or "model.kernels.gated_delta fla ignores it"
+            if reason and value != default:
+                yield f"model.mixers.{name}.{key}={value} has no effect: {reason}"
 
 
 def _data(config: Config) -> Iterator[Rule]:

@@ -37,7 +37,7 @@ def build_engine(
     """
     model = build_model(model_config, layout)
     if training.matmul_precision == "fp8":
-        check_device(layout.device)
+        check_device(layout.device, announce=layout.is_main)
         use_fp8(model.module, training.fp8)
     materialize = materializer(model_config, training.seed, layout.device, model.specs)
 

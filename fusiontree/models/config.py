@@ -291,4 +291,6 @@ def _problems(error: ValidationError, known: list[str], place: str) -> Iterable[
             hint = nearest(key, known) or f"; known keys: {', '.join(known)}"
             yield f"unknown key '{dotted}'{hint}"
         else:
-            yield f"{dotted}: {problem['msg'].removeprefix('Value error, ')}"
+            message = problem["msg"].removeprefix("Value error, ")
+            given = "" if problem["type"] in ("value_error", "missing") else f" is {problem['input']!r}"
+            yield f"{dotted}{given}: {message}"

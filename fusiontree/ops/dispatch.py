@@ -94,10 +94,12 @@ class Operation:
             reasons = "; ".join(f"{b.name}: {b.unavailable(device)}" for b in self.backends.values())
             raise UserError(f"no backend of {self.name} runs on {device_type}: {reasons}")
         if wanted not in self.backends:
-            raise UserError(f"kernels.{self.name}={wanted} is not a backend{nearest(wanted, self.backends)}")
+            raise UserError(f"model.kernels.{self.name}={wanted} is not a backend{nearest(wanted, self.backends)}")
         why = self.backends[wanted].unavailable(device)
         if why is not None:
             usable = [b.name for b in self.backends.values() if b.unavailable(device) is None]
-            raise UserError(f"kernels.{self.name}={wanted} cannot run on {device_type}: {why}; here run {usable}")
+            raise UserError(
+                f"model.kernels.{self.name}={wanted} cannot run on {device_type}: {why}; use auto or one of {usable}"
+            )
         _chosen[self.shown] = wanted
         return self.backends[wanted].load()

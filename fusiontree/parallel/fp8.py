@@ -12,7 +12,7 @@ from torch import nn
 
 from fusiontree.models.block import FusionBlock
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.mixers import distinct_mixers
+from fusiontree.models.mixers import layer_mixers
 from fusiontree.models.mixers.split import split_of
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.ops.dispatch import triton_unavailable
@@ -53,6 +53,12 @@ class LinearMap(NamedTuple):
     bf16_rows: Callable[[int], int]
     """Returns how many of the last rows stay bf16, given the number of all."""
 
+    @property
+    def fp8_rows(self) -> int:
+        """Output channels that are computed in FP8."""
+        rows = self.module.weight.shape[0]
+        return rows - self.bf16_rows(rows)
+
 
 def use_fp8(model: FusionTreeModel, settings: Fp8Config) -> None:
     """Compute the products that ``settings`` does not exclude in FP8; parameter names do not change.
@@ -64,6 +70,7 @@ def use_fp8(model: FusionTreeModel, settings: Fp8Config) -> None:
     Raises:
         UserError: a mixer does not support FP8.
     """
+    _check_mixers(model.config, settings)
     recipe = Recipe(settings.scaling, {"e4m3": E4M3, "e5m2": E5M2}[settings.gradient_type])
     for found in linear_maps(model, settings):
         product = Fp8Product(recipe, found.bf16_rows)
@@ -74,20 +81,9 @@ def use_fp8(model: FusionTreeModel, settings: Fp8Config) -> None:
 
 
 def linear_maps(model: FusionTreeModel, settings: Fp8Config) -> Iterator[LinearMap]:
-    """Yield the linear maps to compute in FP8.
-
-    Raises:
-        UserError: a mixer does not support FP8.
-    """
+    """Yield the linear maps to compute in FP8; of a mixer that does not support it, none."""
     excluded = set(settings.exclude)
-    layers = len(model.layers)
-    for mixer in distinct_mixers(model.config):
-        if not mixer.fp8_products and {"mixer_in", "mixer_out"} - excluded:
-            raise UserError(
-                f"mixer {mixer.name} does not support training.matmul_precision fp8 (its fp8_products is empty); set "
-                f"matmul_precision to bf16, or training.fp8.exclude to a list with mixer_in and mixer_out"
-            )
-    for index in range(settings.first_bf16_layers, layers - settings.last_bf16_layers):
+    for index in _fp8_layers(model.config, settings):
         block = model.layers[index]
         assert isinstance(block, FusionBlock)
         for name, kind in _OF_BLOCK.items():
@@ -98,6 +94,30 @@ def linear_maps(model: FusionTreeModel, settings: Fp8Config) -> Iterator[LinearM
                 if kind not in excluded:
                     bf16_rows = partial(mixer_module.bf16_rows, name)
                     yield from _map(mixer_module, name, f"layers.{index}.{module_name}", kind, bf16_rows)
+
+
+def _fp8_layers(config: ModelConfig, settings: Fp8Config) -> range:
+    """Return the layers that compute products in FP8."""
+    return range(settings.first_bf16_layers, config.num_layers - settings.last_bf16_layers)
+
+
+def _check_mixers(config: ModelConfig, settings: Fp8Config) -> None:
+    """Check that the mixers of the layers with FP8 products support them.
+
+    Raises:
+        UserError: one does not, and its products are not excluded.
+    """
+    if {"mixer_in", "mixer_out"} <= set(settings.exclude):
+        return
+    for layer in _fp8_layers(config, settings):
+        for mixer in layer_mixers(config, layer):
+            if not mixer.fp8_products:
+                exclude = ", ".join(dict.fromkeys([*settings.exclude, "mixer_in", "mixer_out"]))
+                raise UserError(
+                    f"mixer {mixer.name} of layer {layer} does not support training.matmul_precision fp8 (its "
+                    f"fp8_products is empty); set training.fp8.exclude to [{exclude}], keep its layers in bf16 by "
+                    f"training.fp8.first_bf16_layers or last_bf16_layers, or set matmul_precision to bf16"
+                )
 
 
 def _map(parent: nn.Module, name: str, prefix: str, kind: str, bf16_rows: Callable[[int], int]) -> Iterator[LinearMap]:
@@ -122,10 +142,18 @@ def check_fp8(model: ModelConfig, parallel: ParallelConfig, training: TrainingCo
         raise UserError(
             f"training.matmul_precision is fp8, and training.fp8 (exclude, first_bf16_layers "
             f"{settings.first_bf16_layers}, last_bf16_layers {settings.last_bf16_layers}) leaves none of the {layers} "
-            f"layers a product in FP8; set matmul_precision to bf16"
+            f"layers a product in FP8; keep less in bf16, or set matmul_precision to bf16"
         )
-    for problem in _size_problems(model, training, parallel.tp):
-        raise UserError(f"training.matmul_precision fp8: {problem}; set training.matmul_precision to bf16")
+    if problems := _size_problems(model, training, parallel.tp):
+        _, *others = problems
+        more = f" (as do products of {', '.join(others)})" if others else ""
+        exclude = list(dict.fromkeys([*settings.exclude, *problems]))
+        rest = training.model_copy(update={"fp8": settings.model_copy(update={"exclude": exclude})})
+        way_out = (
+            f"set training.fp8.exclude to [{', '.join(exclude)}], or " if any(fp8_by_layer(model, rest) or ()) else ""
+        )
+        first = next(iter(problems.values()))
+        raise UserError(f"training.matmul_precision fp8: {first}{more}; {way_out}set matmul_precision to bf16")
     lengths = {"training.seq_len": training.seq_len}
     lengths |= {f"stage {i} of training.curriculum": stage[0] for i, stage in enumerate(training.curriculum or [])}
     ranks = parallel.cp * parallel.tp
@@ -138,14 +166,19 @@ def check_fp8(model: ModelConfig, parallel: ParallelConfig, training: TrainingCo
             )
 
 
-def check_device(device: torch.device) -> None:
+def check_device(device: torch.device, announce: bool = True) -> None:
     """Check that a device computes FP8 products; a CPU computes the same values slowly.
+
+    Args:
+        device: of this rank.
+        announce: warn of a CPU; one rank does.
 
     Raises:
         UserError: the GPU has no FP8 products, or Triton, whose kernels cast, is not installed.
     """
     if device.type != "cuda":
-        log.warning("training.matmul_precision fp8 on the CPU: products of FP8 values are computed in fp32")
+        if announce:
+            log.warning("training.matmul_precision fp8 on the CPU: products of FP8 values are computed in fp32")
         return
     capability = torch.cuda.get_device_capability(device)
     problem = triton_unavailable(device)
@@ -155,10 +188,11 @@ def check_device(device: torch.device) -> None:
         raise UserError(f"training.matmul_precision fp8: {problem}; set it to bf16")
 
 
-def _size_problems(model: ModelConfig, training: TrainingConfig, tp: int) -> Iterator[str]:
-    """Yield the weights whose sizes on a rank are not multiples of 16."""
+def _size_problems(model: ModelConfig, training: TrainingConfig, tp: int) -> dict[str, str]:
+    """Return what is wrong with the first weight of each kind whose sizes on a rank are not multiples of 16."""
     with torch.device("meta"):
         module = FusionTreeModel(model)
+    problems: dict[str, str] = {}
     for found in linear_maps(module, training.fp8):
         rows, columns = found.module.weight.shape
         split = split_of(f"{found.name}.weight", model) if tp > 1 else None
@@ -168,13 +202,20 @@ def _size_problems(model: ModelConfig, training: TrainingConfig, tp: int) -> Ite
         rows -= found.bf16_rows(rows)
         if rows % MULTIPLE or columns % MULTIPLE:
             over = f" on one of parallel.tp {tp} ranks" if split is not None else ""
-            yield f"{found.name} multiplies by a matrix of {rows} x {columns}{over}, not multiples of {MULTIPLE}"
+            sizes = f"a matrix of {rows} x {columns}{over}, not multiples of {MULTIPLE}"
+            problems.setdefault(found.kind, f"{found.name} ({found.kind}) multiplies by {sizes}")
+    return problems
 
 
 def fp8_by_layer(model: ModelConfig, training: TrainingConfig) -> list[int] | None:
-    """Return for each layer the number of parameters whose products are computed in FP8; None if all are in bf16."""
+    """Return for each layer the number of parameters whose products are computed in FP8; None if all are in bf16.
+
+    Raises:
+        UserError: a mixer does not support FP8.
+    """
     if training.matmul_precision != "fp8":
         return None
+    _check_mixers(model, training.fp8)
     with torch.device("meta"):
         module = FusionTreeModel(model)
     counts = [0] * model.num_layers

@@ -48,7 +48,8 @@ class Fp8Config(Section):
     exclude: list[Literal["mixer_in", "mixer_out", "align", "out_proj", "mlp", "gate"]] = setting(
         lambda: ["gate"],
         "Products that stay bf16: mixer_in and mixer_out are the projections of the branches, the others parts of the "
-        "block. The head, and the rows of B, C and dt, always stay bf16.",
+        "block. The head, the rows of B, C and dt, and the queries, keys, decay and beta of Gated DeltaNet always stay "
+        "bf16.",
     )
     first_bf16_layers: int = setting(0, "Layers, from the first, whose products all stay bf16.", ge=0)
     last_bf16_layers: int = setting(0, "Layers, to the last, whose products all stay bf16.", ge=0)

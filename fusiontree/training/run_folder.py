@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,11 +81,22 @@ def check_run_folder(run_dir: Path, values: dict[str, Any]) -> None:
         saved = {name: _MODEL_DEFAULTS[name] for name in wanted if name in _MODEL_DEFAULTS} | saved
     differing = [k for k in sorted(saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]
     if saved and differing:
-        lines = "\n".join(f"  {k}: {saved.get(k)!r} in the folder, {wanted.get(k)!r} now" for k in differing)
+        both = [pair for k in differing for pair in _leaves(k, saved.get(k), wanted.get(k))]
+        lines = "\n".join(f"  {name}: {old!r} in the folder, {new!r} now" for name, old, new in both)
         raise UserError(
             f"run_dir '{run_dir}' belongs to another run:\n{lines}\n"
             f"set these back to resume it, or {NEW_RUN}; nothing was written"
         )
+
+
+def _leaves(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the settings that differ, with both values: of sections, the settings in them."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        yield name, old, new
+        return
+    for key in dict.fromkeys([*old, *new]):
+        if old.get(key) != new.get(key):
+            yield from _leaves(f"{name}.{key}", old.get(key), new.get(key))
 
 
 def _check_initial(run_dir: Path, before: dict[str, Any], values: dict[str, Any]) -> None:

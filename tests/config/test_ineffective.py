@@ -50,6 +50,15 @@ def test_a_configuration_in_which_all_has_an_effect_says_nothing(tmp_path: Path)
         ("training.micro_batch_size=64", "training.micro_batch_size=64"),
         ("model.layer_pattern=MM model.window_size=9", "model.window_size=9"),
         ("model.layer_pattern=AA model.mamba.d_state=64", "model.mamba="),
+        (
+            "model.layer_pattern=MM model.mixers.gated_delta_net.key_dim=64",
+            "model.mixers.gated_delta_net.key_dim=64 has no effect: no layer of model.layer_pattern",
+        ),
+        (
+            "model.letters={D:[gated_delta_net]} model.layer_pattern=DD model.kernels.gated_delta=fla "
+            "model.mixers.gated_delta_net={'chunk_size':32,'value_dim':16,'key_dim':64}",
+            "model.mixers.gated_delta_net.chunk_size=32 has no effect: model.kernels.gated_delta fla",
+        ),
         ("model.layer_pattern=AA model.drop_branch_prob=0.1", "model.drop_branch_prob=0.1"),
         ("model.global_heads=4 model.window_size=9", "model.window_size=9"),
         ("data.cache_size_gib=3.0", "data.cache_size_gib=3.0"),

@@ -240,7 +240,7 @@ def test_sizes_are_checked() -> None:
         ({"letters": {"G": ["gla", "gla"]}}, "two different mixers, because its gate weighs the first by g"),
         ({"letters": {"G": ["gla", "mamba2", "attention"]}}, "a layer has one mixer or two"),
         ({"mixers": {"gla": {"headz": 2}}}, r"unknown key 'mixers\.gla\.headz'; did you mean 'heads'"),
-        ({"mixers": {"gla": {"heads": 0}}}, r"mixers\.gla\.heads: .*greater than or equal to 1"),
+        ({"mixers": {"gla": {"heads": 0}}}, r"mixers\.gla\.heads is 0: .*greater than or equal to 1"),
         ({"mixers": {"attention": {"heads": 2}}}, "mixer attention has no settings here"),
         ({"layer_pattern": "GX", "letters": {"G": ["gla"]}}, r"has \['X'\]; use the letters F, M, A and G"),
     ],

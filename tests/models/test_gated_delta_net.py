@@ -205,13 +205,25 @@ def test_sizes_are_checked() -> None:
     odd = tiny_config(layer_pattern="D", **shape(value_dim=4, heads_per_key=16, expand=6))
     assert any("3 key heads" in problem for problem in GatedDeltaNet.tp_problems(odd, 2))
     for changed, message in (
-        ({"value_dim": 7}, "expand 2.0 \\* hidden_size 32 is not a multiple of value_dim 7"),
-        ({"heads_per_key": 3}, "8 value heads .* do not divide by heads_per_key 3"),
+        (
+            {"value_dim": 7},
+            "expand 2.0 \\* hidden_size 32 is not a multiple of value_dim 7; 9 heads need expand 1.96875 ",
+        ),
+        ({"heads_per_key": 3}, "8 value heads .* do not divide by heads_per_key 3; use one of \\[1, 2, 4, 8\\]"),
+        ({"d_conv": 1}, "mixers.gated_delta_net.d_conv is 1: "),
+        ({"expand": 0.01}, "1 heads need expand 0.25 "),
         ({"A_init_range": [0.0, 1.0]}, "A_init_range is .* it needs 0 < low <= high"),
         ({"dt_init_range": [0.2, 0.1]}, "dt_init_range is .* it needs 0 < low <= high"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny_config(layer_pattern="D", **shape(**changed))
+    with pytest.raises(ValueError, match=r"key_dim 272 is above the 256 .*gated_delta=fla .*gated_delta=chunked"):
+        tiny_config(layer_pattern="D", kernels={"gated_delta": "fla"}, **shape(key_dim=272))
+    tiny_config(layer_pattern="D", kernels={"gated_delta": "fla"}, **shape(key_dim=256))
+    tiny_config(layer_pattern="D", **shape(key_dim=272))
+    wide = shape(value_dim=16, expand=1.12, heads_per_key=7)
+    config = tiny_config(layer_pattern="D", hidden_size=400, num_heads=4, head_dim=100, **wide)
+    assert not list(GatedDeltaNet.tp_problems(config, 28)), "1.12 * 400 / 16 is 28 in spite of rounding"
 
 
 def test_initial_values_weight_decay_and_precision() -> None:

@@ -35,11 +35,31 @@ def test_sizes_that_are_multiples_of_16_pass() -> None:
 @pytest.mark.parametrize(
     ("training", "parallel", "model", "words"),
     [
-        ({}, {}, {"hidden_size": 40}, ["layers.0.align.up", "x 80", "multiples of 16", "matmul_precision to bf16"]),
+        (
+            {},
+            {},
+            {"hidden_size": 40},
+            ["layers.0.align.up", "x 80", "multiples of 16", "mixer_out); set matmul_precision to bf16"],
+        ),
         ({}, {"tp": 2}, {"head_dim": 4}, ["layers.0.attention.q_proj", "8 x 32 on one of parallel.tp 2 ranks"]),
         ({}, {"cp": 2, "tp": 4}, {"head_dim": 32}, ["training.seq_len 64", "parallel.cp 2 x parallel.tp 4", "is 8"]),
         ({"curriculum": [[8, 1]]}, {}, {}, ["stage 0 of training.curriculum 8", "multiple of 16"]),
-        ({"fp8": {"exclude": []}}, {}, {}, ["layers.0.gate.down", "8 x 32"]),
+        (
+            {"fp8": {"exclude": []}},
+            {},
+            {},
+            ["layers.0.gate.down (gate)", "8 x 32", "set training.fp8.exclude to [gate], or"],
+        ),
+        (
+            {"fp8": {"exclude": ["mlp"]}},
+            {},
+            {"gate_rank": 8, "head_dim": 12, "num_heads": 1, "num_kv_heads": 1, "global_heads": 0},
+            [
+                "layers.0.gate.down (gate)",
+                "(as do products of mixer_in, mixer_out)",
+                "[mlp, gate, mixer_in, mixer_out], or",
+            ],
+        ),
         ({"fp8": {"first_bf16_layers": 1, "last_bf16_layers": 1}}, {}, {}, ["leaves none of the 2 layers"]),
     ],
 )
@@ -65,9 +85,16 @@ def test_a_mixer_that_does_not_support_fp8_is_refused_unless_its_products_are_ex
 
     monkeypatch.setitem(MIXERS._parts, "plain", Plain)
     letters = {"letters": {"P": ["plain"]}, "layer_pattern": "PP"}
-    with pytest.raises(UserError, match=r"mixer plain does not support training.matmul_precision fp8"):
+    with pytest.raises(UserError, match=r"mixer plain of layer 0 does not support training.matmul_precision fp8"):
         check(**letters)
+    with pytest.raises(UserError, match=r"exclude to \[gate, mixer_in, mixer_out\]"):
+        check({"fp8": {"exclude": ["gate", "mixer_in"]}}, **letters)
     check({"fp8": {"exclude": ["gate", "mixer_in", "mixer_out"]}}, **letters)
+    first = {**letters, "layer_pattern": "PF"}
+    with pytest.raises(UserError, match="mixer plain of layer 0"):
+        check(**first)
+    check({"fp8": {"first_bf16_layers": 1}}, **first)
+    check({"fp8": {"last_bf16_layers": 1}}, **{**letters, "layer_pattern": "FP"})
 
 
 def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +106,15 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_device(torch.device("cuda"))
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     check_device(torch.device("cuda"))
+
+
+def test_one_rank_warns_of_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    import torch
+
+    check_device(torch.device("cpu"), announce=False)
+    assert not caplog.messages
     check_device(torch.device("cpu"))
+    assert caplog.messages == ["training.matmul_precision fp8 on the CPU: products of FP8 values are computed in fp32"]
 
 
 def test_the_planner_counts_products_and_kept_casts() -> None:

@@ -50,6 +50,16 @@ def test_another_run_is_refused_and_untouched(run_dir: Path, section: str, key: 
     assert (run_dir / "config.yaml").read_bytes() == before
 
 
+def test_of_sections_the_settings_that_differ_are_named(run_dir: Path) -> None:
+    mixers = {"delta": {"key_dim": 16, "range": [0, 1]}}
+    write_config(run_dir, yaml.safe_dump(changed("model", "mixers", mixers)))
+    with pytest.raises(UserError, match=r"model\.mixers\.delta\.key_dim: 16 in the folder, 8 now") as refused:
+        check_run_folder(run_dir, changed("model", "mixers", {"delta": {**mixers["delta"], "key_dim": 8}}))
+    assert "range" not in str(refused.value)
+    with pytest.raises(UserError, match=r"model\.mixers: {'delta': .* in the folder, None now"):
+        check_run_folder(run_dir, VALUES)
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"thesis\.tex"):

@@ -23,6 +23,7 @@ from fusiontree.models.mixers.recurrent import CausalConv, drawn_decay, drawn_st
 from fusiontree.models.mixers.split import Block, Split, column, row
 from fusiontree.ops.elementwise import fused
 from fusiontree.ops.gated_delta import AffineExchange, gated_delta_rule
+from fusiontree.ops.gated_delta.fla import WIDEST_KEY
 from fusiontree.ops.gated_delta.formulas import decay_and_beta, norm_then_gate, unit_length
 from fusiontree.ops.linear import project
 from fusiontree.ops.linear.side_by_side import product_in
@@ -165,18 +166,22 @@ class GatedDeltaNet(Mixer):
 
     @classmethod
     def size_problems(cls, config: ModelConfig) -> Iterator[str]:
-        """Yield a problem if the value heads are not a whole number, or do not divide by ``heads_per_key``."""
+        """Yield a problem if no whole number of heads fits, or fla's kernels, chosen by name, have no such keys."""
         sizes = cls.section(config)
-        heads = sizes.expand * config.hidden_size / sizes.value_dim
-        if heads < 1 or heads != int(heads):
+        if config.kernels.gated_delta == "fla" and sizes.key_dim > WIDEST_KEY:
+            limit = f"{WIDEST_KEY} channels that model.kernels.gated_delta=fla allows"
+            yield f"key_dim {sizes.key_dim} is above the {limit}; lower it, or set model.kernels.gated_delta=chunked"
+        exact = sizes.expand * config.hidden_size / sizes.value_dim
+        heads = max(round(exact), 1)
+        if abs(exact - heads) > 1e-9 * heads:  # 1.12 * 400 / 16 is 28, and a little more in floating point
             yield (
                 f"expand {sizes.expand} * hidden_size {config.hidden_size} is not a multiple of value_dim "
-                f"{sizes.value_dim}"
+                f"{sizes.value_dim}; {heads} heads need expand {heads * sizes.value_dim / config.hidden_size!r}"
             )
         elif heads % sizes.heads_per_key:
             yield (
-                f"{int(heads)} value heads (expand * hidden_size / value_dim) do not divide by heads_per_key "
-                f"{sizes.heads_per_key}"
+                f"{heads} value heads (expand * hidden_size / value_dim) do not divide by heads_per_key "
+                f"{sizes.heads_per_key}; use one of {[n for n in range(1, heads + 1) if heads % n == 0]}"
             )
 
     @classmethod
