@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fusiontree.data.answer_rows import answer_rows
 from fusiontree.evaluation.config import TASKS, TaskSpec
 from fusiontree.evaluation.scoring import score_answers
-from fusiontree.evaluation.synthetic import answer_rows
 from fusiontree.evaluation.tasks import Record, Setup
 from fusiontree.utils.errors import UserError
 

@@ -20,7 +20,7 @@ class DatasetConfig(Section):
     """A dataset of any type."""
 
     path: PathText = setting(..., "Folder or URL of the dataset; other types than shards say what it is.")
-    type: str = setting("shards", "Type of token source: shards, megatron, synthetic, or a plugin's type.")
+    type: str = setting("shards", "Type of token source: shards, megatron, synthetic, tasks, or a plugin's type.")
     options: dict[str, Any] = setting({}, "Options of this type.")
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from fusiontree.data.answer_rows import AnswerRows
 from fusiontree.data.batch import MicroBatch
 from fusiontree.evaluation.scoring import (
     CorpusScore,
@@ -16,7 +17,6 @@ from fusiontree.evaluation.scoring import (
     score_text,
     text_rows,
 )
-from fusiontree.evaluation.synthetic import AnswerRows
 from fusiontree.evaluation.tasks import Record, Setup
 from fusiontree.evaluation.text_bytes import ByteCount
 from fusiontree.utils.errors import UserError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fusiontree.data.answer_rows import AnswerRows, copy_rows, needle_rows, recall_rows
 from fusiontree.evaluation.scoring import AnswerScore, score_answers
-from fusiontree.evaluation.synthetic import AnswerRows, copy_rows, needle_rows, recall_rows
 from fusiontree.evaluation.tasks import Record, Setup
 
 

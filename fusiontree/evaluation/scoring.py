@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusiontree.data.answer_rows import AnswerRows
 from fusiontree.data.batch import IGNORED, MicroBatch
 from fusiontree.evaluation.scorer import Scorer, TokenScores, micro_batch, row_table, shares
-from fusiontree.evaluation.synthetic import AnswerRows
 from fusiontree.evaluation.text_bytes import ByteCount
 
 

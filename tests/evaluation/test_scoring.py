@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fusiontree.data.answer_rows import IGNORED, AnswerRows, copy_rows, needle_rows, recall_rows
 from fusiontree.data.batch import MicroBatch
 from fusiontree.data.tokenizers import ByteTokenizer
 from fusiontree.evaluation.scorer import ModelScorer, micro_batch
 from fusiontree.evaluation.scoring import CorpusScore, answer_table, score_answers, score_batches, score_text, text_rows
-from fusiontree.evaluation.synthetic import IGNORED, AnswerRows, copy_rows, needle_rows, recall_rows
 from fusiontree.evaluation.text_bytes import text_bytes
 from fusiontree.generation.decoding import generate
 from fusiontree.generation.sampling import SamplingConfig

@@ -90,8 +90,8 @@ def gated_delta_fla(inputs: DeltaInputs) -> tuple[Tensor, Tensor]:
         return gated_delta_chunked(inputs)
     if size > WIDEST_KEY:
         raise UserError(
-            f"kernels.gated_delta=fla has no kernel for keys of {size} channels; set "
-            f"model.mixers.gated_delta_net.key_dim to at most {WIDEST_KEY}, or model.kernels.gated_delta=chunked"
+            f"model.kernels.gated_delta: fla, which auto takes on a GPU, has no kernel for keys of {size} channels; "
+            f"set model.mixers.gated_delta_net.key_dim to at most {WIDEST_KEY}, or model.kernels.gated_delta=chunked"
         )
     device, (groups, (heads, width)) = inputs.v_BSHV.device, (inputs.k_BSGK.shape[2], inputs.v_BSHV.shape[2:])
     if device.type == "cuda" and torch.is_grad_enabled() and inputs.k_BSGK.requires_grad:

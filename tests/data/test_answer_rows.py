@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusiontree.evaluation.synthetic import IGNORED, AnswerRows, copy_rows, needle_rows, recall_rows
+from fusiontree.data.answer_rows import IGNORED, AnswerRows, copy_rows, needle_rows, recall_rows
 from fusiontree.utils.errors import UserError
 
 ALPHABET = torch.arange(10, 60)
