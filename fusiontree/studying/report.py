@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.studying.statistics import LEVEL, mean_and_spread
-from fusiontree.studying.summary import ArmResult, SizeResult, accuracy_by_length, summarize
+from fusiontree.studying.summary import ArmResult, SizeResult, accuracy_by_length, found_rates, summarize
 from fusiontree.tracking.console import short
 
 REPORT = "report.md"
@@ -149,7 +149,13 @@ def _unfinished(results: dict[str, Any]) -> Iterable[str]:
     """Name the runs that are missing, so that nobody takes the tables for complete."""
     missing = [run for run in results["runs"] if run["state"] != "finished"]
     broken = [run for run in results["runs"] if run["state"] == "finished" and not _is_finite(run.get("final_loss"))]
-    if not missing and not broken:
+    rates = found_rates(results)
+    undecided = [
+        run
+        for run in results["runs"]
+        if run["searched"] and run["state"] == "finished" and rates[run["arm"]] is None and run not in broken
+    ]
+    if not missing and not broken and not undecided:
         return
     yield from ("## Not in the tables", "")
     for run in missing:
@@ -157,6 +163,8 @@ def _unfinished(results: dict[str, Any]) -> Iterable[str]:
         yield f"- {run['name']}: {run['state']}{': ' + reason if reason else ''}"
     for run in broken:
         yield f"- {run['name']}: its final loss is not finite"
+    for run in undecided:
+        yield f"- {run['name']}: its arm's search for a learning rate goes on"
     yield ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -97,7 +97,7 @@ def choose_rates(study: StudyConfig, runs: list[Run], loss_of: Callable[[Run], f
     """
     parameters = {run.size: run.parameters for run in runs if run.arm == study.reference}
     first = next(iter(study.sizes))
-    chosen = {arm: chosen_rate(runs, arm, loss_of) for arm in study.arms}
+    chosen = {arm: chosen_rate(search_of(runs, arm, loss_of)) for arm in study.arms}
     found = []
     for run in runs:
         rate = chosen[run.arm]
@@ -107,15 +107,23 @@ def choose_rates(study: StudyConfig, runs: list[Run], loss_of: Callable[[Run], f
     return found
 
 
-def chosen_rate(runs: Sequence[Run], arm: str, loss_of: Callable[[Run], float | None]) -> float | None:
-    """Return the rate that the arm's search decided, or None: there is none, it goes on, or all its runs failed.
+def search_of(
+    runs: Sequence[Run], arm: str, loss_of: Callable[[Run], float | None]
+) -> Iterable[tuple[float | None, float | None]]:
+    """Return loss, as in :func:`choose_rates`, and rate of every run of an arm's search."""
+    return ((loss_of(run), run.rate) for run in runs if run.searched and run.arm == arm)
 
-    ``loss_of`` is as in :func:`choose_rates`.
+
+def chosen_rate(search: Iterable[tuple[float | None, float | None]]) -> float | None:
+    """Return the rate of the lowest loss, or None: there is no search, it goes on, or all its runs failed.
+
+    ``search`` has loss and rate of every run of an arm's search; the loss is NaN for a failed run and None for one that
+    is not finished.
     """
-    searches = [(loss_of(run), run.rate) for run in runs if run.searched and run.arm == arm]
-    if any(loss is None for loss, _ in searches):
+    found = list(search)
+    if any(loss is None for loss, _ in found):
         return None
-    good = [(loss, rate) for loss, rate in searches if loss is not None and loss == loss and rate is not None]
+    good = [(loss, rate) for loss, rate in found if loss is not None and loss == loss and rate is not None]
     return min(good)[1] if good else None
 
 

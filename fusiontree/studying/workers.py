@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from fusiontree.studying.config import StudyConfig
 from fusiontree.studying.results import DONE, EVALUATION, final_loss
-from fusiontree.studying.runs import Run, choose_rates, chosen_rate
+from fusiontree.studying.runs import Run, choose_rates, chosen_rate, search_of
 from fusiontree.tracking.console import clock, short
 from fusiontree.tracking.records import read_records
 from fusiontree.utils.environment import environment_with_defaults, name_of_gpu
@@ -129,7 +129,7 @@ class Workers:
             return self._result_elsewhere(run) is not None
         if not self.study.evaluate or (self.folder / run.name / EVALUATION).is_file():
             return True
-        return run.searched and run.rate != chosen_rate(self.planned, run.arm, self._loss_of)
+        return run.searched and run.rate != chosen_rate(search_of(self.planned, run.arm, self._loss_of))
 
     def _is_trained(self, run: Run) -> bool:
         return run.rate is not None and (self.folder / run.name / DONE).is_file()

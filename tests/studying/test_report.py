@@ -75,7 +75,9 @@ def test_differences_are_judged_by_the_noise_between_seeds(results: dict[str, An
 
 def test_only_finished_runs_and_chosen_rates_count(results: dict[str, Any]) -> None:
     results["runs"][0] |= {"searched": True, "name": "tiny/fused/lr-0.001-seed-0"}
-    results["runs"].append(entry("fused", 0, searched=True, name="tiny/fused/lr-0.004-seed-0", final_loss=2.5))
+    results["runs"].append(
+        entry("fused", 0, searched=True, name="tiny/fused/lr-0.004-seed-0", rate=4e-3, final_loss=2.5)
+    )
     results["runs"].append(entry("mean", 5, state="unfinished", final_loss=9.0))
     results["runs"].append(entry("mean", 6, final_loss=math.nan))
     (size,) = summarize(results)
@@ -86,10 +88,23 @@ def test_only_finished_runs_and_chosen_rates_count(results: dict[str, Any]) -> N
 def test_a_worse_rate_does_not_stand_for_the_chosen_one(results: dict[str, Any]) -> None:
     """The run of the chosen rate is trained and waits for its evaluation."""
     results["runs"][0] |= {"searched": True, "name": "tiny/fused/lr-0.001-seed-0"}
-    chosen = {"searched": True, "name": "tiny/fused/lr-0.004-seed-0", "final_loss": 1.5, "state": "unfinished"}
-    results["runs"].append(entry("fused", 0, **chosen, trained=True))
+    chosen = {"searched": True, "rate": 4e-3, "final_loss": 1.5, "state": "unfinished"}
+    results["runs"].append(entry("fused", 0, name="tiny/fused/lr-0.004-seed-0", **chosen, trained=True))
     (size,) = summarize(results)
     assert {arm.arm: arm.losses for arm in size.arms}["fused"] == [pytest.approx(2.002)]
+
+
+@pytest.mark.parametrize(("state", "count"), [("waiting", 1), ("unfinished", 1), ("failed", 2)])
+def test_no_run_counts_before_its_search_has_ended(
+    results: dict[str, Any], tmp_path: Path, state: str, count: int
+) -> None:
+    results["runs"][0] |= {"searched": True, "name": "tiny/fused/lr-0.001-seed-0"}
+    other = {"searched": True, "name": "tiny/fused/lr-0.004-seed-0", "rate": 4e-3, "state": state}
+    results["runs"].append(entry("fused", 0, **other))
+    (size,) = summarize(results)
+    assert {arm.arm: len(arm.runs) for arm in size.arms}["fused"] == count
+    text = write_report(results, tmp_path, pictures=False).read_text()
+    assert ("- tiny/fused/lr-0.001-seed-0: its arm's search for a learning rate goes on" in text) == (count == 1)
 
 
 def test_one_seed_gives_no_verdict(results: dict[str, Any], tmp_path: Path) -> None:
