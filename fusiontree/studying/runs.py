@@ -18,6 +18,14 @@ from fusiontree.utils.errors import UserError
 
 _LARGEST_MISMATCH = 0.02
 """Relative difference of parameters that ``match_parameters`` accepts."""
+_OWN = {
+    "run_dir": "--out",
+    "training.learning_rate": "learning_rates",
+    "training.max_steps": "tokens of the size",
+    "training.seed": "seeds",
+    "training.warmup_steps": "warmup",
+}
+"""Settings that a study makes -> what they follow from."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ def _runs_of_size(study: StudyConfig, size: str) -> list[Run]:
         overrides.append(f"training.warmup_steps={int(study.warmup * steps)}")
         if config.data.validation:
             overrides.append(f"training.validation.interval={max(1, -(-steps // study.validations))}")
-        load_config(values.config, [*overrides, "run_dir=check"])  # the schedule may not fit few steps
+        _load_with(study, size, arm, overrides)  # the schedule may not fit few steps
         runs.append(
             Run(
                 size=size,
@@ -177,6 +185,12 @@ def _overrides(study: StudyConfig, size: str, arm: str) -> list[str]:
     """Return the settings of an arm as overrides, the more special ones last."""
     setup = study.arms[arm]
     merged: dict[str, Any] = {**study.set, **study.sizes[size].set, **setup.set, **setup.sizes.get(size, {})}
+    if own := sorted(_OWN.keys() & merged.keys()):
+        name = own[0]
+        raise UserError(
+            f"size {size}, arm {arm}: set gives '{name}' {merged[name]!r}, which the study sets itself; give "
+            f"{_OWN[name]} instead"
+        )
     return [f"{name}={json.dumps(value)}" for name, value in merged.items()]
 
 
@@ -184,6 +198,11 @@ def _load(study: StudyConfig, size: str, arm: str, fitted: list[str]) -> Config:
     overrides = [*_overrides(study, size, arm), *fitted]
     if study.arms[arm].pattern and not fitted:
         overrides += _pattern(study, size, arm)
+    return _load_with(study, size, arm, overrides)
+
+
+def _load_with(study: StudyConfig, size: str, arm: str, overrides: list[str]) -> Config:
+    """Return a configuration; an error names size and arm."""
     try:
         return load_config(study.sizes[size].config, [*overrides, "run_dir=check"])
     except UserError as error:
@@ -194,9 +213,7 @@ def _pattern(study: StudyConfig, size: str, arm: str, layers: int | None = None)
     """Return the overrides of an arm's repeated pattern; ``layers`` None means the configuration's number."""
     pattern = study.arms[arm].pattern
     if layers is None:
-        layers = load_config(
-            study.sizes[size].config, [*_overrides(study, size, arm), "run_dir=check"]
-        ).model.num_layers
+        layers = _load_with(study, size, arm, _overrides(study, size, arm)).model.num_layers
     found = [f"model.num_layers={layers}"]
     if pattern:
         found.append(f"model.layer_pattern={(pattern * layers)[:layers]}")
