@@ -180,7 +180,7 @@ def read_results(path: Path) -> dict[str, Any]:
         place = ".".join(map(str, problem["loc"]))
         found = "" if problem["type"] in ("missing", "value_error") else f" is {problem['input']!r:.80}"
         message = problem["msg"].removeprefix("Value error, ")
-        raise UserError(f"'{file}': {place}{found}: {message}; {_MEND}") from None
+        raise UserError(f"'{file}': {place}{found}{': ' if place else ''}{message}; {_MEND}") from None
     return values
 
 

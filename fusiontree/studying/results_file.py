@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 
-class _Curve(BaseModel):
+class _Curve(BaseModel, strict=True):
     tokens: list[float]
     seconds: list[float]
     loss: list[float]
@@ -16,7 +16,7 @@ class _Curve(BaseModel):
     tokens_per_s: float | None
 
 
-class _Run(BaseModel):
+class _Run(BaseModel, strict=True):
     size: str
     arm: str
     seed: int
@@ -40,11 +40,11 @@ class _Run(BaseModel):
         return self
 
 
-class _Arm(BaseModel):
+class _Arm(BaseModel, strict=True):
     note: str
 
 
-class _Study(BaseModel):
+class _Study(BaseModel, strict=True):
     purpose: str
     reference: str
     equal: str
@@ -54,7 +54,7 @@ class _Study(BaseModel):
     arms: dict[str, _Arm]
 
 
-class ResultsFile(BaseModel):
+class ResultsFile(BaseModel, strict=True):
     """The content of a results.json; further keys are allowed."""
 
     study: _Study

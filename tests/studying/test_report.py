@@ -211,7 +211,7 @@ def test_a_run_with_another_rate_does_not_stand_for_one_of_the_study(results: di
         (lambda r: r.pop("runs"), "runs: Field required"),
         (lambda r: r["runs"][0].pop("state"), "runs.0.state: Field required"),
         (lambda r: r["runs"][1].update(state="done"), "runs.1.state is 'done'"),
-        (lambda r: r["runs"][1].update(final_loss="low"), "runs.1.final_loss is 'low'"),
+        (lambda r: r["runs"][1].update(final_loss="2.0"), "runs.1.final_loss is '2.0'"),
         (lambda r: r["runs"][1].pop("curve"), "'tiny/fused/seed-3' is finished and has no curve"),
         (lambda r: r["runs"][1].update(size="huge"), "has size 'huge', which the study lacks"),
     ],
