@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fusiontree.cli.program import run_program
 from fusiontree.tracking.console import short
@@ -21,6 +21,7 @@ from fusiontree.utils.errors import UserError
 if TYPE_CHECKING:
     from fusiontree.studying.config import StudyConfig
     from fusiontree.studying.runs import Run
+    from fusiontree.studying.workers import Workers
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
         from fusiontree.studying.results import RESULTS, merged, read_results
         from fusiontree.utils.files import write_json
 
+        for given, value in (("FILE", args.study), ("--known", args.known), ("--only", args.only)):
+            if value:
+                shown = value if isinstance(value, str) else " ".join(map(str, value))
+                raise UserError(f"{given} '{shown}' is for runs, and --report runs nothing; leave it out")
         results = merged([read_results(path) for path in args.report])
         args.out.mkdir(parents=True, exist_ok=True)
         if len(args.report) > 1:
@@ -93,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     study = study.model_copy(update={"set": {**study.set, **changed}})
     if args.no_evaluation:
         study = study.model_copy(update={"evaluate": []})
+    _check_evaluation(study.evaluate)
     runs = plan_runs(study)
     only = _selection(args.only, runs)
     if args.dry_run:
@@ -123,6 +129,7 @@ def run_study(args: argparse.Namespace, study: StudyConfig, runs: list[Run], onl
         every_s=args.every,
         elsewhere=merged(elsewhere)["runs"] if elsewhere else [],
     )
+    merged([collect(study, workers.runs(), args.out, workers.is_finished, {}), *elsewhere])  # before hours of training
     workers.run_all()
     known = workers.runs()
     results = merged([collect(study, known, args.out, workers.is_finished, workers.failed), *elsewhere])
@@ -130,9 +137,27 @@ def run_study(args: argparse.Namespace, study: StudyConfig, runs: list[Run], onl
     print(f"{args.out / RESULTS}\n{write_report(results, args.out, pictures=not args.no_pictures)}")
     for name, reason in workers.failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
-    left = [run.name for run in known if only(run) and run.name not in workers.failed and not workers.is_finished(run)]
+    return _outcome(study, known, workers, only)
+
+
+def _outcome(study: StudyConfig, known: list[Run], workers: Workers, only: Callable[[Run], bool]) -> int:
+    """Say what is left of the selected runs and why; return the exit code of :func:`main`."""
     if workers.failed:
         return 1
+    left = [run for run in known if only(run) and not workers.is_finished(run)]
+    if undecided := sorted({run.arm for run in left if run.rate is None}):
+        searches = [run for run in known if run.searched and run.arm in undecided]
+        waiting = [run.name for run in searches if not workers.is_finished(run)]
+        if not waiting:
+            print(
+                f"failed: arms {', '.join(undecided)}: no loss of the learning rates "
+                f"{', '.join(f'{rate:g}' for rate in study.learning_rates)} is finite; give lower learning_rates",
+                file=sys.stderr,
+            )
+            return 1
+        if not any(only(run) for run in searches):
+            print(f"{len(left)} runs wait for a search that --only leaves out: {', '.join(waiting)}")
+            return 75
     if left:
         print(f"{len(left)} runs are not finished; the same command goes on")
         return 75
@@ -161,6 +186,21 @@ def _setting(text: str) -> tuple[str, Any]:
     return name, parse_yaml(value, f"--set '{text}'")
 
 
+def _check_evaluation(options: Sequence[str]) -> None:
+    """Raise UserError if ``fusiontree evaluate`` would refuse the study's options after hours of training."""
+    if not options:
+        return
+    from fusiontree.evaluate import build_parser as evaluation_parser
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"evaluate {' '.join(options)}: {message}; see fusiontree evaluate --help")
+
+    parser = evaluation_parser()
+    parser.add_argument("--plugin", action="append")  # of every program
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(["--checkpoint", "x", *options])
+
+
 def _selection(patterns: Sequence[str] | None, runs: Sequence[Run]) -> Callable[[Run], bool]:
     """Return whether ``--only`` selects a run.
 
@@ -184,12 +224,17 @@ def _slots(args: argparse.Namespace) -> tuple[int, int]:
     for option, number in (("--processes", args.processes), ("--per-gpu", args.per_gpu)):
         if number is not None and number < 1:
             raise UserError(f"{option} {number}: give at least 1")
+    for option, seconds in (("--time-limit", args.time_limit), ("--every", args.every)):
+        if seconds is not None and not seconds > 0:
+            raise UserError(f"{option} {seconds:g}: give seconds above 0")
     if args.processes is not None:
         return args.processes, 0
     import torch
 
     found = torch.cuda.device_count()
     wanted = found if args.gpus is None else args.gpus
+    if not found:
+        raise UserError("this machine has no GPU that torch can use; give --processes N to train on CPUs")
     if not 1 <= wanted <= found:
         raise UserError(f"--gpus {wanted}: this machine has {found} GPUs; give 1 to {found}, or --processes N for CPUs")
     return wanted * args.per_gpu, wanted

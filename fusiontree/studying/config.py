@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fusiontree.config.load import parse_yaml
 from fusiontree.config.packaged import find_file, hint_for
-from fusiontree.utils.errors import UserError
+from fusiontree.utils.errors import UserError, nearest
 from fusiontree.utils.files import read_text
 from fusiontree.utils.settings import PathText, Section, setting
 
@@ -47,7 +47,7 @@ class StudyConfig(Section):
         "flops", "What every run of a size spends as the reference arm does: training FLOPs, or tokens."
     )
     seeds: list[int] = setting([0, 1], "Seeds: initial weights and data order.", min_length=1)
-    learning_rates: list[float] = setting(
+    learning_rates: list[Annotated[float, Field(gt=0)]] = setting(
         ...,
         "Peak learning rates. With several, every arm trains with each on the first size and first seed, and the rate "
         "of the lowest final loss is used from then on.",
@@ -70,8 +70,10 @@ class StudyConfig(Section):
         if self.reference not in self.arms:
             raise ValueError(f"reference '{self.reference}' is no arm; arms are {', '.join(self.arms)}")
         for name in (*self.arms, *self.sizes):
-            if not re.fullmatch(r"[\w.+-]+", name):
-                raise ValueError(f"'{name}' names a folder; use letters, digits and . _ + -")
+            if not re.fullmatch(r"[\w+-][\w.+-]*", name):
+                raise ValueError(f"'{name}' names a folder; use letters, digits and . _ + -, no . at the start")
+        if len({f"{rate:g}" for rate in self.learning_rates}) < len(self.learning_rates):
+            raise ValueError(f"learning_rates {self.learning_rates}: give rates that differ in six digits")
         for size in self.sizes:
             chosen = self.arms_of(size)
             if unknown := [arm for arm in chosen if arm not in self.arms]:
@@ -117,10 +119,21 @@ def load_study(path: Path) -> StudyConfig:
     try:
         return StudyConfig.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            place = ".".join(map(str, problem["loc"]))
-            message = problem["msg"].removeprefix("Value error, ")
-            known = f"; known are {', '.join(StudyConfig.known_keys())}" if problem["type"] == "extra_forbidden" else ""
-            lines.append(f"{path}: {place + ': ' if place else ''}{message}{known}")
-        raise UserError("\n".join(lines)) from None
+        raise UserError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from None
+
+
+def _explain(problem: Any) -> str:
+    """Return place, value and way out of one mistake in a study's file."""
+    parts = [str(part) for part in problem["loc"]]
+    place = ".".join(parts)
+    if problem["type"] == "extra_forbidden":
+        sections: dict[str, type[Section]] = {"arms": ArmConfig, "sizes": SizeConfig}
+        section = sections.get(parts[0], StudyConfig)
+        known = section.known_keys()
+        return f"unknown key '{place}'{nearest(parts[-1], known)}; known are {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"'{place}' is missing; it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{place}: {message}" if place else message
+    return f"'{place}' is {problem['input']!r}: {message[0].lower() + message[1:]}"

@@ -18,6 +18,8 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 _LINES = ("-", "--", ":")
 _SHOWN = 0.3
 """Fraction of a run at its start that the loss axis need not show."""
+_CORNER = 8
+"""Names that a legend in a corner of the axes holds."""
 AXES = {
     "tokens": ("loss_tokens.png", "Which arm learns most per token?", "training tokens, millions", 1e6),
     "flops": ("loss_flops.png", "Which arm learns most per operation?", "training FLOPs, 10$^{15}$", 1e15),
@@ -45,7 +47,9 @@ def draw(results: dict[str, Any], sizes: list[SizeResult], folder: Path) -> list
             plt.close(figure)
         drawn.append((name, title))
 
-    save("final.png", "Which differences exceed the noise between seeds?", len(sizes), (_draw_final, sizes))
+    reference = results["study"]["reference"]
+    final = (lambda axes, size: _draw_final(axes, size, reference), sizes)
+    save("final.png", "Which differences exceed the noise between seeds?", len(sizes), final)
     for axis, (name, title, label, unit) in AXES.items():
 
         def losses(axes: Axes, size: SizeResult, axis: str = axis, label: str = label, unit: float = unit) -> None:
@@ -53,7 +57,8 @@ def draw(results: dict[str, Any], sizes: list[SizeResult], folder: Path) -> list
             axes.set_xlabel(label)
 
         save(name, title, len(sizes), (losses, sizes))
-    if len(sizes) > 1:
+    at_sizes = [arm.arm for size in sizes for arm in size.arms]
+    if len(at_sizes) > len(set(at_sizes)):  # an arm has two sizes
         save(
             "ladder.png",
             "Do the differences hold at larger sizes?",
@@ -74,18 +79,20 @@ def _style(number: int) -> dict[str, Any]:
     return {"color": _COLORS[number % len(_COLORS)], "linestyle": _LINES[number // len(_COLORS) % len(_LINES)]}
 
 
-def _draw_final(axes: Axes, size: SizeResult) -> None:
-    """Draw every run's final loss, the arms' means, and the band around the reference that the test calls noise."""
+def _draw_final(axes: Axes, size: SizeResult, reference: str) -> None:
+    """Draw every run's final loss, the arms' means, and around the reference's what each arm's test calls noise."""
     arms = size.arms[::-1]
+    labelled = False
     for row, arm in enumerate(arms):
         axes.plot(arm.losses, [row] * len(arm.losses), "o", color=COLORS["loss"], alpha=0.55, markersize=6)
         axes.plot([arm.mean], [row], "|", color=COLORS["validation"], markersize=18, markeredgewidth=2.5)
-    needed = max((arm.needed for arm in arms if not math.isnan(arm.needed)), default=None)
-    reference = next((arm for arm in arms if arm.difference == 0), None)
-    if needed is not None and reference is not None:
-        label = f"within noise of {reference.arm}"
-        axes.axvspan(reference.mean - needed, reference.mean + needed, color=COLORS["mark"], alpha=0.2, label=label)
-        axes.legend(loc="lower right")
+        if not math.isnan(arm.needed):
+            label = None if labelled else f"within noise of {reference}"
+            left, color = arm.mean - arm.difference - arm.needed, COLORS["mark"]
+            axes.barh(row, 2 * arm.needed, 0.9, left, color=color, alpha=0.25, label=label, zorder=0)
+            labelled = True
+    if labelled:
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1)
     axes.set_yticks(range(len(arms)), [arm.arm for arm in arms])
     axes.set_ylim(-0.7, len(arms) - 0.3)
     axes.set(title=size.size, xlabel="final loss, nats per token")
@@ -105,7 +112,7 @@ def _draw_losses(axes: Axes, size: SizeResult, axis: str, unit: float, style: di
         margin = 0.05 * (max(shown) - min(shown))
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set(title=size.size, ylabel="loss, nats per token", xlim=(0, None))
-    axes.legend(fontsize=8.5, title="arm, mean final loss", title_fontsize=8.5)
+    _legend(axes, title="arm, mean final loss")
 
 
 def _seconds_per_token(run: dict[str, Any]) -> float:
@@ -123,17 +130,30 @@ def _draw_ladder(axes: Axes, sizes: list[SizeResult], style: dict[str, dict[str,
         if len(points) < 2:
             continue
         flops, means, spreads = zip(*points, strict=True)
-        errors = [0.0 if math.isnan(spread) else spread for spread in spreads]
-        axes.errorbar(flops, means, yerr=errors, marker="o", capsize=3, label=name, **style[name])
-    axes.set(xscale="log", xlabel="training FLOPs", ylabel="final loss, nats per token")
-    axes.legend()
+        axes.errorbar(flops, means, yerr=spreads, marker="o", capsize=3, label=name, **style[name])
+    axes.set(xscale="log", xlabel="size, training FLOPs", ylabel="final loss, nats per token")
+    spent = {size.size: size.arms[0].runs[0]["tokens"] * size.arms[0].runs[0]["flops_per_token"] for size in sizes}
+    axes.set_xticks(list(spent.values()), [f"{name}\n{flops:.1e}" for name, flops in spent.items()])
+    axes.minorticks_off()
+    _legend(axes)
 
 
 def _draw_accuracy(axes: Axes, size: SizeResult, task: str, style: dict[str, dict[str, Any]]) -> None:
+    lengths: set[int] = set()
     for arm in size.arms:
         found = accuracy_by_length(arm.runs).get(task, {})
+        lengths |= found.keys()
         if found:
             axes.plot(list(found), [mean for mean, _ in found.values()], marker="o", label=arm.arm, **style[arm.arm])
     axes.set(title=size.size, xlabel="tokens per row", ylabel="accuracy", ylim=(-0.03, 1.03), xscale="log")
-    axes.set_xscale("log", base=2)
-    axes.legend(fontsize=8.5)
+    if lengths:
+        axes.set_xticks(sorted(lengths), [f"{length:,}" for length in sorted(lengths)], fontsize=8.5)
+        axes.minorticks_off()
+        _legend(axes)
+
+
+def _legend(axes: Axes, title: str | None = None) -> None:
+    """Name the lines, beside the axes where they are too many for a corner."""
+    beside = len(axes.get_legend_handles_labels()[1]) > _CORNER
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if beside else {}
+    axes.legend(fontsize=8.5, title=title, title_fontsize=8.5, **place)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.studying.statistics import LEVEL, mean_and_spread
-from fusiontree.studying.summary import ArmResult, SizeResult, accuracy_by_length, summarize
+from fusiontree.studying.summary import ArmResult, SizeResult, accuracy_by_length, found_rates, summarize
 from fusiontree.tracking.console import short
 
 REPORT = "report.md"
@@ -35,6 +35,8 @@ def _lines(results: dict[str, Any], sizes: list[SizeResult], drawn: list[tuple[s
     yield ""
     if notes := [f"- `{arm}`: {setup['note']}" for arm, setup in study["arms"].items() if setup["note"]]:
         yield from (*notes, "")
+    if not sizes:
+        yield from ("No run is finished: there is nothing to compare.", "")
     for size in sizes:
         yield from _size_lines(size, study["reference"])
     yield from _unfinished(results)
@@ -86,7 +88,7 @@ def _size_lines(size: SizeResult, reference: str) -> Iterable[str]:
         yield (
             "Fit of loss = a + b (FLOPs / FLOPs of the run)^-c to each run's losses after a fifth of its tokens; ± is "
             "the standard deviation between seeds. The learning rate falls during a run, so that the fit describes the "
-            "curve and does not predict longer runs."
+            "curve and does not predict longer runs. Runs whose losses follow no such law are left out."
         )
         yield ""
         yield from _table(("arm", "a", "b", "c", "residual"), [_fit_cells(arm) for arm in size.arms if arm.fits])
@@ -102,17 +104,21 @@ def _difference(arm: ArmResult, reference: str) -> str:
 
 def _noise_text(size: SizeResult, reference: str) -> str:
     if size.noise is None:
-        return "One seed per arm: the noise between seeds is unknown, and no difference can be called one."
-    needed = sorted({f"{arm.needed:.4f}" for arm in size.arms if not math.isnan(arm.needed)})
-    comparisons = len(size.arms) - 1
+        return "No arm has two seeds: the noise between seeds is unknown, and no difference can be called one."
+    tested = [arm for arm in size.arms if not math.isnan(arm.needed)]
     text = (
         f"Noise: the standard deviation between seeds, pooled over arms, is {size.noise.std:.4f} nats "
-        f"({size.noise.degrees} degrees of freedom). Test: a two-sided t-test with this deviation at {LEVEL:.0%}, "
-        f"divided by {comparisons} comparisons (Bonferroni)"
+        f"({size.noise.degrees} degree{'s' if size.noise.degrees > 1 else ''} of freedom, runs minus arms). "
     )
-    if not needed:
-        return text + f"; `{reference}` has no finished run to compare with."
-    return text + f"; a difference from `{reference}` exceeds the noise above {' or '.join(needed)} nats."
+    if not tested:
+        lacks = f"`{reference}`" if reference not in [arm.arm for arm in size.arms] else "every other arm"
+        return text + f"Nothing is tested: {lacks} has no finished run to compare with."
+    text += f"Test: a two-sided t-test with this deviation and these degrees of freedom at {LEVEL:.0%}"
+    if len(tested) > 1:
+        text += f", divided by {len(tested)} comparisons (Bonferroni)"
+    needed = sorted({f"{arm.needed:.4f}" for arm in tested})
+    text += f"; a difference from `{reference}` exceeds the noise above {' or '.join(needed)} nats"
+    return text + (", more for an arm of fewer seeds." if len(needed) > 1 else ".")
 
 
 def _fit_cells(arm: ArmResult) -> tuple[str, ...]:
@@ -149,7 +155,13 @@ def _unfinished(results: dict[str, Any]) -> Iterable[str]:
     """Name the runs that are missing, so that nobody takes the tables for complete."""
     missing = [run for run in results["runs"] if run["state"] != "finished"]
     broken = [run for run in results["runs"] if run["state"] == "finished" and not _is_finite(run.get("final_loss"))]
-    if not missing and not broken:
+    rates = found_rates(results)
+    undecided = [
+        run
+        for run in results["runs"]
+        if run["searched"] and run["state"] == "finished" and rates[run["arm"]] is None and run not in broken
+    ]
+    if not missing and not broken and not undecided:
         return
     yield from ("## Not in the tables", "")
     for run in missing:
@@ -157,6 +169,8 @@ def _unfinished(results: dict[str, Any]) -> Iterable[str]:
         yield f"- {run['name']}: {run['state']}{': ' + reason if reason else ''}"
     for run in broken:
         yield f"- {run['name']}: its final loss is not finite"
+    for run in undecided:
+        yield f"- {run['name']}: its arm's search for a learning rate goes on"
     yield ""
 
 

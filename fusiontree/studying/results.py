@@ -8,16 +8,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fusiontree.studying.config import StudyConfig
+from fusiontree.studying.results_file import ResultsFile
 from fusiontree.studying.runs import Run
 from fusiontree.tracking.curves import smooth
 from fusiontree.tracking.records import read_records
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import read_text, write_json
 
 RESULTS, EVALUATION = "results.json", "evaluation.json"
 DONE = "study.json"
 """File in a run's folder that says that its training is finished."""
 _FORMAT = "fusiontree-study"
+_MEND = "take an undamaged copy, or start the study again on its folder, which writes the file anew"
 _COPIED = ("size", "arm", "seed", "searched", "parameters", "steps", "tokens")
 """Fields of a run that its entry repeats."""
 _COMPLETE = ("waiting", "failed", "unfinished", "finished")
@@ -29,14 +34,47 @@ _LAST = 0.1
 
 
 def final_loss(run_dir: Path) -> float | None:
-    """Return a run's last validation loss, else the mean training loss of its last tenth; None if there is neither."""
+    """Return a run's last validation loss, else the mean training loss of its last tenth.
+
+    None if there is neither, or if the last one is not finite: an earlier loss says nothing about a run that diverged.
+    """
     records = read_records(run_dir / "metrics.jsonl")
-    validations = [r["validation_loss"] for r in records if r.get("validation_loss") is not None]
-    if validations:
-        return float(validations[-1])
-    losses = [r["lm_loss"] for r in records if r.get("lm_loss") is not None]
-    last = losses[-max(1, round(_LAST * len(losses))) :]
-    return math.fsum(last) / len(last) if last else None
+    validations = [r["validation_loss"] for r in records if "validation_loss" in r]
+    losses = [r["lm_loss"] for r in records if "lm_loss" in r]
+    last = validations[-1:] or losses[-max(1, round(_LAST * len(losses))) :]
+    if not last or last[-1] is None:
+        return None
+    finite = [loss for loss in last if loss is not None]
+    return math.fsum(finite) / len(finite)
+
+
+def mark_trained(run: Run, folder: Path, seconds: float) -> None:
+    """Write into the run's folder that its training is finished, and with what."""
+    write_json(folder / run.name / DONE, {**_identity(run), "seconds": round(seconds, 1)})
+
+
+def is_trained(run: Run, folder: Path) -> bool:
+    """Whether the run's training in the study's ``folder`` is finished, with the study's present settings."""
+    return run.rate is not None and (folder / run.name / DONE).is_file() and not trained_differently(run, folder)
+
+
+def trained_differently(run: Run, folder: Path) -> str:
+    """Return how a finished run differs from what the study asks for by now, or an empty string."""
+    try:
+        done = json.loads((folder / run.name / DONE).read_text())
+    except (OSError, ValueError):
+        return ""
+    for name, value in _identity(run).items():
+        if value is not None and name in done and not math.isclose(done[name], value, rel_tol=1e-6):
+            return (
+                f"trained with {name} {done[name]:g}, and the study asks for {value:g}; delete the folder "
+                f"'{folder / run.name}', or give another --out"
+            )
+    return ""
+
+
+def _identity(run: Run) -> dict[str, float | None]:
+    return {"steps": run.steps, "rate": run.rate, "parameters": run.parameters, "tokens": run.tokens}
 
 
 def collect(
@@ -68,8 +106,12 @@ def collect(
             entries.append(entry | {"state": "failed" if run.name in failed else "waiting"})
             continue
         state = "finished" if is_finished(run) else "failed" if run.name in failed else "unfinished"
-        trained = (path / DONE).is_file()
-        entry |= {"state": state, "trained": trained, "final_loss": final_loss(path), "curve": curve(path)}
+        entry |= {
+            "state": state,
+            "trained": is_trained(run, folder),
+            "final_loss": final_loss(path),
+            "curve": curve(path),
+        }
         if (path / EVALUATION).is_file():
             entry["evaluation"] = read_evaluation(path / EVALUATION)
         entries.append(entry)
@@ -126,38 +168,79 @@ def read_results(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"'{file}' does not exist; give the results.json of a study, or its folder")
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(read_text(file))
     except ValueError as error:
-        raise UserError(f"'{file}' is no JSON: {error}") from error
+        raise UserError(f"'{file}' is no JSON: {error}; {_MEND}") from error
     if not isinstance(values, dict) or values.get("format") != _FORMAT:
-        raise UserError(f"'{file}' holds no results of a study (format {_FORMAT})")
+        raise UserError(f"'{file}' holds no results of a study (format {_FORMAT}); give the results.json of one")
+    try:
+        ResultsFile.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        found = "" if problem["type"] in ("missing", "value_error") else f" is {problem['input']!r:.80}"
+        message = problem["msg"].removeprefix("Value error, ")
+        raise UserError(f"'{file}': {place}{found}{': ' if place else ''}{message}; {_MEND}") from None
     return values
 
 
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the results of one study of which machines computed different runs; of a run the most complete entry.
 
+    A run that another part has with another learning rate than the first part's stays as the first part has it.
+
     Raises:
-        UserError: the parts are of studies with another reference or budget.
+        UserError: the parts are of studies with another reference, budget, learning rates, models or arms.
     """
     first, *others = parts
     study, runs = dict(first["study"]), {run["name"]: run for run in first["runs"]}
     failed = dict(first["failed"])
     for part in others:
-        for name in ("reference", "equal"):
-            if part["study"][name] != study[name]:
-                raise UserError(
-                    f"the results differ in {name}: {study[name]} and {part['study'][name]}; merge one study's"
-                )
+        _check_same_study({"study": study, "runs": runs.values()}, part)
         for section in ("sizes", "arms"):
             study[section] = {**part["study"][section], **study[section]}
         failed |= part["failed"]
         for run in part["runs"]:
             known = runs.get(run["name"])
-            if known is None or _COMPLETE.index(run["state"]) > _COMPLETE.index(known["state"]):
+            if known is None or (
+                _COMPLETE.index(run["state"]) > _COMPLETE.index(known["state"])
+                and same_rate(run["rate"], known["rate"])
+            ):
                 runs[run["name"]] = run
-    kept = {name: reason for name, reason in failed.items() if runs[name]["state"] == "failed"}
+    kept = {
+        run["name"]: failed[run["name"]] for run in runs.values() if run["state"] == "failed" and run["name"] in failed
+    }
     return {**first, "study": study, "failed": kept, "runs": list(runs.values())}
+
+
+def same_rate(one: float | None, other: float | None) -> bool:
+    """Whether two learning rates, one perhaps rounded, are the same; None is one that is not known by now."""
+    return one is None or other is None or math.isclose(one, other, rel_tol=1e-3)
+
+
+def _check_same_study(known: dict[str, Any], part: dict[str, Any]) -> None:
+    """Raise UserError if a part's numbers may not stand in one table with those known: another study or budget."""
+    pairs = [
+        (name, known["study"][name], part["study"][name])
+        for name in ("reference", "equal", "learning_rates", "rate_exponent")
+    ]
+    for arm in known["study"]["arms"].keys() & part["study"]["arms"].keys():
+        one, other = (values["study"]["arms"][arm] for values in (known, part))
+        names = (one.keys() | other.keys()) - {"note", "sizes"}
+        pairs += [(f"{name} of arm {arm}", one.get(name), other.get(name)) for name in sorted(names)]
+        for size in known["study"]["sizes"].keys() & part["study"]["sizes"].keys():
+            pairs.append((f"sizes.{size} of arm {arm}", *(setup.get("sizes", {}).get(size) for setup in (one, other))))
+    of_arm = {(run["size"], run["arm"]): run for run in known["runs"]}
+    for run in part["runs"]:
+        if (same := of_arm.get((run["size"], run["arm"]))) is not None:
+            names = ("parameters", "steps", "tokens", "flops_per_token")
+            pairs += [(f"{name} of {run['size']}/{run['arm']}", same[name], run[name]) for name in names]
+    for name, one, other in pairs:
+        if one != other:
+            raise UserError(
+                f"the results differ in {name}: {one} and {other}; merge results of one study and budget, or leave "
+                f"one file out"
+            )
 
 
 def _rounded(value: float, digits: int = 5) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,14 @@ from fusiontree.utils.errors import UserError
 
 _LARGEST_MISMATCH = 0.02
 """Relative difference of parameters that ``match_parameters`` accepts."""
+_OWN = {
+    "run_dir": "--out",
+    "training.learning_rate": "learning_rates",
+    "training.max_steps": "tokens of the size",
+    "training.seed": "seeds",
+    "training.warmup_steps": "warmup",
+}
+"""Settings that a study makes -> what they follow from."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ def choose_rates(study: StudyConfig, runs: list[Run], loss_of: Callable[[Run], f
     """
     parameters = {run.size: run.parameters for run in runs if run.arm == study.reference}
     first = next(iter(study.sizes))
-    chosen = {arm: chosen_rate(runs, arm, loss_of) for arm in study.arms}
+    chosen = {arm: chosen_rate(search_of(runs, arm, loss_of)) for arm in study.arms}
     found = []
     for run in runs:
         rate = chosen[run.arm]
@@ -107,15 +115,23 @@ def choose_rates(study: StudyConfig, runs: list[Run], loss_of: Callable[[Run], f
     return found
 
 
-def chosen_rate(runs: Sequence[Run], arm: str, loss_of: Callable[[Run], float | None]) -> float | None:
-    """Return the rate that the arm's search decided, or None: there is none, it goes on, or all its runs failed.
+def search_of(
+    runs: Sequence[Run], arm: str, loss_of: Callable[[Run], float | None]
+) -> Iterable[tuple[float | None, float | None]]:
+    """Return loss, as in :func:`choose_rates`, and rate of every run of an arm's search."""
+    return ((loss_of(run), run.rate) for run in runs if run.searched and run.arm == arm)
 
-    ``loss_of`` is as in :func:`choose_rates`.
+
+def chosen_rate(search: Iterable[tuple[float | None, float | None]]) -> float | None:
+    """Return the rate of the lowest loss, or None: there is no search, it goes on, or all its runs failed.
+
+    ``search`` has loss and rate of every run of an arm's search; the loss is NaN for a failed run and None for one that
+    is not finished.
     """
-    searches = [(loss_of(run), run.rate) for run in runs if run.searched and run.arm == arm]
-    if any(loss is None for loss, _ in searches):
+    found = list(search)
+    if any(loss is None for loss, _ in found):
         return None
-    good = [(loss, rate) for loss, rate in searches if loss is not None and loss == loss and rate is not None]
+    good = [(loss, rate) for loss, rate in found if loss is not None and loss == loss and rate is not None]
     return min(good)[1] if good else None
 
 
@@ -136,7 +152,7 @@ def _runs_of_size(study: StudyConfig, size: str) -> list[Run]:
         overrides.append(f"training.warmup_steps={int(study.warmup * steps)}")
         if config.data.validation:
             overrides.append(f"training.validation.interval={max(1, -(-steps // study.validations))}")
-        load_config(values.config, [*overrides, "run_dir=check"])  # the schedule may not fit few steps
+        _load_with(study, size, arm, overrides)  # the schedule may not fit few steps
         runs.append(
             Run(
                 size=size,
@@ -169,6 +185,12 @@ def _overrides(study: StudyConfig, size: str, arm: str) -> list[str]:
     """Return the settings of an arm as overrides, the more special ones last."""
     setup = study.arms[arm]
     merged: dict[str, Any] = {**study.set, **study.sizes[size].set, **setup.set, **setup.sizes.get(size, {})}
+    if own := sorted(_OWN.keys() & merged.keys()):
+        name = own[0]
+        raise UserError(
+            f"size {size}, arm {arm}: set gives '{name}' {merged[name]!r}, which the study sets itself; give "
+            f"{_OWN[name]} instead"
+        )
     return [f"{name}={json.dumps(value)}" for name, value in merged.items()]
 
 
@@ -176,6 +198,11 @@ def _load(study: StudyConfig, size: str, arm: str, fitted: list[str]) -> Config:
     overrides = [*_overrides(study, size, arm), *fitted]
     if study.arms[arm].pattern and not fitted:
         overrides += _pattern(study, size, arm)
+    return _load_with(study, size, arm, overrides)
+
+
+def _load_with(study: StudyConfig, size: str, arm: str, overrides: list[str]) -> Config:
+    """Return a configuration; an error names size and arm."""
     try:
         return load_config(study.sizes[size].config, [*overrides, "run_dir=check"])
     except UserError as error:
@@ -186,9 +213,7 @@ def _pattern(study: StudyConfig, size: str, arm: str, layers: int | None = None)
     """Return the overrides of an arm's repeated pattern; ``layers`` None means the configuration's number."""
     pattern = study.arms[arm].pattern
     if layers is None:
-        layers = load_config(
-            study.sizes[size].config, [*_overrides(study, size, arm), "run_dir=check"]
-        ).model.num_layers
+        layers = _load_with(study, size, arm, _overrides(study, size, arm)).model.num_layers
     found = [f"model.num_layers={layers}"]
     if pattern:
         found.append(f"model.layer_pattern={(pattern * layers)[:layers]}")

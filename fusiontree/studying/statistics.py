@@ -71,7 +71,9 @@ class Fit:
 
 
 def fit_curve(flops: Sequence[float], losses: Sequence[float]) -> Fit | None:
-    """Fit a power law with an offset by least squares, a and b not negative; None with fewer than five points.
+    """Fit a power law with an offset by least squares, a and b not negative; or None.
+
+    None with fewer than five points, or if the best exponent is at an end of its range: the losses follow no such law.
 
     For a given exponent the offset and factor are a linear problem; the exponent is the best of a grid.
     """
@@ -91,7 +93,7 @@ def fit_curve(flops: Sequence[float], losses: Sequence[float]) -> Fit | None:
         residual = float(np.sqrt(np.mean((a + b * basis - y) ** 2)))
         if best is None or residual < best.residual:
             best = Fit(float(a), float(b), float(c), unit, residual)
-    return best
+    return best if best is not None and _EXPONENTS[0] < best.c < _EXPONENTS[-1] else None
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fusiontree.studying.runs import chosen_rate
 from fusiontree.studying.statistics import Fit, Noise, fit_curve, least_difference, mean_and_spread, pooled_noise
 
 _SKIPPED = 0.2
@@ -57,16 +58,16 @@ class SizeResult:
 
 def used_runs(results: dict[str, Any], size: str) -> list[dict[str, Any]]:
     """Return the finished runs of a size that count; of a search that of the chosen rate, once it is evaluated."""
-    trained = [
-        r
-        for r in results["runs"]
-        if r["size"] == size and _finite(r) and (r["state"] == "finished" or r.get("trained"))
-    ]
-    best: dict[str, dict[str, Any]] = {}
-    for run in (r for r in trained if r["searched"]):
-        if run["arm"] not in best or run["final_loss"] < best[run["arm"]]["final_loss"]:
-            best[run["arm"]] = run
-    return [r for r in trained if r["state"] == "finished" and (not r["searched"] or r is best[r["arm"]])]
+    rates = found_rates(results)
+    finished = [r for r in results["runs"] if r["size"] == size and r["state"] == "finished" and _finite(r)]
+    return [r for r in finished if not r["searched"] or r["rate"] == rates[r["arm"]]]
+
+
+def found_rates(results: dict[str, Any]) -> dict[str, float | None]:
+    """Return the rate that each arm's search decided; None while it goes on, or where all its runs failed."""
+    searched = [r for r in results["runs"] if r["searched"]]
+    arms = {r["arm"] for r in searched}
+    return {arm: chosen_rate((_searched_loss(r), r["rate"]) for r in searched if r["arm"] == arm) for arm in arms}
 
 
 def summarize(results: dict[str, Any]) -> list[SizeResult]:
@@ -131,6 +132,13 @@ def accuracy_by_length(
         task: {length: mean_and_spread(found) for length, found in sorted(lengths.items())}
         for task, lengths in values.items()
     }
+
+
+def _searched_loss(run: dict[str, Any]) -> float | None:
+    """Return a run's loss as :func:`chosen_rate` takes it."""
+    if run["state"] == "finished" or run.get("trained"):
+        return run["final_loss"] if _finite(run) else math.nan
+    return math.nan if run["state"] == "failed" else None
 
 
 def _finite(run: dict[str, Any]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import signal
 import subprocess
@@ -15,12 +14,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from fusiontree.studying.config import StudyConfig
-from fusiontree.studying.results import DONE, EVALUATION, final_loss
-from fusiontree.studying.runs import Run, choose_rates, chosen_rate
+from fusiontree.studying.results import (
+    DONE,
+    EVALUATION,
+    final_loss,
+    is_trained,
+    mark_trained,
+    same_rate,
+    trained_differently,
+)
+from fusiontree.studying.runs import Run, choose_rates, chosen_rate, search_of
 from fusiontree.tracking.console import clock, short
 from fusiontree.tracking.records import read_records
 from fusiontree.utils.environment import environment_with_defaults, name_of_gpu
-from fusiontree.utils.files import write_json
 
 _STOPPED = 75
 _GRACE_S = 120.0
@@ -129,10 +135,10 @@ class Workers:
             return self._result_elsewhere(run) is not None
         if not self.study.evaluate or (self.folder / run.name / EVALUATION).is_file():
             return True
-        return run.searched and run.rate != chosen_rate(self.planned, run.arm, self._loss_of)
+        return run.searched and run.rate != chosen_rate(search_of(self.planned, run.arm, self._loss_of))
 
     def _is_trained(self, run: Run) -> bool:
-        return run.rate is not None and (self.folder / run.name / DONE).is_file()
+        return is_trained(run, self.folder)
 
     def progress(self) -> str:
         """Return one line: finished runs, rate, time left, and the state of every running one."""
@@ -163,7 +169,7 @@ class Workers:
         entry = self.elsewhere.get(run.name)
         if entry is None or run.rate is None or entry["rate"] is None:
             return None
-        same = entry["steps"] == run.steps and math.isclose(entry["rate"], run.rate, rel_tol=1e-3)
+        same = entry["steps"] == run.steps and same_rate(entry["rate"], run.rate)
         return entry if same else None
 
     def _state(self, job: Job) -> tuple[str, float, float]:
@@ -181,6 +187,10 @@ class Workers:
 
     def _start_jobs(self) -> bool:
         """Fill free slots; return whether a process runs."""
+        for run in self.runs():
+            differs = trained_differently(run, self.folder)
+            if differs and self.only(run) and run.name not in self.failed:
+                self.failed[run.name] = differs
         taken = {job.slot for job in self.jobs}
         names = {job.run.name for job in self.jobs}
         for slot in (slot for slot in range(self.slots) if slot not in taken and self.stopping is None):
@@ -241,7 +251,7 @@ class Workers:
         code, seconds = job.process.returncode, time.monotonic() - job.began
         self.spent += self._state(job)[1]
         if code == 0 and not job.evaluates:
-            write_json(path / DONE, {"steps": job.run.steps, "seconds": round(seconds, 1)})
+            mark_trained(job.run, self.folder, seconds)
             loss = final_loss(path)
             text = "not finite" if loss is None else f"{loss:.4f}"
             self.say(f"{job.run.name}: finished in {clock(seconds)}, loss {text}")

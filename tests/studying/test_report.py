@@ -75,7 +75,9 @@ def test_differences_are_judged_by_the_noise_between_seeds(results: dict[str, An
 
 def test_only_finished_runs_and_chosen_rates_count(results: dict[str, Any]) -> None:
     results["runs"][0] |= {"searched": True, "name": "tiny/fused/lr-0.001-seed-0"}
-    results["runs"].append(entry("fused", 0, searched=True, name="tiny/fused/lr-0.004-seed-0", final_loss=2.5))
+    results["runs"].append(
+        entry("fused", 0, searched=True, name="tiny/fused/lr-0.004-seed-0", rate=4e-3, final_loss=2.5)
+    )
     results["runs"].append(entry("mean", 5, state="unfinished", final_loss=9.0))
     results["runs"].append(entry("mean", 6, final_loss=math.nan))
     (size,) = summarize(results)
@@ -86,10 +88,23 @@ def test_only_finished_runs_and_chosen_rates_count(results: dict[str, Any]) -> N
 def test_a_worse_rate_does_not_stand_for_the_chosen_one(results: dict[str, Any]) -> None:
     """The run of the chosen rate is trained and waits for its evaluation."""
     results["runs"][0] |= {"searched": True, "name": "tiny/fused/lr-0.001-seed-0"}
-    chosen = {"searched": True, "name": "tiny/fused/lr-0.004-seed-0", "final_loss": 1.5, "state": "unfinished"}
-    results["runs"].append(entry("fused", 0, **chosen, trained=True))
+    chosen = {"searched": True, "rate": 4e-3, "final_loss": 1.5, "state": "unfinished"}
+    results["runs"].append(entry("fused", 0, name="tiny/fused/lr-0.004-seed-0", **chosen, trained=True))
     (size,) = summarize(results)
     assert {arm.arm: arm.losses for arm in size.arms}["fused"] == [pytest.approx(2.002)]
+
+
+@pytest.mark.parametrize(("state", "count"), [("waiting", 1), ("unfinished", 1), ("failed", 2)])
+def test_no_run_counts_before_its_search_has_ended(
+    results: dict[str, Any], tmp_path: Path, state: str, count: int
+) -> None:
+    results["runs"][0] |= {"searched": True, "name": "tiny/fused/lr-0.001-seed-0"}
+    other = {"searched": True, "name": "tiny/fused/lr-0.004-seed-0", "rate": 4e-3, "state": state}
+    results["runs"].append(entry("fused", 0, **other))
+    (size,) = summarize(results)
+    assert {arm.arm: len(arm.runs) for arm in size.arms}["fused"] == count
+    text = write_report(results, tmp_path, pictures=False).read_text()
+    assert ("- tiny/fused/lr-0.001-seed-0: its arm's search for a learning rate goes on" in text) == (count == 1)
 
 
 def test_one_seed_gives_no_verdict(results: dict[str, Any], tmp_path: Path) -> None:
@@ -125,7 +140,7 @@ def test_the_report_and_its_pictures(results: dict[str, Any], tmp_path: Path) ->
         assert f"({name}.png)" in text
     for words in (
         "| `llama` | 50k | 0.3 | 20k | 6.000e+09 | 0.001 | 1k | 2.3010 | 0.0014 | 2 | +0.3000 worse |",
-        "is 0.0014 nats (3 degrees of freedom)",
+        "is 0.0014 nats (3 degrees of freedom, runs minus arms)",
         "- tiny/mean/seed-7: failed: exit code 2: error: why",
         "| `fused` | 50.0% ± 0.0% | 50.0% ± 0.0% |",
     ):
@@ -134,7 +149,7 @@ def test_the_report_and_its_pictures(results: dict[str, Any], tmp_path: Path) ->
 
 def test_losses_and_curves_of_a_run(tmp_path: Path) -> None:
     lines = [{"step": s, "tokens": 10 * s, "lm_loss": 3.0, "step_time_s": 0.5, "averaged_steps": 2} for s in range(200)]
-    lines += [{"step": 200, "tokens": 2000, "lm_loss": None, "step_time_s": 0.5}]
+    lines.insert(195, {"step": 195, "tokens": 1950, "lm_loss": None, "step_time_s": 0.5})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert final_loss(tmp_path) == 3.0
     values = curve(tmp_path)
@@ -145,6 +160,13 @@ def test_losses_and_curves_of_a_run(tmp_path: Path) -> None:
     assert final_loss(tmp_path / "nothing") is None
 
 
+@pytest.mark.parametrize("name", ["lm_loss", "validation_loss"])
+def test_a_run_that_diverged_has_no_final_loss(tmp_path: Path, name: str) -> None:
+    lines = [{"step": s, "tokens": 10 * s, "lm_loss": 3.0, name: 3.0 if s < 5 else None} for s in range(20)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert final_loss(tmp_path) is None
+
+
 def test_results_of_two_machines_are_merged(results: dict[str, Any]) -> None:
     one, other = copy.deepcopy(results), copy.deepcopy(results)
     one["runs"][1]["state"] = other["runs"][0]["state"] = "waiting"
@@ -152,9 +174,75 @@ def test_results_of_two_machines_are_merged(results: dict[str, Any]) -> None:
     one["failed"] = {one["runs"][2]["name"]: "exit code 1"}
     both = merged([one, other])
     assert [run["state"] for run in both["runs"]] == ["finished"] * 6 and not both["failed"]
-    other["study"]["reference"] = "mean"
-    with pytest.raises(UserError, match="differ in reference"):
-        merged([one, other])
+    one["failed"]["tiny/gone/seed-0"] = "exit code 1"
+    assert not merged([one, other])["failed"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["study"].update(reference="mean"), "differ in reference: fused and mean"),
+        (lambda r: r["study"].update(learning_rates=[1e-4]), "differ in learning_rates"),
+        (lambda r: r["study"]["arms"]["mean"].update(pattern="M"), "differ in pattern of arm mean: None and M"),
+        (lambda r: r["study"]["arms"]["mean"]["sizes"].update(tiny={"x": 1}), "differ in sizes.tiny of arm mean"),
+        (lambda r: r["runs"][0].update(steps=10, tokens=10_000), "differ in steps of tiny/fused: 20 and 10"),
+    ],
+)
+def test_results_of_another_study_are_not_merged(results: dict[str, Any], change: Any, message: str) -> None:
+    other = copy.deepcopy(results)
+    other["study"]["arms"]["mean"]["note"] = "says it in other words"
+    other["study"]["sizes"]["wide"] = results["study"]["sizes"]["tiny"]
+    merged([results, other])
+    change(other)
+    with pytest.raises(UserError, match=message):
+        merged([results, other])
+
+
+def test_a_run_with_another_rate_does_not_stand_for_one_of_the_study(results: dict[str, Any]) -> None:
+    other = copy.deepcopy(results)
+    results["runs"][0]["state"] = "unfinished"
+    other["runs"][0]["rate"] = 2e-3
+    assert merged([results, other])["runs"][0]["state"] == "unfinished"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.pop("runs"), "runs: Field required"),
+        (lambda r: r["runs"][0].pop("state"), "runs.0.state: Field required"),
+        (lambda r: r["runs"][1].update(state="done"), "runs.1.state is 'done'"),
+        (lambda r: r["runs"][1].update(final_loss="2.0"), "runs.1.final_loss is '2.0'"),
+        (lambda r: r["runs"][1].pop("curve"), "'tiny/fused/seed-3' is finished and has no curve"),
+        (lambda r: r["runs"][1].update(size="huge"), "has size 'huge', which the study lacks"),
+    ],
+)
+def test_broken_results_are_named(results: dict[str, Any], tmp_path: Path, change: Any, message: str) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results))
+    assert read_results(file) == results
+    change(results)
+    file.write_text(json.dumps(results))
+    with pytest.raises(UserError, match=f"'{file}': .*{message}.*; take an undamaged copy"):
+        read_results(file)
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        (["fused"], "Nothing is tested: every other arm has no finished run"),
+        (["mean", "llama"], "Nothing is tested: `fused` has no finished run"),
+        (
+            ["fused", "mean"],
+            "with this deviation and these degrees of freedom at 5%; a difference from `fused` exceeds",
+        ),
+        ([*ARMS], "at 5%, divided by 2 comparisons (Bonferroni); a difference"),
+        ([], "No run is finished: there is nothing to compare."),
+    ],
+)
+def test_the_report_says_what_was_tested(results: dict[str, Any], tmp_path: Path, arms: list[str], words: str) -> None:
+    results["runs"] = [run for run in results["runs"] if run["arm"] in arms]
+    text = write_report(results, tmp_path, pictures=False).read_text()
+    assert words in text and " 0 comparisons" not in text and ("divided" in text) == (len(arms) > 2)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

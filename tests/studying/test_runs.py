@@ -103,7 +103,12 @@ def test_the_search_on_the_first_size_decides_the_later_rates() -> None:
         ({"seeds": [1, 1]}, "give different numbers"),
         ({"arms": {"fused": {"sizes": {"huge": {}}}}}, r"arms.fused.sizes names \['huge'\]"),
         ({"sizes": {"tiny": BASE["sizes"]["tiny"] | {"arms": ["mean"]}}}, "lacks the reference"),
-        ({"nothing": 1}, "nothing: .*known are"),
+        ({"nothing": 1}, "unknown key 'nothing'; known are purpose, "),
+        ({"arms": {"fused": {"sett": {}}}}, r"unknown key 'arms.fused.sett'; did you mean 'set'\?; known are note, "),
+        ({"arms": {"fused": {}, "..": {}}}, "'..' names a folder"),
+        ({"warmup": 1.0}, "'warmup' is 1.0: input should be less than 1"),
+        ({"learning_rates": [1e-3, -1e-3]}, "'learning_rates.1' is -0.001: input should be greater than 0"),
+        ({"learning_rates": [1e-3, 1e-3]}, "give rates that differ"),
     ],
 )
 def test_mistakes_in_the_file_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -116,6 +121,22 @@ def test_mistakes_in_the_file_are_named(changes: dict[str, Any], message: str, t
 def test_a_mistake_in_an_arm_names_the_arm() -> None:
     with pytest.raises(UserError, match=r"size tiny, arm wrong: .*unknown key 'model.nothing'"):
         plan_runs(study(arms={"fused": {}, "wrong": {"set": {"model.nothing": 1}}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [("training.seed", 7, "seeds"), ("training.learning_rate", 1.0, "learning_rates"), ("run_dir", "x", "--out")],
+)
+def test_settings_that_a_study_makes_are_refused(name: str, value: Any, instead: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"size tiny, arm other: set gives '{name}' {value!r}, .*; give {instead} inst"
+    ):
+        plan_runs(study(arms={"fused": {}, "other": {"set": {name: value}}}))
+
+
+def test_a_budget_that_cannot_be_names_the_arm() -> None:
+    with pytest.raises(UserError, match=r"size tiny, arm fused: .*write a finite number"):
+        plan_runs(study(sizes={"tiny": BASE["sizes"]["tiny"] | {"tokens": 1e30}}))
 
 
 @pytest.mark.parametrize("name", packaged_names("study"))

@@ -62,6 +62,7 @@ def test_a_curve_is_found_again() -> None:
     )
     assert fit.residual < 1e-9
     assert fit_curve(flops[:4], flops[:4]) is None
+    assert fit_curve(flops, 9.0 - 0.1 * np.log(flops / 1e15)) is None  # the exponent of the best fit is the smallest
 
 
 def test_offset_and_factor_are_not_negative() -> None:
