@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusiontree.studying.summary import SizeResult, accuracy_by_length, curve_points
+from fusiontree.studying.summary import SizeResult, accuracy_by_length, chance, curve_points, shares_gpus, tasks_of
 from fusiontree.tracking.curves import COLORS
 from fusiontree.tracking.plots import STYLE
 
@@ -51,12 +51,15 @@ def draw(results: dict[str, Any], sizes: list[SizeResult], folder: Path) -> list
     final = (lambda axes, size: _draw_final(axes, size, reference), sizes)
     save("final.png", "Which differences exceed the noise between seeds?", len(sizes), final)
     for axis, (name, title, label, unit) in AXES.items():
+        shown = [size for size in sizes if axis != "seconds" or not shares_gpus(size)]
+        if not shown:
+            continue
 
         def losses(axes: Axes, size: SizeResult, axis: str = axis, label: str = label, unit: float = unit) -> None:
             _draw_losses(axes, size, axis, unit, style)
             axes.set_xlabel(label)
 
-        save(name, title, len(sizes), (losses, sizes))
+        save(name, title, len(shown), (losses, shown))
     at_sizes = [arm.arm for size in sizes for arm in size.arms]
     if len(at_sizes) > len(set(at_sizes)):  # an arm has two sizes
         save(
@@ -65,13 +68,14 @@ def draw(results: dict[str, Any], sizes: list[SizeResult], folder: Path) -> list
             1,
             (lambda a, s: _draw_ladder(a, s, style), [sizes]),
         )
-    tasks = sorted({task for size in sizes for arm in size.arms for task in accuracy_by_length(arm.runs)})
-    for task in tasks:
+    above = [(task, size) for size in sizes for task, solved in tasks_of(size).items() if solved]
+    for task in dict.fromkeys(task for task, _ in above):
 
         def accuracies(axes: Axes, size: SizeResult, task: str = task) -> None:
             _draw_accuracy(axes, size, task, style)
 
-        save(f"{task}.png", f"How well is {task} solved at which length?", len(sizes), (accuracies, sizes))
+        solved = [size for of_task, size in above if of_task == task]
+        save(f"{task}.png", f"How well is {task} solved at which length?", len(solved), (accuracies, solved))
     return drawn
 
 
@@ -145,6 +149,8 @@ def _draw_accuracy(axes: Axes, size: SizeResult, task: str, style: dict[str, dic
         lengths |= found.keys()
         if found:
             axes.plot(list(found), [mean for mean, _ in found.values()], marker="o", label=arm.arm, **style[arm.arm])
+    guessing = chance([run for arm in size.arms for run in arm.runs], task)
+    axes.axhline(guessing, color=COLORS["mark"], linewidth=1.0, linestyle=":", label=f"chance {guessing:.1%}")
     axes.set(title=size.size, xlabel="tokens per row", ylabel="accuracy", ylim=(-0.03, 1.03), xscale="log")
     if lengths:
         axes.set_xticks(sorted(lengths), [f"{length:,}" for length in sorted(lengths)], fontsize=8.5)

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from fusiontree.studying.statistics import LEVEL, mean_and_spread
-from fusiontree.studying.summary import ArmResult, SizeResult, accuracy_by_length, found_rates, summarize
+from fusiontree.studying.summary import (
+    ArmResult,
+    SizeResult,
+    accuracy_by_length,
+    chance,
+    found_rates,
+    search_losses,
+    shares_gpus,
+    summarize,
+    tasks_of,
+)
 from fusiontree.tracking.console import short
 
 REPORT = "report.md"
@@ -39,6 +49,7 @@ def _lines(results: dict[str, Any], sizes: list[SizeResult], drawn: list[tuple[s
         yield from ("No run is finished: there is nothing to compare.", "")
     for size in sizes:
         yield from _size_lines(size, study["reference"])
+    yield from _search_lines(results)
     yield from _unfinished(results)
     for name, title in drawn:
         yield from (f"## {title}", "", f"![{title}]({name})", "")
@@ -61,6 +72,7 @@ def _setup(study: dict[str, Any]) -> str:
 
 def _size_lines(size: SizeResult, reference: str) -> Iterable[str]:
     yield from (f"## {size.size}", "")
+    shared = shares_gpus(size)
     cells = []
     for arm in size.arms:
         run = arm.runs[0]
@@ -72,7 +84,7 @@ def _size_lines(size: SizeResult, reference: str) -> Iterable[str]:
                 short(run["tokens"]),
                 f"{run['tokens'] * run['flops_per_token']:.3e}",
                 f"{run['rate']:g}",
-                short(run["curve"]["tokens_per_s"] or 0),
+                "—" if shared else short(run["curve"]["tokens_per_s"] or 0),
                 f"{arm.mean:.4f}",
                 "" if math.isnan(arm.spread) else f"{arm.spread:.4f}",
                 str(len(arm.runs)),
@@ -82,6 +94,8 @@ def _size_lines(size: SizeResult, reference: str) -> Iterable[str]:
     head = ("arm", "parameters", "MFLOPs per token", "tokens", "FLOPs", "rate", "tokens/s", "final loss")
     yield from _table((*head, "std", "seeds", f"difference from `{reference}`"), cells)
     yield ""
+    if shared:
+        yield from ("Several runs were trained on one GPU at a time: their speeds are left out.", "")
     yield _noise_text(size, reference)
     yield ""
     if any(arm.fits for arm in size.arms):
@@ -133,17 +147,51 @@ def _fit_cells(arm: ArmResult) -> tuple[str, ...]:
 
 def _accuracy_lines(size: SizeResult) -> Iterable[str]:
     by_arm = {arm.arm: accuracy_by_length(arm.runs) for arm in size.arms}
-    for task in sorted({task for found in by_arm.values() for task in found}):
+    for task, above in tasks_of(size).items():
+        guessing = chance([run for arm in size.arms for run in arm.runs], task)
+        if not above:
+            yield f"Accuracy on {task}: no arm is above chance ({guessing:.1%}) at any length; it tells none apart."
+            yield ""
+            continue
         lengths = sorted({length for found in by_arm.values() for length in found.get(task, {})})
         cells = []
         for arm, found in by_arm.items():
             if task in found:
                 values = [found[task].get(length) for length in lengths]
                 cells.append((f"`{arm}`", *("" if value is None else _accuracy(value) for value in values)))
-        yield f"Accuracy on {task} by row length, mean over depths and seeds:"
+        yield f"Accuracy on {task} by row length, mean over depths and seeds; chance is {guessing:.1%}:"
         yield ""
         yield from _table(("arm", *(f"{length:,}" for length in lengths)), cells)
         yield ""
+
+
+def _search_lines(results: dict[str, Any]) -> Iterable[str]:
+    """Show the search for learning rates, and whose best rate is an end of it: a better one may lie outside."""
+    losses, rates = search_losses(results), found_rates(results)
+    if not losses:
+        return
+    tried = sorted({rate for found in losses.values() for rate in found})
+    yield from (
+        "## Learning rates tried",
+        "",
+        "Final losses of the first seed at the first size; the chosen one is bold.",
+        "",
+    )
+    cells = []
+    for arm, found in losses.items():
+        texts = ["" if rate not in found else _loss_of_rate(found[rate], rate == rates[arm]) for rate in tried]
+        cells.append((f"`{arm}`", *texts))
+    yield from _table(("arm", *(f"{rate:g}" for rate in tried)), cells)
+    yield ""
+    for end, name in ((tried[0], "smallest"), (tried[-1], "largest")):
+        if len(tried) > 1 and (arms := [f"`{arm}`" for arm in losses if rates[arm] == end]):
+            yield f"The {name} rate is the best of {', '.join(arms)}: a better one may lie beyond it."
+            yield ""
+
+
+def _loss_of_rate(loss: float | None, chosen: bool) -> str:
+    text = "diverged" if loss is None else f"{loss:.4f}"
+    return f"**{text}**" if chosen else text
 
 
 def _accuracy(value: tuple[float, float]) -> str:
@@ -164,9 +212,16 @@ def _unfinished(results: dict[str, Any]) -> Iterable[str]:
     if not missing and not broken and not undecided:
         return
     yield from ("## Not in the tables", "")
+    waiting: dict[str, list[str]] = {}
     for run in missing:
+        if run["state"] == "waiting":
+            waiting.setdefault(run["size"], []).append(run["arm"])
+            continue
         reason = results["failed"].get(run["name"], "")
         yield f"- {run['name']}: {run['state']}{': ' + reason if reason else ''}"
+    for size, arms in waiting.items():
+        counts = [f"`{arm}` {arms.count(arm)}" for arm in dict.fromkeys(arms)]
+        yield f"- runs of {size} that have not started, by arm: {', '.join(counts)}"
     for run in broken:
         yield f"- {run['name']}: its final loss is not finite"
     for run in undecided:

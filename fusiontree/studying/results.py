@@ -48,9 +48,9 @@ def final_loss(run_dir: Path) -> float | None:
     return math.fsum(finite) / len(finite)
 
 
-def mark_trained(run: Run, folder: Path, seconds: float) -> None:
-    """Write into the run's folder that its training is finished, and with what."""
-    write_json(folder / run.name / DONE, {**_identity(run), "seconds": round(seconds, 1)})
+def mark_trained(run: Run, folder: Path, seconds: float, runs_per_gpu: int) -> None:
+    """Write into the run's folder that its training is finished, with what, and how many runs shared its GPU."""
+    write_json(folder / run.name / DONE, {**_identity(run), "seconds": round(seconds, 1), "runs_per_gpu": runs_per_gpu})
 
 
 def is_trained(run: Run, folder: Path) -> bool:
@@ -60,10 +60,7 @@ def is_trained(run: Run, folder: Path) -> bool:
 
 def trained_differently(run: Run, folder: Path) -> str:
     """Return how a finished run differs from what the study asks for by now, or an empty string."""
-    try:
-        done = json.loads((folder / run.name / DONE).read_text())
-    except (OSError, ValueError):
-        return ""
+    done = _finished_with(run, folder)
     for name, value in _identity(run).items():
         if value is not None and name in done and not math.isclose(done[name], value, rel_tol=1e-6):
             return (
@@ -71,6 +68,15 @@ def trained_differently(run: Run, folder: Path) -> str:
                 f"'{folder / run.name}', or give another --out"
             )
     return ""
+
+
+def _finished_with(run: Run, folder: Path) -> dict[str, Any]:
+    """Return what :func:`mark_trained` wrote, empty if it is missing or damaged."""
+    try:
+        done = json.loads((folder / run.name / DONE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return done if isinstance(done, dict) else {}
 
 
 def _identity(run: Run) -> dict[str, float | None]:
@@ -110,6 +116,7 @@ def collect(
             "state": state,
             "trained": is_trained(run, folder),
             "final_loss": final_loss(path),
+            "runs_per_gpu": _finished_with(run, folder).get("runs_per_gpu", 1),
             "curve": curve(path),
         }
         if (path / EVALUATION).is_file():

@@ -10,9 +10,11 @@ from typing import Any
 from fusiontree.studying.runs import chosen_rate
 from fusiontree.studying.statistics import Fit, Noise, fit_curve, least_difference, mean_and_spread, pooled_noise
 
+_ABOVE_CHANCE = 0.01
+"""Accuracy above chance from which a task counts as solved by someone."""
 _SKIPPED = 0.2
 """Fraction of a run's tokens that the fit leaves out: warm-up and the first steep fall are no power law."""
-ACCURACIES = ("found", "token_accuracy", "accuracy")
+ACCURACIES = ("choice_accuracy", "found", "token_accuracy", "accuracy")
 """Fields of an evaluation's record that say how often the model was right, the first found counts."""
 
 
@@ -132,6 +134,41 @@ def accuracy_by_length(
         task: {length: mean_and_spread(found) for length, found in sorted(lengths.items())}
         for task, lengths in values.items()
     }
+
+
+def chance(runs: Sequence[dict[str, Any]], task: str) -> float:
+    """Return the accuracy of guessing in a task: of its records, which all have the same; 0 if none says it."""
+    for run in runs:
+        for record in run.get("evaluation", {}).get(task, []):
+            if isinstance(record.get("chance_choice_accuracy"), int | float):
+                return float(record["chance_choice_accuracy"])
+            if isinstance(record.get("alphabet"), int) and "found" not in record:
+                return 1 / int(record["alphabet"])
+    return 0.0
+
+
+def tasks_of(size: SizeResult) -> dict[str, bool]:
+    """Return each task that arms were evaluated on, and whether an arm is above chance in it at any row length."""
+    above: dict[str, bool] = {}
+    for arm in size.arms:
+        for task, by_length in accuracy_by_length(arm.runs).items():
+            best = max(mean for mean, _ in by_length.values())
+            above[task] = above.get(task, False) or best > chance(arm.runs, task) + _ABOVE_CHANCE
+    return dict(sorted(above.items()))
+
+
+def search_losses(results: dict[str, Any]) -> dict[str, dict[float, float | None]]:
+    """Return arm -> rate -> final loss of the search for a learning rate; None where there is none."""
+    found: dict[str, dict[float, float | None]] = {}
+    for run in results["runs"]:
+        if run["searched"] and run["rate"] is not None and _searched_loss(run) is not None:
+            found.setdefault(run["arm"], {})[run["rate"]] = run["final_loss"] if _finite(run) else None
+    return found
+
+
+def shares_gpus(size: SizeResult) -> bool:
+    """Return whether several runs were trained on one GPU at a time, so that their speeds compare nothing."""
+    return any(run.get("runs_per_gpu", 1) > 1 for arm in size.arms for run in arm.runs)
 
 
 def _searched_loss(run: dict[str, Any]) -> float | None:

@@ -251,7 +251,7 @@ class Workers:
         code, seconds = job.process.returncode, time.monotonic() - job.began
         self.spent += self._state(job)[1]
         if code == 0 and not job.evaluates:
-            mark_trained(job.run, self.folder, seconds)
+            mark_trained(job.run, self.folder, seconds, self.slots // self.gpus if self.gpus else 1)
             loss = final_loss(path)
             text = "not finite" if loss is None else f"{loss:.4f}"
             self.say(f"{job.run.name}: finished in {clock(seconds)}, loss {text}")

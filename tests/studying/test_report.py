@@ -147,6 +147,43 @@ def test_the_report_and_its_pictures(results: dict[str, Any], tmp_path: Path) ->
         assert words in text
 
 
+def test_runs_that_shared_a_gpu_have_no_speed(results: dict[str, Any], tmp_path: Path) -> None:
+    results["runs"][0]["runs_per_gpu"] = 3
+    text = write_report(results, tmp_path).read_text()
+    assert "speeds are left out" in text and "| 1k |" not in text and "loss_time" not in text
+    assert not (tmp_path / "loss_time.png").exists() and (tmp_path / "loss_flops.png").exists()
+
+
+def test_a_task_that_no_arm_solves_has_no_table(results: dict[str, Any], tmp_path: Path) -> None:
+    for run in results["runs"]:
+        copies = [{"length": 64, "token_accuracy": 0.012, "alphabet": 100}]
+        choices = [
+            {"length": 64, "choice_accuracy": 0.2 + 0.3 * run["seed"], "exact_match": 0, "chance_choice_accuracy": 0.25}
+        ]
+        run["evaluation"] = {"copy": copies, "needle_single": choices}
+    text = write_report(results, tmp_path).read_text()
+    assert "Accuracy on copy: no arm is above chance (1.0%) at any length" in text and "(copy.png)" not in text
+    assert "chance is 25.0%" in text and "| `fused` | 65.0% ± 63.6% |" in text and "(needle_single.png)" in text
+
+
+def test_the_search_and_its_ends_are_shown(results: dict[str, Any], tmp_path: Path) -> None:
+    for arm, best in (("fused", 1e-3), ("mean", 2e-3), ("llama", 4e-3)):
+        for rate in (1e-3, 2e-3, 4e-3):
+            loss = 2.0 + abs(rate - best) if arm != "llama" or rate > 1e-3 else None
+            results["runs"].append(entry(arm, 0, rate=rate, searched=True, name=f"{arm}/{rate}", final_loss=loss))
+    text = write_report(results, tmp_path, pictures=False).read_text()
+    assert "| `llama` | diverged | 2.0020 | **2.0000** |" in text
+    assert "The smallest rate is the best of `fused`: a better one" in text
+    assert "The largest rate is the best of `llama`: a better one" in text
+
+
+def test_waiting_runs_are_counted(results: dict[str, Any], tmp_path: Path) -> None:
+    for arm, seed in (("mean", 5), ("mean", 6), ("llama", 5)):
+        results["runs"].append(entry(arm, seed, state="waiting"))
+    text = write_report(results, tmp_path, pictures=False).read_text()
+    assert "- runs of tiny that have not started, by arm: `mean` 2, `llama` 1" in text
+
+
 def test_losses_and_curves_of_a_run(tmp_path: Path) -> None:
     lines = [{"step": s, "tokens": 10 * s, "lm_loss": 3.0, "step_time_s": 0.5, "averaged_steps": 2} for s in range(200)]
     lines.insert(195, {"step": 195, "tokens": 1950, "lm_loss": None, "step_time_s": 0.5})
