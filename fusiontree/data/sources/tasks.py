@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,16 +14,13 @@ import torch
 
 from fusiontree.data.answer_rows import AnswerRows, copy_rows, needle_rows, recall_rows
 from fusiontree.data.config import DataConfig, DatasetConfig
-from fusiontree.data.format import TokenizerInfo
 from fusiontree.data.sources.base import TOKEN_SOURCES, TokenSource, TokenSpan, open_source, source_options
-from fusiontree.data.tokenizers import save_tokenizer
+from fusiontree.data.tokenizers import ByteTokenizer
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.hashing import stable_hash
 from fusiontree.utils.settings import Section, setting
 
 _TOKENS = 1 << 30
-_END = 0
-"""Token that ends a document where ``tokenizer_of`` gives no other."""
 TaskName = Literal["copy", "recall", "needle"]
 
 
@@ -33,10 +29,7 @@ class TaskOptions(Section):
 
     tasks: list[TaskName] = setting(["copy", "recall"], "Tasks, in turn.", min_length=1)
     length: int = setting(1024, "Length of a document, with the token that ends it.", unit="tokens", ge=16, le=1 << 24)
-    vocab_size: int | None = setting(
-        None, "Size of the vocabulary; for a run on tasks alone.", unit="tokens", ge=8, le=1 << 31
-    )
-    tokenizer_of: str | None = setting(None, "Dataset whose tokens are drawn, to mix tasks with it.")
+    tokenizer_of: str | None = setting(None, "Dataset whose tokens are drawn, to mix tasks with it; null: bytes.")
     needle_tokens: int = setting(4, "Length of a needle's key, and of its value.", unit="tokens", ge=1)
     seed: int = setting(0, "Determines the tokens.", ge=0)
 
@@ -61,20 +54,11 @@ class TaskSource(TokenSource):
                 f"dataset '{dataset.path}' of type tasks would not be read; write path: tasks to train on tasks, or "
                 f"remove the type to read the dataset"
             )
-        if (options.vocab_size is None) == (options.tokenizer_of is None):
-            raise UserError(
-                "dataset 'tasks' needs one of its options vocab_size (for a run on tasks alone) and tokenizer_of (a "
-                "dataset of the run, to mix tasks with it)"
-            )
-        if options.tokenizer_of is not None:
+        if options.tokenizer_of is None:
+            self.tokenizer = ByteTokenizer().info
+        else:
             model = open_source(DatasetConfig(path=options.tokenizer_of), config)
             self.tokenizer, self.tokenizer_path = model.tokenizer, model.tokenizer_path
-        else:
-            assert options.vocab_size is not None
-            name = f"tasks {options.vocab_size}"
-            self.tokenizer = TokenizerInfo(
-                "synthetic", name, options.vocab_size, _END, hashlib.sha256(name.encode()).hexdigest()
-            )
         self.options = options
         self.place = f"{' and '.join(options.tasks)} of {options.length:,} random tokens (seed {options.seed})"
         content = [options.model_dump(exclude={"tokenizer_of"}), self.tokenizer.sha256]
@@ -93,10 +77,6 @@ class TaskSource(TokenSource):
         tokens = np.concatenate([self._document(number) for number in range(first, last)])
         starts = np.arange(-(-begin // length), last, dtype=np.int64) * length - begin
         return TokenSpan(tokens[begin - first * length : end - first * length], starts)
-
-    def save_tokenizer(self, folder: Path) -> list[Path]:
-        """Write the tokenizer of ``tokenizer_of``; tasks alone are of no text."""
-        return [] if self.tokenizer_path is None else save_tokenizer(self.tokenizer, self.tokenizer_path, folder)
 
     def _document(self, number: int) -> np.ndarray:
         """Return the tokens of a document."""
