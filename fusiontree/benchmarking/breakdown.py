@@ -16,15 +16,22 @@ COMPONENTS = (
     ("convolution", ("causal_conv",)),
     ("loss", ("logsumexp", "nll_loss")),
     ("copies", ("chunk_cat",)),
-    ("scan", ("chunk_", "_bmm", "state_passing")),
+    ("scan", ("chunk_", "_bmm", "state_passing", "tilelang_")),  # tilelang: FlashQLA
+    ("casts to FP8", ("_casts",)),
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas")),
     ("optimizer", ("adam", "FusedOptimizer", "multi_tensor")),
     ("copies", ("Memcpy", "Memset", "copy_kernel", "split_with_sizes_copy", "CatArray")),
     ("fused elementwise", ("triton_", "_norm_forward", "_norm_backward", "_mix_forward", "_mix_backward", "_rotate")),
+    ("fused elementwise", ("_again_and_gradient",)),  # of GELU
     ("elementwise", ("at::native",)),
 )
 
 _MEASURED = "the measured step"
+
+
+def component_of(kernel: str) -> str:
+    """Return the component to which a kernel of this name belongs."""
+    return next((component for component, marks in COMPONENTS if any(mark in kernel for mark in marks)), "other")
 
 
 def breakdown(step: Any, together: Any, trace: str | None) -> dict[str, float]:
@@ -55,7 +62,7 @@ def breakdown(step: Any, together: Any, trace: str | None) -> dict[str, float]:
         begin, end = event.time_range.start, event.time_range.end
         spans.append((begin, end))
         name = event.name
-        kind = next((kind for kind, marks in COMPONENTS if any(mark in name for mark in marks)), "other")
+        kind = component_of(name)
         parts[kind] = parts.get(kind, 0.0) + (end - begin) / 1e3
         if kind == "other":
             unknown[name] = unknown.get(name, 0.0) + (end - begin) / 1e3

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusiontree.benchmarking.breakdown import breakdown, memory_by_kind
+from fusiontree.benchmarking.breakdown import breakdown, component_of, memory_by_kind
 
 
 def event(name: str, start: float, end: float, device: str = "CUDA", annotation: bool = False) -> Any:
@@ -61,6 +61,24 @@ def test_parts_add_up_to_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
         "step": 1.6,
     }
     assert sum(parts.values()) - parts["step"] == pytest.approx(parts["step"])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "component"),
+    [
+        ("_chunk_scan_fwd_kernel", "scan"),
+        ("chunk_bwd_kernel_dqkwg", "scan"),
+        ("tilelang_prepare_h_kernel_kernel", "scan"),
+        ("tilelang_fused_chunk_gdr_bwd_kernel_kernel", "scan"),
+        ("_casts", "casts to FP8"),
+        ("_casts_by_row", "casts to FP8"),
+        ("_again_and_gradient", "fused elementwise"),
+        ("_gated_norm_backward", "fused elementwise"),
+        ("memcpy128", "other"),
+    ],
+)
+def test_kernels_have_components(kernel: str, component: str) -> None:
+    assert component_of(kernel) == component
 
 
 def test_memory_adds_up_to_the_peak() -> None:
