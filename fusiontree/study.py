@@ -101,22 +101,18 @@ def run(args: argparse.Namespace) -> int:
     _check_evaluation(study.evaluate)
     runs = plan_runs(study)
     only = _selection(args.only, runs)
-    if args.dry_run:
-        print_table(study, [run for run in runs if only(run)])
-        return 0
     return run_study(args, study, runs, only)
 
 
 def run_study(args: argparse.Namespace, study: StudyConfig, runs: list[Run], only: Callable[[Run], bool]) -> int:
-    """Train the selected runs and write results and report; return the exit code of :func:`main`."""
+    """Train the selected runs, or list them, and write results and report; return the exit code of :func:`main`."""
     from fusiontree.studying.report import write_report
     from fusiontree.studying.results import RESULTS, collect, merged, read_results
     from fusiontree.studying.workers import Workers
     from fusiontree.utils.files import write_json
 
-    slots, gpus = _slots(args)
+    slots, gpus = (1, 0) if args.dry_run else _slots(args)
     elsewhere = [read_results(path) for path in args.known]
-    args.out.mkdir(parents=True, exist_ok=True)
     workers = Workers(
         study,
         runs,
@@ -130,6 +126,10 @@ def run_study(args: argparse.Namespace, study: StudyConfig, runs: list[Run], onl
         elsewhere=merged(elsewhere)["runs"] if elsewhere else [],
     )
     merged([collect(study, workers.runs(), args.out, workers.is_finished, {}), *elsewhere])  # before hours of training
+    if args.dry_run:
+        print_table(study, [run for run in workers.runs() if only(run)], workers.is_finished)
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
     workers.run_all()
     known = workers.runs()
     results = merged([collect(study, known, args.out, workers.is_finished, workers.failed), *elsewhere])
@@ -164,17 +164,19 @@ def _outcome(study: StudyConfig, known: list[Run], workers: Workers, only: Calla
     return 0
 
 
-def print_table(study: StudyConfig, runs: Sequence[Run]) -> None:
-    """Print one line per run: parameters, FLOPs per token, steps, tokens and the whole run's FLOPs."""
+def print_table(study: StudyConfig, runs: Sequence[Run], is_finished: Callable[[Run], bool]) -> None:
+    """Print one line per run: parameters, FLOPs per token, steps, tokens and the whole run's FLOPs; then the sums."""
     head = ("run", "parameters", "MFLOPs/token", "steps", "tokens", "FLOPs", "rate")
     width = max([len(head[0]), *(len(run.name) for run in runs)])
     print(f"{head[0]:<{width}}" + "".join(f"{name:>14}" for name in head[1:]))
+    left = [run for run in runs if not is_finished(run)]
     for run in runs:
         rate = "of search" if run.rate is None else f"{run.rate:.3g}"
         cells = [short(run.parameters), f"{run.flops_per_token / 1e6:.1f}", f"{run.steps:,}", short(run.tokens)]
-        print(f"{run.name:<{width}}" + "".join(f"{cell:>14}" for cell in (*cells, f"{run.flops:.4g}", rate)))
-    total = sum(run.flops for run in runs)
-    print(f"{len(runs)} runs, {short(sum(run.tokens for run in runs))} tokens, {total:.4g} FLOPs; equal {study.equal}")
+        end = "" if run in left else "  finished"
+        print(f"{run.name:<{width}}" + "".join(f"{cell:>14}" for cell in (*cells, f"{run.flops:.4g}", rate)) + end)
+    tokens, flops = sum(run.tokens for run in left), sum(run.flops for run in left)
+    print(f"{len(left)} runs to do, {short(tokens)} tokens, {flops:.4g} FLOPs; equal {study.equal}")
 
 
 def _setting(text: str) -> tuple[str, Any]:

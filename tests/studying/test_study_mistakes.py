@@ -95,3 +95,18 @@ def test_results_of_another_budget_are_refused_before_the_training(
     assert main([str(file), *words]) == 2
     assert "the results differ in steps of tiny/fused: 156 and 157" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/tiny"))
+
+
+def test_a_dry_run_lists_what_other_machines_have_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = workers(tmp_path / "first", [])
+    results = collect(first.study, first.runs(), first.folder, first.is_finished, {})
+    done = next(run for run in results["runs"] if run["arm"] == "mean")
+    empty = {name: [] for name in ("tokens", "seconds", "loss", "validation_tokens", "validation_loss")}
+    done |= {"state": "finished", "trained": True, "final_loss": 2.0, "curve": empty | {"tokens_per_s": None}}
+    known, file = tmp_path / "results.json", tmp_path / "study.yaml"
+    known.write_text(json.dumps(results))
+    file.write_text(yaml.safe_dump(BASE))
+    assert main([str(file), "--out", str(tmp_path / "out"), "--known", str(known), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("finished")] == [done["name"]]
+    assert lines[-1].startswith(f"{len(results['runs']) - 1} runs to do") and not (tmp_path / "out").exists()
