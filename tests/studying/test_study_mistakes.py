@@ -110,3 +110,11 @@ def test_a_dry_run_lists_what_other_machines_have_finished(tmp_path: Path, capsy
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.endswith("finished")] == [done["name"]]
     assert lines[-1].startswith(f"{len(results['runs']) - 1} runs to do") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "configs/study").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_studies_of_this_project_are_valid(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(file), "--out", str(tmp_path), "--dry-run"]) == 0
+    assert "runs to do" in capsys.readouterr().out
