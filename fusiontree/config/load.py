@@ -21,7 +21,7 @@ from fusiontree.config.root import Config
 from fusiontree.utils.environment import expand_path
 from fusiontree.utils.errors import UserError, nearest
 from fusiontree.utils.files import read_text
-from fusiontree.utils.settings import Section
+from fusiontree.utils.settings import Section, explain
 
 
 class _Loader(yaml.SafeLoader):
@@ -223,12 +223,7 @@ def _explain(problem: Any) -> str:
         if elsewhere:
             hint = f"; '{key}' belongs in {min(elsewhere, key=lambda name: name.count('.'))}"
         return f"unknown key '{dotted}'{hint}"
-    if problem["type"] == "missing":
-        return f"'{dotted}' is missing; it has no default"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{dotted}: {message}" if dotted else message
-    return f"'{dotted}' is {problem['input']!r}: {message[0].lower() + message[1:]}"
+    return explain(problem, dotted)
 
 
 def _section_at(parents: Sequence[str]) -> type[Section] | None:

@@ -18,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fusiontree.utils.errors import UserError, nearest
 from fusiontree.utils.files import atomic_write
 
@@ -33,6 +35,11 @@ class ShardDamage(RuntimeError):
     def __init__(self, shard: Path | str, member: str | None, reason: str) -> None:
         super().__init__(f"{shard}{f', member {member}' if member else ''}: {reason}")
         self.shard, self.member, self.reason = str(shard), member, reason
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the smallest dtype that can represent every token id."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fusiontree.config.load import parse_yaml
 from fusiontree.config.packaged import find_file, hint_for
 from fusiontree.utils.errors import UserError, nearest
 from fusiontree.utils.files import read_text
-from fusiontree.utils.settings import PathText, Section, setting
+from fusiontree.utils.settings import PathText, Section, explain, setting
 
 
 class SizeConfig(Section):
@@ -131,9 +131,4 @@ def _explain(problem: Any) -> str:
         section = sections.get(parts[0], StudyConfig)
         known = section.known_keys()
         return f"unknown key '{place}'{nearest(parts[-1], known)}; known are {', '.join(known)}"
-    if problem["type"] == "missing":
-        return f"'{place}' is missing; it has no default"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{place}: {message}" if place else message
-    return f"'{place}' is {problem['input']!r}: {message[0].lower() + message[1:]}"
+    return explain(problem, place)

@@ -149,7 +149,7 @@ def _draw_accuracy(axes: Axes, size: SizeResult, task: str, style: dict[str, dic
         lengths |= found.keys()
         if found:
             axes.plot(list(found), [mean for mean, _ in found.values()], marker="o", label=arm.arm, **style[arm.arm])
-    guessing = chance([run for arm in size.arms for run in arm.runs], task)
+    guessing = chance(size, task)
     axes.axhline(guessing, color=COLORS["mark"], linewidth=1.0, linestyle=":", label=f"chance {guessing:.1%}")
     axes.set(title=size.size, xlabel="tokens per row", ylabel="accuracy", ylim=(-0.03, 1.03), xscale="log")
     if lengths:

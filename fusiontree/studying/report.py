@@ -148,7 +148,7 @@ def _fit_cells(arm: ArmResult) -> tuple[str, ...]:
 def _accuracy_lines(size: SizeResult) -> Iterable[str]:
     by_arm = {arm.arm: accuracy_by_length(arm.runs) for arm in size.arms}
     for task, above in tasks_of(size).items():
-        guessing = chance([run for arm in size.arms for run in arm.runs], task)
+        guessing = chance(size, task)
         if not above:
             yield f"Accuracy on {task}: no arm is above chance ({guessing:.1%}) at any length; it tells none apart."
             yield ""

@@ -136,9 +136,9 @@ def accuracy_by_length(
     }
 
 
-def chance(runs: Sequence[dict[str, Any]], task: str) -> float:
+def chance(size: SizeResult, task: str) -> float:
     """Return the accuracy of guessing in a task: of its records, which all have the same; 0 if none says it."""
-    for run in runs:
+    for run in (run for arm in size.arms for run in arm.runs):
         for record in run.get("evaluation", {}).get(task, []):
             if isinstance(record.get("chance_choice_accuracy"), int | float):
                 return float(record["chance_choice_accuracy"])
@@ -153,7 +153,7 @@ def tasks_of(size: SizeResult) -> dict[str, bool]:
     for arm in size.arms:
         for task, by_length in accuracy_by_length(arm.runs).items():
             best = max(mean for mean, _ in by_length.values())
-            above[task] = above.get(task, False) or best > chance(arm.runs, task) + _ABOVE_CHANCE
+            above[task] = above.get(task, False) or best > chance(size, task) + _ABOVE_CHANCE
     return dict(sorted(above.items()))
 
 

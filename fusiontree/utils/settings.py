@@ -98,6 +98,21 @@ def setting(default: Any = ..., help: str = "", *, unit: str | None = None, **co
     return Field(description=help, json_schema_extra=extra, **constraints)
 
 
+def explain(problem: Any, place: str) -> str:
+    """Return place and value of one of pydantic's problems in a file, but for an unknown key.
+
+    Args:
+        problem: an element of ``ValidationError.errors()``.
+        place: dotted name of the setting; empty for the whole file.
+    """
+    if problem["type"] == "missing":
+        return f"'{place}' is missing; it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{place}: {message}" if place else message
+    return f"'{place}' is {problem['input']!r}: {message[0].lower() + message[1:]}"
+
+
 def check_positive_ranges(section: Section, *names: str) -> None:
     """Check settings that are ranges ``[low, high]`` of positive numbers.
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from fusiontree.data.batch import RowArrays, RowsOfStep
-from fusiontree.data.build.writer import ShardWriter, shard_name, token_dtype
-from fusiontree.data.format import DatasetInfo, ShardInfo, TokenizerInfo, write_dataset
+from fusiontree.data.build.writer import ShardWriter, shard_name
+from fusiontree.data.format import DatasetInfo, ShardInfo, TokenizerInfo, token_dtype, write_dataset
 from fusiontree.data.order import RowPlace
 from fusiontree.data.rows import RowReader
 from fusiontree.data.sources.index import index_bytes, write_index

@@ -21,8 +21,15 @@ from fusiontree.data.build.shard_job import TokenizerChoice
 from fusiontree.data.build.shuffle import ShuffledCorpus
 from fusiontree.data.build.split import plan_split
 from fusiontree.data.build.statistics import merge_statistics
-from fusiontree.data.build.writer import token_dtype
-from fusiontree.data.format import DATASET, TOKENIZER_FILE, DatasetInfo, ShardInfo, TokenizerInfo, write_dataset
+from fusiontree.data.format import (
+    DATASET,
+    TOKENIZER_FILE,
+    DatasetInfo,
+    ShardInfo,
+    TokenizerInfo,
+    token_dtype,
+    write_dataset,
+)
 from fusiontree.data.long_texts import cut_at_lines
 from fusiontree.data.tokenizers import HuggingFaceTokenizer, train_bpe
 from fusiontree.utils.errors import UserError

@@ -18,7 +18,8 @@ import numpy as np
 
 from fusiontree.data.build.corpus import Document
 from fusiontree.data.build.statistics import ShardStatistics
-from fusiontree.data.build.writer import ShardWriter, shard_name, token_dtype
+from fusiontree.data.build.writer import ShardWriter, shard_name
+from fusiontree.data.format import token_dtype
 from fusiontree.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from fusiontree.utils.environment import limit_tokenizer_threads
 from fusiontree.utils.errors import UserError

@@ -19,11 +19,6 @@ from fusiontree.utils.files import fsync_directory
 _BLOCK = 512
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the smallest dtype that can represent every token id."""
-    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
-
-
 def shard_name(number: int) -> str:
     """Return the file name of a dataset's shard."""
     return f"shard-{number:06d}.tar"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fusiontree.data.config import DataConfig, DatasetConfig
-from fusiontree.data.format import TokenizerInfo
+from fusiontree.data.format import TokenizerInfo, token_dtype
 from fusiontree.data.sources.base import TOKEN_SOURCES, TokenSource, TokenSpan, source_options
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.hashing import stable_hash
@@ -58,7 +58,7 @@ class SyntheticSource(TokenSource):
         self.fingerprint = hashlib.sha256(f"synthetic 1 {options.vocab_size} {options.seed}".encode()).hexdigest()
         self.tokenizer = TokenizerInfo("synthetic", "synthetic", options.vocab_size, _END, self.fingerprint)
         self.shard_tokens = [_TOKENS]
-        self._dtype = np.uint16 if options.vocab_size <= 1 << 16 else np.uint32
+        self._dtype = token_dtype(options.vocab_size)
         self._key = stable_hash("synthetic", options.seed)
         ends = np.cumsum(_lengths(options.seed))
         assert ends[-1] > _TOKENS

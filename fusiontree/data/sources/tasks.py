@@ -14,6 +14,7 @@ import torch
 
 from fusiontree.data.answer_rows import AnswerRows, copy_rows, needle_rows, recall_rows
 from fusiontree.data.config import DataConfig, DatasetConfig
+from fusiontree.data.format import token_dtype
 from fusiontree.data.sources.base import TOKEN_SOURCES, TokenSource, TokenSpan, open_source, source_options
 from fusiontree.data.tokenizers import ByteTokenizer
 from fusiontree.utils.errors import UserError
@@ -66,7 +67,7 @@ class TaskSource(TokenSource):
         self.shard_tokens = [_TOKENS // options.length * options.length]
         tokens_A = torch.arange(self.tokenizer.vocab_size)
         self._alphabet_A = tokens_A[tokens_A != self.tokenizer.eos_id]
-        self._dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
+        self._dtype = token_dtype(self.tokenizer.vocab_size)
         for number in range(len(options.tasks)):
             self._document(number)
 
