@@ -67,10 +67,6 @@ NO_EFFECT = frozenset(
 )
 """Keys of a config.json that do not change what a model computes, or are sizes that the weights' shapes show."""
 _HEAD = ("model.head.weight", "lm_head.weight")
-_UNSUPPORTED = ("branch_norm", "branch_mix", "mlp_input", "global_rope")
-"""Settings of which the exported code has the default alone."""
-_LEFT_OUT = ("kernels", *_UNSUPPORTED)
-"""Settings of the machine, and those that are always the default."""
 _MIXERS = ("mamba2", "attention", "gated_delta_net")
 """Mixers of the exported code."""
 
@@ -180,21 +176,9 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
         max_shard_bytes: maximum size of a weight file; a larger tensor gets a separate file.
 
     Raises:
-        UserError: the model has layers of other mixers, or settings, than the exported code.
+        UserError: see :func:`check_mixers`.
     """
-    model_config = stream.source.model_config
-    letters = dict(zip(model_config.pattern, model_config.branches, strict=True))
-    others = sorted(letter for letter, names in letters.items() if not set(names) <= set(_MIXERS))
-    if others:
-        raise UserError(
-            f"the exported code has no mixers of the layers {', '.join(others)}, only {', '.join(_MIXERS)}; convert "
-            f"to safetensors"
-        )
-    for name in _UNSUPPORTED:
-        if getattr(model_config, name) != ModelConfig.model_fields[name].default:
-            raise UserError(
-                f"the exported code does not compute model.{name} {getattr(model_config, name)}; convert to safetensors"
-            )
+    check_mixers(stream.source.model_config)
     names = [name for name in stream.source.entries if name.startswith("model.")]
     shards = plan_shards({name: stream.entry(name) for name in names}, max_shard_bytes)
     weight_map: dict[str, str] = {}
@@ -207,7 +191,7 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
         total = sum(stream.entry(name).nbytes for name in names)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     model = stream.source.model_config.model_dump(mode="json")
-    absent = [name for name in ("letters", "mixers") if model[name] is None]
+    left_out = ["kernels", *(name for name in ("letters", "mixers") if model[name] is None)]
     tokenizer, unused = write_tokenizer(folder, stream.source.files, model["vocab_size"])
     dtype = str(stream.entry("model.embed.weight").dtype).removeprefix("torch.")
     write_json(
@@ -221,13 +205,28 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
             },
             "model_type": "fusiontree",
             "dtype": dtype,
-            **{name: value for name, value in model.items() if name not in _LEFT_OUT and name not in absent},
+            **{name: value for name, value in model.items() if name not in left_out},
             **tokenizer,
         },
     )
     write_json(folder / "generation_config.json", tokenizer | ({"suppress_tokens": unused} if unused else {}))
     for name in CODE:
         shutil.copyfile(Path(hf_model.__file__).parent / name, folder / name)
+
+
+def check_mixers(config: ModelConfig) -> None:
+    """Check that the exported code has the mixers of all layers.
+
+    Raises:
+        UserError: it has not.
+    """
+    letters = dict(zip(config.pattern, config.branches, strict=True))
+    others = sorted(letter for letter, names in letters.items() if not set(names) <= set(_MIXERS))
+    if others:
+        raise UserError(
+            f"the exported code has no mixers of the layers {', '.join(others)}, only {', '.join(_MIXERS)}; convert "
+            f"to safetensors"
+        )
 
 
 def plan_shards(entries: dict[str, Entry], max_bytes: int) -> list[list[str]]:

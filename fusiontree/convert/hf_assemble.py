@@ -26,11 +26,11 @@ COPIED = {
     "fusiontree.ops.attention.sdpa": ("sdpa",),
     "fusiontree.ops.gate.reference": ("mix",),
     "fusiontree.models.srte": ("sincos_encoding",),
-    "fusiontree.models.gate": ("Alignment", "FusionGate"),
+    "fusiontree.models.gate": ("Alignment", "BranchNorm", "FusionGate"),
     "fusiontree.models.block": ("MLP",),
 }
 """Definitions that the shell uses, per module."""
-REFERENCES = ("gelu_product", "add_product")
+REFERENCES = ("rms_norm", "gelu_product", "add_product")
 """Operations of which the formula in their module ``reference`` is copied."""
 BEGIN = "# ---- Copied by python -m fusiontree.convert.hf_assemble; change the named modules instead. ----\n"
 END = "# ---- End of the copied definitions. ----\n"

@@ -41,9 +41,10 @@ class Alignment(nn.Module):
 class BranchNorm(nn.Module):
     """RMS norm of each branch's output separately, with separate weights."""
 
-    def __init__(self, branches: int, hidden_size: int, eps: float, backend: str) -> None:
+    def __init__(self, branches: int, hidden_size: int, eps: float, backend: str = "auto") -> None:
         super().__init__()
-        self.branches, self.eps, self.backend = branches, eps, backend
+        self.branches, self.eps = branches, eps
+        self.backend = backend
         self.weight = nn.Parameter(torch.empty(branches * hidden_size))
 
     def forward(self, outputs_BSC: Tensor) -> Tensor:

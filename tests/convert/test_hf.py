@@ -24,7 +24,7 @@ from fusiontree.models.model import FusionTreeModel
 from tests.convert.checkpoints import all_tensors, convert, training_run
 from tests.convert.test_tool import refused
 from tests.helpers import tiny_model
-from tests.models.variants import EXPORTED_VARIANTS
+from tests.models.variants import VARIANTS
 
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8], [3] * 12]
 NEW = 20
@@ -101,7 +101,7 @@ def their_model(ours: FusionTreeModel) -> Any:
 def test_exports_equal_ours_where_only_transformers_and_torch_are(tmp_path: Path):
     folders, expected = {}, {}
     ids_BS, mask_BS = pad_left(PROMPTS)
-    for number, (name, variant) in enumerate(EXPORTED_VARIANTS.items()):
+    for number, (name, variant) in enumerate(VARIANTS.items()):
         run, folder = tmp_path / f"run{number}", tmp_path / f"hf{number}"
         model = training_run(run, **variant)
         convert(run, folder, "--to", "hf", "--max-shard-size", "40KB" if number % 2 else "1GB")
@@ -327,16 +327,3 @@ def test_keys_of_a_config_that_no_model_computes_are_refused(tmp_path: Path, cap
     values = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(values | {"rope_scaling": {"type": "linear", "factor": 2}}))
     assert "rope_scaling" in refused(capsys, tmp_path / "hf", tmp_path / "again", "--to", "dcp")
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("branch_norm", True), ("branch_mix", "mean"), ("mlp_input", "residual"), ("global_rope", False)],
-)
-def test_settings_that_the_exported_code_lacks_are_refused(
-    name: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    training_run(tmp_path / "run", **{name: value})
-    said = refused(capsys, tmp_path / "run", tmp_path / "hf", "--to", "hf")
-    assert f"does not compute model.{name} {value}; convert to safetensors" in said
-    assert not (tmp_path / "hf").exists()

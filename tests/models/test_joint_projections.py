@@ -11,7 +11,7 @@ from torch import Tensor
 from fusiontree.ops.documents import Documents
 from fusiontree.parallel.activation_checkpointing import checkpoint_activations, fuse_projections
 from tests.helpers import tiny_model
-from tests.models.variants import EXPORTED_VARIANTS
+from tests.models.variants import VARIANTS
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sum": {"branch_mix": "sum", "layer_pattern": "FMA"},
     "concatenation": {"branch_mix": "concat", "layer_pattern": "FMA"},
     "residual sum": {"branch_mix": "sum", "mlp_input": "residual", "use_alignment": False, "layer_pattern": "FMA"},
-    **{name: EXPORTED_VARIANTS[name] for name in ("learned time encoding", "Gated DeltaNet")},
+    **{name: VARIANTS[name] for name in ("learned time encoding", "Gated DeltaNet")},
 }
 
 

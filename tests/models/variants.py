@@ -6,7 +6,18 @@ from typing import Any
 
 PATTERNS = ["FF", "MM", "AA", "FMAF", "MAF"]
 
-EXPORTED_VARIANTS: dict[str, dict[str, Any]] = {
+LLAMA: dict[str, Any] = {
+    "layer_pattern": "AA",
+    "global_heads": 4,
+    "branch_mix": "sum",
+    "mlp_input": "residual",
+    "mlp_activation": "swiglu",
+    "use_alignment": False,
+    "srte_encoding": "none",
+}
+"""A plain Llama: attention and MLP in turn."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
     **{f"pattern {pattern}": {"layer_pattern": pattern} for pattern in PATTERNS},
     "window longer than the text": {"layer_pattern": "FA", "window_size": 60},
     "window of one": {"layer_pattern": "FA", "window_size": 1},
@@ -40,22 +51,6 @@ EXPORTED_VARIANTS: dict[str, dict[str, Any]] = {
         "mixers": {"gated_delta_net": {"key_dim": 4, "value_dim": 8, "chunk_size": 5, "A_init_range": [0.01, 0.02]}},
     },
     "swiglu, tied head": {"mlp_activation": "swiglu", "tie_word_embeddings": True},
-}
-"""Those that the code of a Hugging Face folder computes."""
-
-LLAMA: dict[str, Any] = {
-    "layer_pattern": "AA",
-    "global_heads": 4,
-    "branch_mix": "sum",
-    "mlp_input": "residual",
-    "mlp_activation": "swiglu",
-    "use_alignment": False,
-    "srte_encoding": "none",
-}
-"""A plain Llama: attention and MLP in turn."""
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    **EXPORTED_VARIANTS,
     "gate over normalized branches": {"branch_norm": True, "layer_pattern": "FMA"},
     "mean of normalized branches": {"branch_norm": True, "branch_mix": "mean", "layer_pattern": "FMA"},
     "concatenated branches": {"branch_mix": "concat", "layer_pattern": "FMA"},

@@ -39,9 +39,13 @@ class FusionTreeConfig(PretrainedConfig):
         window_size_last: int | None = None,
         max_position_embeddings: int = 32768,
         rope_theta: float = 500000.0,
+        global_rope: bool = True,
         srte_encoding: str = "sincos",
         gate_rank: int = 256,
         use_alignment: bool = True,
+        branch_norm: bool = False,
+        branch_mix: str = "gate",
+        mlp_input: str = "branches",
         mlp_ratio: float = 2.0,
         mlp_activation: str = "gelu",
         norm_eps: float = 1e-5,
@@ -64,10 +68,11 @@ class FusionTreeConfig(PretrainedConfig):
         self.attention_type = attention_type
         self.window_size_last = window_size_last
         self.max_position_embeddings = max_position_embeddings
-        self.rope_theta = rope_theta
+        self.rope_theta, self.global_rope = rope_theta, global_rope
         self.srte_encoding = srte_encoding
         self.gate_rank = gate_rank
         self.use_alignment = use_alignment
+        self.branch_norm, self.branch_mix, self.mlp_input = branch_norm, branch_mix, mlp_input
         self.mlp_ratio = mlp_ratio
         self.mlp_activation = mlp_activation
         self.norm_eps = norm_eps

@@ -1,7 +1,8 @@
 """FusionTree language model for transformers, in one file of plain PyTorch (no kernels, any device).
 
 Every layer reads the sequence twice in parallel, by a Mamba-2 mixer and by attention whose first heads see a window and
-whose last heads see all earlier tokens; a gate mixes the two outputs per token and channel.
+whose last heads see all earlier tokens; a gate mixes the two outputs per token and channel. The configuration
+can replace the mixers, the gate and the input of the MLP.
 
 Shape legend: B rows, S new tokens, T cached and new tokens, C channels, K key/value heads or taps of a convolution, D
 channels of an attention head, V vocabulary; H heads, G groups of B and C, R heads of a group, P channels of a head and
@@ -383,6 +384,25 @@ class Alignment(nn.Module):
 
 
 # fusiontree.models.gate
+class BranchNorm(nn.Module):
+    """RMS norm of each branch's output separately, with separate weights."""
+
+    def __init__(self, branches: int, hidden_size: int, eps: float, backend: str = "auto") -> None:
+        super().__init__()
+        self.branches, self.eps = branches, eps
+        self.weight = nn.Parameter(torch.empty(branches * hidden_size))
+
+    def forward(self, outputs_BSC: Tensor) -> Tensor:
+        """Normalize the branches' concatenated outputs, ``[B, S, branches * hidden_size]``."""
+        return self._normalized(outputs_BSC, self.weight)
+
+    def _normalized(self, outputs_BSC: Tensor, weight_C: Tensor) -> Tensor:
+        parts = zip(outputs_BSC.chunk(self.branches, dim=-1), weight_C.chunk(self.branches), strict=True)
+        normed = [rms_norm(part_BSC, weight, self.eps) for part_BSC, weight in parts]
+        return torch.cat(normed, dim=-1)
+
+
+# fusiontree.models.gate
 class FusionGate(nn.Module):
     """``W_up tanh(W_down z)``: logits of the first branch's weight g in the mix, for every token and channel.
 
@@ -718,6 +738,7 @@ class LocalGlobalAttention(nn.Module):
     def __init__(self, config: FusionTreeConfig, layer: int) -> None:
         super().__init__()
         self.head_dim, self.window = config.head_dim, config.window_of_layer(layer)
+        self.rotates_global = config.global_rope
         local_heads = config.num_heads - config.global_heads
         local_kv_heads = local_heads * config.num_kv_heads // config.num_heads
         self.heads = [local_heads, config.global_heads]
@@ -740,8 +761,8 @@ class LocalGlobalAttention(nn.Module):
         q_BSHD, k_BSKD, v_BSKD = (
             linear(u_BSC).unflatten(-1, (-1, self.head_dim)) for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
-        queries = apply_rotary(q_BSHD, cos_BSD, sin_BSD).split(self.heads, dim=2)
-        keys = apply_rotary(k_BSKD, cos_BSD, sin_BSD).split(self.kv_heads, dim=2)
+        queries = self._rotated(q_BSHD, self.heads, cos_BSD, sin_BSD)
+        keys = self._rotated(k_BSKD, self.kv_heads, cos_BSD, sin_BSD)
         values = v_BSKD.split(self.kv_heads, dim=2)
         outputs = []
         for name, window, q, k, v in zip(("local", "global"), (self.window, None), queries, keys, values, strict=True):
@@ -757,9 +778,31 @@ class LocalGlobalAttention(nn.Module):
             outputs.append(attend(q, k, v, layout.positions_BS, window))
         return self.o_proj(torch.cat(outputs, dim=2).flatten(2))
 
+    def _rotated(self, x_BSHD: Tensor, heads: list[int], cos_BSD: Tensor, sin_BSD: Tensor) -> tuple[Tensor, ...]:
+        """Return the local and the global of ``heads``, rotated; ``global_rope`` false: the local alone."""
+        if self.rotates_global:
+            return apply_rotary(x_BSHD, cos_BSD, sin_BSD).split(heads, dim=2)
+        local_BSHD, global_BSHD = x_BSHD.split(heads, dim=2)
+        return apply_rotary(local_BSHD, cos_BSD, sin_BSD), global_BSHD
+
+
+class NormedMLP(MLP):
+    """``x + mlp(norm(x))``: the MLP of a transformer."""
+
+    def __init__(self, config: FusionTreeConfig) -> None:
+        super().__init__(config)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        """Return the residual stream after the MLP, ``[B, S, C]``."""
+        return super().forward(self.norm(x_BSC), x_BSC)
+
 
 class FusionTreeBlock(GradientCheckpointingLayer):
-    """One layer. Its letter in ``layer_pattern`` selects sizes and one or two mixers, which read the same input."""
+    """One layer. Its letter in ``layer_pattern`` selects sizes and one or two mixers, which read the same input.
+
+    ``branch_mix`` selects what is made of the mixers' outputs, ``mlp_input`` what the MLP reads.
+    """
 
     def __init__(self, config: FusionTreeConfig, layer: int) -> None:
         super().__init__()
@@ -772,10 +815,14 @@ class FusionTreeBlock(GradientCheckpointingLayer):
             self.delta = GatedDeltaNet(config)
         if "attention" in self.mixers:
             self.attention = LocalGlobalAttention(config, layer)
-        self.align = Alignment(len(self.mixers), hidden) if config.use_alignment else None
-        self.gate = FusionGate(config)
-        self.out_proj = nn.Linear(hidden, hidden, bias=False)
-        self.mlp = MLP(config)
+        branches, self.mix = len(self.mixers), config.branch_mix
+        self.branch_norm = BranchNorm(branches, hidden, config.norm_eps) if config.branch_norm else None
+        self.align = Alignment(branches, hidden) if config.use_alignment else None
+        self.gate = FusionGate(config) if self.mix == "gate" else None
+        self.out_proj: nn.Linear | None = None
+        if self.mix != "sum":
+            self.out_proj = nn.Linear(hidden * (branches if self.mix == "concat" else 1), hidden, bias=False)
+        self.mlp = NormedMLP(config) if config.mlp_input == "residual" else MLP(config)
 
     def forward(
         self,
@@ -796,13 +843,33 @@ class FusionTreeBlock(GradientCheckpointingLayer):
             else:
                 recurrent = self.mamba if mixer == "mamba2" else self.delta
                 outputs.append(recurrent(timed_BSC, layout, cache))
-        ma_BSC = torch.cat(outputs, dim=-1)
+        outputs_BSC = torch.cat(outputs, dim=-1)
+        if self.branch_norm is not None:
+            outputs_BSC = self.branch_norm(outputs_BSC)
+        if isinstance(self.mlp, NormedMLP):
+            return self.mlp(x_BSC + self._mixed(outputs_BSC))
+        z_BSC = self._aligned(outputs_BSC)
+        return x_BSC + self._mixed(outputs_BSC, z_BSC) + self.mlp(z_BSC)
+
+    def _aligned(self, outputs_BSC: Tensor) -> Tensor:
+        """Return the input of gate and MLP, ``[B, S, C]``."""
         if self.align is not None:
-            z_BSC, ma_BSC = self.align(ma_BSC)
-        else:
-            z_BSC = sum(outputs) / 2  # a missing mixer counts as zeros
-        given = "both" if len(outputs) == 2 else "second" if self.mixers == ["attention"] else "first"
-        return x_BSC + self.out_proj(mix(self.gate(z_BSC), ma_BSC, given)) + self.mlp(z_BSC)
+            return self.align(outputs_BSC)[0]
+        return self._sum(outputs_BSC) / 2  # a missing mixer counts as zeros
+
+    def _sum(self, outputs_BSC: Tensor) -> Tensor:
+        first_BSC, *second = outputs_BSC.chunk(len(self.mixers), dim=-1)
+        return first_BSC + second[0] if second else first_BSC
+
+    def _mixed(self, outputs_BSC: Tensor, z_BSC: Tensor | None = None) -> Tensor:
+        """Return what the mixers add to the residual stream, ``[B, S, C]``; ``z``: see :meth:`_aligned`."""
+        if self.out_proj is None:
+            return self._sum(outputs_BSC)
+        if self.gate is not None:
+            logits_BSC = self.gate(self._aligned(outputs_BSC) if z_BSC is None else z_BSC)
+            given = "both" if len(self.mixers) == 2 else "second" if self.mixers == ["attention"] else "first"
+            return self.out_proj(mix(logits_BSC, outputs_BSC, given))
+        return self.out_proj(outputs_BSC if self.mix == "concat" else self._sum(outputs_BSC) / len(self.mixers))
 
 
 class FusionTreeCache:
@@ -866,7 +933,7 @@ class FusionTreePreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.normal_(0.0, std)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, RMSNorm | BranchNorm):
             module.weight.fill_(1.0)
         elif isinstance(module, CausalConv):
             bound = module.weight.shape[1] ** -0.5
