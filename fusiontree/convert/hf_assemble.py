@@ -26,7 +26,7 @@ COPIED = {
     "fusiontree.ops.attention.sdpa": ("sdpa",),
     "fusiontree.ops.gate.reference": ("mix",),
     "fusiontree.models.srte": ("sincos_encoding",),
-    "fusiontree.models.gate": ("Alignment", "BranchNorm", "FusionGate"),
+    "fusiontree.models.gate": ("Alignment", "BranchNorm", "FusionGate", "even_mix"),
     "fusiontree.models.block": ("MLP",),
 }
 """Definitions that the shell uses, per module."""

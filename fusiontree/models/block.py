@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.gate import Alignment, BranchNorm, FusionGate, even_sums
+from fusiontree.models.gate import Alignment, BranchNorm, FusionGate, even_mix, even_sums
 from fusiontree.models.mixers import layer_mixers
 from fusiontree.models.mixers.base import Mixer
 from fusiontree.models.mixers.cache import LayerCache
@@ -274,9 +274,7 @@ class FusionBlock(nn.Module):
             sums = {"gate": gate_B, "entropy": entropy_B, "square": square_B}
         else:
             sums = even_sums(outputs_BSC, channels, padding_mask_BS)
-            mixed_BSC = outputs_BSC
-            if self.mix != "concat" and len(self._branches) == 2:
-                mixed_BSC = recomputed(_sum if self.mix == "sum" else _mean, outputs_BSC)
+            mixed_BSC = even_mix(outputs_BSC, self.mix, len(self._branches))
         return mixed_BSC if self.out_proj is None else self.out_proj(mixed_BSC), sums
 
 
@@ -286,14 +284,6 @@ _MOST_TO_FORK = 1 << 25
 
 def _unchanged(x_BSC: Tensor) -> Tensor:
     return x_BSC
-
-
-def _sum(outputs_BSC: Tensor) -> Tensor:
-    return torch.add(*outputs_BSC.chunk(2, dim=-1))
-
-
-def _mean(outputs_BSC: Tensor) -> Tensor:
-    return _sum(outputs_BSC) / 2
 
 
 _LATER_ATTRIBUTES = (

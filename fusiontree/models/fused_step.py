@@ -1,15 +1,15 @@
 """One decoding step of the whole model in few launches: a layer takes about a dozen instead of about seventy.
 
 Projections that read the same input become one product, whose weights are stored side by side; norms, activations,
-residual additions and the mix of branches are computed inside the products. Parts without such a step (a mixer of
-another kind, another mix of branches) run their ordinary forward. The result is that of ``model(tokens_B1,
-cache=cache)``, rounded less often.
+residual additions and the gate's mix of branches are computed inside the products. A layer with a mixer that has no
+such step runs its ordinary forward. The result is that of ``model(tokens_B1, cache=cache)``, rounded less often.
 
 Shape legend: B rows, C channels of the model, M outputs of joined projections, V vocabulary.
 """
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from fusiontree.models.block import FusionBlock, NormedMLP
 from fusiontree.models.cache import DecodeCache
+from fusiontree.models.cuda_graph import recordable
+from fusiontree.models.gate import even_mix
 from fusiontree.models.mixers.base import Mixer, MixerInputs
 from fusiontree.models.mixers.cache import LayerCache
 from fusiontree.models.model import FusionTreeModel
@@ -28,10 +30,15 @@ from fusiontree.ops.rotary import rotary_tables
 from fusiontree.ops.step import Activation, Mix, Norm, Second, Shift, Weight, product
 from fusiontree.utils.cuda_graph import forked, join
 
+log = logging.getLogger(__name__)
+
 
 def prepare(model: FusionTreeModel) -> None:
     """Let recorded decoding steps of ``model`` be fused; see :class:`FusedStep` for what it does to the parameters."""
-    model.fused_step = FusedStep(model)
+    model.fused_step = step = FusedStep(model)
+    whole = [str(layer) for layer, block in enumerate(step.blocks) if not block.fuses_mixers]
+    if whole and recordable(model.embed.weight.device):  # elsewhere no step is recorded
+        log.warning("decoding runs the ordinary forward of layers %s: a mixer has no fused step", ", ".join(whole))
 
 
 class FusedStep:
@@ -59,7 +66,7 @@ class FusedStep:
         follows = False
         for block, kept in zip(self.blocks, cache.layers, strict=True):
             x_BC = block(x_BC, inputs, kept, follows)
-            follows = block.ends_in_product
+            follows = block.fuses_mixers
         norm, head = Norm(model.norm.weight, model.norm.eps), Weight(model.head.weight)
         logits_BV = product(x_BC, head, norm=norm, follows=follows, backend=config.kernels.elementwise)
         cache.advance(layout.counts, 1)
@@ -74,11 +81,8 @@ class FusedBlock:
         self._backend = block.backend
         mixers = [(mixer, mixer.adds_time_encoding) for mixer in block.mixers().values()]
         self.fuses_mixers = all(mixer.step_projections() for mixer, _ in mixers)
-        """Whether all mixers have a step; else the block's forward is called."""
-        self.fuses_mix = block.gate is not None and block.branch_norm is None and block.out_proj is not None
-        """Whether gate, output projection and MLP are fused; else :meth:`FusionBlock.combine` is called."""
-        self.ends_in_product = self.fuses_mixers and self.fuses_mix
-        """Whether a product, which lets its successor start early, is the last launch."""
+        """Whether all mixers have a step. Its last launch is a product, which lets its successor start early. Else the
+        block's forward is called."""
         if not self.fuses_mixers:
             return
         # Mixers that read the time encoding come first, because a product adds it for its first outputs.
@@ -89,22 +93,22 @@ class FusedBlock:
         self._projections = join_weights(*(m for mixer, _, _ in self._order for m in mixer.step_projections()))
         self._outputs = {mixer: weight_of(mixer.step_output()) for mixer, _ in mixers}
         self._names = {mixer: name for name, mixer in block.mixers().items()}
-        if self.fuses_mix:
-            self._join_mix()
+        self._join_mix()
 
     def _join_mix(self) -> None:
         block, mlp = self._block, self._block.mlp
-        assert block.gate is not None and block.out_proj is not None
         ups = [mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]
         self._activation: Activation = "gelu" if mlp.gate is None else "swiglu"
         self._residual = isinstance(mlp, NormedMLP)
         if block.align is not None:
             self._align_up = join_weights(block.align.up, block.align.skip)
             self._align_down = weight_of(block.align.down)
-        self._gate_down = weight_of(block.gate.down) if self._residual else join_weights(block.gate.down, *ups)
+        downs = [] if block.gate is None else [block.gate.down]
+        self._rank = sum(map(_outputs, downs))
+        self._gate_up = None if block.gate is None else weight_of(block.gate.up)
+        self._gate_down = join_weights(*downs, *([] if self._residual else ups)) if block.reads_alignment else None
         self._mlp_up = join_weights(*ups) if self._residual else None
-        self._rank = _outputs(block.gate.down)
-        self._gate_up, self._out = weight_of(block.gate.up), weight_of(block.out_proj)
+        self._out = None if block.out_proj is None else weight_of(block.out_proj)
         self._mlp_down = weight_of(mlp.down)
 
     def __call__(self, x_BC: Tensor, inputs: BlockInputs, cache: LayerCache, follows: bool = False) -> Tensor:
@@ -113,8 +117,8 @@ class FusedBlock:
         if not self.fuses_mixers:
             return block(x_BC[:, None], inputs, None, cache)[0][:, 0]
         outputs_BC = self._branches(x_BC, inputs, cache, follows)
-        if not self.fuses_mix:
-            return block.combine(x_BC[:, None], outputs_BC[:, None])[0][:, 0]
+        if block.branch_norm is not None:
+            outputs_BC = block.branch_norm(outputs_BC[:, None])[:, 0]
         return self._combine(x_BC, outputs_BC)
 
     def _branches(self, x_BC: Tensor, inputs: BlockInputs, cache: LayerCache, follows: bool) -> Tensor:
@@ -143,32 +147,42 @@ class FusedBlock:
         return outputs_BC
 
     def _combine(self, x_BC: Tensor, outputs_BC: Tensor) -> Tensor:
-        """Compute :meth:`FusionBlock.combine` of blocks with a gate."""
-        block, backend, channels = self._block, self._backend, x_BC.shape[1]
-        if block.align is not None:
-            # No early start: the branches' streams join ahead of it.
-            both_BM = product(outputs_BC, self._align_up, backend=backend)
-            z_BC = product(
-                both_BM[:, :channels],
-                self._align_down,
-                activation="gelu",
-                add_BN=both_BM[:, channels:],
-                follows=True,
-                backend=backend,
-            )
+        """Compute :meth:`FusionBlock.combine` of outputs that are normalized if the block does so."""
+        block, backend = self._block, self._backend
+        down_BM = outputs_BC
+        if self._gate_down is not None:
+            z_BC = self._aligned(outputs_BC)
+            down_BM = product(z_BC, self._gate_down, follows=block.align is not None, backend=backend)
+        if self._gate_up is not None:
+            mix, down_BR = Mix(outputs_BC, block.given_branches), down_BM[:, : self._rank]
+            mixed_BC = product(down_BR, self._gate_up, activation="tanh", mixed=mix, follows=True, backend=backend)
         else:
-            z_BC, _ = block._aligned(outputs_BC)
-        chained: dict[str, Any] = {"follows": True, "backend": backend}
-        down_BM = product(z_BC, self._gate_down, follows=block.align is not None, backend=backend)
-        mix = Mix(outputs_BC, block.given_branches)
-        mixed_BC = product(down_BM[:, : self._rank], self._gate_up, activation="tanh", mixed=mix, **chained)
+            mixed_BC = even_mix(outputs_BC, block.mix, len(block.mixers()))
+        output: dict[str, Any] = {"add_BN": x_BC, "follows": self._gate_up is not None, "backend": backend}
         if self._mlp_up is None:
-            second = Second(down_BM[:, self._rank :], self._mlp_down, self._activation)
-            return product(mixed_BC, self._out, second=second, add_BN=x_BC, **chained)
-        x_BC = product(mixed_BC, self._out, add_BN=x_BC, **chained)
+            up_BM = down_BM[:, self._rank :]
+            if self._out is None:
+                return self._add_mlp(x_BC + mixed_BC, up_BM, follows=False)
+            return product(mixed_BC, self._out, second=Second(up_BM, self._mlp_down, self._activation), **output)
+        x_BC = x_BC + mixed_BC if self._out is None else product(mixed_BC, self._out, **output)
         norm = Norm(block.mlp.norm.weight, block.mlp.norm.eps)  # type: ignore[union-attr, arg-type]
-        up_BM = product(x_BC, self._mlp_up, norm=norm, **chained)
-        return product(up_BM, self._mlp_down, activation=self._activation, add_BN=x_BC, **chained)
+        up_BM = product(x_BC, self._mlp_up, norm=norm, follows=self._out is not None, backend=backend)
+        return self._add_mlp(x_BC, up_BM, follows=True)
+
+    def _aligned(self, outputs_BC: Tensor) -> Tensor:
+        """Return the input of gate and MLP, ``[B, C]``."""
+        block, backend = self._block, self._backend
+        if block.align is None:
+            return block._aligned(outputs_BC)[0]
+        # No early start: the branches' streams join ahead of it.
+        both_BM = product(outputs_BC, self._align_up, backend=backend)
+        inner_BC, skip_BC = both_BM.chunk(2, dim=-1)
+        return product(inner_BC, self._align_down, activation="gelu", add_BN=skip_BC, follows=True, backend=backend)
+
+    def _add_mlp(self, x_BC: Tensor, up_BM: Tensor, follows: bool) -> Tensor:
+        """Return ``x`` plus the MLP's result from its inner values ahead of the activation."""
+        chosen: dict[str, Any] = {"activation": self._activation, "follows": follows, "backend": self._backend}
+        return product(up_BM, self._mlp_down, add_BN=x_BC, **chosen)
 
 
 def weight_of(module: nn.Module) -> Weight:

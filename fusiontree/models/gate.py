@@ -57,6 +57,22 @@ class BranchNorm(nn.Module):
         return torch.cat(normed, dim=-1)
 
 
+def even_mix(outputs_BSC: Tensor, mix: str, branches: int) -> Tensor:
+    """Return the ``mix`` of a block without a gate, a mean, sum or concatenation, from the concatenated outputs."""
+    if mix == "concat" or branches == 1:
+        return outputs_BSC
+    formula = _sum if mix == "sum" else _mean
+    return recomputed(formula, outputs_BSC)
+
+
+def _sum(outputs_BSC: Tensor) -> Tensor:
+    return torch.add(*outputs_BSC.chunk(2, dim=-1))
+
+
+def _mean(outputs_BSC: Tensor) -> Tensor:
+    return _sum(outputs_BSC) / 2
+
+
 def even_sums(outputs_BSC: Tensor, channels: int, counted_BS: Tensor | None) -> dict[str, Tensor]:
     """Return the statistics of a block without a gate: those of gates that are 0.5 everywhere, ``[B]`` in fp32.
 

@@ -70,13 +70,17 @@ def test_steps_of_a_fixed_cache_equal_the_full_forward(kind, how, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_mixer_without_a_step_runs_its_blocks_forward(monkeypatch):
+def test_a_mixer_without_a_step_runs_its_blocks_forward(monkeypatch, caplog):
     model = tiny_model(layer_pattern="FMA")
     cache, following_BS = filled(model)
     want = expected(model, following_BS)
     monkeypatch.setattr("fusiontree.models.mixers.mamba2.Mamba2Mixer.step_projections", lambda mixer: ())
     cache.fix(cache.columns + 1)
     prepare(model)
+    assert not caplog.records  # no step is recorded on this device
+    monkeypatch.setattr("fusiontree.models.fused_step.recordable", lambda device: True)
+    prepare(model)
+    assert "ordinary forward of layers 0, 1: a mixer has no fused step" in caplog.text
     assert [block.fuses_mixers for block in model.fused_step.blocks] == [False, False, True]
     torch.testing.assert_close(model.fused_step(following_BS[:, :1], cache), want[:, 0], atol=1e-4, rtol=0)
 
@@ -93,7 +97,7 @@ def test_a_fused_step_shares_the_models_memory_and_leaves_its_values():
     again = FusedStep(model)  # copies nothing
     for old, new in zip(step.blocks, again.blocks, strict=True):
         assert old._projections.values_NK.data_ptr() == new._projections.values_NK.data_ptr()
-    assert [block.fuses_mixers and block.fuses_mix for block in step.blocks] == [True] * 3
+    assert [block.fuses_mixers for block in step.blocks] == [True] * 3
 
 
 @pytest.mark.parametrize("window", [4, 60])

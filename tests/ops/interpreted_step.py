@@ -24,7 +24,10 @@ KINDS = {
     "ragged prompts": {"layer_pattern": "FMA", "window_size": 5},
     **{
         name: VARIANTS[name]
-        for name in ("no local heads", "limited steps", "swiglu, tied head", "global heads without rotation")
+        for name in (
+            *("no local heads", "limited steps", "swiglu, tied head", "global heads without rotation"),
+            *("mean of normalized branches", "concatenated branches", "sum and MLP in turn"),
+        )
     },
 }  # fmt: skip
 

@@ -421,6 +421,25 @@ class FusionGate(nn.Module):
         return self.up(torch.tanh(self.down(z_BSC) if down_BSR is None else down_BSR))
 
 
+# fusiontree.models.gate
+def _sum(outputs_BSC: Tensor) -> Tensor:
+    return torch.add(*outputs_BSC.chunk(2, dim=-1))
+
+
+# fusiontree.models.gate
+def _mean(outputs_BSC: Tensor) -> Tensor:
+    return _sum(outputs_BSC) / 2
+
+
+# fusiontree.models.gate
+def even_mix(outputs_BSC: Tensor, mix: str, branches: int) -> Tensor:
+    """Return the ``mix`` of a block without a gate, a mean, sum or concatenation, from the concatenated outputs."""
+    if mix == "concat" or branches == 1:
+        return outputs_BSC
+    formula = _sum if mix == "sum" else _mean
+    return formula(outputs_BSC)
+
+
 # fusiontree.models.block
 def _swiglu(gate_BSC: Tensor, up_BSC: Tensor) -> Tensor:
     return F.silu(gate_BSC) * up_BSC
@@ -855,21 +874,17 @@ class FusionTreeBlock(GradientCheckpointingLayer):
         """Return the input of gate and MLP, ``[B, S, C]``."""
         if self.align is not None:
             return self.align(outputs_BSC)[0]
-        return self._sum(outputs_BSC) / 2  # a missing mixer counts as zeros
-
-    def _sum(self, outputs_BSC: Tensor) -> Tensor:
-        first_BSC, *second = outputs_BSC.chunk(len(self.mixers), dim=-1)
-        return first_BSC + second[0] if second else first_BSC
+        return even_mix(outputs_BSC, "sum", len(self.mixers)) / 2  # a missing mixer counts as zeros
 
     def _mixed(self, outputs_BSC: Tensor, z_BSC: Tensor | None = None) -> Tensor:
         """Return what the mixers add to the residual stream, ``[B, S, C]``; ``z``: see :meth:`_aligned`."""
-        if self.out_proj is None:
-            return self._sum(outputs_BSC)
         if self.gate is not None:
             logits_BSC = self.gate(self._aligned(outputs_BSC) if z_BSC is None else z_BSC)
             given = "both" if len(self.mixers) == 2 else "second" if self.mixers == ["attention"] else "first"
-            return self.out_proj(mix(logits_BSC, outputs_BSC, given))
-        return self.out_proj(outputs_BSC if self.mix == "concat" else self._sum(outputs_BSC) / len(self.mixers))
+            mixed_BSC = mix(logits_BSC, outputs_BSC, given)
+        else:
+            mixed_BSC = even_mix(outputs_BSC, self.mix, len(self.mixers))
+        return mixed_BSC if self.out_proj is None else self.out_proj(mixed_BSC)
 
 
 class FusionTreeCache:
