@@ -157,8 +157,10 @@ def test_what_transformers_saves_again_is_read(tmp_path: Path):
     assert all(torch.equal(tensors[f"model.{name}"], value) for name, value in ours.named_parameters())
 
 
-def test_loss_and_gradients_equal_ours_with_and_without_gradient_checkpointing():
-    ours = tiny_model(layer_pattern="FMA", attention_type="pyramidal", window_size=2, window_size_last=9)
+@pytest.mark.parametrize("block", ["pattern FMAF", "sum and MLP in turn", "mean of normalized branches"])
+def test_loss_and_gradients_equal_ours_with_and_without_gradient_checkpointing(block: str):
+    variant = {**VARIANTS[block], "attention_type": "pyramidal", "window_size": 2, "window_size_last": 9}
+    ours = tiny_model(**variant)
     ids_BS = torch.randint(0, 64, (2, 21), generator=torch.Generator().manual_seed(2))
     labels_BS = torch.cat([ids_BS[:, 1:], torch.full((2, 1), -100)], dim=1)
     (ours(ids_BS, labels_BS=labels_BS).loss_sum / 40).backward()

@@ -20,6 +20,7 @@ from fusiontree.ops.attention import cached_attention, decode_attention, key_bia
 from fusiontree.ops.conv import causal_conv1d
 from fusiontree.ops.ssd.reference import ssd_step
 from tests.helpers import tiny_model
+from tests.models.variants import VARIANTS
 from tests.ops.sequential_scan import ssd_sequential
 
 pytestmark = [
@@ -44,6 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "window_size": 32,
         "mamba": {"head_dim": 64, "d_state": 64, "n_groups": 2, "norm_groups": 2, "chunk_size": 64},
     },
+    **{name: VARIANTS[name] for name in ("mean of normalized branches", "sum and MLP in turn")},
 }
 
 
@@ -55,7 +57,7 @@ def both(model: Any, **arguments: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize(("kind", "how"), list(zip(MODELS, ("greedy", "drawn", "greedy", "drawn"), strict=True)))
+@pytest.mark.parametrize(("kind", "how"), list(zip(MODELS, ("greedy", "drawn") * 3, strict=True)))
 def test_graphs_draw_the_tokens_of_eager_steps(kind: str, how: str, fused: bool) -> None:
     model = tiny_model(**MODELS[kind]).cuda()
     if fused:
