@@ -238,7 +238,7 @@ def _check_same_study(known: dict[str, Any], part: dict[str, Any]) -> None:
         for size in known["study"]["sizes"].keys() & part["study"]["sizes"].keys():
             pairs.append((f"sizes.{size} of arm {arm}", *(setup.get("sizes", {}).get(size) for setup in (one, other))))
     of_arm = {(run["size"], run["arm"]): run for run in known["runs"]}
-    for run in part["runs"]:
+    for run in (run for run in part["runs"] if run["state"] != "waiting"):  # one that never began measured nothing
         if (same := of_arm.get((run["size"], run["arm"]))) is not None:
             names = ("parameters", "steps", "tokens", "flops_per_token")
             pairs += [(f"{name} of {run['size']}/{run['arm']}", same[name], run[name]) for name in names]

@@ -11,9 +11,12 @@ import torch
 import yaml
 
 from fusiontree.study import _outcome, main
-from fusiontree.studying.results import collect
+from fusiontree.studying.results import collect, merged
 from tests.studying.test_runs import BASE
 from tests.studying.test_study import started, workers
+
+_CURVE = {name: [] for name in ("tokens", "seconds", "loss", "validation_tokens", "validation_loss")}
+FINISHED = {"state": "finished", "trained": True, "final_loss": 2.0, "curve": _CURVE | {"tokens_per_s": None}}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +91,8 @@ def test_results_of_another_budget_are_refused_before_the_training(
     results = collect(first.study, first.runs(), first.folder, first.is_finished, {})
     for run in results["runs"]:
         run["steps"] += 1
+    merged([collect(first.study, first.runs(), first.folder, first.is_finished, {}), results])  # none has begun
+    results["runs"][0] |= FINISHED
     known, file = tmp_path / "results.json", tmp_path / "study.yaml"
     known.write_text(json.dumps(results))
     file.write_text(yaml.safe_dump(BASE))
@@ -101,8 +106,7 @@ def test_a_dry_run_lists_what_other_machines_have_finished(tmp_path: Path, capsy
     first = workers(tmp_path / "first", [])
     results = collect(first.study, first.runs(), first.folder, first.is_finished, {})
     done = next(run for run in results["runs"] if run["arm"] == "mean")
-    empty = {name: [] for name in ("tokens", "seconds", "loss", "validation_tokens", "validation_loss")}
-    done |= {"state": "finished", "trained": True, "final_loss": 2.0, "curve": empty | {"tokens_per_s": None}}
+    done |= FINISHED
     known, file = tmp_path / "results.json", tmp_path / "study.yaml"
     known.write_text(json.dumps(results))
     file.write_text(yaml.safe_dump(BASE))
