@@ -75,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.report:
         from fusiontree.studying.report import write_report
-        from fusiontree.studying.results import RESULTS, merged, read_results
-        from fusiontree.utils.files import write_json
+        from fusiontree.studying.results import RESULTS, merged, read_results, write_results
 
         for given, value in (("FILE", args.study), ("--known", args.known), ("--only", args.only)):
             if value:
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         results = merged([read_results(path) for path in args.report])
         args.out.mkdir(parents=True, exist_ok=True)
         if len(args.report) > 1:
-            write_json(args.out / RESULTS, results, indent=0)
+            write_results(args.out / RESULTS, results)
         print(write_report(results, args.out, pictures=not args.no_pictures))
         return 0
     if not args.study:
@@ -107,9 +106,8 @@ def run(args: argparse.Namespace) -> int:
 def run_study(args: argparse.Namespace, study: StudyConfig, runs: list[Run], only: Callable[[Run], bool]) -> int:
     """Train the selected runs, or list them, and write results and report; return the exit code of :func:`main`."""
     from fusiontree.studying.report import write_report
-    from fusiontree.studying.results import RESULTS, collect, merged, read_results
+    from fusiontree.studying.results import RESULTS, collect, merged, read_results, write_results
     from fusiontree.studying.workers import Workers
-    from fusiontree.utils.files import write_json
 
     slots, gpus = (1, 0) if args.dry_run else _slots(args)
     elsewhere = [read_results(path) for path in args.known]
@@ -133,7 +131,7 @@ def run_study(args: argparse.Namespace, study: StudyConfig, runs: list[Run], onl
     workers.run_all()
     known = workers.runs()
     results = merged([collect(study, known, args.out, workers.is_finished, workers.failed), *elsewhere])
-    write_json(args.out / RESULTS, results, indent=0)
+    write_results(args.out / RESULTS, results)
     print(f"{args.out / RESULTS}\n{write_report(results, args.out, pictures=not args.no_pictures)}")
     for name, reason in workers.failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)

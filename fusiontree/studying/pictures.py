@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7f4f24")
 """Okabe and Ito (2008), with a brown; further arms repeat them with other lines."""
-_LINES = ("-", "--", ":")
+_LINES = ("-", "--", ":", "-.")
 _SHOWN = 0.3
 """Fraction of a run at its start that the loss axis need not show."""
 _CORNER = 8
@@ -35,7 +35,7 @@ def draw(results: dict[str, Any], sizes: list[SizeResult], folder: Path) -> list
     import matplotlib.pyplot as plt
 
     drawn = []
-    style = {arm: _style(number) for number, arm in enumerate(results["study"]["arms"])}
+    style = _styles(results, sizes)
 
     def save(name: str, title: str, columns: int, panel: Any, width: float = 6.4) -> None:
         with plt.rc_context(STYLE):
@@ -77,6 +77,12 @@ def draw(results: dict[str, Any], sizes: list[SizeResult], folder: Path) -> list
         solved = [size for of_task, size in above if of_task == task]
         save(f"{task}.png", f"How well is {task} solved at which length?", len(solved), (accuracies, solved))
     return drawn
+
+
+def _styles(results: dict[str, Any], sizes: list[SizeResult]) -> dict[str, dict[str, Any]]:
+    """Return color and line of each arm that has results, the same in all pictures."""
+    shown = {arm.arm for size in sizes for arm in size.arms}
+    return {arm: _style(number) for number, arm in enumerate(arm for arm in results["study"]["arms"] if arm in shown)}
 
 
 def _style(number: int) -> dict[str, Any]:

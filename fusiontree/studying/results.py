@@ -16,7 +16,7 @@ from fusiontree.studying.runs import Run
 from fusiontree.tracking.curves import smooth
 from fusiontree.tracking.records import read_records
 from fusiontree.utils.errors import UserError
-from fusiontree.utils.files import read_text, write_json
+from fusiontree.utils.files import atomic_write, read_text, write_json
 
 RESULTS, EVALUATION = "results.json", "evaluation.json"
 DONE = "study.json"
@@ -189,6 +189,13 @@ def read_results(path: Path) -> dict[str, Any]:
         message = problem["msg"].removeprefix("Value error, ")
         raise UserError(f"'{file}': {place}{found}{': ' if place else ''}{message}; {_MEND}") from None
     return values
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write a results.json, a line for each run, so that differences of versions show runs."""
+    head = json.dumps({key: value for key, value in results.items() if key != "runs"})
+    with atomic_write(path) as file:
+        file.write(f'{head[:-1]},\n"runs": [\n' + ",\n".join(map(json.dumps, results["runs"])) + "\n]}\n")
 
 
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

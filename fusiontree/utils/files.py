@@ -22,10 +22,10 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, values: Any, indent: int = 1) -> None:
+def write_json(path: Path, values: Any) -> None:
     """Write ``values`` as JSON by :func:`atomic_write`."""
     with atomic_write(path) as file:
-        json.dump(values, file, indent=indent)
+        json.dump(values, file, indent=1)
 
 
 def read_text(path: Path) -> str:

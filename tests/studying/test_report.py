@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fusiontree.studying.pictures import _styles
 from fusiontree.studying.report import write_report
 from fusiontree.studying.results import curve, final_loss, merged, read_results
 from fusiontree.studying.summary import accuracy_by_length, fit_run, summarize
@@ -145,6 +146,14 @@ def test_the_report_and_its_pictures(results: dict[str, Any], tmp_path: Path) ->
         "| `fused` | 50.0% ± 0.0% | 50.0% ± 0.0% |",
     ):
         assert words in text
+
+
+def test_arms_of_a_picture_look_different(results: dict[str, Any]) -> None:
+    arms = list(results["study"]["arms"])
+    others = {f"other_{number}": {"note": ""} for number in range(40)}
+    results["study"]["arms"] = {arms[0]: {"note": ""}, **others, **{arm: {"note": ""} for arm in arms[1:]}}
+    styles = _styles(results, summarize(results))
+    assert list(styles) == arms and len({tuple(style.items()) for style in styles.values()}) == len(arms)
 
 
 def test_runs_that_shared_a_gpu_have_no_speed(results: dict[str, Any], tmp_path: Path) -> None:
