@@ -126,6 +126,7 @@ class FusionBlock(nn.Module):
         self.reads_alignment = config.reads_alignment
         self.gate = FusionGate(config) if config.branch_mix == "gate" else None
         self.mix = config.branch_mix
+        self.sums_branches = config.sums_branches
         self.out_proj: nn.Linear | None = None
         if config.branch_mix != "sum":
             width = hidden * len(classes) if config.branch_mix == "concat" else hidden
@@ -160,7 +161,10 @@ class FusionBlock(nn.Module):
         uses = len(self._branches) if self.gather_tokens is _unchanged else 1
         *normed, x_BSC = self.norm(x_BSC, uses)
         branch_inputs = normed if uses > 1 else [self.gather_tokens(normed[0])] * len(self._branches)
-        outputs_BSC = self.scatter_tokens(self.branches(branch_inputs, inputs, cache))
+        outputs_BSC = self.branches(branch_inputs, inputs, cache)
+        if self.sums_branches and branch_scale_B2 is None and not layer_metrics:
+            outputs_BSC = even_mix(outputs_BSC, self.mix, len(self._branches))  # tensor parallelism sends half as much
+        outputs_BSC = self.scatter_tokens(outputs_BSC)
         return self.combine(x_BSC, outputs_BSC, branch_scale_B2, inputs.mixer.padding_mask_BS, layer_metrics)
 
     def branches(self, branch_inputs: Sequence[Tensor], inputs: BlockInputs, cache: LayerCache | None = None) -> Tensor:
@@ -217,7 +221,8 @@ class FusionBlock(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return ``x + out_proj(mix of outputs) + mlp(aligned outputs)``, and the sums of :meth:`forward`.
 
-        With ``mlp_input`` residual: ``y + mlp(norm(y))`` with ``y = x + out_proj(mix of outputs)``.
+        With ``mlp_input`` residual: ``y + mlp(norm(y))`` with ``y = x + out_proj(mix of outputs)``. ``outputs_BSC`` are
+        those of :meth:`branches`, or already their sum (``sums_branches``).
         """
         branches = len(self._branches)
         metric_sums: dict[str, Tensor] = {}
@@ -274,7 +279,7 @@ class FusionBlock(nn.Module):
             sums = {"gate": gate_B, "entropy": entropy_B, "square": square_B}
         else:
             sums = even_sums(outputs_BSC, channels, padding_mask_BS)
-            mixed_BSC = even_mix(outputs_BSC, self.mix, len(self._branches))
+            mixed_BSC = even_mix(outputs_BSC, self.mix, outputs_BSC.shape[-1] // channels)
         return mixed_BSC if self.out_proj is None else self.out_proj(mixed_BSC), sums
 
 
@@ -287,6 +292,17 @@ def _unchanged(x_BSC: Tensor) -> Tensor:
 
 
 _LATER_ATTRIBUTES = (
-    *("align", "gate", "out_proj", "mlp", "scatter_tokens", "given_branches", "branch_norm", "mix", "reads_alignment"),
+    *(
+        "align",
+        "gate",
+        "out_proj",
+        "mlp",
+        "scatter_tokens",
+        "given_branches",
+        "branch_norm",
+        "mix",
+        "reads_alignment",
+        "sums_branches",
+    ),
 )
 """Attributes that the constructor sets after the mixers; ``hasattr`` does not find them when a mixer is added."""

@@ -161,6 +161,11 @@ class ModelConfig(Section):
         return self.branch_mix == "gate" or self.mlp_input == "branches"
 
     @property
+    def sums_branches(self) -> bool:
+        """Whether nothing but their sum is read of the branches, if none is dropped and none measured."""
+        return self.branch_mix == "sum" and not self.branch_norm and not self.reads_alignment
+
+    @property
     def attention_head_dim(self) -> int:
         """Channels of one attention head."""
         return self.head_dim or self.hidden_size // self.num_heads

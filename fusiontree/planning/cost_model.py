@@ -247,8 +247,8 @@ def _communication_s(
     seconds = sum(transfer.nbytes * moved(transfer.ranks) / link(transfer.span) for transfer in of_state)
     hidden = model.hidden_size
     if tp > 1:
-        # A block gathers its input and scatters the branches' outputs, forward; the duals backward.
-        branches = sum(len(names) for names in model.branches)
+        # A block gathers its input and scatters the branches' outputs or their sum, forward; the duals backward.
+        branches = sum(1 if model.sums_branches else len(names) for names in model.branches)
         per_token = 2 * (model.num_layers + branches) * hidden * half
         seconds += passes * tokens * per_token * moved(tp) / link(tp)
     if cp > 1:

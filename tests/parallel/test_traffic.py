@@ -22,12 +22,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
     kept: dict[str, list[dict[str, Any]]] = {}
 
     def measure(
-        cp: int, tp: int, seq_len: int = 64, checkpointing: str = "none", engine: str = "fsdp2"
+        cp: int, tp: int, seq_len: int = 64, checkpointing: str = "none", engine: str = "fsdp2", mix: str = "gate"
     ) -> list[dict[str, Any]]:
-        name = f"{engine}-cp{cp}-tp{tp}-{seq_len}-{checkpointing}"
+        name = f"{engine}-cp{cp}-tp{tp}-{seq_len}-{checkpointing}-{mix}"
         if name not in kept:
             output, layout = str(folder / name), [str(n) for n in (1, cp, tp, seq_len)]
-            arguments = ["-m", "tests.parallel.traffic", output, engine, *layout, checkpointing]
+            arguments = ["-m", "tests.parallel.traffic", output, engine, *layout, checkpointing, mix]
             run_ranks(arguments, cp * tp, folder, timeout=200)
             kept[name] = [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(cp * tp)]
         return kept[name]
@@ -40,6 +40,14 @@ def test_a_block_gathers_once_and_scatters_once(measured: Any, engine: str) -> N
     for rank in measured(2, 2, checkpointing="selective", engine=engine):
         tp = {kind: n for kind, n in rank["block_forward"].items() if kind.startswith("tp")}
         assert tp == {"tp all_gather": 1, "tp reduce_scatter": 1}
+
+
+@ENGINES
+def test_summed_branches_are_summed_before_they_are_sent(measured: Any, engine: str) -> None:
+    gate, summed = (measured(1, 2, engine=engine, mix=mix) for mix in ("gate", "sum"))
+    stream = 64 // 2 * MODEL["hidden_size"] * 4  # bytes of the other rank's tokens
+    for rank, other in zip(gate, summed, strict=True):
+        assert rank["block_bytes"] == 3 * stream and other["block_bytes"] == 2 * stream
 
 
 @ENGINES

@@ -1,6 +1,6 @@
 """One rank that measures what a layout sends, holds and computes; each rank writes it down.
 
-``python -m tests.parallel.traffic OUTPUT ENGINE DP CP TP SEQ_LEN CHECKPOINTING``
+``python -m tests.parallel.traffic OUTPUT ENGINE DP CP TP SEQ_LEN CHECKPOINTING MIX``
 """
 
 from __future__ import annotations
@@ -31,6 +31,14 @@ from tests.engines.batches import micro_batch
 from tests.parallel.table import DELTA, MODEL, TRAINING
 
 SHAPE = {"layer_pattern": "FG", "num_layers": 2, "srte_encoding": "sincos", "max_position_embeddings": 4096, **DELTA}
+
+SUMMED = {
+    "branch_mix": "sum",
+    "mlp_input": "residual",
+    "use_alignment": False,
+    "load_balance_coeff": 0.0,
+    "entropy_reg_coeff": 0.0,
+}
 
 
 class Recorder:
@@ -156,12 +164,12 @@ class _CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def measure(engine_name: str, dp: int, cp: int, tp: int, seq_len: int, checkpointing: str) -> dict[str, Any]:
+def measure(engine_name: str, dp: int, cp: int, tp: int, seq_len: int, checkpointing: str, mix: str) -> dict[str, Any]:
     """Return this rank's figures for one micro batch of one row, forward and backward."""
     config = Config.model_validate(
         {
             "run_dir": "unused",
-            "model": {**MODEL, **SHAPE},
+            "model": {**MODEL, **SHAPE, **(SUMMED if mix == "sum" else {})},
             "training": {**TRAINING, "validation": {}, "seq_len": seq_len, "activation_checkpointing": checkpointing},
             "parallel": {"engine": engine_name, "cp": cp, "tp": tp},
             "data": {"train": "unused"},
@@ -177,9 +185,15 @@ def measure(engine_name: str, dp: int, cp: int, tp: int, seq_len: int, checkpoin
             engine = build_engine(config.model, config.parallel, config.training, layout)
             blocks = list(engine.module.layers)  # type: ignore[attr-defined]
             entered: list[dict[str, int]] = []
+            received: list[int] = []
+
+            def note(*_: Any) -> None:
+                entered.append(dict(recorder.calls))
+                received.append(sum(recorder.bytes.values()))
+
             for block in blocks:
-                block.register_forward_pre_hook(lambda *_: entered.append(dict(recorder.calls)))
-                block.register_forward_hook(lambda *_: entered.append(dict(recorder.calls)))
+                block.register_forward_pre_hook(note)
+                block.register_forward_hook(note)
             products = _CountProducts()
             with recorder.recording(), products:
                 out = engine.forward(inputs)
@@ -194,6 +208,7 @@ def measure(engine_name: str, dp: int, cp: int, tp: int, seq_len: int, checkpoin
         first_block = {k: v - entered[0].get(k, 0) for k, v in entered[1].items()}
         return {
             "block_forward": {k: v for k, v in first_block.items() if v},
+            "block_bytes": received[1] - received[0],
             "forward_calls": after_forward,
             "calls": dict(recorder.calls),
             "forward_bytes": forward_bytes,
@@ -214,9 +229,9 @@ def _scan(mixer: Any, length: int, layout: Layout) -> None:
 
 
 def main() -> None:
-    output, engine, *numbers, checkpointing = sys.argv[1:]
+    output, engine, *numbers, checkpointing, mix = sys.argv[1:]
     dp, cp, tp, seq_len = map(int, numbers)
-    figures = measure(engine, dp, cp, tp, seq_len, checkpointing)
+    figures = measure(engine, dp, cp, tp, seq_len, checkpointing, mix)
     with open(f"{output}.{process_place().rank}", "w") as file:
         json.dump(figures, file)
 
