@@ -62,11 +62,13 @@ class LetterSizes(Section):
 class ModelConfig(Section):
     """The hybrid language model."""
 
-    vocab_size: int = setting(50432, "Tokens of the vocabulary; must divide by tp.", unit="tokens", ge=2)
+    vocab_size: int = setting(50432, "Tokens of the vocabulary; a multiple of parallel.tp.", unit="tokens", ge=2)
     hidden_size: int = setting(2048, "Width of the residual stream.", unit="channels", ge=1)
     num_layers: int = setting(16, "Blocks.", ge=1)
     layer_pattern: str | None = setting(
-        None, "One letter per layer: F fused, M Mamba only, A attention only, or of letters. Absent means all F."
+        None,
+        "One letter per layer: F Mamba-2 and attention, M Mamba-2 alone, A attention alone, or one of model.letters. "
+        "Absent means all F.",
     )
     letters: dict[str, list[str]] | None = setting(
         None,

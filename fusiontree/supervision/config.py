@@ -17,7 +17,7 @@ class SupervisionConfig(Section):
         100, "Steps between comparisons of the ranks' speed; a slow one is named in events.jsonl; 0 never.", ge=0
     )
     straggler_factor: float = setting(
-        1.5, "A rank is slow when it takes this many times what the middle rank takes.", gt=1
+        1.5, "A rank is slow when it takes this many times the median time of the ranks.", gt=1
     )
     health_check: Literal["off", "warn", "stop"] = setting(
         "warn",
@@ -25,21 +25,24 @@ class SupervisionConfig(Section):
         "stop the run; warn names slow ranks in events.jsonl, stop also ends the run.",
     )
     max_failed_starts: int = setting(
-        5, "Starts in a row that die without a new checkpoint before the next one refuses; 0 never.", ge=0
+        5, "Starts in a row that may die without a new checkpoint before a start is refused; 0: no limit.", ge=0
     )
     restart_backoff_s: float = setting(
-        10.0, "Wait before a start after two that failed so; doubles with each further one.", unit="seconds", ge=0
+        10.0,
+        "Wait before a start that follows two such failed starts; doubles with each further failure, up to 10 minutes.",
+        unit="seconds",
+        ge=0,
     )
     hang_timeout_s: float = setting(
         110.0,
-        "A step that lasts longer ends the process with its stacks; 0 never. For remote datasets the time is added for "
-        "which reading is retried.",
+        "A step that lasts longer ends the process, and its stacks are written to RUN/hangs; 0: no limit. For remote "
+        "datasets, the time that retries of reading may take is added.",
         unit="seconds",
         ge=0,
     )
     slow_timeout_s: float = setting(
         1800.0,
-        "The same for starting, the first step (kernels compile), validating, evaluating and saving.",
+        "hang_timeout_s for starting, the first step (kernels compile), validating, evaluating and saving.",
         unit="seconds",
         ge=0,
     )

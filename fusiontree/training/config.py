@@ -14,7 +14,7 @@ class ValidationConfig(Section):
     """Loss on ``data.validation`` during training."""
 
     interval: int = setting(0, "Steps between validations; 0 never validates.", unit="steps", ge=0)
-    rows: int = setting(64, "Sequences of seq_len per validation; 0 reads the whole split.", ge=0)
+    rows: int = setting(64, "Rows of seq_len per validation and dataset; 0 reads all.", ge=0)
 
 
 class SpikeConfig(Section):
@@ -23,7 +23,7 @@ class SpikeConfig(Section):
     policy: Literal["off", "skip", "rewind"] = setting(
         "off",
         "On a loss spike: skip leaves the step's gradient out; rewind returns to the newest checkpoint and continues "
-        "with the data behind the spike.",
+        "with the data after the spike.",
     )
     window: int = setting(
         128, "Losses that a new loss is compared with; detection starts with a quarter of them.", unit="steps", ge=8
@@ -37,7 +37,7 @@ class SpikeConfig(Section):
 
 
 class Fp8Config(Section):
-    """Matrix products in FP8: inputs and weights are E4M3, sums fp32, results bf16 (docs/fp8.md)."""
+    """Matrix products in FP8: inputs and weights are E4M3, results bf16 (docs/fp8.md)."""
 
     scaling: Literal["tensor", "row"] = setting(
         "tensor", "One scale per matrix, or one per row of each factor; powers of two, from the current values."
@@ -51,8 +51,8 @@ class Fp8Config(Section):
         "block. The head, the rows of B, C and dt, and the queries, keys, decay and beta of Gated DeltaNet always stay "
         "bf16.",
     )
-    first_bf16_layers: int = setting(0, "Layers, from the first, whose products all stay bf16.", ge=0)
-    last_bf16_layers: int = setting(0, "Layers, to the last, whose products all stay bf16.", ge=0)
+    first_bf16_layers: int = setting(0, "Number of first layers whose products all stay bf16.", ge=0)
+    last_bf16_layers: int = setting(0, "Number of last layers whose products all stay bf16.", ge=0)
 
 
 class TrainingConfig(Section):
@@ -65,7 +65,9 @@ class TrainingConfig(Section):
     global_batch_size: int = setting(
         ..., "Rows of seq_len in one optimizer step, over all ranks; shorter curriculum rows count in proportion.", ge=1
     )
-    micro_batch_size: int = setting(1, "Rows of seq_len one rank computes in one pass; the rest accumulates.", ge=1)
+    micro_batch_size: int = setting(
+        1, "Rows of seq_len that a rank computes at once; gradients of a step's micro-batches accumulate.", ge=1
+    )
     curriculum: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = setting(
         None,
         "Stages [row length, steps] before seq_len is reached, e.g. [[4096, 10000], [8192, 5000]]; the number of "
