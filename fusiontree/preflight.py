@@ -34,9 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--size-mb", type=float, help="size of the reduced tensor (default 256 on GPUs, 4 on CPUs)")
     add("--budget", type=float, default=120, metavar="S", help="begin no new round after S seconds (default 120)")
-    add("--pair-timeout", type=float, default=8, metavar="S", help="of a connection and a collective (default 8)")
-    add("--join-timeout", type=float, default=60, metavar="S", help="a node is lost after S seconds (default 60)")
-    add("--slow-below", type=float, default=0.5, metavar="F", help="share of a sound link's rate (default 0.5)")
+    add("--pair-timeout", type=float, default=8, metavar="S", help="seconds for a connection or collective (default 8)")
+    add("--join-timeout", type=float, default=60, metavar="S", help="seconds to wait for a node (default 60)")
+    slow = "a link below this share of the usual rate is slow (default 0.5)"
+    add("--slow-below", type=float, default=0.5, metavar="F", help=slow)
     add("--device", default="auto", choices=["auto", "cuda", "cpu"])
     add("--output", type=Path, metavar="FILE", help="write the JSON object to this file")
     add("--json", action="store_true", help="print one JSON object instead of a table")

@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RESULTS",
         help="run nothing; write the report of these results.json into --out, with one results.json of all",
     )
-    add("--set", nargs="+", default=[], metavar="section.key=value", help="settings of all runs, over the study's")
+    add("--set", nargs="+", default=[], metavar="section.key=value", help="settings of all runs; replace the study's")
     return parser
 
 

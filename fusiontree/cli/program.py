@@ -90,5 +90,5 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the weights (default auto: bfloat16 on a GPU, float32 on a CPU)",
+        help="type of the weights (default auto: bfloat16 on a GPU, float32 on a CPU)",
     )

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(
         description="Prune a model: measure its parts as 'checkpoint analyze' does, remove the cheapest, and write "
-        "what is left as a new run at step 0. Layers whose branch is removed become M or A; heads and groups go whole.",
+        "what is left as a new run at step 0. Layers whose branch is removed become M or A.",
         allow_abbrev=False,
     )
     add = parser.add_argument

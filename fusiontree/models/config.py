@@ -66,9 +66,7 @@ class ModelConfig(Section):
     hidden_size: int = setting(2048, "Width of the residual stream.", unit="channels", ge=1)
     num_layers: int = setting(16, "Blocks.", ge=1)
     layer_pattern: str | None = setting(
-        None,
-        "One letter per layer: F Mamba-2 and attention, M Mamba-2 alone, A attention alone, or one of model.letters. "
-        "Absent means all F.",
+        None, "One letter per layer: F Mamba-2 and attention, M Mamba-2, A attention, or of letters. Absent: all F."
     )
     letters: dict[str, list[str]] | None = setting(
         None,
