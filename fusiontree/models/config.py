@@ -15,7 +15,6 @@ from fusiontree.utils.settings import Section, check_positive_ranges, setting
 
 LETTERS: dict[str, tuple[str, ...]] = {"F": ("mamba2", "attention"), "M": ("mamba2",), "A": ("attention",)}
 """The mixers of a layer, by its letter in ``layer_pattern``; ``letters`` adds others."""
-_BUILT_IN = LETTERS["F"]
 
 
 class MambaConfig(Section):
@@ -262,7 +261,7 @@ class ModelConfig(Section):
         named = [name for names in letters.values() if isinstance(names, list) for name in names]
         sections = {}
         for name in dict.fromkeys([*given, *named]):
-            section = None if name in _BUILT_IN else mixer_class(name).settings
+            section = None if name in LETTERS["F"] else mixer_class(name).settings
             if section is not None:
                 sections[name] = _validated(section, given.get(name) or {}, f"mixers.{name}")
             elif name in given:
@@ -273,7 +272,7 @@ class ModelConfig(Section):
     def _check(self) -> Self:
         check_model(self, built_in=LETTERS)
         # The sizes of the built-in mixers are checked by then, without torch.
-        for name in dict.fromkeys(name for names in self.branches for name in names if name not in _BUILT_IN):
+        for name in dict.fromkeys(name for names in self.branches for name in names if name not in LETTERS["F"]):
             for problem in mixer_class(name).size_problems(self):
                 raise ValueError(f"mixer {name}: {problem}")
         return self

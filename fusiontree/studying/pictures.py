@@ -22,7 +22,7 @@ _CORNER = 8
 """Names that a legend in a corner of the axes holds."""
 AXES = {
     "tokens": ("loss_tokens.png", "Which arm learns most per token?", "training tokens, millions", 1e6),
-    "flops": ("loss_flops.png", "Which arm learns most per operation?", "training FLOPs, 10$^{15}$", 1e15),
+    "flops": ("loss_flops.png", "Which arm learns most per FLOP?", "training FLOPs, 10$^{15}$", 1e15),
     "seconds": ("loss_time.png", "Which arm learns most per second?", "seconds of training steps", 1.0),
 }
 

@@ -91,7 +91,7 @@ def _size_lines(size: SizeResult, reference: str) -> Iterable[str]:
                 _difference(arm, reference),
             )
         )
-    head = ("arm", "parameters", "MFLOPs per token", "tokens", "FLOPs", "rate", "tokens/s", "final loss")
+    head = ("arm", "parameters", "MFLOPs per token", "tokens", "FLOPs", "learning rate", "tokens/s", "final loss")
     yield from _table((*head, "std", "seeds", f"difference from `{reference}`"), cells)
     yield ""
     if shared:
