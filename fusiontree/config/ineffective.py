@@ -89,7 +89,7 @@ def _model(config: Config) -> Iterator[Rule]:
     yield "gated_delta_net" not in mixers, "model.kernels.gated_delta", "no layer has Gated DeltaNet"
     gate = "model.gate_rank model.use_alignment model.drop_branch_prob model.load_balance_coeff model.entropy_reg_coeff"
     yield all(len(names) == 1 for names in model.branches), gate, "no layer has two branches"
-    yield model.branch_mix != "gate", "model.gate_rank", f"model.branch_mix {model.branch_mix} has no gate"
+    yield not model.has_gate, "model.gate_rank", f"model.branch_mix {model.branch_mix} has no gate"
     yield model.global_heads == 0, "model.global_rope", "there are no global heads"
     yield model.local_heads == 0, "model.window_size model.attention_type", "all heads are global"
     yield (

@@ -124,11 +124,11 @@ class FusionBlock(nn.Module):
             self.branch_norm = BranchNorm(len(classes), hidden, config.norm_eps, config.kernels.elementwise)
         self.align = Alignment(len(classes), hidden, self.backend) if config.use_alignment else None
         self.reads_alignment = config.reads_alignment
-        self.gate = FusionGate(config) if config.branch_mix == "gate" else None
+        self.gate = FusionGate(config) if config.has_gate else None
         self.mix = config.branch_mix
         self.sums_branches = config.sums_branches
         self.out_proj: nn.Linear | None = None
-        if config.branch_mix != "sum":
+        if config.projects_mix:
             width = hidden * len(classes) if config.branch_mix == "concat" else hidden
             self.out_proj = nn.Linear(width, hidden, bias=False)
         self.mlp = NormedMLP(config) if config.mlp_input == "residual" else MLP(config)

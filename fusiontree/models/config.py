@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 
 from fusiontree.models.config_checks import check_model
 from fusiontree.models.mixers import mixer_class
 from fusiontree.ops.config import KernelsConfig
-from fusiontree.utils.errors import nearest
-from fusiontree.utils.settings import Section, check_positive_ranges, setting
+from fusiontree.utils.settings import Section, check_positive_ranges, setting, validated
 
 LETTERS: dict[str, tuple[str, ...]] = {"F": ("mamba2", "attention"), "M": ("mamba2",), "A": ("attention",)}
 """The mixers of a layer, by its letter in ``layer_pattern``; ``letters`` adds others."""
@@ -104,11 +102,11 @@ class ModelConfig(Section):
     gate_rank: int = setting(256, "Rank of the gate's two projections.", ge=1)
     use_alignment: bool = setting(True, "Combine both branches by a learned alignment; false: by their mean.")
     branch_norm: bool = setting(False, "Normalize the output of each branch (RMS norm) before they are combined.")
-    branch_mix: Literal["gate", "mean", "concat", "sum"] = setting(
+    branch_mix: Literal["gate", "gated_sum", "mean", "concat", "sum"] = setting(
         "gate",
         "Combination of the branches that is added to the residual stream: gate weighs each channel by the learned "
-        "gate; mean averages; concat concatenates (these three followed by a projection); sum adds the branches, "
-        "without projection.",
+        "gate; mean averages; concat concatenates (these three followed by a projection); gated_sum weighs by the "
+        "gate, and sum adds the branches, without projection.",
     )
     mlp_input: Literal["branches", "residual"] = setting(
         "branches",
@@ -157,7 +155,17 @@ class ModelConfig(Section):
     @property
     def reads_alignment(self) -> bool:
         """Whether a gate or the MLP reads the combined branches."""
-        return self.branch_mix == "gate" or self.mlp_input == "branches"
+        return self.has_gate or self.mlp_input == "branches"
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether a learned gate weighs the branches."""
+        return self.branch_mix in ("gate", "gated_sum")
+
+    @property
+    def projects_mix(self) -> bool:
+        """Whether the mix passes a projection of the block before it is added to the residual stream."""
+        return self.branch_mix not in ("gated_sum", "sum")
 
     @property
     def sums_branches(self) -> bool:
@@ -263,7 +271,7 @@ class ModelConfig(Section):
         for name in dict.fromkeys([*given, *named]):
             section = None if name in LETTERS["F"] else mixer_class(name).settings
             if section is not None:
-                sections[name] = _validated(section, given.get(name) or {}, f"mixers.{name}")
+                sections[name] = validated(section, given.get(name) or {}, f"mixers.{name}")
             elif name in given:
                 raise ValueError(f"mixers.{name}: mixer {name} has no settings here; remove them")
         return {**values, "mixers": sections} if sections else values
@@ -276,25 +284,3 @@ class ModelConfig(Section):
             for problem in mixer_class(name).size_problems(self):
                 raise ValueError(f"mixer {name}: {problem}")
         return self
-
-
-def _validated(section: type[Section], values: Any, place: str) -> Section:
-    if isinstance(values, section):
-        return values
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        raise ValueError("; ".join(_problems(error, section.known_keys(), place))) from None
-
-
-def _problems(error: ValidationError, known: list[str], place: str) -> Iterable[str]:
-    for problem in error.errors():
-        dotted = ".".join(map(str, (place, *problem["loc"])))
-        if problem["type"] == "extra_forbidden":
-            key = str(problem["loc"][-1])
-            hint = nearest(key, known) or f"; known keys: {', '.join(known)}"
-            yield f"unknown key '{dotted}'{hint}"
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            given = "" if problem["type"] in ("value_error", "missing") else f" is {problem['input']!r}"
-            yield f"{dotted}{given}: {message}"

@@ -95,13 +95,13 @@ def _check_mamba(config: ModelConfig) -> None:
 
 
 def _check_mix(config: ModelConfig) -> None:
-    if config.use_alignment and config.branch_mix != "gate" and config.mlp_input == "residual":
+    if config.use_alignment and not config.has_gate and config.mlp_input == "residual":
         raise ValueError(
             f"use_alignment: branch_mix {config.branch_mix} with mlp_input residual does not read the alignment; set "
             f"use_alignment to false"
         )
     for name in ("load_balance_coeff", "entropy_reg_coeff"):
-        if getattr(config, name) and config.branch_mix != "gate":
+        if getattr(config, name) and not config.has_gate:
             raise ValueError(
                 f"{name} {getattr(config, name)} needs a gate, and branch_mix is {config.branch_mix}; set {name} to 0"
             )

@@ -26,10 +26,10 @@ def matrix_parameters_by_layer(config: ModelConfig) -> list[int]:
 def _matrix_parameters(config: ModelConfig, layer: int) -> int:
     """Return the number of parameters in the matrix products of a layer, whose sizes ``config`` has."""
     hidden, mixers = config.hidden_size, layer_mixers(config, layer)
-    gate = 2 * hidden * config.gate_rank if config.branch_mix == "gate" else 0
+    gate = 2 * hidden * config.gate_rank if config.has_gate else 0
     mlp = (3 if config.mlp_activation == "swiglu" else 2) * hidden * config.mlp_size
     alignment = (2 * len(mixers) + 1) * hidden * hidden if config.use_alignment else 0
-    projection = {"sum": 0, "concat": len(mixers)}.get(config.branch_mix, 1) * hidden * hidden
+    projection = config.projects_mix * (len(mixers) if config.branch_mix == "concat" else 1) * hidden * hidden
     return gate + mlp + alignment + projection + sum(mixer.matrix_parameters(config) for mixer in mixers)
 
 

@@ -33,7 +33,7 @@ def kept_elements(model: ModelConfig, layer: int, mode: str, tp: int) -> float:
     if model.use_alignment:
         products += 3 * between
         rest += between
-    if model.branch_mix == "gate":
+    if model.has_gate:
         products += (model.gate_rank + hidden) / tp
     products += model.mlp_size / tp  # terms only added to the residual are not kept
     rest += hidden + model.mlp_size / tp  # the gathered input of the branches, the MLP's GELU

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fusiontree.utils.environment import expand_path
+from fusiontree.utils.errors import nearest
 
 log = logging.getLogger(__name__)
 
@@ -123,3 +125,30 @@ def check_positive_ranges(section: Section, *names: str) -> None:
         low, high = getattr(section, name)
         if not 0 < low <= high:
             raise ValueError(f"{name} is [{low}, {high}]; it needs 0 < low <= high")
+
+
+def validated(section: type[Section], values: Any, place: str) -> Section:
+    """Return a section of ``values``, which are at ``place`` of the configuration.
+
+    Raises:
+        ValueError: a key is unknown or a value is wrong.
+    """
+    if isinstance(values, section):
+        return values
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("; ".join(_problems(error, section.known_keys(), place))) from None
+
+
+def _problems(error: ValidationError, known: list[str], place: str) -> Iterable[str]:
+    for problem in error.errors():
+        dotted = ".".join(map(str, (place, *problem["loc"])))
+        if problem["type"] == "extra_forbidden":
+            key = str(problem["loc"][-1])
+            hint = nearest(key, known) or f"; known keys: {', '.join(known)}"
+            yield f"unknown key '{dotted}'{hint}"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            given = "" if problem["type"] in ("value_error", "missing") else f" is {problem['input']!r}"
+            yield f"{dotted}{given}: {message}"

@@ -27,9 +27,9 @@ LAYERS: dict[str, Any] = {
 BLOCKS = [
     {"branch_mix": mix, "mlp_input": mlp_input, "branch_norm": norm, "use_alignment": aligned}
     for mix, mlp_input, norm, aligned in product(
-        ("gate", "mean", "concat", "sum"), ("branches", "residual"), (False, True), (False, True)
+        ("gate", "gated_sum", "mean", "concat", "sum"), ("branches", "residual"), (False, True), (False, True)
     )
-    if mix == "gate" or mlp_input == "branches" or not aligned
+    if mix in ("gate", "gated_sum") or mlp_input == "branches" or not aligned
 ]
 """Every combination that a configuration may have."""
 REST = [

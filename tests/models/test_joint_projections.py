@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "norms of branches": {"branch_norm": True},
     "mean": {"use_alignment": False},
     "sum": {"branch_mix": "sum", "layer_pattern": "FMA"},
+    "gated sum": {"branch_mix": "gated_sum", "layer_pattern": "FMA"},
     "concatenation": {"branch_mix": "concat", "layer_pattern": "FMA"},
     "residual sum": {"branch_mix": "sum", "mlp_input": "residual", "use_alignment": False, "layer_pattern": "FMA"},
     **{name: VARIANTS[name] for name in ("learned time encoding", "Gated DeltaNet")},

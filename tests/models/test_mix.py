@@ -33,14 +33,14 @@ def traced(model: FusionTreeModel) -> dict[str, Tensor]:
 @pytest.mark.parametrize("letter", ["F", "A"])
 @pytest.mark.parametrize("branch_norm", [False, True])
 @pytest.mark.parametrize("mlp_input", ["branches", "residual"])
-@pytest.mark.parametrize("branch_mix", ["mean", "concat", "sum"])
+@pytest.mark.parametrize("branch_mix", ["gated_sum", "mean", "concat", "sum"])
 @torch.no_grad()
 def test_the_block_is_its_formula(letter: str, branch_norm: bool, mlp_input: str, branch_mix: str) -> None:
     model = tiny_model(
         layer_pattern=letter, branch_norm=branch_norm, mlp_input=mlp_input, branch_mix=branch_mix, use_alignment=False
     )
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name or "gate" in name:
             parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
     seen, block = traced(model), model.layers[0]
     outputs = [seen[name] for name in block.mixers()]
@@ -52,6 +52,10 @@ def test_the_block_is_its_formula(letter: str, branch_norm: bool, mlp_input: str
         mixed = torch.cat(outputs, -1) @ block.out_proj.weight.T
     elif branch_mix == "mean":
         mixed = sum(outputs) / len(outputs) @ block.out_proj.weight.T
+    elif branch_mix == "gated_sum":
+        gate = torch.sigmoid(torch.tanh(z @ block.gate.down.weight.T) @ block.gate.up.weight.T)
+        weights = (gate, 1 - gate) if letter == "F" else (1 - gate,)
+        mixed = sum(weight * out for weight, out in zip(weights, outputs, strict=True))
     else:
         mixed = sum(outputs)
     x = seen["x"] + mixed
@@ -104,8 +108,9 @@ def test_local_heads_are_rotated_as_before() -> None:
     torch.testing.assert_close(with_rope(IDS_BS).logits_BSV, without(IDS_BS).logits_BSV)
 
 
-def test_initial_values() -> None:
-    model = FusionTreeModel(tiny_config(hidden_size=128, branch_mix="sum", branch_norm=True, num_layers=8))
+@pytest.mark.parametrize("mix", ["gated_sum", "sum"])
+def test_initial_values(mix: str) -> None:
+    model = FusionTreeModel(tiny_config(hidden_size=128, branch_mix=mix, branch_norm=True, num_layers=8))
     initialize_model(model, 0)
     values = dict(model.named_parameters())
     assert torch.equal(values["layers.0.branch_norm.weight"], torch.ones(256))
@@ -120,6 +125,7 @@ def test_initial_values() -> None:
     ("changes", "more"),
     [
         ({"branch_norm": True}, {"none": 64, "selective": 0}),
+        ({"branch_mix": "gated_sum"}, {"none": -32, "selective": 0}),
         ({"branch_mix": "mean"}, {"none": -(8 + 32), "selective": -(8 + 32)}),
         ({"branch_mix": "concat"}, {"none": -(8 + 32) - 32, "selective": -(8 + 32)}),
         ({"mlp_input": "residual"}, {"none": 64, "selective": 32}),

@@ -60,6 +60,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "mlp_input": "residual",
         "use_alignment": False,
     },
+    "gated sum and MLP in turn": {
+        "layer_pattern": "FMA",
+        "branch_mix": "gated_sum",
+        "mlp_input": "residual",
+        "use_alignment": False,
+    },
+    "gated sum": {"branch_mix": "gated_sum", "layer_pattern": "FA"},
     "gate and MLP in turn": {"layer_pattern": "FMA", "mlp_input": "residual"},
     "global heads without rotation": {"global_rope": False, "layer_pattern": "FA"},
     "plain Llama": LLAMA,

@@ -115,6 +115,11 @@ IN_TURN = (
     "model.global_rope=false",
     *NO_GATE,
 )
+GATED_SUM = (
+    "model.branch_mix=gated_sum",
+    "model.mlp_input=residual",
+    "model.use_alignment=false",
+)
 PRUNED = (
     "model.layer_pattern=FpqrF",
     "model.num_layers=5",
@@ -190,6 +195,7 @@ GROUPS: dict[str, list[Cell]] = {
         Cell("ddp", 1, 2, 2, extra=MEAN),
         Cell("zero3", 1, 2, 2, extra=CONCATENATED),
         Cell("fsdp2", 1, 2, 2, "selective", extra=IN_TURN),
+        Cell("zero3", 1, 2, 2, extra=GATED_SUM),
         Cell("fsdp2", 1, 2, 2, "selective", extra=CONCATENATED),
     ],
     "pruned models with a teacher": [

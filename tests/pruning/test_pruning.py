@@ -101,6 +101,7 @@ def test_the_scale_of_the_norm_keeps_the_mean_output() -> None:
         {},
         {"branch_norm": True},
         {"branch_mix": "mean", "branch_norm": True},
+        {"branch_mix": "gated_sum", "mlp_input": "residual", "use_alignment": False},
         {"branch_mix": "concat"},
         {"branch_mix": "sum", "mlp_input": "residual", "use_alignment": False},
         {"use_alignment": False},

@@ -837,9 +837,9 @@ class FusionTreeBlock(GradientCheckpointingLayer):
         branches, self.mix = len(self.mixers), config.branch_mix
         self.branch_norm = BranchNorm(branches, hidden, config.norm_eps) if config.branch_norm else None
         self.align = Alignment(branches, hidden) if config.use_alignment else None
-        self.gate = FusionGate(config) if self.mix == "gate" else None
+        self.gate = FusionGate(config) if self.mix in ("gate", "gated_sum") else None
         self.out_proj: nn.Linear | None = None
-        if self.mix != "sum":
+        if self.mix not in ("gated_sum", "sum"):
             self.out_proj = nn.Linear(hidden * (branches if self.mix == "concat" else 1), hidden, bias=False)
         self.mlp = NormedMLP(config) if config.mlp_input == "residual" else MLP(config)
 

@@ -243,7 +243,7 @@ class GatedDeltaNet(Mixer):
             return drawn_step_bias(shape, sizes.dt_init_range, generator)
         if name in ("conv_v.weight", "conv_qk.weight"):
             return drawn_taps(shape, generator)
-        if name == "out_proj.weight" and config.branch_mix == "sum":
+        if name == "out_proj.weight" and not config.projects_mix:
             std = config.initializer_range / math.sqrt(2 * config.num_layers)
             return torch.empty(shape).normal_(0.0, std, generator=generator)
         return None
