@@ -191,14 +191,13 @@ def peer(name: str, config: ModelConfig, ids_1S: Tensor, device: torch.device, t
         raise UserError(f"peer {name} cannot run here: {lacking}")
     if name == "falcon":
         return peers.decode_falcon(config, ids_1S, device, tokens=tokens)
-    from fusiontree.convert.hf import check_mixers
+    from fusiontree.convert import hf
     from fusiontree.convert.hf_model.configuration_fusiontree import FusionTreeConfig
     from fusiontree.convert.hf_model.modeling_fusiontree import FusionTreeCache, FusionTreeForCausalLM
 
-    check_mixers(config)
-    values = {key: value for key, value in config.model_dump(mode="json").items() if key != "kernels"}
+    hf.check_mixers(config)
     with device:
-        model: Any = FusionTreeForCausalLM(FusionTreeConfig(**values))
+        model: Any = FusionTreeForCausalLM(FusionTreeConfig(**hf.settings(config)))
     model.to(torch.bfloat16).eval()
     torch.cuda.reset_peak_memory_stats()
     cache = FusionTreeCache(config.num_layers, peers.columns_to_decode(ids_1S.shape[1], tokens))

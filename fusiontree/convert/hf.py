@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -190,8 +191,7 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
     if len(shards) > 1:
         total = sum(stream.entry(name).nbytes for name in names)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    model = stream.source.model_config.model_dump(mode="json")
-    left_out = ["kernels", *(name for name in ("letters", "mixers") if model[name] is None)]
+    model = settings(stream.source.model_config)
     tokenizer, unused = write_tokenizer(folder, stream.source.files, model["vocab_size"])
     dtype = str(stream.entry("model.embed.weight").dtype).removeprefix("torch.")
     write_json(
@@ -205,13 +205,20 @@ def write(folder: Path, stream: Stream, *, max_shard_bytes: int) -> None:
             },
             "model_type": "fusiontree",
             "dtype": dtype,
-            **{name: value for name, value in model.items() if name not in left_out},
+            **model,
             **tokenizer,
         },
     )
     write_json(folder / "generation_config.json", tokenizer | ({"suppress_tokens": unused} if unused else {}))
     for name in CODE:
         shutil.copyfile(Path(hf_model.__file__).parent / name, folder / name)
+
+
+def settings(config: ModelConfig) -> dict[str, Any]:
+    """Return the model's settings in a folder's config.json: all but those of the machine and absent mixers."""
+    values = config.model_dump(mode="json")
+    left_out = ["kernels", *(name for name in ("letters", "mixers") if values[name] is None)]
+    return {name: value for name, value in values.items() if name not in left_out}
 
 
 def check_mixers(config: ModelConfig) -> None:
