@@ -85,6 +85,8 @@ class Workers:
         """Name of a failed run -> its last line of output."""
         self.stopping: str | None = None
         """Why no run is started any more."""
+        self._signal: str | None = None
+        """Name of the last signal that asked to stop."""
         self.interrupted = 0
         self.spent = 0.0
         """FLOPs of the steps that this call's finished processes computed."""
@@ -94,12 +96,18 @@ class Workers:
         handlers = {number: signal.signal(number, self._stop_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         said = time.monotonic()
         try:
-            while self._start_jobs() or self.jobs:
+            self._start_jobs()
+            while self.jobs:
                 time.sleep(0.2)
-                for job in [job for job in self.jobs if job.process.poll() is not None]:
+                ended = [job for job in self.jobs if job.process.poll() is not None]
+                for job in ended:
                     self._finish(job)
-                if self.deadline is not None and time.monotonic() > self.deadline:
+                if self._signal is not None:
+                    self.stop(f"signal {self._signal}")
+                elif self.deadline is not None and time.monotonic() > self.deadline:
                     self.stop("the time limit is reached")
+                if ended:  # nothing else lets a run start, and looking for one reads the files of all runs
+                    self._start_jobs()
                 if time.monotonic() - said >= self.every_s:
                     said = time.monotonic()
                     self.say(self.progress())
@@ -185,15 +193,17 @@ class Workers:
         text += f", {short(last['tokens_per_s'] or 0)} tokens/s"
         return text, max(0, last["step"] - job.step_before) * per_step, last["step"] * per_step
 
-    def _start_jobs(self) -> bool:
-        """Fill free slots; return whether a process runs."""
+    def _start_jobs(self) -> None:
+        """Fill free slots."""
         for run in self.runs():
             differs = trained_differently(run, self.folder)
             if differs and self.only(run) and run.name not in self.failed:
                 self.failed[run.name] = differs
         taken = {job.slot for job in self.jobs}
         names = {job.run.name for job in self.jobs}
-        for slot in (slot for slot in range(self.slots) if slot not in taken and self.stopping is None):
+        for slot in (slot for slot in range(self.slots) if slot not in taken):
+            if self.stopping is not None or self._signal is not None:
+                break
             waiting = [
                 run
                 for run in self.runs()
@@ -209,7 +219,6 @@ class Workers:
             run = max(waiting, key=lambda run: (run.searched, run.flops))
             self._start(run, slot)
             names.add(run.name)
-        return bool(self.jobs)
 
     def command(self, run: Run, evaluates: bool) -> list[str]:
         """Return the command line that trains or evaluates a run."""
@@ -266,7 +275,8 @@ class Workers:
             self.say(f"{job.run.name}: FAILED, {self.failed[job.run.name]} (see {job.log.name})")
 
     def _stop_signal(self, number: int, _: object) -> None:
-        self.stop(f"signal {signal.Signals(number).name}")
+        """Note a signal; :meth:`run_all` acts on it when no run is about to start and nothing is being printed."""
+        self._signal = signal.Signals(number).name
 
 
 def _end_with_parent() -> None:
