@@ -26,6 +26,7 @@ from fusiontree.data.format import ShardDamage
 from fusiontree.evaluation.config import EvaluationConfig, evaluation_settings
 from fusiontree.evaluation.lm_eval_command import add_harness_options, harness_tasks, run_harness
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import write_output
 
 if TYPE_CHECKING:
     from fusiontree.parallel.layout import Layout
@@ -103,11 +104,11 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{option} {file}: the folder '{file.parent}' does not exist")
     options = {name: getattr(args, name, None) for name in EvaluationConfig.model_fields}
     given = {name: value for name, value in options.items() if value is not None}
-    evaluation_settings(given)  # errors in the options need no checkpoint
+    settings = evaluation_settings(given)  # errors in the options need no checkpoint
     folder = find_checkpoint(args.checkpoint)
     harness = harness_tasks(args, given)
     if args.check:
-        check_inputs(given)
+        check_inputs(settings)
         print(f"ok: {folder}")
         return 0
     if harness is not None:
@@ -205,20 +206,22 @@ def show(args: argparse.Namespace, values: dict[str, Any]) -> None:
     if not args.json:
         print(table(results), file=sys.stdout if sys.stdout.isatty() else sys.stderr)
     if args.output:
-        args.output.write_text(json.dumps(values, indent=1) + "\n")
+        write_output(args.output, json.dumps(values, indent=1) + "\n")
     if args.plot:
         plot_results(results, args.plot)
 
 
-def check_inputs(given: dict[str, Any]) -> None:
-    """Check that the data named on the command line exist.
+def check_inputs(settings: EvaluationConfig) -> None:
+    """Check that the data named on the command line exist; paths in ``settings`` are expanded.
 
     Raises:
         UserError: a file or folder does not exist.
     """
-    for option, paths in (("--data", [given.get("data")]), ("--text", given.get("text") or [])):
+    from fusiontree.data.sources.remote import is_remote, local_folder
+
+    for option, paths in (("--data", [settings.data]), ("--text", settings.text)):
         for path in paths:
-            if path is not None and "://" not in str(path) and not Path(path).exists():
+            if path is not None and not is_remote(path) and not local_folder(path).exists():
                 raise UserError(f"{option} {path}: there is no such file or folder")
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fusiontree.cli.program import run_program
 from fusiontree.utils.environment import ProcessPlace, fail_on_nccl_timeout, meeting_point, process_place
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import write_output
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     }
     print_report(values, args.json)
     if args.output:
-        args.output.write_text(json.dumps(values, indent=1) + "\n")
+        write_output(args.output, json.dumps(values, indent=1) + "\n")
     time.sleep(1)  # this process holds the store, from which the other ranks still read
     return 1 if values["problems"] else 0
 

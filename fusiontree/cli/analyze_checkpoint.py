@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from fusiontree.cli.program import add_device_options, run_program
 from fusiontree.data.format import ShardDamage
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import write_output
 
 if TYPE_CHECKING:
     from fusiontree.models.config import ModelConfig
@@ -77,7 +78,7 @@ def command(args: argparse.Namespace) -> int:
     else:
         print(tables(analysis, config, args.top))
     if args.output:
-        args.output.write_text(json.dumps(values, indent=1) + "\n")
+        write_output(args.output, json.dumps(values, indent=1) + "\n")
     if args.plot:
         from fusiontree.pruning.pictures import plot_analysis
 

@@ -34,6 +34,7 @@ from fusiontree.parallel.fp8 import MULTIPLE, linear_maps
 from fusiontree.training.config import Fp8Config, TrainingConfig
 from fusiontree.utils.device import choose_device
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import write_output
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def _run(args: argparse.Namespace) -> int:
     for line in table(errors):
         print(line)
     if args.output:
-        args.output.write_text(json.dumps([its._asdict() for its in errors], indent=1))
+        write_output(args.output, json.dumps([its._asdict() for its in errors], indent=1) + "\n")
     return 0
 
 

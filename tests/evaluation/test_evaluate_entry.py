@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import replace
@@ -156,7 +158,10 @@ def test_the_same_seed_gives_the_same_numbers_and_batches_do_not_matter(call):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "needles"], "unknown evaluation task 'needles'; did you mean 'needle'"),
+        (
+            ["--tasks", "copy", "needles"],
+            "--tasks copy needles: unknown evaluation task 'needles'; did you mean 'needle'",
+        ),
         (["--rows", "0"], "--rows 0: .*greater"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--tasks", "text"], "give --text FILE"),
@@ -178,6 +183,27 @@ def test_what_the_user_got_wrong_is_one_error_with_exit_code_2(call, place, argu
     code, out, err = call(*[argument.replace("PLACE", str(place)) for argument in arguments])
     assert (code, out) == (2, "")
     assert re.search(f"error: .*{message}", err.splitlines()[-1])
+
+
+def test_a_check_reads_paths_as_the_evaluation_does(call, place, monkeypatch):
+    monkeypatch.setenv("PLACE", str(place))
+    assert call("--check", "--data", "$PLACE/held_out", "--text", "$PLACE/text.txt")[0] == 0
+    assert call("--check", "--data", f"file://{place}/held_out")[0] == 0
+    assert call("--check", "--data", "pipe:cat {name}")[0] == 0
+    code, _, err = call("--check", "--data", "$PLACE/held_ou")
+    assert code == 2 and f"--data {place}/held_ou: there is no such file or folder" in err
+
+
+def test_a_result_is_written_whole_or_not_at_all(call, tmp_path, monkeypatch):
+    """A study takes the file for a finished evaluation."""
+    arguments = ("--tasks", "copy", "--lengths", "16", "--output", str(tmp_path / "x.json"))
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space left")))
+        with pytest.raises(OSError, match="no space"):
+            call(*arguments)
+    assert not list(tmp_path.iterdir())
+    code, out, _ = call(*arguments)
+    assert code == 0 and json.loads((tmp_path / "x.json").read_text()) == json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("program", ["evaluate", "lm-eval"])
