@@ -61,7 +61,8 @@ def corpus_files(options: CorpusOptions, output: Path | None = None) -> list[Pat
             near = nearest(root.name, (p.name for p in root.parent.iterdir())) if root.parent.is_dir() else ""
             raise UserError(f"input '{root}' does not exist{near}")
     _refuse_overlaps(options.inputs, files)
-    files = [file for file in files if not is_megatron(file.with_suffix(".bin")) or file.suffix != ".idx"]
+    bins = {file for file in files if is_megatron(file)}
+    files = [file for file in files if file.suffix != ".idx" or file.with_suffix(".bin") not in bins]
     if not files:
         patterns = f" matching {list(options.include)}" if options.include else ""
         raise UserError(f"no file{patterns} in {[str(p) for p in options.inputs]}")

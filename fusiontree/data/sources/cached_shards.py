@@ -106,7 +106,7 @@ class CachedShards(ShardSource):
                 continue
             damaged = next(shard.damages(), None)
             shard.close()
-            if damaged is None or attempt > 1:
+            if damaged is None or attempt > 1 or self._retries.attempts == 1:
                 return  # damaged at its origin: keep it, reads then report the damaged documents
             log.warning("%s; fetching it again", damaged)
 
