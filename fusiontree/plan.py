@@ -86,14 +86,13 @@ def run(args: argparse.Namespace) -> int:
     """Estimate and print; return the exit code of :func:`main`.
 
     Raises:
-        UserError: the configuration, the layout or --gpus is wrong.
+        UserError: the configuration, the layout or an option is wrong.
     """
     from fusiontree.planning.advice import days, idle_note, parse_tokens, recommendation
     from fusiontree.planning.cost_model import Hardware, count_parameters, estimate
     from fusiontree.training.teacher import read_teacher
 
-    if args.gpus < 1:
-        raise UserError(f"--gpus {args.gpus}: give at least 1")
+    _check_numbers(args)
     budget = parse_tokens(args.tokens) if args.tokens else None
     config = load_config(args.config, args.overrides)
     check_layout(config.model, config.parallel, config.training, args.gpus)
@@ -138,6 +137,16 @@ def run(args: argparse.Namespace) -> int:
     print(f"{short(parameters)} parameters, {short(tokens)} tokens on {args.gpus} GPUs: configured {in_days} days")
     print(advice)
     return 0 if own["fits"] else 1
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raise UserError if an option's number is not possible."""
+    for option, least in (("gpus", 1), ("gpus_per_node", 1), ("rows", 0)):
+        if getattr(args, option) < least:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: give at least {least}")
+    for option in ("memory_gib", "node_gb_per_s", "network_gb_per_s"):
+        if not getattr(args, option) > 0:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option):g}: give a number above 0")
 
 
 def layout_name(one: dict[str, Any]) -> str:
