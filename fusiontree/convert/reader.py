@@ -224,14 +224,18 @@ def stored_values(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, 
         config: given by the user; takes precedence.
 
     Raises:
-        UserError: neither exists.
+        UserError: neither exists, or what the folder has is damaged.
     """
-    stored: dict[str, Any] = {"config": None, "state": None}
+    stored = state = None
     if (path / COMPANION).is_file():
-        stored = json.loads((path / COMPANION).read_text(encoding="utf-8"))
-    if config is None and stored["config"] is None:
+        try:
+            values = json.loads((path / COMPANION).read_text(encoding="utf-8"))
+            stored, state = values["config"], values["state"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path / COMPANION} cannot be read ({error!r}); copy it again") from error
+    if config is None and stored is None:
         raise UserError(f"{path} does not say which model it holds; give --config FILE with the run's configuration")
-    return config or stored["config"], stored["state"]
+    return config or stored, state
 
 
 def write_companions(folder: Path, source: CheckpointSource) -> None:
