@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,8 +226,7 @@ def _model(config: Config, checkpoint: Path | None, device: torch.device) -> Fus
 
 
 def _inputs(config: Config, vocab_size: int) -> Any:
-    training = config.training
-    data = TrainingData(config.data, training, vocab_size, 0, 1)
-    for batch, _ in data.steps():
-        return shard_inputs(batch.micro_batches[0], None, (), None)
-    raise UserError(f"{config.data.train} has no row of {training.seq_len} tokens; shorten training.seq_len")
+    data = TrainingData(config.data, config.training, vocab_size, 0, 1)
+    with closing(data.steps()) as steps:
+        batch, _ = next(steps)
+    return shard_inputs(batch.micro_batches[0], None, (), None)
