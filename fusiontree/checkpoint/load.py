@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor
 
 from fusiontree.checkpoint.exchange import first_of, rank_of
@@ -167,6 +168,20 @@ def read_state(folder: Path) -> dict[str, Any]:
     return values
 
 
+def stored_model(config: Mapping[str, Any], place: str) -> ModelConfig:
+    """Return the section ``model`` of a stored configuration, validated.
+
+    Raises:
+        UserError: it describes no model: it is of another version, or a plugin's mixer is not registered. ``place``
+            names its origin.
+    """
+    try:
+        return ModelConfig.model_validate(config["model"])
+    except ValidationError as error:
+        wrong = [f"{'.'.join(['model', *map(str, e['loc'])])}: {e['msg']}" for e in error.errors()]
+        raise UserError(f"{place} describes no model ({'; '.join(wrong)})") from None
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return ``path`` if it is a checkpoint folder, or the newest complete checkpoint of a run folder.
 
@@ -199,7 +214,7 @@ def load_model(
         The model in evaluation mode, and the resolved configuration it was trained with.
 
     Raises:
-        UserError: there is no checkpoint there.
+        UserError: there is no checkpoint there, or its configuration describes no model.
         CheckpointDamage: a file differs from its recorded hash.
     """
     folder = find_checkpoint(Path(path))
@@ -207,7 +222,7 @@ def load_model(
     reader.check_small_files()
     config = read_state(folder)["config"]
     with torch.device("meta"):
-        model = FusionTreeModel(ModelConfig.model_validate(config["model"]))
+        model = FusionTreeModel(stored_model(config, f"the configuration of '{folder}'"))
     model.requires_grad_(False)
     for module in model.modules():
         if not isinstance(module, Fp32Parameters):

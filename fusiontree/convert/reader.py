@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
+from fusiontree.checkpoint.load import stored_model
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers.base import Fp32Parameters
 from fusiontree.models.model import FusionTreeModel
@@ -84,11 +84,7 @@ class CheckpointSource(ABC):
         Raises:
             UserError: it describes no model.
         """
-        try:
-            return ModelConfig.model_validate(self.config["model"])
-        except ValidationError as error:
-            wrong = [f"{'.'.join(['model', *map(str, e['loc'])])}: {e['msg']}" for e in error.errors()]
-            raise UserError(f"the source's configuration describes no model ({'; '.join(wrong)})") from None
+        return stored_model(self.config, "the source's configuration")
 
     @property
     def has_optimizer(self) -> bool:

@@ -228,6 +228,18 @@ def test_a_mistyped_checkpoint_is_an_error(place, capsys):
     assert "did you mean 'run'?" in capsys.readouterr().err
 
 
+def test_a_model_that_this_version_does_not_know_is_an_error(model, tmp_path, capsys):
+    values = {"model": model.config.model_dump(mode="json", by_alias=True) | {"of_a_later_version": True}}
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    folder = tmp_path / "checkpoints" / "step-00000005"
+    save_checkpoint(
+        folder.parent, 5, tensors, {"config": values}, save_tokenizer(ByteTokenizer.info, tmp_path, tmp_path)
+    )
+    assert main(["--checkpoint", str(tmp_path), "--device", "cpu"]) == 2
+    message = f"error: the configuration of '{folder}' describes no model (model.of_a_later_version: "
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--row", "3"], ["--alphabet", "latin"]])
 def test_unknown_options_fail(call, arguments):
     with pytest.raises(SystemExit) as ended:
