@@ -152,7 +152,7 @@ def evaluate(args: argparse.Namespace, folder: Path, given: dict[str, Any], layo
         CheckpointDamage: a file of the checkpoint differs from its recorded hash.
         ShardDamage: the dataset cannot be read.
     """
-    from fusiontree.checkpoint.load import load_model
+    from fusiontree.checkpoint.load import load_model, row_length
     from fusiontree.data.tokenizers import load_tokenizer
     from fusiontree.evaluation.plots import check_plot
     from fusiontree.evaluation.scorer import ModelScorer
@@ -168,7 +168,7 @@ def evaluate(args: argparse.Namespace, folder: Path, given: dict[str, Any], layo
     settings = evaluation_settings({**resolved.get("evaluation", {}), **given})
     if args.plot:
         check_plot(settings.tasks)
-    seq_len = settings.seq_len or resolved["training"]["seq_len"]
+    seq_len = row_length(settings.seq_len, resolved, folder)
     is_main = layout is None or layout.is_main
 
     def report(text: str) -> None:

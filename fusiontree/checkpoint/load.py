@@ -182,6 +182,18 @@ def stored_model(config: Mapping[str, Any], place: str) -> ModelConfig:
         raise UserError(f"{place} describes no model ({'; '.join(wrong)})") from None
 
 
+def row_length(given: int | None, config: Mapping[str, Any], folder: Path) -> int:
+    """Return ``given`` tokens, of the option ``--seq-len``, else ``training.seq_len`` of a stored configuration.
+
+    Raises:
+        UserError: neither is there: a converted checkpoint may not say how it was trained.
+    """
+    length = given or config.get("training", {}).get("seq_len")
+    if length is None:
+        raise UserError(f"{folder} does not say the length of the rows it was trained on; give --seq-len N")
+    return int(length)
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return ``path`` if it is a checkpoint folder, or the newest complete checkpoint of a run folder.
 

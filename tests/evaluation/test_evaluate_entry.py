@@ -228,16 +228,23 @@ def test_a_mistyped_checkpoint_is_an_error(place, capsys):
     assert "did you mean 'run'?" in capsys.readouterr().err
 
 
-def test_a_model_that_this_version_does_not_know_is_an_error(model, tmp_path, capsys):
-    values = {"model": model.config.model_dump(mode="json", by_alias=True) | {"of_a_later_version": True}}
+@pytest.mark.parametrize("stranger", [False, True])
+def test_what_a_stored_configuration_lacks_is_an_error(model, tmp_path, capsys, stranger):
+    """A model of a later version; a converted model, which does not say how it was trained."""
+    values = {"model": model.config.model_dump(mode="json", by_alias=True)}
+    if stranger:
+        values["model"] |= {"of_a_later_version": True}
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     folder = tmp_path / "checkpoints" / "step-00000005"
-    save_checkpoint(
-        folder.parent, 5, tensors, {"config": values}, save_tokenizer(ByteTokenizer.info, tmp_path, tmp_path)
-    )
-    assert main(["--checkpoint", str(tmp_path), "--device", "cpu"]) == 2
-    message = f"error: the configuration of '{folder}' describes no model (model.of_a_later_version: "
+    files = save_tokenizer(ByteTokenizer.info, tmp_path, tmp_path)
+    save_checkpoint(folder.parent, 5, tensors, {"config": values}, files)
+    assert main(["--checkpoint", str(tmp_path), "--device", "cpu", "--tasks", "copy"]) == 2
+    message = f"error: {folder} does not say the length of the rows it was trained on; give --seq-len N"
+    if stranger:
+        message = f"error: the configuration of '{folder}' describes no model (model.of_a_later_version: "
     assert message in capsys.readouterr().err
+    if not stranger:
+        assert main(["--checkpoint", str(tmp_path), "--device", "cpu", "--tasks", "copy", "--seq-len", "16"]) == 0
 
 
 @pytest.mark.parametrize("arguments", [["--row", "3"], ["--alphabet", "latin"]])
