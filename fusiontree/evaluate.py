@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from fusiontree.cli.program import add_device_options, run_program
 from fusiontree.data.format import ShardDamage
 from fusiontree.evaluation.config import EvaluationConfig, evaluation_settings
 from fusiontree.evaluation.lm_eval_command import add_harness_options, harness_tasks, run_harness
+from fusiontree.tracking.json_lines import finite
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import write_output
 
@@ -223,15 +223,6 @@ def check_inputs(settings: EvaluationConfig) -> None:
         for path in paths:
             if path is not None and not is_remote(path) and not local_folder(path).exists():
                 raise UserError(f"{option} {path}: there is no such file or folder")
-
-
-def finite(value: Any) -> Any:
-    """Replace numbers that JSON cannot represent (infinite, NaN) by None."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

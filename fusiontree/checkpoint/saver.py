@@ -115,11 +115,6 @@ class Saver:
             device = next((t.device for t in tensors.values()), torch.device("cpu"))
             self._snapshot = Snapshot(self._plan, device)
 
-    @property
-    def page_locked(self) -> bool:
-        """True if the buffers are page-locked, so that a GPU copies to them at full link speed."""
-        return self._snapshot is not None and self._snapshot.locked
-
     def save(
         self,
         step: int,
