@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from fusiontree.cli.program import add_device_options, run_program
 from fusiontree.data.format import ShardDamage
+from fusiontree.tracking.json_lines import finite
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import write_output
 
@@ -72,7 +73,7 @@ def command(args: argparse.Namespace) -> int:
             raise UserError(f"{option} {file}: the folder '{file.parent}' does not exist")
     folder = find_checkpoint(args.path)
     analysis, config = measured(args, folder)
-    values = {"checkpoint": str(folder), "rows": args.rows, **analysis.values()}
+    values = finite({"checkpoint": str(folder), "rows": args.rows, **analysis.values()})
     if args.json:
         print(json.dumps(values))
     else:

@@ -44,6 +44,8 @@ class Job:
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     evaluates: bool
+    log_begins: int
+    """Bytes of earlier processes in the log."""
     began: float = field(default_factory=time.monotonic)
     step_before: int = 0
     """Step of the run when the process started."""
@@ -238,6 +240,7 @@ class Workers:
             changes["CUDA_VISIBLE_DEVICES"] = name_of_gpu(slot % self.gpus)
         threads = max(1, (os.cpu_count() or 1) // self.slots)
         log = path.with_name(f"{path.name}.log").open("ab")
+        log_begins = log.tell()
         process = subprocess.Popen(
             self.command(run, evaluates),
             stdout=log,
@@ -249,7 +252,7 @@ class Workers:
         )
         records = [] if evaluates else read_records(path / "metrics.jsonl")
         before = max((r["step"] for r in records), default=0)
-        self.jobs.append(Job(run, slot, process, log, evaluates, step_before=before))
+        self.jobs.append(Job(run, slot, process, log, evaluates, log_begins, step_before=before))
         begins = "evaluated" if evaluates else f"resumed after step {before}" if before else "started"
         self.say(f"{run.name}: {begins} ({run.steps} steps, {short(run.tokens)} tokens)")
 
@@ -271,7 +274,7 @@ class Workers:
             if self.stopping is None:  # another program stopped the run; the next start of the study resumes it
                 self.failed[job.run.name] = "stopped by a signal"
         else:
-            self.failed[job.run.name] = f"exit code {code}: {_last_line(Path(job.log.name))}"
+            self.failed[job.run.name] = f"exit code {code}: {_last_line(Path(job.log.name), job.log_begins)}"
             self.say(f"{job.run.name}: FAILED, {self.failed[job.run.name]} (see {job.log.name})")
 
     def _stop_signal(self, number: int, _: object) -> None:
@@ -284,8 +287,9 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
 
 
-def _last_line(log: Path) -> str:
-    """Return the last line of a log that names an error, else the last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def _last_line(log: Path, begin: int) -> str:
+    """Return the last line behind byte ``begin`` of a log that names an error, else the last line."""
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "rror" in line]
     return (errors or lines or ["no output"])[-1][:300]

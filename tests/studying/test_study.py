@@ -101,6 +101,21 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     assert states["tiny/fused/seed-0"] == "finished" and states["tiny/llama/seed-0"] == "waiting"
 
 
+def test_an_error_of_an_earlier_attempt_is_no_reason(tmp_path: Path) -> None:
+    class Silent(Stubs):
+        def command(self, run: Run, evaluates: bool) -> list[str]:
+            return [sys.executable, "-c", "import os; os._exit(3)"]
+
+    log = tmp_path / "tiny" / "mean" / "seed-0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("error: of an earlier attempt\n")
+    values = study()
+    only = {"only": lambda run: run.name == "tiny/mean/seed-0", "time_limit_s": None, "say": lambda line: None}
+    failing = Silent(values, plan_runs(values), tmp_path, 1, gpus=0, **only)
+    failing.run_all()
+    assert failing.failed == {"tiny/mean/seed-0": "exit code 3: no output"}
+
+
 def test_the_time_limit_stops_the_runs(tmp_path: Path) -> None:
     said: list[str] = []
     stopped = workers(tmp_path, said, time_limit_s=3.0)
