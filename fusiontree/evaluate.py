@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusiontree.cli.program import add_device_options, run_program
+from fusiontree.cli.program import add_device_options, check_output_folders, run_program
 from fusiontree.data.format import ShardDamage
 from fusiontree.evaluation.config import EvaluationConfig, evaluation_settings
 from fusiontree.evaluation.lm_eval_command import add_harness_options, harness_tasks, run_harness
@@ -99,9 +99,7 @@ def run(args: argparse.Namespace) -> int:
     from fusiontree.checkpoint.load import find_checkpoint
     from fusiontree.utils.environment import process_place
 
-    for option, file in (("--output", args.output), ("--plot", args.plot)):
-        if file and not file.parent.is_dir():
-            raise UserError(f"{option} {file}: the folder '{file.parent}' does not exist")
+    check_output_folders(args, "output", "plot")
     options = {name: getattr(args, name, None) for name in EvaluationConfig.model_fields}
     given = {name: value for name, value in options.items() if value is not None}
     settings = evaluation_settings(given)  # errors in the options need no checkpoint

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusiontree.cli.program import run_program
+from fusiontree.cli.program import check_output_folders, run_program
 from fusiontree.utils.environment import ProcessPlace, fail_on_nccl_timeout, meeting_point, process_place
 from fusiontree.utils.errors import UserError
 from fusiontree.utils.files import write_output
@@ -54,11 +54,12 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and report on rank 0; return the exit code of :func:`main`.
 
     Raises:
-        UserError: no launcher named a meeting point, or this process cannot reach it.
+        UserError: no launcher named a meeting point, this process cannot reach it, or --output has no folder.
     """
     from fusiontree.planning.network_check import Preflight, judge
     from fusiontree.utils.device import choose_device
 
+    check_output_folders(args, "output")
     place = process_place()
     if place.world_size % place.local_world_size:
         raise UserError(f"{place.world_size} processes are not {place.local_world_size} on each node")

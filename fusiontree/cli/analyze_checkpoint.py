@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusiontree.cli.program import add_device_options, run_program
+from fusiontree.cli.program import add_device_options, check_output_folders, run_program
 from fusiontree.data.format import ShardDamage
 from fusiontree.tracking.json_lines import finite
 from fusiontree.utils.errors import UserError
@@ -68,9 +68,7 @@ def command(args: argparse.Namespace) -> int:
     """
     from fusiontree.checkpoint.load import find_checkpoint
 
-    for option, file in (("--output", args.output), ("--plot", args.plot)):
-        if file and not file.parent.is_dir():
-            raise UserError(f"{option} {file}: the folder '{file.parent}' does not exist")
+    check_output_folders(args, "output", "plot")
     folder = find_checkpoint(args.path)
     analysis, config = measured(args, folder)
     values = finite({"checkpoint": str(folder), "rows": args.rows, **analysis.values()})

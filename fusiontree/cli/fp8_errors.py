@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.checkpoint.load import find_checkpoint, load_model, read_state
-from fusiontree.cli.program import run_program
+from fusiontree.cli.program import check_output_folders, run_program
 from fusiontree.config.load import apply_overrides, build_config, load_config
 from fusiontree.config.root import Config
 from fusiontree.data.loader import TrainingData
@@ -165,8 +165,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.output and not args.output.absolute().parent.is_dir():
-        raise UserError(f"--output '{args.output}': folder '{args.output.absolute().parent}' does not exist; create it")
+    check_output_folders(args, "output")
     config = _config(args)
     device = choose_device(config.training.device, 0, "training.device")
     check_length(config.training, device)
