@@ -19,7 +19,7 @@ from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers.base import Fp32Parameters
 from fusiontree.models.model import FusionTreeModel
-from fusiontree.utils.errors import UserError, nearest
+from fusiontree.utils.errors import UserError, nearest_file
 
 
 def load_newest(
@@ -207,8 +207,7 @@ def find_checkpoint(path: Path) -> Path:
         if complete:
             return complete[-1]
     if not path.exists():
-        near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise UserError(f"checkpoint '{path}' does not exist{near}")
+        raise UserError(f"checkpoint '{path}' does not exist{nearest_file(path)}")
     raise UserError(f"'{path}' holds no complete checkpoint; give a run folder or RUN/checkpoints/step-XXXXXXXX")
 
 
