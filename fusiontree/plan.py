@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 _ASSUMPTIONS = (
     "bf16 rates of one profiled step of hybrid_1b_32k on one H100 SXM (docs/speed.md); other devices differ",
-    "one document per row; the longest stage of a curriculum; 92% of the memory is usable; half of the communication "
-    "that could hide behind computation does; links {node:g} GB/s in a node, {network:g} between nodes, per GPU",
+    "one document per row; the longest stage of a curriculum; {usable:.0%} of the memory is usable; half of the "
+    "communication that could hide behind computation does; links {node:g} GB/s in a node, {network:g} between nodes, "
+    "per GPU",
 )
 
 
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: the configuration, the layout or an option is wrong.
     """
     from fusiontree.planning.advice import days, idle_note, parse_tokens, recommendation
-    from fusiontree.planning.cost_model import Hardware, count_parameters, estimate
+    from fusiontree.planning.cost_model import Hardware, count_parameters, estimate, usable_share
     from fusiontree.training.teacher import read_teacher
 
     _check_numbers(args)
@@ -114,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
     needed = [days(tokens, own)] + ([days(tokens, best)] if best is not own else [])
     idle = idle_note(own, training.global_batch_size)
     parameters = sum(count_parameters(config.model, tp=1)[:2])
-    assumptions = [text.format(node=args.node_gb_per_s, network=args.network_gb_per_s) for text in _ASSUMPTIONS]
+    rates = {"node": args.node_gb_per_s, "network": args.network_gb_per_s, "usable": usable_share(training)}
+    assumptions = [text.format(**rates) for text in _ASSUMPTIONS]
     shown = others[: args.rows]
     if args.json:
         values = {"gpus": args.gpus, "assumptions": assumptions, "configured": own, "others": shown}
