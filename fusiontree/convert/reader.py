@@ -222,16 +222,18 @@ def stored_values(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, 
     Raises:
         UserError: neither exists, or what the folder has is damaged.
     """
-    stored = state = None
+    stored: dict[str, Any] | None = None
+    state: dict[str, Any] | None = None
     if (path / COMPANION).is_file():
         try:
             values = json.loads((path / COMPANION).read_text(encoding="utf-8"))
             stored, state = values["config"], values["state"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path / COMPANION} cannot be read ({error!r}); copy it again") from error
-    if config is None and stored is None:
+    found = config or stored
+    if found is None:
         raise UserError(f"{path} does not say which model it holds; give --config FILE with the run's configuration")
-    return config or stored, state
+    return found, state
 
 
 def write_companions(folder: Path, source: CheckpointSource) -> None:
