@@ -215,7 +215,8 @@ def check_inputs(settings: EvaluationConfig) -> None:
     Raises:
         UserError: a file or folder does not exist.
     """
-    from fusiontree.data.sources.remote import is_remote, local_folder
+    from fusiontree.data.config import is_remote
+    from fusiontree.data.sources.remote import local_folder
 
     for option, paths in (("--data", [settings.data]), ("--text", settings.text)):
         for path in paths:

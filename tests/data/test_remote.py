@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fusiontree.data.config import DataConfig
-from fusiontree.data.sources.remote import CommandFolder, Retries, is_remote, local_folder
+from fusiontree.data.config import DataConfig, is_remote
+from fusiontree.data.sources.remote import CommandFolder, Retries, local_folder
 from fusiontree.data.validation import ValidationData
 from fusiontree.utils.errors import UserError
 from tests.data.batches import SEQ, GlobalBatch, global_batches, open_data
