@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,11 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusiontree.cli.program import add_device_options, run_program
+from fusiontree.cli.program import add_device_options, check_output_folders, run_program
 from fusiontree.data.format import ShardDamage
 from fusiontree.evaluation.config import EvaluationConfig, evaluation_settings
 from fusiontree.evaluation.lm_eval_command import add_harness_options, harness_tasks, run_harness
+from fusiontree.tracking.json_lines import finite
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import write_output
 
 if TYPE_CHECKING:
     from fusiontree.parallel.layout import Layout
@@ -98,16 +99,14 @@ def run(args: argparse.Namespace) -> int:
     from fusiontree.checkpoint.load import find_checkpoint
     from fusiontree.utils.environment import process_place
 
-    for option, file in (("--output", args.output), ("--plot", args.plot)):
-        if file and not file.parent.is_dir():
-            raise UserError(f"{option} {file}: the folder '{file.parent}' does not exist")
+    check_output_folders(args, "output", "plot")
     options = {name: getattr(args, name, None) for name in EvaluationConfig.model_fields}
     given = {name: value for name, value in options.items() if value is not None}
-    evaluation_settings(given)  # errors in the options need no checkpoint
+    settings = evaluation_settings(given)  # errors in the options need no checkpoint
     folder = find_checkpoint(args.checkpoint)
     harness = harness_tasks(args, given)
     if args.check:
-        check_inputs(given)
+        check_inputs(settings)
         print(f"ok: {folder}")
         return 0
     if harness is not None:
@@ -151,7 +150,7 @@ def evaluate(args: argparse.Namespace, folder: Path, given: dict[str, Any], layo
         CheckpointDamage: a file of the checkpoint differs from its recorded hash.
         ShardDamage: the dataset cannot be read.
     """
-    from fusiontree.checkpoint.load import load_model
+    from fusiontree.checkpoint.load import load_model, row_length
     from fusiontree.data.tokenizers import load_tokenizer
     from fusiontree.evaluation.plots import check_plot
     from fusiontree.evaluation.scorer import ModelScorer
@@ -167,7 +166,7 @@ def evaluate(args: argparse.Namespace, folder: Path, given: dict[str, Any], layo
     settings = evaluation_settings({**resolved.get("evaluation", {}), **given})
     if args.plot:
         check_plot(settings.tasks)
-    seq_len = settings.seq_len or resolved["training"]["seq_len"]
+    seq_len = row_length(settings.seq_len, resolved, folder)
     is_main = layout is None or layout.is_main
 
     def report(text: str) -> None:
@@ -205,30 +204,24 @@ def show(args: argparse.Namespace, values: dict[str, Any]) -> None:
     if not args.json:
         print(table(results), file=sys.stdout if sys.stdout.isatty() else sys.stderr)
     if args.output:
-        args.output.write_text(json.dumps(values, indent=1) + "\n")
+        write_output(args.output, json.dumps(values, indent=1) + "\n")
     if args.plot:
         plot_results(results, args.plot)
 
 
-def check_inputs(given: dict[str, Any]) -> None:
-    """Check that the data named on the command line exist.
+def check_inputs(settings: EvaluationConfig) -> None:
+    """Check that the data named on the command line exist; paths in ``settings`` are expanded.
 
     Raises:
         UserError: a file or folder does not exist.
     """
-    for option, paths in (("--data", [given.get("data")]), ("--text", given.get("text") or [])):
+    from fusiontree.data.config import is_remote
+    from fusiontree.data.sources.remote import local_folder
+
+    for option, paths in (("--data", [settings.data]), ("--text", settings.text)):
         for path in paths:
-            if path is not None and "://" not in str(path) and not Path(path).exists():
+            if path is not None and not is_remote(path) and not local_folder(path).exists():
                 raise UserError(f"{option} {path}: there is no such file or folder")
-
-
-def finite(value: Any) -> Any:
-    """Replace numbers that JSON cannot represent (infinite, NaN) by None."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 _ASSUMPTIONS = (
     "bf16 rates of one profiled step of hybrid_1b_32k on one H100 SXM (docs/speed.md); other devices differ",
-    "one document per row; the longest stage of a curriculum; 92% of the memory is usable; half of the communication "
-    "that could hide behind computation does; links {node:g} GB/s in a node, {network:g} between nodes, per GPU",
+    "one document per row; the longest stage of a curriculum; {usable:.0%} of the memory is usable; half of the "
+    "communication that could hide behind computation does; links {node:g} GB/s in a node, {network:g} between nodes, "
+    "per GPU",
 )
 
 
@@ -86,14 +87,13 @@ def run(args: argparse.Namespace) -> int:
     """Estimate and print; return the exit code of :func:`main`.
 
     Raises:
-        UserError: the configuration, the layout or --gpus is wrong.
+        UserError: the configuration, the layout or an option is wrong.
     """
     from fusiontree.planning.advice import days, idle_note, parse_tokens, recommendation
-    from fusiontree.planning.cost_model import Hardware, count_parameters, estimate
+    from fusiontree.planning.cost_model import Hardware, count_parameters, estimate, usable_share
     from fusiontree.training.teacher import read_teacher
 
-    if args.gpus < 1:
-        raise UserError(f"--gpus {args.gpus}: give at least 1")
+    _check_numbers(args)
     budget = parse_tokens(args.tokens) if args.tokens else None
     config = load_config(args.config, args.overrides)
     check_layout(config.model, config.parallel, config.training, args.gpus)
@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
     needed = [days(tokens, own)] + ([days(tokens, best)] if best is not own else [])
     idle = idle_note(own, training.global_batch_size)
     parameters = sum(count_parameters(config.model, tp=1)[:2])
-    assumptions = [text.format(node=args.node_gb_per_s, network=args.network_gb_per_s) for text in _ASSUMPTIONS]
+    rates = {"node": args.node_gb_per_s, "network": args.network_gb_per_s, "usable": usable_share(training)}
+    assumptions = [text.format(**rates) for text in _ASSUMPTIONS]
     shown = others[: args.rows]
     if args.json:
         values = {"gpus": args.gpus, "assumptions": assumptions, "configured": own, "others": shown}
@@ -138,6 +139,16 @@ def run(args: argparse.Namespace) -> int:
     print(f"{short(parameters)} parameters, {short(tokens)} tokens on {args.gpus} GPUs: configured {in_days} days")
     print(advice)
     return 0 if own["fits"] else 1
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raise UserError if an option's number is not possible."""
+    for option, least in (("gpus", 1), ("gpus_per_node", 1), ("rows", 0)):
+        if getattr(args, option) < least:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: give at least {least}")
+    for option in ("memory_gib", "node_gb_per_s", "network_gb_per_s"):
+        if not getattr(args, option) > 0:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option):g}: give a number above 0")
 
 
 def layout_name(one: dict[str, Any]) -> str:

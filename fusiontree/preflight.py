@@ -17,9 +17,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusiontree.cli.program import run_program
+from fusiontree.cli.program import check_output_folders, run_program
 from fusiontree.utils.environment import ProcessPlace, fail_on_nccl_timeout, meeting_point, process_place
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import write_output
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -53,11 +54,12 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and report on rank 0; return the exit code of :func:`main`.
 
     Raises:
-        UserError: no launcher named a meeting point, or this process cannot reach it.
+        UserError: no launcher named a meeting point, this process cannot reach it, or --output has no folder.
     """
     from fusiontree.planning.network_check import Preflight, judge
     from fusiontree.utils.device import choose_device
 
+    check_output_folders(args, "output")
     place = process_place()
     if place.world_size % place.local_world_size:
         raise UserError(f"{place.world_size} processes are not {place.local_world_size} on each node")
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     }
     print_report(values, args.json)
     if args.output:
-        args.output.write_text(json.dumps(values, indent=1) + "\n")
+        write_output(args.output, json.dumps(values, indent=1) + "\n")
     time.sleep(1)  # this process holds the store, from which the other ranks still read
     return 1 if values["problems"] else 0
 

@@ -71,12 +71,17 @@ def remove_partial(checkpoints: Path) -> list[Path]:
     return left
 
 
-def remove_folder(folder: Path) -> None:
-    """Delete a checkpoint. Renames it first, so that a kill during deletion leaves no half that looks complete."""
+def put_away(folder: Path) -> Path:
+    """Give a checkpoint the name of a leftover, which :func:`remove_partial` deletes; return its new path."""
     doomed = folder.with_name(f"{_PARTIAL}removed-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    return doomed
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a checkpoint. Renames it first, so that a kill during deletion leaves no half that looks complete."""
+    shutil.rmtree(put_away(folder))
 
 
 def set_aside(folder: Path) -> Path:

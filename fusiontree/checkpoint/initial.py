@@ -46,7 +46,9 @@ def check_fits(folder: Path, stored: Mapping[str, Any], model: ModelConfig, stat
     differing = _differing(folder, stored.get("model"), model)
     if refused := [sentence for name, sentence in differing.items() if name not in _MAY_DIFFER]:
         lines = "\n".join(f"  {sentence}" for sentence in refused)
-        raise UserError(f"checkpoint.init_from '{folder}' is of another model:\n{lines}\nset these as they are there")
+        raise UserError(
+            f"checkpoint.init_from '{folder}' is of another model:\n{lines}\nset them as the checkpoint has them"
+        )
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in FusionTreeModel(model).named_parameters()}
     kinds = ("model", *(f"optimizer.{state}" for state in states))

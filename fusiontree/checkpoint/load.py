@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor
 
 from fusiontree.checkpoint.exchange import first_of, rank_of
@@ -18,7 +19,7 @@ from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers.base import Fp32Parameters
 from fusiontree.models.model import FusionTreeModel
-from fusiontree.utils.errors import UserError, nearest
+from fusiontree.utils.errors import UserError, nearest_file
 
 
 def load_newest(
@@ -167,6 +168,32 @@ def read_state(folder: Path) -> dict[str, Any]:
     return values
 
 
+def stored_model(config: Mapping[str, Any], place: str) -> ModelConfig:
+    """Return the section ``model`` of a stored configuration, validated.
+
+    Raises:
+        UserError: it describes no model: it is of another version, or a plugin's mixer is not registered. ``place``
+            names its origin.
+    """
+    try:
+        return ModelConfig.model_validate(config["model"])
+    except ValidationError as error:
+        wrong = [f"{'.'.join(['model', *map(str, e['loc'])])}: {e['msg']}" for e in error.errors()]
+        raise UserError(f"{place} describes no model ({'; '.join(wrong)})") from None
+
+
+def row_length(given: int | None, config: Mapping[str, Any], folder: Path) -> int:
+    """Return ``given`` tokens, of the option ``--seq-len``, else ``training.seq_len`` of a stored configuration.
+
+    Raises:
+        UserError: neither is there: a converted checkpoint may not say how it was trained.
+    """
+    length = given or config.get("training", {}).get("seq_len")
+    if length is None:
+        raise UserError(f"{folder} does not say the length of the rows it was trained on; give --seq-len N")
+    return int(length)
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return ``path`` if it is a checkpoint folder, or the newest complete checkpoint of a run folder.
 
@@ -180,8 +207,7 @@ def find_checkpoint(path: Path) -> Path:
         if complete:
             return complete[-1]
     if not path.exists():
-        near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise UserError(f"checkpoint '{path}' does not exist{near}")
+        raise UserError(f"checkpoint '{path}' does not exist{nearest_file(path)}")
     raise UserError(f"'{path}' holds no complete checkpoint; give a run folder or RUN/checkpoints/step-XXXXXXXX")
 
 
@@ -199,7 +225,7 @@ def load_model(
         The model in evaluation mode, and the resolved configuration it was trained with.
 
     Raises:
-        UserError: there is no checkpoint there.
+        UserError: there is no checkpoint there, or its configuration describes no model.
         CheckpointDamage: a file differs from its recorded hash.
     """
     folder = find_checkpoint(Path(path))
@@ -207,7 +233,7 @@ def load_model(
     reader.check_small_files()
     config = read_state(folder)["config"]
     with torch.device("meta"):
-        model = FusionTreeModel(ModelConfig.model_validate(config["model"]))
+        model = FusionTreeModel(stored_model(config, f"the configuration of '{folder}'"))
     model.requires_grad_(False)
     for module in model.modules():
         if not isinstance(module, Fp32Parameters):

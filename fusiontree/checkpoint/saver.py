@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fusiontree.checkpoint.config import CheckpointConfig
 from fusiontree.checkpoint.exchange import first_of, rank_of
-from fusiontree.checkpoint.folders import partial_folder, remove_folder, step_folder
+from fusiontree.checkpoint.folders import partial_folder, put_away, step_folder
 from fusiontree.checkpoint.retention import remove_old
 from fusiontree.checkpoint.save_plan import Rectangle, SavePlan, holdings_of, make_plan
 from fusiontree.checkpoint.snapshot import Snapshot, live_pieces
@@ -114,11 +114,6 @@ class Saver:
         if self.config.async_ and self._snapshot is None:
             device = next((t.device for t in tensors.values()), torch.device("cpu"))
             self._snapshot = Snapshot(self._plan, device)
-
-    @property
-    def page_locked(self) -> bool:
-        """True if the buffers are page-locked, so that a GPU copies to them at full link speed."""
-        return self._snapshot is not None and self._snapshot.locked
 
     def save(
         self,
@@ -253,10 +248,13 @@ class Saver:
             write_small_files(partial, {"step": request.step, **request.values}, request.extra_files, files)
             if problem := self._may_commit():
                 return _Failure(problem, fatal=True)
-            if final.exists():  # a resumed or rewound run reached this step again; replace the old checkpoint
-                remove_folder(final)
+            # A resumed or rewound run may reach a step again. Its old checkpoint is deleted last: a kill during the
+            # deletion, which takes long, must not leave the step without a checkpoint.
+            old = put_away(final) if final.exists() else None
             partial.rename(final)
             fsync_directory(self.checkpoints)
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
         except Exception as error:
             return _Failure(_explain(error, partial))
         return None

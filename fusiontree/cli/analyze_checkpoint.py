@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusiontree.cli.program import add_device_options, run_program
+from fusiontree.cli.program import add_device_options, check_output_folders, run_program
 from fusiontree.data.format import ShardDamage
+from fusiontree.tracking.json_lines import finite
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import write_output
 
 if TYPE_CHECKING:
     from fusiontree.models.config import ModelConfig
@@ -66,18 +68,16 @@ def command(args: argparse.Namespace) -> int:
     """
     from fusiontree.checkpoint.load import find_checkpoint
 
-    for option, file in (("--output", args.output), ("--plot", args.plot)):
-        if file and not file.parent.is_dir():
-            raise UserError(f"{option} {file}: the folder '{file.parent}' does not exist")
+    check_output_folders(args, "output", "plot")
     folder = find_checkpoint(args.path)
     analysis, config = measured(args, folder)
-    values = {"checkpoint": str(folder), "rows": args.rows, **analysis.values()}
+    values = finite({"checkpoint": str(folder), "rows": args.rows, **analysis.values()})
     if args.json:
         print(json.dumps(values))
     else:
         print(tables(analysis, config, args.top))
     if args.output:
-        args.output.write_text(json.dumps(values, indent=1) + "\n")
+        write_output(args.output, json.dumps(values, indent=1) + "\n")
     if args.plot:
         from fusiontree.pruning.pictures import plot_analysis
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.checkpoint.load import find_checkpoint, load_model, read_state
-from fusiontree.cli.program import run_program
+from fusiontree.cli.program import check_output_folders, run_program
 from fusiontree.config.load import apply_overrides, build_config, load_config
 from fusiontree.config.root import Config
 from fusiontree.data.loader import TrainingData
@@ -34,6 +35,7 @@ from fusiontree.parallel.fp8 import MULTIPLE, linear_maps
 from fusiontree.training.config import Fp8Config, TrainingConfig
 from fusiontree.utils.device import choose_device
 from fusiontree.utils.errors import UserError
+from fusiontree.utils.files import write_output
 
 log = logging.getLogger(__name__)
 
@@ -163,8 +165,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.output and not args.output.absolute().parent.is_dir():
-        raise UserError(f"--output '{args.output}': folder '{args.output.absolute().parent}' does not exist; create it")
+    check_output_folders(args, "output")
     config = _config(args)
     device = choose_device(config.training.device, 0, "training.device")
     check_length(config.training, device)
@@ -173,7 +174,7 @@ def _run(args: argparse.Namespace) -> int:
     for line in table(errors):
         print(line)
     if args.output:
-        args.output.write_text(json.dumps([its._asdict() for its in errors], indent=1))
+        write_output(args.output, json.dumps([its._asdict() for its in errors], indent=1) + "\n")
     return 0
 
 
@@ -224,8 +225,7 @@ def _model(config: Config, checkpoint: Path | None, device: torch.device) -> Fus
 
 
 def _inputs(config: Config, vocab_size: int) -> Any:
-    training = config.training
-    data = TrainingData(config.data, training, vocab_size, 0, 1)
-    for batch, _ in data.steps():
-        return shard_inputs(batch.micro_batches[0], None, (), None)
-    raise UserError(f"{config.data.train} has no row of {training.seq_len} tokens; shorten training.seq_len")
+    data = TrainingData(config.data, config.training, vocab_size, 0, 1)
+    with closing(data.steps()) as steps:
+        batch, _ = next(steps)
+    return shard_inputs(batch.micro_batches[0], None, (), None)

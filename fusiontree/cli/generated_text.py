@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusiontree.utils.errors import UserError, nearest
+from fusiontree.utils.errors import UserError, nearest_file
 
 if TYPE_CHECKING:
     from fusiontree.generation.decoding import GeneratedRow, Generation, NewToken
@@ -45,8 +45,7 @@ def read_prompts(file: str) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise UserError(f"prompt file '{file}' does not exist{near}") from None
+        raise UserError(f"prompt file '{file}' does not exist{nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt file '{file}' cannot be read as UTF-8 text: {error}") from None
     if path.suffix != ".jsonl":

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusiontree.cli.program import run_program
 from fusiontree.tracking.console import report_bytes
+from fusiontree.tracking.json_lines import finite
 from fusiontree.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def contents(path: Path, *, norms: bool, as_json: bool) -> int:
     }
     rows = [row(reader, name, norms) for name in reader.tensors]
     if as_json:
-        print(json.dumps(head | {"tensors": rows}, indent=1))
+        print(json.dumps(finite(head | {"tensors": rows}), indent=1))
         return 0
     for key, value in head.items():
         print(f"{key:16} {json.dumps(value) if isinstance(value, dict) else value}")
@@ -189,7 +190,8 @@ def difference(path_a: Path, path_b: Path, *, as_json: bool) -> int:
     tensors = list(differing_tensors(a, b))
     equal = len(a.tensors.keys() & b.tensors.keys()) - sum(t["in"] == "both" for t in tensors)
     if as_json:
-        print(json.dumps({"a": str(a.folder), "b": str(b.folder), "values": values, "tensors": tensors}, indent=1))
+        found = {"a": str(a.folder), "b": str(b.folder), "values": values, "tensors": tensors}
+        print(json.dumps(finite(found), indent=1))
         return 1 if values or tensors else 0
     print(f"A {a.folder}\nB {b.folder}")
     for line in values:

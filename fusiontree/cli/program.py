@@ -81,6 +81,18 @@ def _expand_paths(args: argparse.Namespace) -> None:
             setattr(args, name, [Path(expand_path(str(path))) for path in value])
 
 
+def check_output_folders(args: argparse.Namespace, *options: str) -> None:
+    """Check, before long work, that the folder exists in which each of these options names a file to write.
+
+    Raises:
+        UserError: one does not exist.
+    """
+    for option in options:
+        file: Path | None = getattr(args, option)
+        if file and not file.parent.is_dir():
+            raise UserError(f"--{option} {file}: the folder '{file.parent}' does not exist; create it")
+
+
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--device`` and ``--dtype`` of a program that loads a checkpoint."""
     parser.add_argument(

@@ -11,7 +11,7 @@ from typing import Any
 
 from fusiontree.cli.program import run_program
 from fusiontree.data.build.verify import document_of_dataset, verify_dataset
-from fusiontree.data.format import DatasetInfo, read_dataset
+from fusiontree.data.format import DatasetInfo, ShardDamage, read_dataset
 from fusiontree.data.tokenizers import tokenizer_of
 from fusiontree.utils.errors import UserError
 
@@ -35,8 +35,9 @@ def verify_parser() -> argparse.ArgumentParser:
 
 
 def inspect_main(argv: Sequence[str] | None = None) -> int:
-    """Show a dataset; return the exit code: 0 done, 2 an option is wrong or there is no dataset."""
-    return run_program(inspect_parser, lambda args: inspect(args.folder, args.document, args.json), argv)
+    """Show a dataset; return the exit code: 0 done, 2 an option is wrong, or there is no dataset or it is damaged."""
+    errors = (UserError, ShardDamage)
+    return run_program(inspect_parser, lambda args: inspect(args.folder, args.document, args.json), argv, errors)
 
 
 def verify_main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +87,7 @@ def inspect(folder: Path, number: int, as_json: bool = False) -> int:
 
     Raises:
         UserError: there is no dataset, or it has fewer documents.
+        ShardDamage: the document differs from its recorded hash.
     """
     info = read_dataset(folder)
     try:

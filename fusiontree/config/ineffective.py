@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fusiontree.config.root import Config
+from fusiontree.data.config import is_remote
 from fusiontree.models.config import ModelConfig
 from fusiontree.utils.settings import Section
 
@@ -116,7 +117,7 @@ def _data(config: Config) -> Iterator[Rule]:
     data = config.data
     sets = [*data.sources, *data.validation_sets.values()]
     piped = any(d.path.startswith("pipe:") for d in sets)
-    at_url = any("://" in d.path and not d.path.startswith(("file://", "pipe:")) for d in sets)
+    at_url = any(is_remote(d.path) and not d.path.startswith("pipe:") for d in sets)
     cached = "data.cache_dir data.cache_size_gib data.prefetch_shards data.fetch_stall_s"
     yield not data.is_remote, cached, "no dataset is remote"
     yield not at_url, "data.storage_options", "no dataset is at a URL"

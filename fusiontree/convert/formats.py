@@ -16,7 +16,7 @@ from fusiontree.convert import dcp, hf, logits, megatron, safetensors_file, zero
 from fusiontree.convert.reader import MODEL, CheckpointSource, Stream, checked
 from fusiontree.models.config import ModelConfig
 from fusiontree.parallel.validate import tp_problems, valid_tp
-from fusiontree.utils.errors import UserError, nearest
+from fusiontree.utils.errors import UserError, nearest, nearest_file
 from fusiontree.utils.files import fsync_directory
 
 
@@ -155,8 +155,7 @@ def recognise(path: Path) -> str:
         UserError: the path does not exist, or its format is unknown.
     """
     if not path.exists():
-        near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise UserError(f"source '{path}' does not exist{near}")
+        raise UserError(f"source '{path}' does not exist{nearest_file(path)}")
     for name, form in FORMATS.items():
         if form.looks_like(path):
             return name

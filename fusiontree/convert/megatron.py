@@ -149,7 +149,7 @@ class MegatronFolder(CheckpointSource):
         self._open = OpenFiles(path)
         self._blocks: dict[str, list[tuple[str, BlockPlace]]] = {}
         entries: dict[str, Entry] = {}
-        model = ModelConfig.model_validate(self.config["model"])
+        model = self.model_config
         for name, shape in parameter_shapes(model).items():
             for ours, theirs in _prefixes(self).items():
                 if ours == MODEL and any(key.startswith(_MASTER + name) for key in self._saved):

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
+from fusiontree.checkpoint.load import stored_model
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers.base import Fp32Parameters
 from fusiontree.models.model import FusionTreeModel
@@ -84,11 +84,7 @@ class CheckpointSource(ABC):
         Raises:
             UserError: it describes no model.
         """
-        try:
-            return ModelConfig.model_validate(self.config["model"])
-        except ValidationError as error:
-            wrong = [f"{'.'.join(['model', *map(str, e['loc'])])}: {e['msg']}" for e in error.errors()]
-            raise UserError(f"the source's configuration describes no model ({'; '.join(wrong)})") from None
+        return stored_model(self.config, "the source's configuration")
 
     @property
     def has_optimizer(self) -> bool:
@@ -224,14 +220,20 @@ def stored_values(path: Path, config: dict[str, Any] | None) -> tuple[dict[str, 
         config: given by the user; takes precedence.
 
     Raises:
-        UserError: neither exists.
+        UserError: neither exists, or what the folder has is damaged.
     """
-    stored: dict[str, Any] = {"config": None, "state": None}
+    stored: dict[str, Any] | None = None
+    state: dict[str, Any] | None = None
     if (path / COMPANION).is_file():
-        stored = json.loads((path / COMPANION).read_text(encoding="utf-8"))
-    if config is None and stored["config"] is None:
+        try:
+            values = json.loads((path / COMPANION).read_text(encoding="utf-8"))
+            stored, state = values["config"], values["state"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path / COMPANION} cannot be read ({error!r}); copy it again") from error
+    found = config or stored
+    if found is None:
         raise UserError(f"{path} does not say which model it holds; give --config FILE with the run's configuration")
-    return config or stored["config"], stored["state"]
+    return found, state
 
 
 def write_companions(folder: Path, source: CheckpointSource) -> None:

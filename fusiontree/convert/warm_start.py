@@ -15,7 +15,6 @@ from fusiontree.convert.foreign import Agreement, Foreign
 from fusiontree.convert.name_map import NameMap
 from fusiontree.convert.reader import MODEL, CheckpointSource, Entry, Original, parameter_shapes
 from fusiontree.convert.weights import open_weights
-from fusiontree.models.config import ModelConfig
 from fusiontree.models.initialization import initialize_parameter
 from fusiontree.utils.errors import UserError
 
@@ -50,7 +49,7 @@ class MappedWeights(CheckpointSource):
         self.config = config
         self.files = []
         self._weights = open_weights(path)
-        self._model = ModelConfig.model_validate(config["model"])
+        self._model = self.model_config
         self._seed = seed
         self._shapes = parameter_shapes(self._model)
         self.entries = {MODEL + name: Entry(shape, torch.float32) for name, shape in self._shapes.items()}

@@ -29,7 +29,6 @@ from fusiontree.convert.reader import (
 )
 from fusiontree.convert.safe_unpickle import Inert, load_inert
 from fusiontree.convert.zero_layout import File, ZeroLayout
-from fusiontree.models.config import ModelConfig
 from fusiontree.parallel.global_tensor import ShardSpec
 from fusiontree.utils.errors import UserError
 
@@ -68,7 +67,7 @@ class ZeroFolder(CheckpointSource):
         self.config, saved = stored_values(path, config)
         self.files = tokenizer_files(path)
         folder = _newest(path) or path
-        model = ModelConfig.model_validate(self.config["model"])
+        model = self.model_config
         shapes = parameter_shapes(model)
         files = {
             (int(match[1]), int(match[2])): file

@@ -32,10 +32,16 @@ class SourceConfig(DatasetConfig):
     )
 
 
+def is_remote(path: str) -> bool:
+    """Return True if a dataset's path is a URL or a command, False if it is a folder."""
+    return path.startswith("pipe:") or (
+        re.match(r"[a-zA-Z][\w+.-]*://", path) is not None and not path.startswith("file://")
+    )
+
+
 def _place(path: str) -> str:
     """Return a path by which two spellings of one folder, such as a link or a relative path, are equal."""
-    is_folder = not path.startswith("pipe:") and "://" not in path.removeprefix("file://")
-    return os.path.realpath(path.removeprefix("file://")) if is_folder else path.rstrip("/")
+    return path.rstrip("/") if is_remote(path) else os.path.realpath(path.removeprefix("file://"))
 
 
 def _form(value: Any) -> str:
@@ -122,8 +128,7 @@ class DataConfig(Section):
     @property
     def is_remote(self) -> bool:
         """Whether a dataset is at a URL or behind a command."""
-        paths = [dataset.path for dataset in (*self.sources, *self.validation_sets.values())]
-        return any(path.startswith("pipe:") or ("://" in path and not path.startswith("file://")) for path in paths)
+        return any(is_remote(dataset.path) for dataset in (*self.sources, *self.validation_sets.values()))
 
     @property
     def longest_read_s(self) -> float:

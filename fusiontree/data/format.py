@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fusiontree.utils.errors import UserError, nearest
+from fusiontree.utils.errors import UserError, nearest_file
 from fusiontree.utils.files import atomic_write
 
 DATASET = "dataset.json"
@@ -145,8 +145,7 @@ def read_dataset(folder: Path) -> DatasetInfo:
     path = Path(folder) / DATASET
     if not path.is_file():
         if not path.parent.is_dir():
-            siblings = path.parent.parent
-            near = nearest(path.parent.name, (p.name for p in siblings.iterdir())) if siblings.is_dir() else ""
+            near = nearest_file(path.parent)
             raise UserError(f"dataset folder '{folder}' does not exist{near}; make one with 'fusiontree data build'")
         inner = sorted(p.parent.name for p in path.parent.glob(f"*/{DATASET}"))
         hint = f"; it holds the datasets {inner}" if inner else "; make one with 'fusiontree data build'"

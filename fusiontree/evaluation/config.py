@@ -158,8 +158,10 @@ def evaluation_settings(values: dict[str, Any]) -> EvaluationConfig:
     try:
         return EvaluationConfig.model_validate(values)
     except ValidationError as error:
-        problems = [
-            f"--{str(problem['loc'][0]).replace('_', '-')} {problem['input']}: {problem['msg'].lower()}"
-            for problem in error.errors()
-        ]
+        problems = []
+        for problem in error.errors():
+            given, message = problem["input"], problem["msg"].removeprefix("Value error, ")
+            shown = " ".join(map(str, given)) if isinstance(given, list) else given
+            option = str(problem["loc"][0]).replace("_", "-")
+            problems.append(f"--{option} {shown}: {message[0].lower()}{message[1:]}")
         raise UserError("; ".join(problems)) from None

@@ -48,8 +48,8 @@ class CommonWords(SentenceTask):
         count = room // len(writer.encode(" " + words[0]))
         times = max(2, count // 10)
         rarely = max(1, times // 10)
-        others = [word for word in words[1:] for _ in range(rarely)][: count - times]
-        if len(others) < choices - 1:
+        others = [word for word in words[1:] for _ in range(rarely)][: max(0, count - times)]
+        if len(others) < max(1, choices - 1):
             raise UserError(f"a row of {length} tokens is too short for the list of task {self.name}")
         sequence = [words[0]] * (count - len(others)) + others
         return SentenceRow(_list_of(writer, sequence, room), question, len(set(sequence)))

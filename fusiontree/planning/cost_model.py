@@ -139,7 +139,7 @@ def estimate(
     memory = engine.memory(sizes, parallel)
     tokens = micro_batch_size * training.seq_len / cp
     added = _added_by(teacher, model, parallel, training.seq_len, sizes, tokens)
-    usable = hardware.memory_gib * GIB * _usable_share(training)
+    usable = hardware.memory_gib * GIB * usable_share(training)
     modes, activations = recomputation(model, training, seconds, tokens, tp, half, usable - sum(memory) - added.nbytes)
     total = sum(memory) + activations + added.nbytes
     teacher_s = passes * tokens * added.seconds_per_token / tp / (1 - IDLE)
@@ -196,7 +196,8 @@ def _sizes(
     )
 
 
-def _usable_share(training: TrainingConfig) -> float:
+def usable_share(training: TrainingConfig) -> float:
+    """Return the share of the memory that a layout may take; see :attr:`Estimate.fits`."""
     return training.memory_limit if training.activation_checkpointing == "auto" else 0.92
 
 

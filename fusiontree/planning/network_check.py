@@ -165,7 +165,8 @@ class Preflight:
         try:
             found = self._measure(number, mine)
         except Exception as error:  # a dead link must not end the test of the others
-            found = Measured(mine, error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            first_line = next(iter(str(error).splitlines()), "")
+            found = Measured(mine, error=f"{type(error).__name__}: {first_line[:200]}".rstrip(": "))
         self.store.set(f"done/{number}/{self.place.rank}", json.dumps(asdict(found)))
 
     def _measure(self, number: int, pair: Pair) -> Measured:

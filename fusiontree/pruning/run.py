@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fusiontree.checkpoint.load import load_model
+from fusiontree.checkpoint.load import load_model, row_length
 from fusiontree.data.config import DataConfig
 from fusiontree.data.tokenizers import load_tokenizer
 from fusiontree.data.validation import ValidationData
@@ -42,11 +42,11 @@ def analyze_checkpoint(
         report: called with the number of parts measured and their total.
 
     Raises:
-        UserError: there is no held-out dataset, or another tokenizer made it.
+        UserError: there is no held-out dataset, another tokenizer made it, or the length of a row is not known.
         CheckpointDamage: a file of the checkpoint differs from its recorded hash.
     """
     model, resolved = load_model(folder, device, dtype)
-    length = seq_len or resolved["training"]["seq_len"]
+    length = row_length(seq_len, resolved, folder)
     model.check_length(length)
     held_out = open_held_out(folder, resolved, data, rows, batch_size, length, model.config.vocab_size)
     return analyze(model, held_out, report), model.config

@@ -80,6 +80,8 @@ class StudyConfig(Section):
                 raise ValueError(f"sizes.{size}.arms names {unknown}; arms are {', '.join(self.arms)}")
             if self.reference not in chosen:
                 raise ValueError(f"sizes.{size}.arms lacks the reference '{self.reference}', which sets the budget")
+            if len(set(chosen)) < len(chosen):
+                raise ValueError(f"sizes.{size}.arms {chosen} names an arm twice; runs would count as further seeds")
             seeds = self.seeds_of(size)
             if len(set(seeds)) < len(seeds) or min(seeds) < 0:
                 raise ValueError(f"seeds {seeds} of size {size}: give different numbers from 0")

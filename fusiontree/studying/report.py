@@ -33,7 +33,7 @@ def write_report(results: dict[str, Any], folder: Path, *, pictures: bool = True
 
         drawn = draw(results, sizes, folder)
     path = folder / REPORT
-    path.write_text("\n".join(_lines(results, sizes, drawn)) + "\n")
+    path.write_text("\n".join(_lines(results, sizes, drawn)) + "\n", encoding="utf-8")
     return path
 
 

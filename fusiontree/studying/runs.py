@@ -145,7 +145,7 @@ def _runs_of_size(study: StudyConfig, size: str) -> list[Run]:
     others = [arm for arm in study.arms_of(size) if arm != study.reference]
     runs = []
     for arm in (study.reference, *others):
-        fitted = _fitted(study, size, arm, reference, parameters)
+        fitted = _fitted(study, size, arm, parameters)
         config = _load(study, size, arm, fitted)
         steps = max(1, round(budget / _cost(study, config)))
         overrides = [*_overrides(study, size, arm), *fitted, f"training.max_steps={steps}"]
@@ -220,8 +220,8 @@ def _pattern(study: StudyConfig, size: str, arm: str, layers: int | None = None)
     return found
 
 
-def _fitted(study: StudyConfig, size: str, arm: str, reference: Config, parameters: int) -> list[str]:
-    """Return the overrides that give an arm its pattern and, if it asks so, the reference's number of parameters.
+def _fitted(study: StudyConfig, size: str, arm: str, parameters: int) -> list[str]:
+    """Return the overrides that give an arm its pattern and, if it asks so, the reference's number of ``parameters``.
 
     Raises:
         UserError: no number of layers and width of the MLP comes within 2%.
@@ -230,20 +230,21 @@ def _fitted(study: StudyConfig, size: str, arm: str, reference: Config, paramete
     if not setup.match_parameters:
         return _pattern(study, size, arm) if setup.pattern else []
     period = len(setup.pattern or "F")
+    hidden = _load(study, size, arm, _pattern(study, size, arm, period)).model.hidden_size
 
     @cache
     def count(layers: int, width: int | None) -> int:
         overrides = _pattern(study, size, arm, layers)
         if width is not None:
-            overrides.append(_mlp(width, reference))
+            overrides.append(_mlp(width, hidden))
         return sum(count_parameters(_load(study, size, arm, overrides).model, tp=1)[:2])
 
     per_period = count(2 * period, None) - count(period, None)
     periods = max(1, round((parameters - count(period, None)) / per_period) + 1)
     layers = periods * period
     config = _load(study, size, arm, _pattern(study, size, arm, layers))
-    multiple = min(64, max(1, config.model.hidden_size // 8))
-    per_width = layers * config.model.hidden_size * (3 if config.model.mlp_activation == "swiglu" else 2)
+    multiple = min(64, max(1, hidden // 8))
+    per_width = layers * hidden * (3 if config.model.mlp_activation == "swiglu" else 2)
     width = config.model.mlp_size + (parameters - count(layers, None)) / per_width
     width = max(1, round(width / multiple)) * multiple
     found = count(layers, width)
@@ -253,8 +254,8 @@ def _fitted(study: StudyConfig, size: str, arm: str, reference: Config, paramete
             f"reference has {parameters:,}; they differ by more than {_LARGEST_MISMATCH:.0%}. Set num_layers and "
             f"mlp_ratio of the arm instead"
         )
-    return [*_pattern(study, size, arm, layers), _mlp(width, reference)]
+    return [*_pattern(study, size, arm, layers), _mlp(width, hidden)]
 
 
-def _mlp(width: int, reference: Config) -> str:
-    return f"model.mlp_ratio={(width + 0.5) / reference.model.hidden_size!r}"  # mlp_size rounds down
+def _mlp(width: int, hidden: int) -> str:
+    return f"model.mlp_ratio={(width + 0.5) / hidden!r}"  # mlp_size rounds down

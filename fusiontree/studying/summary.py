@@ -59,7 +59,7 @@ class SizeResult:
 
 
 def used_runs(results: dict[str, Any], size: str) -> list[dict[str, Any]]:
-    """Return the finished runs of a size that count; of a search that of the chosen rate, once it is evaluated."""
+    """Return the finished runs of a size that count: of an arm's search, only that with the chosen rate."""
     rates = found_rates(results)
     finished = [r for r in results["runs"] if r["size"] == size and r["state"] == "finished" and _finite(r)]
     return [r for r in finished if not r["searched"] or r["rate"] == rates[r["arm"]]]

@@ -44,6 +44,8 @@ class Job:
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     evaluates: bool
+    log_begins: int
+    """Bytes of earlier processes in the log."""
     began: float = field(default_factory=time.monotonic)
     step_before: int = 0
     """Step of the run when the process started."""
@@ -85,6 +87,8 @@ class Workers:
         """Name of a failed run -> its last line of output."""
         self.stopping: str | None = None
         """Why no run is started any more."""
+        self._signal: str | None = None
+        """Name of the last signal that asked to stop."""
         self.interrupted = 0
         self.spent = 0.0
         """FLOPs of the steps that this call's finished processes computed."""
@@ -94,12 +98,18 @@ class Workers:
         handlers = {number: signal.signal(number, self._stop_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         said = time.monotonic()
         try:
-            while self._start_jobs() or self.jobs:
+            self._start_jobs()
+            while self.jobs:
                 time.sleep(0.2)
-                for job in [job for job in self.jobs if job.process.poll() is not None]:
+                ended = [job for job in self.jobs if job.process.poll() is not None]
+                for job in ended:
                     self._finish(job)
-                if self.deadline is not None and time.monotonic() > self.deadline:
+                if self._signal is not None:
+                    self.stop(f"signal {self._signal}")
+                elif self.deadline is not None and time.monotonic() > self.deadline:
                     self.stop("the time limit is reached")
+                if ended:  # nothing else lets a run start, and looking for one reads the files of all runs
+                    self._start_jobs()
                 if time.monotonic() - said >= self.every_s:
                     said = time.monotonic()
                     self.say(self.progress())
@@ -185,15 +195,17 @@ class Workers:
         text += f", {short(last['tokens_per_s'] or 0)} tokens/s"
         return text, max(0, last["step"] - job.step_before) * per_step, last["step"] * per_step
 
-    def _start_jobs(self) -> bool:
-        """Fill free slots; return whether a process runs."""
+    def _start_jobs(self) -> None:
+        """Fill free slots."""
         for run in self.runs():
             differs = trained_differently(run, self.folder)
             if differs and self.only(run) and run.name not in self.failed:
                 self.failed[run.name] = differs
         taken = {job.slot for job in self.jobs}
         names = {job.run.name for job in self.jobs}
-        for slot in (slot for slot in range(self.slots) if slot not in taken and self.stopping is None):
+        for slot in (slot for slot in range(self.slots) if slot not in taken):
+            if self.stopping is not None or self._signal is not None:
+                break
             waiting = [
                 run
                 for run in self.runs()
@@ -209,7 +221,6 @@ class Workers:
             run = max(waiting, key=lambda run: (run.searched, run.flops))
             self._start(run, slot)
             names.add(run.name)
-        return bool(self.jobs)
 
     def command(self, run: Run, evaluates: bool) -> list[str]:
         """Return the command line that trains or evaluates a run."""
@@ -229,6 +240,7 @@ class Workers:
             changes["CUDA_VISIBLE_DEVICES"] = name_of_gpu(slot % self.gpus)
         threads = max(1, (os.cpu_count() or 1) // self.slots)
         log = path.with_name(f"{path.name}.log").open("ab")
+        log_begins = log.tell()
         process = subprocess.Popen(
             self.command(run, evaluates),
             stdout=log,
@@ -240,7 +252,7 @@ class Workers:
         )
         records = [] if evaluates else read_records(path / "metrics.jsonl")
         before = max((r["step"] for r in records), default=0)
-        self.jobs.append(Job(run, slot, process, log, evaluates, step_before=before))
+        self.jobs.append(Job(run, slot, process, log, evaluates, log_begins, step_before=before))
         begins = "evaluated" if evaluates else f"resumed after step {before}" if before else "started"
         self.say(f"{run.name}: {begins} ({run.steps} steps, {short(run.tokens)} tokens)")
 
@@ -262,11 +274,12 @@ class Workers:
             if self.stopping is None:  # another program stopped the run; the next start of the study resumes it
                 self.failed[job.run.name] = "stopped by a signal"
         else:
-            self.failed[job.run.name] = f"exit code {code}: {_last_line(Path(job.log.name))}"
+            self.failed[job.run.name] = f"exit code {code}: {_last_line(Path(job.log.name), job.log_begins)}"
             self.say(f"{job.run.name}: FAILED, {self.failed[job.run.name]} (see {job.log.name})")
 
     def _stop_signal(self, number: int, _: object) -> None:
-        self.stop(f"signal {signal.Signals(number).name}")
+        """Note a signal; :meth:`run_all` acts on it when no run is about to start and nothing is being printed."""
+        self._signal = signal.Signals(number).name
 
 
 def _end_with_parent() -> None:
@@ -274,8 +287,9 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
 
 
-def _last_line(log: Path) -> str:
-    """Return the last line of a log that names an error, else the last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def _last_line(log: Path, begin: int) -> str:
+    """Return the last line behind byte ``begin`` of a log that names an error, else the last line."""
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "rror" in line]
     return (errors or lines or ["no output"])[-1][:300]

@@ -24,12 +24,13 @@ def parse_line(line: bytes, key: str = "step") -> dict[str, Any] | None:
 
 def format_line(values: dict[str, Any]) -> str:
     """Return a line of strict JSON, in which a number that is not finite is null."""
-    return json.dumps(_finite(values), allow_nan=False) + "\n"
+    return json.dumps(finite(values), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return ``value`` with None for each number in it that JSON cannot represent: infinite or NaN."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from fusiontree.checkpoint.load import find_checkpoint, load_on_all_ranks, read_state
+from fusiontree.checkpoint.load import find_checkpoint, load_on_all_ranks, read_state, stored_model
 from fusiontree.checkpoint.manifest import CheckpointDamage
 from fusiontree.config.root import Config
 from fusiontree.models.config import ModelConfig
@@ -99,8 +99,8 @@ def read_teacher(config: Config) -> TeacherCheckpoint | None:
         raise UserError(f"training.teacher: {damage}; {OTHER_CHECKPOINT}") from damage
     if stored is None:
         raise UserError(f"training.teacher '{folder}' does not describe its model; {OTHER_CHECKPOINT}")
-    model = ModelConfig.model_validate(stored).model_copy(update={"kernels": config.model.kernels})
-    return TeacherCheckpoint(folder, model)
+    model = stored_model({"model": stored}, f"the configuration of training.teacher '{folder}'")
+    return TeacherCheckpoint(folder, model.model_copy(update={"kernels": config.model.kernels}))
 
 
 def fill_teacher(teacher: HasTensors, found: TeacherCheckpoint, group: Any) -> None:

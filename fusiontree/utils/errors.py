@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -18,3 +19,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return a hint such as ``"; did you mean 'seq_len'?"`` or an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def nearest_file(path: Path) -> str:
+    """Return the hint of :func:`nearest` for a path that does not exist, from the names in its folder."""
+    return nearest(path.name, (beside.name for beside in path.parent.iterdir())) if path.parent.is_dir() else ""

@@ -28,6 +28,15 @@ def write_json(path: Path, values: Any) -> None:
         json.dump(values, file, indent=1)
 
 
+def write_output(path: Path, text: str) -> None:
+    """Write the file that a user named for a result, whole or not at all; a device, pipe or link in place."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+        return
+    with atomic_write(path) as file:
+        file.write(text)
+
+
 def read_text(path: Path) -> str:
     """Return the content of a UTF-8 file that a user named.
 

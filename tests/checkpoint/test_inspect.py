@@ -39,6 +39,16 @@ def test_contents(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
+def test_json_is_strict_where_values_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("a", 1.0), ("b", float("nan"))):
+        saver = Saver(tmp_path / name / "checkpoints", CheckpointConfig())
+        saver.save(4, {"model.a": torch.tensor([1.0, value])}, {}, wait=True)
+    for words, code in ((["b"], 0), (["--diff", "a", "b"], 1)):
+        assert main(["--json", *(word if word[0] == "-" else str(tmp_path / word) for word in words)]) == code
+        (tensor,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["tensors"]
+        assert tensor["max"] is None
+
+
 def test_difference(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (str(run / "checkpoints" / f"step-0000000{step}") for step in (4, 8))
     assert main(["--diff", a, a]) == 0

@@ -166,6 +166,21 @@ def test_a_step_that_is_saved_again_takes_the_place_of_the_old(tmp_path: Path) -
     assert [f.name for f in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def test_a_kill_while_the_old_is_deleted_leaves_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, remove = make(tmp_path), shutil.rmtree
+    saved(saver, 1, state(1))
+    complete: list[list[Path]] = []
+
+    def removing(path: Path, **options: bool) -> None:
+        if path.exists() and "removed" in path.name:
+            complete.append(complete_checkpoints(tmp_path))
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    assert saved(saver, 1, state(2)).error is None
+    assert complete == [[tmp_path / "step-00000001"]]
+
+
 def test_the_manifest_covers_every_file(tmp_path: Path) -> None:
     extra = tmp_path / "tokenizer.json"
     extra.write_text("{}")

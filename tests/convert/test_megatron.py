@@ -119,4 +119,11 @@ def test_foreign_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "mcore" / "fusiontree.json").write_text(json.dumps(values))
     said = refused(capsys, tmp_path / "mcore", tmp_path / "again", "--to", "dcp")
     assert "lacks 'model.layers.2.norm.weight'" in said
+    values["config"]["model"]["of_a_later_version"] = True
+    (tmp_path / "mcore" / "fusiontree.json").write_text(json.dumps(values))
+    said = refused(capsys, tmp_path / "mcore", tmp_path / "again", "--to", "dcp")
+    assert "configuration describes no model (model.of_a_later_version: " in said
+    (tmp_path / "mcore" / "fusiontree.json").write_text("{")
+    said = refused(capsys, tmp_path / "mcore", tmp_path / "again", "--to", "dcp")
+    assert "fusiontree.json cannot be read" in said
     assert "at least 1" in refused(capsys, tmp_path / "run", tmp_path / "x", "--to", "megatron", "--tp", 0)

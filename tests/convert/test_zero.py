@@ -102,6 +102,8 @@ def test_incomplete_and_foreign_folders_are_refused(tmp_path: Path, capsys: pyte
     values["config"]["model"]["hidden_size"] = 64
     ours.write_text(json.dumps(values))
     assert "on a rank; at tp 2 it should be" in said()
+    ours.write_text(json.dumps(values | {"config": {"model": {"of_a_later_version": True}}}))
+    assert "configuration describes no model (model.of_a_later_version: " in said()
     ours.unlink()
     assert "give --config FILE" in said()
     values["config"]["model"]["hidden_size"] = 32

@@ -17,6 +17,7 @@ import pytest
 import zstandard
 
 from fusiontree.cli.show_dataset import inspect_main
+from fusiontree.data.build.corpus import CorpusOptions, corpus_files
 from fusiontree.data.build.statistics import bigram_entropy
 from fusiontree.data.build.verify import document_of_dataset
 from fusiontree.data.format import read_dataset
@@ -64,6 +65,17 @@ def test_folder_to_shards_and_back(texts: Path, tmp_path: Path, capsys: pytest.C
     tar.write_bytes(content)
     assert main(["--verify", str(tmp_path / "d")]) == 1
     assert "shard-000001.tar, member" in capsys.readouterr().out
+
+
+def test_a_damaged_document_is_one_error(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build("--input", texts, "--output", tmp_path / "d") == 0
+    tar = tmp_path / "d" / "shard-000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[641] ^= 1  # a token of the first document
+    tar.write_bytes(content)
+    capsys.readouterr()
+    assert inspect_main([str(tmp_path / "d")]) == 2
+    assert "error: " in (said := capsys.readouterr().err) and "its tokens differ from their recorded hash" in said
 
 
 def test_inspect_as_json_holds_the_facts_of_the_table(
@@ -141,6 +153,20 @@ def test_what_is_no_text_stays_out(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "hold no text" in capsys.readouterr().err
     assert build("--input", tmp_path / "module.pyc", "--output", tmp_path / "f") == 2
     assert "module.pyc' is no text: a NUL byte" in capsys.readouterr().err
+
+
+def test_an_index_is_left_out_only_beside_its_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "words.idx").write_text("an index of words")
+    (tmp_path / "in" / "lonely.idx").write_bytes(b"MMIDIDX\0\0" + bytes(40))
+    assert build("--input", tmp_path / "in", "--output", tmp_path / "d") == 0
+    assert texts_of(tmp_path / "d") == ["an index of words"]
+    assert "lonely.idx first: the index of a Megatron corpus (name its .bin)" in capsys.readouterr().out
+    assert build("--input", tmp_path / "in" / "lonely.idx", "--output", tmp_path / "e") == 2
+    assert "lonely.idx' is no text: the index of a Megatron corpus (name its .bin)" in capsys.readouterr().err
+    (tmp_path / "in" / "words.bin").write_bytes(bytes(8))
+    corpus = CorpusOptions([tmp_path / "in"])
+    assert [file.name for file in corpus_files(corpus)] == ["lonely.idx", "words.bin"]
 
 
 def test_a_broken_json_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fusiontree.data.config import DataConfig
-from fusiontree.data.sources.remote import CommandFolder, Retries, is_remote, local_folder
+from fusiontree.data.config import DataConfig, is_remote
+from fusiontree.data.sources.remote import CommandFolder, Retries, local_folder
 from fusiontree.data.validation import ValidationData
 from fusiontree.utils.errors import UserError
 from tests.data.batches import SEQ, GlobalBatch, global_batches, open_data
@@ -143,6 +143,18 @@ def test_damage_at_the_place_is_named_as_in_a_folder(tmp_path: Path) -> None:
         # What is damaged at its place is not asked for again with every row.
         assert server.requests["shard-000001.tar"] <= 4
         assert server.requests["shard-000002.tar"] == 1
+
+
+def test_with_one_attempt_nothing_is_said_to_be_fetched_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from tests.data.test_damage import flip
+
+    folder = random_dataset(tmp_path / "d", shards=3)
+    flip(folder)
+    with HttpFolder(folder) as server:
+        values = {"on_damage": "skip", "max_skipped_rows": 1000, "fetch_attempts": 1}
+        steps = open_data(config_of(server.url, tmp_path / "cache", **values)).steps()
+        assert any(batch.damage for (batch, _), _ in zip(steps, range(40), strict=False))
+    assert "its tokens differ" in caplog.text and "; fetching it again" not in caplog.text
 
 
 def test_a_copy_that_rots_in_the_cache_is_fetched_again(

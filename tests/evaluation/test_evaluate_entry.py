@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import replace
@@ -156,7 +158,10 @@ def test_the_same_seed_gives_the_same_numbers_and_batches_do_not_matter(call):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "needles"], "unknown evaluation task 'needles'; did you mean 'needle'"),
+        (
+            ["--tasks", "copy", "needles"],
+            "--tasks copy needles: unknown evaluation task 'needles'; did you mean 'needle'",
+        ),
         (["--rows", "0"], "--rows 0: .*greater"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--tasks", "text"], "give --text FILE"),
@@ -180,6 +185,27 @@ def test_what_the_user_got_wrong_is_one_error_with_exit_code_2(call, place, argu
     assert re.search(f"error: .*{message}", err.splitlines()[-1])
 
 
+def test_a_check_reads_paths_as_the_evaluation_does(call, place, monkeypatch):
+    monkeypatch.setenv("PLACE", str(place))
+    assert call("--check", "--data", "$PLACE/held_out", "--text", "$PLACE/text.txt")[0] == 0
+    assert call("--check", "--data", f"file://{place}/held_out")[0] == 0
+    assert call("--check", "--data", "pipe:cat {name}")[0] == 0
+    code, _, err = call("--check", "--data", "$PLACE/held_ou")
+    assert code == 2 and f"--data {place}/held_ou: there is no such file or folder" in err
+
+
+def test_a_result_is_written_whole_or_not_at_all(call, tmp_path, monkeypatch):
+    """A study takes the file for a finished evaluation."""
+    arguments = ("--tasks", "copy", "--lengths", "16", "--output", str(tmp_path / "x.json"))
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space left")))
+        with pytest.raises(OSError, match="no space"):
+            call(*arguments)
+    assert not list(tmp_path.iterdir())
+    code, out, _ = call(*arguments)
+    assert code == 0 and json.loads((tmp_path / "x.json").read_text()) == json.loads(out.splitlines()[-1])
+
+
 @pytest.mark.parametrize("program", ["evaluate", "lm-eval"])
 def test_without_the_harness_the_error_says_how_to_install_it(call, monkeypatch, capsys, program):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -200,6 +226,25 @@ def test_the_harness_command_shows_its_help_without_the_harness(capsys):
 def test_a_mistyped_checkpoint_is_an_error(place, capsys):
     assert main(["--checkpoint", str(place / "rum")]) == 2
     assert "did you mean 'run'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stranger", [False, True])
+def test_what_a_stored_configuration_lacks_is_an_error(model, tmp_path, capsys, stranger):
+    """A model of a later version; a converted model, which does not say how it was trained."""
+    values = {"model": model.config.model_dump(mode="json", by_alias=True)}
+    if stranger:
+        values["model"] |= {"of_a_later_version": True}
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    folder = tmp_path / "checkpoints" / "step-00000005"
+    files = save_tokenizer(ByteTokenizer.info, tmp_path, tmp_path)
+    save_checkpoint(folder.parent, 5, tensors, {"config": values}, files)
+    assert main(["--checkpoint", str(tmp_path), "--device", "cpu", "--tasks", "copy"]) == 2
+    message = f"error: {folder} does not say the length of the rows it was trained on; give --seq-len N"
+    if stranger:
+        message = f"error: the configuration of '{folder}' describes no model (model.of_a_later_version: "
+    assert message in capsys.readouterr().err
+    if not stranger:
+        assert main(["--checkpoint", str(tmp_path), "--device", "cpu", "--tasks", "copy", "--seq-len", "16"]) == 0
 
 
 @pytest.mark.parametrize("arguments", [["--row", "3"], ["--alphabet", "latin"]])

@@ -173,6 +173,8 @@ def test_exact_match_is_what_greedy_decoding_writes() -> None:
             {"tasks": ["common_words"], "lengths": [70]},
             "row of 70 tokens is too short for the list of task common",
         ),
+        ({"tasks": ["common_words"], "lengths": [45]}, "row of 45 tokens is too short"),
+        ({"tasks": ["common_words"], "lengths": [45], "distractors": 0}, "row of 45 tokens is too short"),
         ({"tasks": ["frequent_words"], "lengths": [130]}, "row of 130 tokens is too short"),
         ({"tasks": ["needle_text"], "lengths": [100_000]}, "text to hide needles in has .* a row needs 9"),
         ({"tasks": ["needle_text"], "text": []}, "no dataset is given"),

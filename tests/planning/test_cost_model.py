@@ -105,3 +105,8 @@ def test_the_command_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None
     assert "does not fit 80 GiB" in said and "\n{" not in said
     assert main([*v1, "--gpus", "6", "parallel.tp=4"]) == 2
     assert "do not divide" in capsys.readouterr().err
+    main([*v1, "--gpus", "64", "training.activation_checkpointing=auto", "training.memory_limit=0.7"])
+    assert "; 70% of the memory is usable; " in capsys.readouterr().out
+    for option, number, least in (("gpus-per-node", "0", "at least 1"), ("node-gb-per-s", "0", "a number above 0")):
+        assert main([*v1, "--gpus", "8", f"--{option}", number]) == 2
+        assert f"--{option} {number}: give {least}" in capsys.readouterr().err

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fusiontree.planning.network_check import Measured, judge, rounds
+from fusiontree.planning.network_check import Measured, Preflight, judge, rounds
+from fusiontree.utils.environment import ProcessPlace
 from tests.end_to_end.runs import ROOT
 from tests.slurm.hosts import Hosts, missing_for_hosts
 from tests.slurm.jobs import read
@@ -28,6 +30,19 @@ def test_every_node_meets_every_other_once(count: int) -> None:
     for pairs in schedule:
         ends = [node for pair in pairs for node in pair]
         assert len(ends) == len(set(ends))
+
+
+def test_an_error_without_a_text_is_reported_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the rank would end, and its node be taken for silent."""
+
+    def fails(self: Preflight, number: int, pair: tuple[int, int]) -> Measured:
+        raise TimeoutError
+
+    monkeypatch.setattr(Preflight, "_measure", fails)
+    store = torch.distributed.HashStore()
+    limits = {"size_bytes": 8, "pair_timeout_s": 1.0, "join_timeout_s": 1.0, "budget_s": 1.0}
+    Preflight(ProcessPlace(0, 2, 0, 1), torch.device("cpu"), store, "n0", **limits)._take_part(0, [(0, 1)])
+    assert json.loads(store.get("done/0/0"))["error"] == "TimeoutError"
 
 
 def links(rates: dict[tuple[int, int], float | str], nodes: int = 4) -> list[Measured]:

@@ -69,6 +69,13 @@ def test_a_matched_arm_has_the_references_parameters() -> None:
     assert runs["llama"].parameters == pytest.approx(runs["fused"].parameters, rel=0.02)
 
 
+def test_a_matched_arm_may_have_another_hidden_size() -> None:
+    wide = BASE["arms"]["llama"] | {"set": BASE["arms"]["llama"]["set"] | {"model.hidden_size": 48}}
+    runs = {run.arm: run for run in plan_runs(study(arms={"fused": {}, "wide": wide}))}
+    assert config_of(runs["wide"]).model.hidden_size == 48
+    assert runs["wide"].parameters == pytest.approx(runs["fused"].parameters, rel=0.02)
+
+
 def test_a_pattern_is_repeated_to_the_number_of_layers() -> None:
     arms = {"fused": {}, "alternating": {"pattern": "MMA", "set": {"model.num_layers": 5}}}
     assert config_of(plan_runs(study(arms=arms))[-1]).model.pattern == "MMAMM"
@@ -103,6 +110,7 @@ def test_the_search_on_the_first_size_decides_the_later_rates() -> None:
         ({"seeds": [1, 1]}, "give different numbers"),
         ({"arms": {"fused": {"sizes": {"huge": {}}}}}, r"arms.fused.sizes names \['huge'\]"),
         ({"sizes": {"tiny": BASE["sizes"]["tiny"] | {"arms": ["mean"]}}}, "lacks the reference"),
+        ({"sizes": {"tiny": BASE["sizes"]["tiny"] | {"arms": ["fused", "mean", "mean"]}}}, "names an arm twice"),
         ({"nothing": 1}, "unknown key 'nothing'; known are purpose, "),
         ({"arms": {"fused": {"sett": {}}}}, r"unknown key 'arms.fused.sett'; did you mean 'set'\?; known are note, "),
         ({"arms": {"fused": {}, "..": {}}}, "'..' names a folder"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -100,6 +101,21 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     assert states["tiny/fused/seed-0"] == "finished" and states["tiny/llama/seed-0"] == "waiting"
 
 
+def test_an_error_of_an_earlier_attempt_is_no_reason(tmp_path: Path) -> None:
+    class Silent(Stubs):
+        def command(self, run: Run, evaluates: bool) -> list[str]:
+            return [sys.executable, "-c", "import os; os._exit(3)"]
+
+    log = tmp_path / "tiny" / "mean" / "seed-0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("error: of an earlier attempt\n")
+    values = study()
+    only = {"only": lambda run: run.name == "tiny/mean/seed-0", "time_limit_s": None, "say": lambda line: None}
+    failing = Silent(values, plan_runs(values), tmp_path, 1, gpus=0, **only)
+    failing.run_all()
+    assert failing.failed == {"tiny/mean/seed-0": "exit code 3: no output"}
+
+
 def test_the_time_limit_stops_the_runs(tmp_path: Path) -> None:
     said: list[str] = []
     stopped = workers(tmp_path, said, time_limit_s=3.0)
@@ -109,6 +125,26 @@ def test_the_time_limit_stops_the_runs(tmp_path: Path) -> None:
     assert len(started(said)) == 2
     assert not any(stopped.is_finished(run) for run in stopped.runs())
     assert "the time limit is reached: 2 runs save a checkpoint and stop" in said
+
+
+def test_a_signal_while_a_run_starts_stops_that_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusiontree.studying.workers._GRACE_S", 10.0)
+    start = subprocess.Popen
+
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        process = start(*arguments, **options)
+        wait_for(lambda: any(b"ready" in log.read_bytes() for log in tmp_path.rglob("*.log")))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", signalled)
+    said: list[str] = []
+    stopped = workers(tmp_path, said)
+    stopped.waits = True
+    stopped.run_all()
+    assert len(started(said)) == 1 and "signal SIGTERM: 1 runs save a checkpoint and stop" in said
+    assert stopped.interrupted == 1 and not stopped.failed
+    assert time.monotonic() - stopped.began < 10  # after the grace period the run would be killed
 
 
 def test_finished_runs_are_evaluated_and_rates_follow_the_search(tmp_path: Path) -> None:

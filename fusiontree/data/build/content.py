@@ -37,7 +37,7 @@ _NO_TEXT = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!\x1a": "a rar archive",
     b"Obj\x01": "an Avro file",
-    b"MMIDIDX": "the index of a Megatron corpus whose .bin is missing",
+    b"MMIDIDX": "the index of a Megatron corpus (name its .bin)",
     b"\xff\xfe": "UTF-16 text (convert it to UTF-8)",
     b"\xfe\xff": "UTF-16 text (convert it to UTF-8)",
 }

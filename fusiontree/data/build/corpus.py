@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fusiontree.data.build.content import PackedDamage, open_unpacked, recognize
 from fusiontree.data.build.readers import TextReader
 from fusiontree.data.sources.megatron import is_megatron, read_megatron
-from fusiontree.utils.errors import UserError, nearest
+from fusiontree.utils.errors import UserError, nearest_file
 
 
 class Document(NamedTuple):
@@ -58,10 +58,10 @@ def corpus_files(options: CorpusOptions, output: Path | None = None) -> list[Pat
         elif root.exists():
             raise UserError(f"input '{root}' is neither a file nor a folder")
         else:
-            near = nearest(root.name, (p.name for p in root.parent.iterdir())) if root.parent.is_dir() else ""
-            raise UserError(f"input '{root}' does not exist{near}")
+            raise UserError(f"input '{root}' does not exist{nearest_file(root)}")
     _refuse_overlaps(options.inputs, files)
-    files = [file for file in files if not is_megatron(file.with_suffix(".bin")) or file.suffix != ".idx"]
+    bins = {file for file in files if is_megatron(file)}
+    files = [file for file in files if file.suffix != ".idx" or file.with_suffix(".bin") not in bins]
     if not files:
         patterns = f" matching {list(options.include)}" if options.include else ""
         raise UserError(f"no file{patterns} in {[str(p) for p in options.inputs]}")

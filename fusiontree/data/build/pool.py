@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from fusiontree.data.build.corpus import Corpus
@@ -123,8 +122,8 @@ def build_shards(
                 progress.add(shard.input_bytes, skipped=True)
                 continue
             collect(processes)  # bounds memory: the documents of one shard per process and of one waiting shard
-            job = ShardJob(folder, shard.number, shard.first_document, shard.digest, tokenizer, shard.documents)
-            job = replace(job, max_unknown=options.max_unknown)
+            made_of = shard.first_document, shard.digest, tokenizer, shard.documents
+            job = ShardJob(folder, shard.number, *made_of, options.max_unknown)
             pending[pool.submit(write_shard, job)] = shard
             shard.documents = []
         collect(0)

@@ -1,4 +1,4 @@
-"""BuildProgress lines of long tasks."""
+"""Lines of progress of long tasks."""
 
 from __future__ import annotations
 

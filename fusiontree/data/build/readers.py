@@ -70,7 +70,7 @@ class TextReader:
                 try:
                     value, end = decoder.raw_decode(text, at)
                     end = re.compile(r"\s*").match(text, end).end()  # type: ignore[union-attr]
-                    complete = text[end : end + 1] in (",", "]") and text[end : end + 1] != ""
+                    complete = text[end : end + 1] in (",", "]")
                 except (ValueError, RecursionError) as error:
                     complete, value, end = False, error, at
                 if complete:

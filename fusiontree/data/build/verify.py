@@ -40,7 +40,9 @@ def _verify_tar(shard: Shard) -> list[ShardDamage]:
                 elif member.name in seen:
                     found.append(ShardDamage(shard.tar, member.name, "is there twice"))
                 elif member.name != (wanted := next(expected, None)):
-                    found.append(ShardDamage(shard.tar, member.name, f"stands where {wanted} should"))
+                    found.append(
+                        ShardDamage(shard.tar, member.name, f"stands where {wanted or 'the end of the tar'} should")
+                    )
                 seen.add(member.name)
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         found.append(ShardDamage(shard.tar, None, f"its tar headers are damaged: {error}"))

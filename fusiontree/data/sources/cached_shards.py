@@ -7,12 +7,12 @@ import tempfile
 import threading
 from pathlib import Path
 
-from fusiontree.data.config import DataConfig, DatasetConfig
+from fusiontree.data.config import DataConfig, DatasetConfig, is_remote
 from fusiontree.data.format import DATASET, DatasetInfo, ShardDamage, parse_dataset
 from fusiontree.data.sources.base import TOKEN_SOURCES
 from fusiontree.data.sources.cache import ShardCache
 from fusiontree.data.sources.index import Shard, index_size
-from fusiontree.data.sources.remote import FileMissing, RemoteFolder, Retries, is_remote, local_folder, open_remote
+from fusiontree.data.sources.remote import FileMissing, RemoteFolder, Retries, local_folder, open_remote
 from fusiontree.data.sources.shards import LocalShards, OpenShard, ShardSource, open_shard_limit
 from fusiontree.data.tokenizers import save_tokenizer
 from fusiontree.utils.errors import UserError
@@ -106,7 +106,7 @@ class CachedShards(ShardSource):
                 continue
             damaged = next(shard.damages(), None)
             shard.close()
-            if damaged is None or attempt > 1:
+            if damaged is None or attempt > 1 or self._retries.attempts == 1:
                 return  # damaged at its origin: keep it, reads then report the damaged documents
             log.warning("%s; fetching it again", damaged)
 

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import random
-import re
 import select
 import shlex
 import signal
@@ -97,13 +96,6 @@ class Retries:
                 log.warning("%s: attempt %d of %d failed (%s)", what, attempt, self.attempts, reason)
             self.wait(attempt)
         raise AssertionError("a loop over at least one attempt ends inside")
-
-
-def is_remote(path: str) -> bool:
-    """Return True if a dataset's path is a URL or a command, False if it is a folder."""
-    return path.startswith("pipe:") or (
-        re.match(r"[a-zA-Z][\w+.-]*://", path) is not None and not path.startswith("file://")
-    )
 
 
 def local_folder(path: str) -> Path:
