@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fusiontree.models.cache import DecodeCache
 from fusiontree.ops.documents import Documents
 from tests.helpers import tiny_model
 from tests.models.test_padding import LENGTHS, pad, texts
@@ -105,6 +106,20 @@ def test_rows_can_be_selected_reordered_and_repeated():
     for row, text in enumerate(texts()):
         alone = model(torch.cat([text, tokens(4, 2)[row]])[None]).logits_BSV[0, -2:]
         torch.testing.assert_close(again[row], alone, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_caches_of_texts_of_any_length_are_joined():
+    model = tiny_model(window_size=16)
+    texts_S = [tokens(1, length) for length in (3, 5, 9)]  # rings of different numbers of slots, below the window
+    caches = [model.new_cache(1) for _ in texts_S]
+    for text_1S, cache in zip(texts_S, caches, strict=True):
+        model(text_1S, cache=cache)
+    following_BS = tokens(len(texts_S), 6)
+    decoded = in_pieces(model, following_BS, [1] * 6, DecodeCache.join(caches))
+    for row, text_1S in enumerate(texts_S):
+        alone = model(torch.cat([text_1S[0], following_BS[row]])[None]).logits_BSV[0]
+        torch.testing.assert_close(decoded[row], alone[-6:], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
