@@ -16,6 +16,7 @@ from fusiontree.checkpoint.folders import MANIFEST, STATE, complete_checkpoints
 from fusiontree.checkpoint.manifest import CheckpointDamage, Report
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.models.config import ModelConfig
+from fusiontree.models.config_checks import different_settings
 from fusiontree.models.mixers.base import Fp32Parameters
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.utils.errors import UserError, nearest
@@ -140,16 +141,9 @@ def check_model(folder: Path, state: dict[str, Any], model: dict[str, Any]) -> N
     Raises:
         UserError: fields differ; the message names them all.
     """
-    saved = dict(state.get("config", {}).get("model", {}))
-    wanted = dict(model)
-    for values in (saved, wanted):
-        values.pop("kernels", None)  # kernels affect speed, not the model
-        for key, value in values.items():
-            if isinstance(value, dict):  # an absent setting and null mean the same, so settings can be added
-                values[key] = {name: inner for name, inner in value.items() if inner is not None}
-    differing = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
-    if saved and differing:
-        lines = "\n".join(f"  model.{k}: {saved.get(k)!r} in the checkpoint, {wanted.get(k)!r} now" for k in differing)
+    differing = different_settings(state.get("config", {}).get("model", {}), model)
+    if differing:
+        lines = "\n".join(f"  {name}: {old!r} in the checkpoint, {new!r} now" for name, old, new in differing)
         raise UserError(
             f"{folder} is a checkpoint of another model:\n{lines}\nset these back, or start another run_dir with "
             f"checkpoint.init_from"
