@@ -267,6 +267,8 @@ class ModelConfig(Section):
         if not isinstance(given, dict) or not isinstance(letters, dict):
             return values
         named = [name for names in letters.values() if isinstance(names, list) for name in names]
+        if not all(isinstance(name, str) for name in named):
+            return values
         sections = {}
         for name in dict.fromkeys([*given, *named]):
             section = None if name in LETTERS["F"] else mixer_class(name).settings
