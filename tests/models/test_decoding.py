@@ -164,7 +164,9 @@ def test_gradients_flow_within_a_piece_and_not_into_the_cache():
 def test_logits_of_the_last_tokens_alone():
     model = tiny_model()
     ids = tokens(2, 9)
-    torch.testing.assert_close(model(ids, logits_to_keep=2).logits_BSV, model(ids).logits_BSV[:, -2:])
+    full = model(ids).logits_BSV
+    for kept, expected in ((2, full[:, -2:]), (0, full[:, 9:]), (12, full)):
+        torch.testing.assert_close(model(ids, logits_to_keep=kept).logits_BSV, expected)
 
 
 def test_misuse_of_a_cache_is_refused():
