@@ -165,8 +165,9 @@ class TrainingConfig(Section):
         for length, steps in self.curriculum or []:
             if length < 2 or steps < 1:
                 raise ValueError(f"curriculum stage [{length}, {steps}] needs a row length >= 2 and steps >= 1")
-            if self.global_batch_size * self.seq_len % length or self.seq_len % length:
+            if self.seq_len % length:
                 raise ValueError(
-                    f"curriculum row length {length} does not divide seq_len {self.seq_len}; tokens a step would change"
+                    f"curriculum row length {length} does not divide seq_len {self.seq_len}, so that the number of "
+                    f"tokens per step would change; use a divisor of {self.seq_len}"
                 )
         return self
