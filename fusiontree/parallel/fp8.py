@@ -220,8 +220,7 @@ def fp8_by_layer(model: ModelConfig, training: TrainingConfig) -> list[int] | No
         module = FusionTreeModel(model)
     counts = [0] * model.num_layers
     for found in linear_maps(module, training.fp8):
-        rows, columns = found.module.weight.shape
-        counts[int(found.name.split(".")[1])] += (rows - found.bf16_rows(rows)) * columns
+        counts[int(found.name.split(".")[1])] += found.fp8_rows * found.module.in_features
     return counts
 
 
