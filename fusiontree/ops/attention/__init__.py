@@ -67,6 +67,7 @@ def attention(
 
     Raises:
         UserError: the named backend cannot run here, or has no kernel for these heads.
+        ValueError: there are fewer keys than queries.
     """
     if k_BTKD.shape[1] < q_BSHD.shape[1]:
         raise ValueError(f"{k_BTKD.shape[1]} keys are fewer than {q_BSHD.shape[1]} queries")
