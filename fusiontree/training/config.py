@@ -146,6 +146,12 @@ class TrainingConfig(Section):
         None, "Save and stop after this step, as a stop signal would; the same command resumes.", unit="steps", ge=1
     )
 
+    @property
+    def row_lengths(self) -> dict[str, int]:
+        """Lengths of the rows of all steps, in tokens, by the setting that gives the length."""
+        stages = {f"stage {i} of training.curriculum": length for i, (length, _) in enumerate(self.curriculum or [])}
+        return {"training.seq_len": self.seq_len, **stages}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.matmul_precision == "fp8" and self.precision != "bf16":
