@@ -37,8 +37,8 @@ def check_run_folder(run_dir: Path, values: dict[str, Any]) -> None:
     """Check that ``run_dir`` is new, empty, or the folder of this very run; writes nothing.
 
     Raises:
-        UserError: it holds another run (the differing fields are named), files that are no run's, or cannot be
-            written.
+        UserError: it holds another run (the message names the settings that differ) or other files, or cannot be
+            written to.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir '{run_dir}' is a file; name a folder")
@@ -90,7 +90,7 @@ def check_same_data(run_dir: Path, values: dict[str, Any], order: Order) -> None
         order: of the rows of the opened datasets.
 
     Raises:
-        UserError: the newest checkpoint continues in other datasets; or the run, which has saved none, began with
+        UserError: the newest checkpoint continues in other datasets; or the run has no checkpoint and began with
             other datasets.
     """
     from fusiontree.checkpoint.load import read_state
@@ -149,7 +149,7 @@ def report_changes(records: Records, console: Console, changes: dict[str, tuple[
 
 
 def _saved_values(run_dir: Path) -> dict[str, Any]:
-    """Return the configuration in the folder; with a warning that of the newest checkpoint, or nothing, if damaged."""
+    """Return the configuration in the folder; if it is damaged, warn and return the newest checkpoint's, or nothing."""
     file = run_dir / CONFIG
     if not file.exists():
         return {}
