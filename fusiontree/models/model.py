@@ -202,7 +202,7 @@ class FusionTreeModel(nn.Module):
         never_M: Tensor | None,
         teacher: TeacherOutput | None,
     ) -> ModelOutput:
-        """Return ``output`` with what the head says of labels: their scores, or the sums of the loss."""
+        """Return ``output`` with the scores of the labels, or with the sums of the loss."""
         if never_M is not None:
             return output._replace(token_scores=self.head(hidden_BSC, labels_BS, never_M))
         if teacher is not None:
