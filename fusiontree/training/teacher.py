@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from fusiontree.checkpoint.load import find_checkpoint, load_on_all_ranks, read_state
@@ -87,7 +88,8 @@ def read_teacher(config: Config) -> TeacherCheckpoint | None:
     """Return the checkpoint that the configuration names, without comparing it; None where it names none.
 
     Raises:
-        UserError: there is no checkpoint at ``training.teacher``, it is damaged, or it does not describe its model.
+        UserError: there is no checkpoint at ``training.teacher``, it is damaged, or it does not describe its model in
+            settings of this version.
     """
     given = config.training.teacher
     if given is None:
@@ -99,8 +101,15 @@ def read_teacher(config: Config) -> TeacherCheckpoint | None:
         raise UserError(f"training.teacher: {damage}; {OTHER_CHECKPOINT}") from damage
     if stored is None:
         raise UserError(f"training.teacher '{folder}' does not describe its model; {OTHER_CHECKPOINT}")
-    model = ModelConfig.model_validate(stored).model_copy(update={"kernels": config.model.kernels})
-    return TeacherCheckpoint(folder, model)
+    try:
+        model = ModelConfig.model_validate(stored)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(
+            f"training.teacher '{folder}' has settings of a model that this version does not know: "
+            f"model.{'.'.join(map(str, problem['loc']))}: {problem['msg']}; {OTHER_CHECKPOINT}"
+        ) from error
+    return TeacherCheckpoint(folder, model.model_copy(update={"kernels": config.model.kernels}))
 
 
 def fill_teacher(teacher: HasTensors, found: TeacherCheckpoint, group: Any) -> None:
