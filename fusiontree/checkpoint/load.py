@@ -14,9 +14,9 @@ from torch import Tensor
 from fusiontree.checkpoint.exchange import first_of, rank_of
 from fusiontree.checkpoint.folders import MANIFEST, STATE, complete_checkpoints
 from fusiontree.checkpoint.manifest import CheckpointDamage, Report
+from fusiontree.checkpoint.model_settings import different_settings
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.config_checks import different_settings
 from fusiontree.models.mixers.base import Fp32Parameters
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.utils.errors import UserError, nearest

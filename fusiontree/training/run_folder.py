@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fusiontree.checkpoint.folders import STATE, complete_checkpoints, folder_step
-from fusiontree.models.config_checks import different_settings
+from fusiontree.checkpoint.model_settings import different_settings
 from fusiontree.supervision.run_lock import GUARD, RUN_LOCK
 from fusiontree.tracking.console import NOTICE, Console
 from fusiontree.tracking.records import Records, read_records
