@@ -15,6 +15,7 @@ from torch import Tensor
 from fusiontree.checkpoint.exchange import first_of, rank_of
 from fusiontree.checkpoint.folders import MANIFEST, STATE, complete_checkpoints
 from fusiontree.checkpoint.manifest import CheckpointDamage, Report
+from fusiontree.checkpoint.model_settings import different_settings
 from fusiontree.checkpoint.reader import CheckpointReader
 from fusiontree.models.config import ModelConfig
 from fusiontree.models.mixers.base import Fp32Parameters
@@ -141,16 +142,9 @@ def check_model(folder: Path, state: dict[str, Any], model: dict[str, Any]) -> N
     Raises:
         UserError: fields differ; the message names them all.
     """
-    saved = dict(state.get("config", {}).get("model", {}))
-    wanted = dict(model)
-    for values in (saved, wanted):
-        values.pop("kernels", None)  # kernels affect speed, not the model
-        for key, value in values.items():
-            if isinstance(value, dict):  # an absent setting and null mean the same, so settings can be added
-                values[key] = {name: inner for name, inner in value.items() if inner is not None}
-    differing = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
-    if saved and differing:
-        lines = "\n".join(f"  model.{k}: {saved.get(k)!r} in the checkpoint, {wanted.get(k)!r} now" for k in differing)
+    differing = different_settings(state.get("config", {}).get("model", {}), model)
+    if differing:
+        lines = "\n".join(f"  {name}: {old!r} in the checkpoint, {new!r} now" for name, old, new in differing)
         raise UserError(
             f"{folder} is a checkpoint of another model:\n{lines}\nset these back, or start another run_dir with "
             f"checkpoint.init_from"
@@ -179,7 +173,10 @@ def stored_model(config: Mapping[str, Any], place: str) -> ModelConfig:
         return ModelConfig.model_validate(config["model"])
     except ValidationError as error:
         wrong = [f"{'.'.join(['model', *map(str, e['loc'])])}: {e['msg']}" for e in error.errors()]
-        raise UserError(f"{place} describes no model ({'; '.join(wrong)})") from None
+        raise UserError(
+            f"{place} describes no model of this version ({'; '.join(wrong)}); use the version that wrote it, and name "
+            f"its plugins if it has any"
+        ) from None
 
 
 def row_length(given: int | None, config: Mapping[str, Any], folder: Path) -> int:

@@ -9,12 +9,13 @@ from fusiontree.engines.common import PRECISION
 from fusiontree.engines.config import ENGINES
 from fusiontree.engines.mixed_precision import compute_in
 from fusiontree.models.config import ModelConfig
+from fusiontree.models.initialization import no_weight_decay
 from fusiontree.parallel.activation_checkpointing import checkpoint_activations, fuse_projections
 from fusiontree.parallel.auto_checkpointing import choose_automatically
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.fp8 import check_device, use_fp8
 from fusiontree.parallel.layout import Layout
-from fusiontree.parallel.shard_groups import build_model, materializer, no_weight_decay, shard_groups_leaves_first
+from fusiontree.parallel.shard_groups import build_model, materializer, shard_groups_leaves_first
 from fusiontree.training.config import TrainingConfig
 
 

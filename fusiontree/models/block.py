@@ -292,17 +292,15 @@ def _unchanged(x_BSC: Tensor) -> Tensor:
 
 
 _LATER_ATTRIBUTES = (
-    *(
-        "align",
-        "gate",
-        "out_proj",
-        "mlp",
-        "scatter_tokens",
-        "given_branches",
-        "branch_norm",
-        "mix",
-        "reads_alignment",
-        "sums_branches",
-    ),
+    "given_branches",
+    "scatter_tokens",
+    "branch_norm",
+    "align",
+    "reads_alignment",
+    "gate",
+    "mix",
+    "sums_branches",
+    "out_proj",
+    "mlp",
 )
 """Attributes that the constructor sets after the mixers; ``hasattr`` does not find them when a mixer is added."""

@@ -169,7 +169,7 @@ class ModelConfig(Section):
 
     @property
     def sums_branches(self) -> bool:
-        """Whether nothing but their sum is read of the branches, if none is dropped and none measured."""
+        """Whether only the sum of the branches is read, as long as no branch is dropped or measured."""
         return self.branch_mix == "sum" and not self.branch_norm and not self.reads_alignment
 
     @property
@@ -223,7 +223,6 @@ class ModelConfig(Section):
         sizes = (self.letter_sizes or {}).get(letter, LetterSizes())
         mamba = {"num_heads": sizes.mamba_heads, "n_groups": sizes.mamba_groups, "norm_groups": sizes.mamba_norm_groups}
         changed: dict[str, Any] = {
-            "letter_sizes": None,
             "head_dim": self.attention_head_dim,
             "num_heads": sizes.num_heads,
             "num_kv_heads": sizes.num_kv_heads,
@@ -234,8 +233,8 @@ class ModelConfig(Section):
             changed |= {"window_size": sizes.window_size, "attention_type": "local_global"}
         if sizes.mlp_size is not None:
             changed["mlp_ratio"] = (sizes.mlp_size + 0.5) / self.hidden_size  # mlp_size rounds down
-        none = ("letter_sizes",)
-        return self.model_copy(update={key: size for key, size in changed.items() if size is not None or key in none})
+        changed = {key: size for key, size in changed.items() if size is not None}
+        return self.model_copy(update={**changed, "letter_sizes": None})
 
     def kinds(self) -> dict[str, int]:
         """Return the letters of ``pattern``, each with its first layer; its layers have equal mixers and sizes."""
@@ -267,6 +266,8 @@ class ModelConfig(Section):
         if not isinstance(given, dict) or not isinstance(letters, dict):
             return values
         named = [name for names in letters.values() if isinstance(names, list) for name in names]
+        if not all(isinstance(name, str) for name in named):
+            return values
         sections = {}
         for name in dict.fromkeys([*given, *named]):
             section = None if name in LETTERS["F"] else mixer_class(name).settings

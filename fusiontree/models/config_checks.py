@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def check_model(config: ModelConfig, built_in: Collection[str]) -> None:
-    """Check letters and sizes, those of the built-in mixers included; other mixers check their own.
+    """Check letters and sizes, including those of the built-in mixers in use; other mixers check their own.
 
     Args:
         config: the section; each of its settings alone is valid.
@@ -22,8 +22,7 @@ def check_model(config: ModelConfig, built_in: Collection[str]) -> None:
     _check_letters(config.letters or {}, built_in)
     if config.layer_pattern is not None:
         _check_pattern(config, config.layer_pattern)
-    _check_heads(config)
-    _check_mamba(config)
+    _check_mixers(config, {name for names in config.branches for name in names})
     _check_mix(config)
     _check_letter_sizes(config)
     _check_widths(config)
@@ -56,6 +55,13 @@ def _check_pattern(config: ModelConfig, pattern: str) -> None:
         )
 
 
+def _check_mixers(config: ModelConfig, names: Collection[str]) -> None:
+    if "attention" in names:
+        _check_heads(config)
+    if "mamba2" in names:
+        _check_mamba(config)
+
+
 def _check_heads(config: ModelConfig) -> None:
     if config.head_dim is None and config.hidden_size % config.num_heads:
         raise ValueError(
@@ -84,13 +90,13 @@ def _check_mamba(config: ModelConfig) -> None:
         )
     if config.mamba_heads % config.mamba.n_groups:
         raise ValueError(
-            f"{config.mamba_heads} state space heads (expand * hidden_size / mamba.head_dim) do not divide by "
-            f"mamba.n_groups {config.mamba.n_groups}"
+            f"{config.mamba_heads} state space heads (mamba.num_heads or expand * hidden_size / mamba.head_dim) do not "
+            f"divide by mamba.n_groups {config.mamba.n_groups}"
         )
     if config.d_inner % config.mamba.norm_groups:
         raise ValueError(
-            f"mamba.expand * hidden_size = {config.d_inner} does not divide by mamba.norm_groups "
-            f"{config.mamba.norm_groups}"
+            f"{config.mamba_heads} state space heads * mamba.head_dim = {config.d_inner} does not divide by "
+            f"mamba.norm_groups {config.mamba.norm_groups}"
         )
 
 
@@ -108,14 +114,13 @@ def _check_mix(config: ModelConfig) -> None:
 
 
 def _check_letter_sizes(config: ModelConfig) -> None:
-    known = list(config.mixers_by_letter)
+    known = config.mixers_by_letter
     for letter in config.letter_sizes or {}:
         if letter not in known:
             raise ValueError(f"letter_sizes: no layers have the letter '{letter}'; known are {', '.join(known)}")
         sized = config.of_letter(letter)
         try:
-            _check_heads(sized)
-            _check_mamba(sized)
+            _check_mixers(sized, known[letter])
         except ValueError as error:
             raise ValueError(f"letter_sizes.{letter}: {error}") from None
 
@@ -125,7 +130,7 @@ def _check_widths(config: ModelConfig) -> None:
         raise ValueError(f"hidden_size {config.hidden_size} is odd; srte_encoding sincos needs an even hidden_size")
     if config.mlp_size < 1:
         raise ValueError(f"mlp_ratio {config.mlp_ratio} of hidden_size {config.hidden_size} gives no channels")
-    if config.gate_rank > config.hidden_size:
+    if config.has_gate and config.gate_rank > config.hidden_size:
         raise ValueError(f"gate_rank {config.gate_rank} is more than hidden_size {config.hidden_size}")
 
 

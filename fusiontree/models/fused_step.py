@@ -147,7 +147,7 @@ class FusedBlock:
         return outputs_BC
 
     def _combine(self, x_BC: Tensor, outputs_BC: Tensor) -> Tensor:
-        """Compute :meth:`FusionBlock.combine` of outputs that are normalized if the block does so."""
+        """Compute :meth:`FusionBlock.combine` of outputs to which the block's norm of branches was applied."""
         block, backend = self._block, self._backend
         down_BM = outputs_BC
         if self._gate_down is not None:
@@ -186,7 +186,7 @@ class FusedBlock:
 
 
 def weight_of(module: nn.Module) -> Weight:
-    """Return the weight of a linear map without bias, in whatever format."""
+    """Return the weight of a linear map without bias, in the format in which it is stored."""
     if isinstance(module, WeightOnlyLinear):
         return module.stored
     assert isinstance(module, nn.Linear) and module.bias is None, f"{type(module).__name__} is no plain linear map"

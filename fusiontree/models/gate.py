@@ -92,9 +92,8 @@ def even_sums(outputs_BSC: Tensor, channels: int, counted_BS: Tensor | None) -> 
 class FusionGate(nn.Module):
     """``W_up tanh(W_down z)``: logits of the first branch's weight g in the mix, for every token and channel.
 
-    The second branch's weight is 1 - g. A single gate has no meaning for more branches.
-
-    ``W_up`` starts at zero, so every gate starts at 0.5.
+    The second branch's weight is 1 - g, so a layer has at most two branches. ``W_up`` starts at zero, and with it every
+    gate at 0.5.
     """
 
     def __init__(self, config: ModelConfig) -> None:

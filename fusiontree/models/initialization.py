@@ -22,8 +22,6 @@ ROWS_PER_BLOCK = 1024
 
 _GATE_UP = re.compile(r"layers\.\d+\.gate\.up\.weight")
 _RESIDUAL_OUTPUT = re.compile(r"layers\.\d+\.(out_proj|mlp\.down)\.weight")
-_SUMMED_OUTPUT = re.compile(r"layers\.\d+\.(mamba\.out_proj|attention\.o_proj)\.weight")
-"""Written to the residual stream without a further projection if ``branch_mix`` is gated_sum or sum."""
 _NORMS = ("norm", "branch_norm")
 
 
@@ -47,9 +45,9 @@ def initialize_parameter(
     """Return a parameter's initial values in fp32 on the CPU.
 
     Matrices are normal with standard deviation ``initializer_range``, divided by sqrt(2 num_layers) where they write
-    to the residual stream (``out_proj`` and ``mlp.down`` of a block; the built-in mixers' output projections if
-    ``branch_mix`` is gated_sum or sum). The gate's ``up`` is zero, so gates start at
-    0.5. Norms are one, biases zero. Mixers can have other rules (:meth:`Mixer.initial_values`).
+    to the residual stream (``out_proj`` and ``mlp.down`` of a block; :attr:`Mixer.output_projection` if ``branch_mix``
+    is gated_sum or sum). The gate's ``up`` is zero, so gates start at 0.5. Norms are one, biases zero. Mixers can have
+    other rules (:meth:`Mixer.initial_values`).
 
     Args:
         name: full name in the model, such as ``layers.3.mamba.in_proj.weight``.
@@ -93,6 +91,7 @@ def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, generator: tor
     if leaf == "bias" or _GATE_UP.fullmatch(name):
         return torch.zeros(shape)
     std = config.initializer_range
-    if _RESIDUAL_OUTPUT.fullmatch(name) or (not config.projects_mix and _SUMMED_OUTPUT.fullmatch(name)):
+    is_output = owner is not None and owner[1] == f"{owner[0].output_projection}.weight"
+    if _RESIDUAL_OUTPUT.fullmatch(name) or (is_output and not config.projects_mix):
         std /= math.sqrt(2 * config.num_layers)
     return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -148,6 +148,7 @@ class FusionTreeModel(nn.Module):
             layer_metrics: names of layer metrics whose sums to return.
             never_M: returns each label's scores instead of the loss sums, for inference; holds the int64 ids of tokens
                 that generation never draws (may be empty).
+            teacher: outputs of a teacher for the same tokens, from which the divergence is summed; None: no divergence.
 
         Raises:
             TypeError: the padding mask is not boolean.
@@ -169,7 +170,7 @@ class FusionTreeModel(nn.Module):
                 labels_BS = labels_BS.masked_fill(~layout.padding_mask_BS, -100)
             return self._score(output, hidden_BSC, labels_BS, never_M, teacher)
         if logits_to_keep is not None:
-            hidden_BSC = hidden_BSC[:, -logits_to_keep:]
+            hidden_BSC = hidden_BSC[:, max(0, hidden_BSC.shape[1] - logits_to_keep) :]
         return output._replace(logits_BSV=self.head(hidden_BSC))
 
     def _run_blocks(
@@ -201,7 +202,7 @@ class FusionTreeModel(nn.Module):
         never_M: Tensor | None,
         teacher: TeacherOutput | None,
     ) -> ModelOutput:
-        """Return ``output`` with what the head says of labels: their scores, or the sums of the loss."""
+        """Return ``output`` with the scores of the labels, or with the sums of the loss."""
         if never_M is not None:
             return output._replace(token_scores=self.head(hidden_BSC, labels_BS, never_M))
         if teacher is not None:

@@ -112,11 +112,6 @@ def check_padding_mask(padding_mask_BS: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"padding_mask_BS has shape {tuple(padding_mask_BS.shape)} and the tokens {tuple(shape)}")
 
 
-def documents_of_positions(positions_BS: Tensor, device: torch.device | str) -> Documents:
-    """Return the boundaries of packed rows on ``device``, from each token's position in its document (on the CPU)."""
-    return Documents.from_positions(positions_BS).to(device)
-
-
 def documents_of_padding(padding_mask_BS: Tensor) -> tuple[Documents, list[int], list[int]]:
     """Turn a padding mask into document boundaries: the text of a row is one document, pads form separate documents.
 

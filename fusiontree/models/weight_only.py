@@ -20,7 +20,7 @@ from fusiontree.utils.errors import UserError
 
 WeightFormat = Literal["int8", "fp8"]
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
-"""Of each format: int8, and fp8 with 4 exponent and 3 mantissa bits (OCP's E4M3)."""
+"""Greatest value of each format; fp8 has 4 exponent and 3 mantissa bits (OCP's E4M3)."""
 RELATIVE_ERROR = {"int8": 0.012, "fp8": 0.028}
 """Root mean square error of normally distributed weights relative to theirs (rows of 2,048 to 8,192); see the tests."""
 

@@ -34,7 +34,7 @@ class KernelsConfig(Section):
     @field_validator("attention", mode="before")
     @classmethod
     def _replace_removed(cls, value: Any) -> Any:
-        if value in _REMOVED:
+        if isinstance(value, str) and value in _REMOVED:
             log.warning("kernels.attention=%s no longer exists; using %s instead", value, _REMOVED[value])
             return _REMOVED[value]
         return value

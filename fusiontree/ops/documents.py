@@ -48,9 +48,14 @@ class Documents:
 
     @classmethod
     def from_positions(cls, positions_BS: Tensor) -> Documents:
-        """Derive all boundaries from positions (int64, on the CPU to avoid device synchronization)."""
+        """Derive all boundaries from positions (int64, on the CPU to avoid device synchronization).
+
+        Rows without tokens have no documents: the second half of a chunk of one token.
+        """
         rows, length = positions_BS.shape
         starts_BS = positions_BS == 0
+        if not length:
+            return cls(positions_BS, starts_BS.int(), torch.zeros(1, dtype=torch.int32), 0, None)
         breaks_BS = starts_BS.clone()
         breaks_BS[:, 0] = True
         bounds = torch.cat([breaks_BS.flatten().nonzero().flatten(), torch.tensor([rows * length])])

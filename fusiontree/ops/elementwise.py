@@ -78,7 +78,6 @@ def with_kernel(shown: str, formula: Callable[..., Any], kernel: str, setting: s
         kernel: ``module:function`` with the same signature, imported when first selected.
         setting: name of the setting under ``model.kernels``.
     """
-
     return Operation(
         setting,
         [

@@ -118,6 +118,8 @@ def _selective(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _offload(forward: Callable[..., Any], x_BSC: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(x_BSC, *args, **kwargs)
     # The backward pass uses the graph of the forward; the recomputation only needs the input's value.
     stored = _Offloaded(x_BSC)
     out = _full(lambda *rest, **named: forward(stored.take(), *rest, **named), *args, **kwargs)

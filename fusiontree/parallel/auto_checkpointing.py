@@ -38,7 +38,7 @@ class Memory(Protocol):
         ...
 
     def begin_step(self) -> None:
-        """Begin to note the peak."""
+        """Begin to measure the peak."""
         ...
 
     def peak(self, nbytes: Sequence[dict[str, float]], modes: Sequence[str]) -> float:
@@ -46,7 +46,7 @@ class Memory(Protocol):
         ...
 
     def release(self) -> None:
-        """Give cached memory back: a new mix asks for other sizes."""
+        """Give cached memory back, as a new mix needs blocks of other sizes."""
         ...
 
 
@@ -67,7 +67,7 @@ class CudaMemory:
         return min(self._limit * total, reachable - (1 - self._limit) / 2 * total)
 
     def begin_step(self) -> None:
-        """Begin to note the peak."""
+        """Begin to measure the peak."""
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak(self, nbytes: Sequence[dict[str, float]], modes: Sequence[str]) -> float:
@@ -111,7 +111,7 @@ class CpuMemory:
         return peak_bytes(nbytes, modes)
 
     def release(self) -> None:
-        """Keep all."""
+        """Do nothing: the allocator of the CPU keeps no cache."""
 
 
 def device_memory(layout: Layout, limit: float) -> Memory:
@@ -157,7 +157,7 @@ class AutoCheckpointing(Checkpointing):
         """Return the context of one optimizer step, after which the mix may change; all ranks enter it together.
 
         Raises:
-            UserError: memory does not suffice: even for full recomputation, or in spite of the choice.
+            UserError: memory does not suffice for full recomputation, or for the chosen mix.
         """
         try:
             if self.settled:

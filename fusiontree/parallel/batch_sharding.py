@@ -32,11 +32,11 @@ class ModelInputs(NamedTuple):
 
     @property
     def document_kinds(self) -> list[int | None]:
-        """What the host knows of the documents and kernels depend on (:attr:`Documents.tokens_before`)."""
+        """What kernels depend on and the host knows of the documents (:attr:`Documents.tokens_before`)."""
         return [part.tokens_before for part in self.documents.nested()]
 
     def padded(self, count: int | None) -> ModelInputs:
-        """Return the inputs with boundaries padded to ``count`` documents (:meth:`Documents.padded`); None: as here."""
+        """Return the inputs with boundaries padded to ``count`` documents (:meth:`Documents.padded`); None: no pads."""
         return self if count is None else self._replace(documents=self.documents.padded(count))
 
     def tensors(self) -> list[Tensor]:
@@ -68,7 +68,7 @@ class ModelInputs(NamedTuple):
 def count_documents(micro: MicroBatch) -> int:
     """Return the number of documents in the rows of a micro-batch on the CPU; 0 if every row is one.
 
-    Parts of one document in several rows count apart. A context parallel chunk has at most as many.
+    Parts of one document in several rows are counted separately. A context parallel chunk has at most as many.
     """
     positions_BS = micro.positions_BS
     inner = int((positions_BS[:, 1:] == 0).sum())
@@ -85,13 +85,13 @@ def shard_inputs(
     """
     cp_rank, cp_size = (0, 1) if layout is None else (layout.cp_rank, layout.cp_size)
     length = micro.input_ids_BS.shape[1] // cp_size
-    piece = slice(cp_rank * length, (cp_rank + 1) * length)
+    chunk = slice(cp_rank * length, (cp_rank + 1) * length)
     if cp_size > 1:
         documents: Documents = PieceDocuments.from_row(micro.positions_BS, cp_rank, cp_size)
     else:
         documents = Documents.from_positions(micro.positions_BS)
     return ModelInputs(
-        micro.input_ids_BS[:, piece], micro.labels_BS[:, piece], documents, branch_scale_LB2, layer_metrics
+        micro.input_ids_BS[:, chunk], micro.labels_BS[:, chunk], documents, branch_scale_LB2, layer_metrics
     )
 
 

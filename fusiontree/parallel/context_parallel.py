@@ -32,6 +32,7 @@ from fusiontree.parallel.exchanges import begin_gather_tokens, begin_left_halos,
 from fusiontree.parallel.layout import Layout
 
 _ALIGNED = 128
+"""Keys per tile of attention kernels."""
 
 
 @dataclass(frozen=True)

@@ -154,10 +154,8 @@ def check_fp8(model: ModelConfig, parallel: ParallelConfig, training: TrainingCo
         )
         first = next(iter(problems.values()))
         raise UserError(f"training.matmul_precision fp8: {first}{more}; {way_out}set matmul_precision to bf16")
-    lengths = {"training.seq_len": training.seq_len}
-    lengths |= {f"stage {i} of training.curriculum": stage[0] for i, stage in enumerate(training.curriculum or [])}
     ranks = parallel.cp * parallel.tp
-    for name, length in lengths.items():
+    for name, length in training.row_lengths.items():
         if length // ranks % MULTIPLE:
             raise UserError(
                 f"training.matmul_precision fp8 needs a multiple of {MULTIPLE} tokens of a row on each rank, and "
@@ -220,8 +218,7 @@ def fp8_by_layer(model: ModelConfig, training: TrainingConfig) -> list[int] | No
         module = FusionTreeModel(model)
     counts = [0] * model.num_layers
     for found in linear_maps(module, training.fp8):
-        rows, columns = found.module.weight.shape
-        counts[int(found.name.split(".")[1])] += (rows - found.bf16_rows(rows)) * columns
+        counts[int(found.name.split(".")[1])] += found.fp8_rows * found.module.in_features
     return counts
 
 

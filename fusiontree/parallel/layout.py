@@ -53,7 +53,7 @@ class Layout:
     ) -> None:
         """Join the job's process group (nccl on GPUs, gloo on CPUs; one process alone needs no rendezvous).
 
-        Call :func:`fusiontree.parallel.validate.check_layout` before to check the sizes.
+        :func:`fusiontree.parallel.validate.check_layout` must have accepted the sizes.
 
         Args:
             device: auto | cuda | cpu.

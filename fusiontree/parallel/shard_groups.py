@@ -11,22 +11,13 @@ from torch import nn
 
 from fusiontree.models.block import FusionBlock
 from fusiontree.models.config import ModelConfig
-from fusiontree.models.initialization import initialize_parameter, no_weight_decay
+from fusiontree.models.initialization import initialize_parameter
 from fusiontree.models.mixers.base import Fp32Parameters
 from fusiontree.models.model import FusionTreeModel
 from fusiontree.parallel.context_parallel import apply_context_parallel
 from fusiontree.parallel.global_tensor import ShardSpec
 from fusiontree.parallel.layout import Layout
 from fusiontree.parallel.tensor_parallel import SelectedConv, SelectedLinear, apply_tensor_parallel
-
-__all__ = [
-    "DistributedModel",
-    "ShardGroup",
-    "build_model",
-    "materializer",
-    "no_weight_decay",
-    "shard_groups_leaves_first",
-]
 
 
 @dataclass(frozen=True)

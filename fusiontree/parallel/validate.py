@@ -20,7 +20,7 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, training: Trainin
     Args:
         model: the ``model`` section.
         parallel: the ``parallel`` section.
-        training: the ``training`` section; its sequence lengths and the optimizer are read.
+        training: the ``training`` section; its row lengths, precision of products and optimizer are read.
         world_size: number of processes.
 
     Raises:
@@ -81,9 +81,7 @@ def valid_tp(model: ModelConfig, limit: int = 64) -> list[int]:
 
 def _check_lengths(training: TrainingConfig, cp: int, tp: int) -> None:
     parts = cp * tp
-    lengths = {"training.seq_len": training.seq_len}
-    lengths |= {f"stage {i} of training.curriculum": stage[0] for i, stage in enumerate(training.curriculum or [])}
-    for name, length in lengths.items():
+    for name, length in training.row_lengths.items():
         if length % parts:
             below, above = length // parts * parts, -(-length // parts) * parts
             near = f"{below} or {above}" if below else f"{above}"

@@ -146,6 +146,12 @@ class TrainingConfig(Section):
         None, "Save and stop after this step, as a stop signal would; the same command resumes.", unit="steps", ge=1
     )
 
+    @property
+    def row_lengths(self) -> dict[str, int]:
+        """Lengths of the rows of all steps, in tokens, by the setting that gives the length."""
+        stages = {f"stage {i} of training.curriculum": length for i, (length, _) in enumerate(self.curriculum or [])}
+        return {"training.seq_len": self.seq_len, **stages}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.matmul_precision == "fp8" and self.precision != "bf16":
@@ -165,8 +171,9 @@ class TrainingConfig(Section):
         for length, steps in self.curriculum or []:
             if length < 2 or steps < 1:
                 raise ValueError(f"curriculum stage [{length}, {steps}] needs a row length >= 2 and steps >= 1")
-            if self.global_batch_size * self.seq_len % length or self.seq_len % length:
+            if self.seq_len % length:
                 raise ValueError(
-                    f"curriculum row length {length} does not divide seq_len {self.seq_len}; tokens a step would change"
+                    f"curriculum row length {length} does not divide seq_len {self.seq_len}, so that the number of "
+                    f"tokens per step would change; use a divisor of {self.seq_len}"
                 )
         return self

@@ -54,7 +54,7 @@ def find_initial_state(config: Config, tokenizer: TokenizerInfo) -> InitialState
 
     Raises:
         UserError: there is no checkpoint at ``checkpoint.init_from``; it is damaged; or its model, optimizer or
-            tokenizer is another.
+            tokenizer differs.
     """
     from fusiontree.checkpoint.initial import check_fits
     from fusiontree.checkpoint.load import find_checkpoint, read_state
@@ -82,7 +82,7 @@ def check_tokenizer(folder: Path, tokenizer: TokenizerInfo, setting: str) -> lis
     """Check that the checkpoint that ``setting`` names was trained with ``tokenizer``; return notes if it is unknown.
 
     Raises:
-        UserError: it was trained with another one.
+        UserError: it was trained with another tokenizer.
     """
     from fusiontree.data.tokenizers import TOKENIZER_INFO, load_tokenizer
 

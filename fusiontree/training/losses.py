@@ -1,6 +1,6 @@
 """The training loss: tokens, gates and their weights.
 
-Shape legend: L layers, B rows of a micro batch.
+Shape legend: L layers, B rows of a micro-batch.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class GlobalCounts:
-    """What the sums of one optimizer step are divided by; over all ranks and micro batches, each at least 1."""
+    """Denominators of the sums of one optimizer step, over all ranks and micro-batches; each at least 1."""
 
     tokens: Tensor | float
-    """Labels that count; on the device (scalar, fp32), so that no host has to wait for the others' counts."""
+    """Labels that count; on the device (scalar, fp32), so that the host does not wait for other ranks' counts."""
     rows: Tensor | float
     """Rows that count, fillers excluded; on the device (scalar, fp32) for the same reason."""
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """This micro batch's share of each term; the shares of all micro batches and ranks add up to the value."""
+    """A micro-batch's addend to each term; the sum over all micro-batches and ranks is the term."""
 
     total: Tensor
     lm: Tensor
@@ -49,7 +49,7 @@ class LossTerms:
 
 
 def loss_terms(output: ModelOutput, row_weight_B: Tensor, weights: LossWeights, counts: GlobalCounts) -> LossTerms:
-    """Combine a micro-batch's sums into its share of the loss.
+    """Combine a micro-batch's sums into its addend to the loss.
 
     The load balance term is a hinge on each row's mean gate (all its tokens and channels) in each layer: zero within
     ``gate_target ± gate_margin``, linear outside. The entropy term is the gates' mean binary entropy in nats. Both

@@ -1,4 +1,4 @@
-"""Finds checkpoints that a run's records know of and that are gone, so that no run starts over without a word."""
+"""Finds checkpoints that a run's records know of and that are gone, so that no run silently goes back to old ones."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Interval:
         self._steps: list[tuple[float, ...]] = []
 
     def add(self, step: FinishedStep) -> None:
-        """Take a finished step in."""
+        """Add a finished step."""
         sums, rows = step.token_sums, step.row_sums
         losses = (sums.lm, sums.z, sums.divergence, rows.load_balance, rows.entropy)
         self._steps.append((*losses, step.device_s, step.batch.wait_s))
@@ -59,7 +59,7 @@ def step_metrics(
         settings: the run's configuration.
         world_size: number of processes.
         device: this rank's device, for its peak memory.
-        interval: the steps over which losses, times and rates are averaged, this one included; None means it alone.
+        interval: the steps over which losses, times and rates are averaged, including ``step``; None: ``step`` alone.
     """
     if interval is None:
         interval = Interval()

@@ -1,4 +1,4 @@
-"""Steps whose gradient was not applied: whose fault they were, and how many may come in a row."""
+"""Steps with a non-finite loss or gradient: the ranks and rows that caused it, and how many may be consecutive."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from fusiontree.utils.errors import UserError
 
 
 def name_nonfinite(engine: Engine, train_data: TrainingData, batch: StepBatch, losses: list[Tensor]) -> str:
-    """Say which ranks had a loss or a gradient that is not finite, and on which rows; all ranks call this together.
+    """Return which ranks had a non-finite loss or gradient, and on which rows; all ranks call this together.
 
-    A gradient broken on one rank is broken on each after the reduction; only the rank itself can say that it was its
-    own, and from whose rows.
+    The reduction spreads a non-finite gradient from one rank to all. So each rank reports what it found before the
+    reduction.
 
     Args:
-        engine: the engine that did the step.
+        engine: the engine that executed the step.
         train_data: describes rows.
         batch: this rank's part of the step.
-        losses: of this rank's micro batches, before any sum over ranks.
+        losses: of this rank's micro-batches, before any sum over ranks.
 
     Returns:
-        Something like ``loss not finite on rank 3: row 17 (shards/a.tar, from token 512)``, or an empty string.
+        For example ``loss not finite on rank 3: row 17 (shards/a.tar, from token 512)``; empty if no rank reports.
     """
     finite_losses = [bool(loss.isfinite()) for loss in losses]
     gradients = engine.finite_passes()
@@ -41,12 +41,12 @@ def name_nonfinite(engine: Engine, train_data: TrainingData, batch: StepBatch, l
             shown = ", ".join(train_data.describe_row(row) for row in rows[:4])
             more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
             parts.append(f"{what} not finite on rank {engine.rank}: {shown}{more}")
-            break  # a broken loss has a broken gradient
+            break  # a non-finite loss makes its gradient non-finite
     return "; ".join(text for text in engine.gather_text("; ".join(parts)) if text)
 
 
 def check_skips(step: int, in_a_row: int, reason: str, config: TrainingConfig) -> None:
-    """Refuse to go on when too many steps in a row could not be applied.
+    """Check the number of consecutive steps that were skipped for a non-finite gradient.
 
     Raises:
         UserError: ``in_a_row`` is more than ``training.max_skipped_steps``.

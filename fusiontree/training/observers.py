@@ -14,7 +14,7 @@ from fusiontree.utils.peers import Peers, host_address
 
 
 class Observer:
-    """Base of all observers; every method may stay as it is. All ranks call each method together."""
+    """Base of all observers; its methods do nothing. All ranks call each method together."""
 
     def on_start(self, step: int) -> None:
         """Prepare; the run continues after ``step``."""

@@ -88,14 +88,14 @@ class RecordedPasses:
         self._passes: dict[tuple[int, bool], _Recording] = {}
         self._steps: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         """Optimizer step after each kind of last pass: its graph, and the gradient norm."""
-        self._eager_steps = -1  # that began with these inputs' shapes, before this one
+        self._eager_steps = -1  # steps that began with inputs of these shapes, without the present step
         self._pool: GraphPool | None = None
         self._last: tuple[int, bool] = (0, True)
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Agree on what decides whether a step is recorded anew.
+        """Agree with the other ranks on the number of documents, which decides whether passes are recorded anew.
 
-        NCCL wants a collective to be recorded on all of its ranks or on none, whatever documents each of them has.
+        NCCL requires that a collective is recorded on all of its ranks or on none.
         """
         self._most_documents = self.engine.most_documents(micro_batches)
 
@@ -108,7 +108,7 @@ class RecordedPasses:
         key = _kind(inputs)
         if inputs.number == 0 and not self._passes:
             self._eager_steps += 1
-        # From a step's first micro-batch on: the others go on with the gradients of recorded passes.
+        # Only from a step's first micro-batch on: the others add to the gradients of recorded passes.
         may_begin = inputs.number == 0 and self._eager_steps >= _EAGER and self.engine.checkpointing.settled
         may_record = bool(self._passes) or may_begin
         if key not in self._passes and may_record and not self._record(key, static, inputs):
@@ -253,7 +253,7 @@ class _Recording(NamedTuple):
         )
 
     def backward(self, engine: RecordableEngine) -> None:
-        """Queue the backward pass, and leave on the host what the recorded one left."""
+        """Queue the backward pass, and set the engine's state on the host as the recorded pass left it."""
         self.backward_graph.replay()
         engine.set_pass_state(self.state)
         engine.gradient_watch.noted += [total.clone() for total in self.noted]
@@ -270,13 +270,13 @@ class _StaticInputs(NamedTuple):
 
     @classmethod
     def like(cls, given: ModelInputs, inputs: PassInputs, device: torch.device, most_documents: int) -> _StaticInputs:
-        """Return tensors that hold inputs such as these, with at most so many documents or a few more."""
+        """Return tensors for inputs of these shapes, with room for ``most_documents`` documents and more."""
         count = max(_FEWEST_DOCUMENTS, 2 * most_documents) if most_documents else None
         counts = GlobalCounts(torch.zeros((), device=device), torch.zeros((), device=device))
         return cls(given.padded(count).to(device), inputs.micro.row_weight_B.to(device), counts, count)
 
     def fits(self, given: ModelInputs, most_documents: int) -> bool:
-        """Return whether the inputs have the shapes of these tensors, which all ranks answer alike."""
+        """Return whether the inputs have the shapes of these tensors; all ranks get the same answer."""
         if self.model.layer_metrics != given.layer_metrics:
             return False
         if self.documents is None and self.model.document_kinds != given.document_kinds:

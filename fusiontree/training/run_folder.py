@@ -6,14 +6,13 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fusiontree.checkpoint.folders import STATE, complete_checkpoints
-from fusiontree.models.config import ModelConfig
+from fusiontree.checkpoint.folders import STATE, complete_checkpoints, folder_step
+from fusiontree.checkpoint.model_settings import different_settings
 from fusiontree.supervision.run_lock import GUARD, RUN_LOCK
 from fusiontree.tracking.console import NOTICE, Console
 from fusiontree.tracking.records import Records, read_records
@@ -28,35 +27,18 @@ log = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 NEW_RUN = "start a new run from its weights: another run_dir and checkpoint.init_from=RUN"
 
-# What makes two configurations the same run. The rest (layout, speed, logging, the length of training) may change
-# when a run is resumed, because the losses do not depend on it or because changing it is the point.
-_IDENTITY = (
-    ("model", None),
-    ("training", ("seed", "seq_len", "global_batch_size", "curriculum", "gate_target", "gate_margin")),
-)
-"""The datasets are compared by their content instead, see :func:`check_same_data`: they may move."""
-_MODEL_DEFAULTS = {
-    f"model.{name}": ModelConfig.model_fields[name].default
-    for name in ("branch_norm", "branch_mix", "mlp_input", "global_rope")
-}
-"""Settings that came later than the first runs."""
-
-
-def _identity(values: dict[str, Any]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for section, keys in _IDENTITY:
-        for key, value in values.get(section, {}).items():
-            if (keys is None or key in keys) and key != "kernels":
-                fields[f"{section}.{key}"] = value
-    return fields
+# What makes two configurations the same run: the model, and these settings of training. The rest (layout, speed,
+# logging, the length of training) may change when a run is resumed, because the losses do not depend on it or because
+# changing it is the point. The datasets are compared by their content, see check_same_data: they may move.
+_OF_TRAINING = ("curriculum", "gate_margin", "gate_target", "global_batch_size", "seed", "seq_len")
 
 
 def check_run_folder(run_dir: Path, values: dict[str, Any]) -> None:
     """Check that ``run_dir`` is new, empty, or the folder of this very run; writes nothing.
 
     Raises:
-        UserError: it holds another run (the differing fields are named), files that are no run's, or cannot be
-            written.
+        UserError: it holds another run (the message names the settings that differ) or other files, or cannot be
+            written to.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir '{run_dir}' is a file; name a folder")
@@ -75,28 +57,16 @@ def check_run_folder(run_dir: Path, values: dict[str, Any]) -> None:
         return
     before = _saved_values(run_dir)
     _check_initial(run_dir, before, values)
-    saved, wanted = _identity(before), _identity(values)
-    if saved:
-        # A folder of a version that lacked a setting was trained with the meaning of its default.
-        saved = {name: _MODEL_DEFAULTS[name] for name in wanted if name in _MODEL_DEFAULTS} | saved
-    differing = [k for k in sorted(saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]
-    if saved and differing:
-        both = [pair for k in differing for pair in _leaves(k, saved.get(k), wanted.get(k))]
-        lines = "\n".join(f"  {name}: {old!r} in the folder, {new!r} now" for name, old, new in both)
+    differing = different_settings(before.get("model", {}), values.get("model", {}))
+    if was := before.get("training"):
+        now = values.get("training", {})
+        differing += [(f"training.{k}", was.get(k), now.get(k)) for k in _OF_TRAINING if was.get(k) != now.get(k)]
+    if differing:
+        lines = "\n".join(f"  {name}: {old!r} in the folder, {new!r} now" for name, old, new in differing)
         raise UserError(
             f"run_dir '{run_dir}' belongs to another run:\n{lines}\n"
             f"set these back to resume it, or {NEW_RUN}; nothing was written"
         )
-
-
-def _leaves(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the settings that differ, with both values: of sections, the settings in them."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        yield name, old, new
-        return
-    for key in dict.fromkeys([*old, *new]):
-        if old.get(key) != new.get(key):
-            yield from _leaves(f"{name}.{key}", old.get(key), new.get(key))
 
 
 def _check_initial(run_dir: Path, before: dict[str, Any], values: dict[str, Any]) -> None:
@@ -106,7 +76,7 @@ def _check_initial(run_dir: Path, before: dict[str, Any], values: dict[str, Any]
     if now in (None, was) or not (saved := complete_checkpoints(run_dir / "checkpoints")):
         return
     raise UserError(
-        f"run_dir '{run_dir}' has checkpoints, the newest of step {int(saved[-1].name[-8:])}, so the run goes on from "
+        f"run_dir '{run_dir}' has checkpoints, the newest of step {folder_step(saved[-1])}, so the run goes on from "
         f"there; checkpoint.init_from '{now}' (was {was!r}) needs another run_dir. Remove it to resume"
     )
 
@@ -120,7 +90,7 @@ def check_same_data(run_dir: Path, values: dict[str, Any], order: Order) -> None
         order: of the rows of the opened datasets.
 
     Raises:
-        UserError: the newest checkpoint continues in other datasets; or the run, which has saved none, began with
+        UserError: the newest checkpoint continues in other datasets; or the run has no checkpoint and began with
             other datasets.
     """
     from fusiontree.checkpoint.load import read_state
@@ -179,7 +149,7 @@ def report_changes(records: Records, console: Console, changes: dict[str, tuple[
 
 
 def _saved_values(run_dir: Path) -> dict[str, Any]:
-    """Return the configuration in the folder; with a warning that of the newest checkpoint, or nothing, if damaged."""
+    """Return the configuration in the folder; if it is damaged, warn and return the newest checkpoint's, or nothing."""
     file = run_dir / CONFIG
     if not file.exists():
         return {}

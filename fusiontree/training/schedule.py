@@ -1,4 +1,4 @@
-"""Functions of the step number: learning rate and dropped branches. A resume needs no state of them.
+"""Functions of the step number: learning rate and dropped branches. So a resume needs no state of the schedule.
 
 Shape legend: L layers, B rows.
 """

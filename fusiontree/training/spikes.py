@@ -1,10 +1,10 @@
-"""Loss spikes: seen before the optimizer step, against the losses just before.
+"""Loss spikes: detected before the optimizer step, by comparison with the losses of previous steps.
 
-A spike is a loss far above the median of a window of earlier ones, measured in their median absolute deviation: both
-stay put when the window holds a few wild values, where a mean and a standard deviation do not. Losses that are not
-finite, and those of steps that were not applied, never enter the window. What follows is the policy's: leave the
-step's gradient out (``skip``), or go back to the newest checkpoint and go on behind the rows that led here
-(``rewind``, Chowdhery et al. 2022, PaLM, 5.1).
+A spike is a loss far above the median of a window of previous losses. The distance is measured in median absolute
+deviations: a few outliers in the window change neither the median nor this deviation, but would change a mean and a
+standard deviation. Non-finite losses, and losses of steps that were not applied, do not enter the window. The policy
+decides what follows: the step's gradient is not applied (``skip``), or the run returns to the newest checkpoint and
+continues with the data after the spike (``rewind``; Chowdhery et al. 2022, PaLM, 5.1).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fusiontree.utils.files import atomic_write
 _TO_DEVIATION = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 _FLOOR = 0.01
-"""Least deviation, as a share of the median: a loss that hardly moves must not make noise a spike."""
+"""Minimum deviation, relative to the median: while the loss hardly changes, noise must not count as a spike."""
 
 
 @dataclass
 class SpikeFilter:
-    """Judges one loss a step; its state is part of every checkpoint, so that a resumed run judges alike."""
+    """Judges the loss of each step. Its state is part of every checkpoint, so that a resumed run judges alike."""
 
     config: SpikeConfig
     losses: deque[float] = field(init=False)
@@ -40,11 +40,11 @@ class SpikeFilter:
         self.losses = deque(maxlen=self.config.window)
 
     def judge(self, loss: float, seq_len: int) -> str | None:
-        """Return what is wrong with a step's loss, or None; changes nothing.
+        """Return why a step's loss is a spike, or None; changes nothing.
 
         Args:
             loss: the global loss before the optimizer step.
-            seq_len: row length of the step; another length has another loss, so the window starts anew.
+            seq_len: row length of the step. Losses depend on it, so a new length starts with an empty window.
         """
         if self.config.policy == "off" or seq_len != self.seq_len or not math.isfinite(loss):
             return None
@@ -58,7 +58,7 @@ class SpikeFilter:
         return f"loss spike: {loss:.4f} is over {limit:.4f} (median {middle:.4f} of the last {len(self.losses)} losses)"
 
     def accept(self, loss: float, seq_len: int) -> None:
-        """Take the loss of an applied step into the window."""
+        """Add the loss of an applied step to the window."""
         if seq_len != self.seq_len:
             self.losses.clear()
             self.seq_len = seq_len
@@ -67,15 +67,15 @@ class SpikeFilter:
             self.losses.append(loss)
 
     def count_skip(self, step: int, reason: str) -> None:
-        """Count a step whose gradient was left out.
+        """Count a step whose gradient was not applied.
 
         Raises:
-            UserError: more than ``max_in_a_row`` in a row: this is the run's new level, not a spike.
+            UserError: these are more than ``max_in_a_row`` consecutive steps: the loss stays high, which is no spike.
         """
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.config.max_in_a_row:
             raise UserError(
-                f"step {step}: {self.skipped_in_a_row} steps in a row were left out ({reason}), more than "
+                f"step {step}: {self.skipped_in_a_row} steps in a row were skipped ({reason}), more than "
                 f"training.spikes.max_in_a_row {self.config.max_in_a_row}; the run diverges or its data changed: look "
                 f"at the losses, lower the learning rate, or set training.spikes.policy=off"
             )
@@ -89,7 +89,7 @@ class SpikeFilter:
         }
 
     def load_state_dict(self, values: dict[str, Any] | None) -> None:
-        """Take back :meth:`state_dict`; None (an older checkpoint) starts anew."""
+        """Restore :meth:`state_dict`; None (a checkpoint of an earlier version) starts with an empty window."""
         values = values or {"losses": [], "seq_len": 0, "skipped_in_a_row": 0}
         self.losses = deque(values["losses"], maxlen=self.config.window)
         self.seq_len, self.skipped_in_a_row = values["seq_len"], values["skipped_in_a_row"]
@@ -97,26 +97,30 @@ class SpikeFilter:
 
 @dataclass(frozen=True)
 class Rewind:
-    """Once the run had ended step ``to_step`` it went on with the data behind step ``from_step``."""
+    """The run returned to the checkpoint of ``to_step`` and continued with the data after step ``from_step``."""
 
     from_step: int
     to_step: int
     data: dict[str, Any]
-    """Where in the data it went on."""
+    """Position in the data from which it continued."""
 
 
 class Rewinds:
-    """The rewinds of a run, in RUN/rewinds.json: whatever checkpoint a resume starts from, they happen again."""
+    """The rewinds of a run, in RUN/rewinds.json: a resume from any checkpoint repeats the rewinds after it."""
 
     def __init__(self, run_dir: Path, limit: int) -> None:
-        """Read nothing yet; ``limit`` is how many may go back to the same step."""
+        """Read nothing yet; ``limit`` is the maximum number of rewinds to the same step."""
         self.file = run_dir / "rewinds.json"
         self.limit = limit
         self.applied = 0
         self._all: list[Rewind] = []
 
     def restore(self, applied: int) -> None:
-        """Read the file; a checkpoint that was saved after ``applied`` of the rewinds was loaded."""
+        """Read the file, after a checkpoint was loaded that was saved after the first ``applied`` rewinds.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         self.applied = applied
         self._all = []
         if self.file.is_file():
@@ -129,10 +133,10 @@ class Rewinds:
                 ) from error
 
     def plan(self, step: int, to_step: int, data: dict[str, Any], reason: str) -> list[Rewind]:
-        """Return the run's rewinds with one more, from ``step`` back to the checkpoint of ``to_step``.
+        """Return the run's rewinds and a further one, from ``step`` back to the checkpoint of ``to_step``.
 
         Raises:
-            UserError: the run went back there too often already.
+            UserError: the run has returned to this checkpoint ``limit`` times.
         """
         same = sum(rewind.to_step == to_step for rewind in self._all)
         if same >= self.limit:
@@ -144,12 +148,12 @@ class Rewinds:
         return [*self._all[: self.applied], Rewind(step, to_step, data)]
 
     def write(self, rewinds: list[Rewind]) -> None:
-        """Make ``rewinds`` the run's; on the main rank, before anything goes back."""
+        """Write ``rewinds`` to the file; on the main rank, before the run continues from the checkpoint."""
         with atomic_write(self.file) as file:
             json.dump([asdict(rewind) for rewind in rewinds], file)
 
     def data_after(self, step: int) -> dict[str, Any] | None:
-        """Return where the data goes on after ``step``, if a rewind says so; it then counts as applied."""
+        """Return the data position that rewinds to ``step`` continued from, or None; they then count as applied."""
         found = None
         while self.applied < len(self._all) and self._all[self.applied].to_step == step:
             found = self._all[self.applied].data

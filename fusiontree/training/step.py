@@ -170,7 +170,7 @@ class TrainStep:
             with self.watchdog.section(f"forward of micro batch {index}", limit_s):
                 done = self.passes.forward(inputs)
             token_terms += TokenSums.pack(done.lm, done.z, done.divergence)
-            if index == last:  # before the backward pass, so that nobody waits for it to end
+            if index == last:  # before the backward pass, so that the sum does not wait for its end
                 with self.watchdog.section("sum of the loss over the ranks", limit_s):
                     read = copy_to_host(engine.sum_over_tokens(token_terms))
             with self.watchdog.section(f"backward of micro batch {index}", limit_s):

@@ -45,8 +45,8 @@ class StepCounts(NamedTuple):
 
         Args:
             summed: the packed fields, summed over all ranks.
-            ranks_per_row: ranks that read the same rows (cp x tp) and therefore count them alike. The request to stop
-                is each rank's own.
+            ranks_per_row: ranks that read the same rows (cp x tp) and therefore count them alike. Requests to stop are
+                counted per rank.
         """
         *counts, high, low = summed
         raw = cls(*counts, flops=high * _HALF + low)  # type: ignore[misc]  # as many as there are fields before

@@ -1,7 +1,7 @@
 """Evaluation tasks between training steps, on the training ranks, layout and engine.
 
-Tasks are given as a function: this room does not know them. They draw no random number of the process, read no training
-batch and change no parameter, so training computes the same with and without them.
+Tasks are given as a function: this module does not import them. They draw no random number of the process, read no
+training batch and change no parameter, so training computes the same with and without them.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherCheckpoint:
-    """A checkpoint whose model can teach the run's."""
+    """A checkpoint whose model can be the teacher of the run."""
 
     folder: Path
     model: ModelConfig
@@ -53,8 +53,8 @@ def find_teacher(config: Config, tokenizer: TokenizerInfo) -> TeacherCheckpoint 
         tokenizer: of its datasets.
 
     Raises:
-        UserError: there is no checkpoint at ``training.teacher``, it is damaged, or its vocabulary or tokenizer is
-            another.
+        UserError: there is no checkpoint at ``training.teacher``, it is damaged, its vocabulary or tokenizer differs,
+            its learnable SRTE is too short for the rows, or the loss's backend does not support a teacher.
     """
     found = read_teacher(config)
     if found is None:
@@ -87,7 +87,8 @@ def read_teacher(config: Config) -> TeacherCheckpoint | None:
     """Return the checkpoint that the configuration names, without comparing it; None where it names none.
 
     Raises:
-        UserError: there is no checkpoint at ``training.teacher``, it is damaged, or it does not describe its model.
+        UserError: there is no checkpoint at ``training.teacher``, it is damaged, or it does not describe its model in
+            settings of this version.
     """
     given = config.training.teacher
     if given is None:

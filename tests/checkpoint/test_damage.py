@@ -167,6 +167,14 @@ def test_another_model_is_named_by_its_fields(checkpoints: Path) -> None:
     assert "model.num_heads" in str(caught.value) and "kernels" not in str(caught.value)
 
 
+def test_a_checkpoint_without_the_settings_of_later_versions_is_of_the_same_model() -> None:
+    saved = {"config": {"model": {"hidden_size": 8, "mixers": {"delta": {"key_dim": 4}}}}}
+    now = {"hidden_size": 8, "mixers": {"delta": {"key_dim": 4, "later": None}}, "branch_norm": False}
+    check_model(Path("step-00000002"), saved, now)
+    with pytest.raises(UserError, match=r"model\.branch_norm: False in the checkpoint, True now"):
+        check_model(Path("step-00000002"), saved, now | {"branch_norm": True})
+
+
 def test_tensors_that_do_not_fit(checkpoints: Path) -> None:
     with pytest.raises(UserError, match=r"'model.a' has shape \(40, 5\), the model wants \(40, 6\)"):
         load_newest(checkpoints, {"model.a": torch.zeros(40, 6)})

@@ -21,7 +21,7 @@ from fusiontree.models.flops import forward_flops_per_token, matrix_parameters
 from fusiontree.models.initialization import no_weight_decay
 from fusiontree.models.mixers import mixer_class
 from fusiontree.models.mixers.base import Mixer, MixerInputs
-from fusiontree.models.token_layout import documents_of_positions
+from fusiontree.ops.documents import Documents
 from fusiontree.parallel.config import ParallelConfig
 from fusiontree.parallel.validate import check_layout, tp_problems, valid_tp
 from fusiontree.plan import main as plan
@@ -165,7 +165,7 @@ def test_the_scan_follows_the_recurrence() -> None:
         state = torch.where((positions[:, t] == 0)[:, None, None, None], 0.0, state)
         state = state * log_decay[:, t].exp()[..., None] + k[:, t, :, :, None] * v[:, t, :, None]
         outputs.append((q[:, t, :, :, None] * state).sum(-2))
-    segments = documents_of_positions(positions, "cpu").segments_BS
+    segments = Documents.from_positions(positions).segments_BS
     for chunk_size in (1, 7, 24):
         y, last, _ = module.scan(q, k, v, log_decay, segments, chunk_size)
         torch.testing.assert_close(y, torch.stack(outputs, 1), atol=1e-5, rtol=1e-5)

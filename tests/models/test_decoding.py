@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fusiontree.models.cache import DecodeCache
 from fusiontree.ops.documents import Documents
 from tests.helpers import tiny_model
 from tests.models.test_padding import LENGTHS, pad, texts
@@ -108,6 +109,20 @@ def test_rows_can_be_selected_reordered_and_repeated():
 
 
 @torch.no_grad()
+def test_caches_of_texts_of_any_length_are_joined():
+    model = tiny_model(window_size=16)
+    texts_S = [tokens(1, length) for length in (3, 5, 9)]  # rings of different numbers of slots, below the window
+    caches = [model.new_cache(1) for _ in texts_S]
+    for text_1S, cache in zip(texts_S, caches, strict=True):
+        model(text_1S, cache=cache)
+    following_BS = tokens(len(texts_S), 6)
+    decoded = in_pieces(model, following_BS, [1] * 6, DecodeCache.join(caches))
+    for row, text_1S in enumerate(texts_S):
+        alone = model(torch.cat([text_1S[0], following_BS[row]])[None]).logits_BSV[0]
+        torch.testing.assert_close(decoded[row], alone[-6:], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 def test_the_local_cache_does_not_grow_and_the_global_one_grows_by_doubling():
     model = tiny_model(layer_pattern="A", window_size=4)
     cache = model.new_cache(1)
@@ -149,7 +164,9 @@ def test_gradients_flow_within_a_piece_and_not_into_the_cache():
 def test_logits_of_the_last_tokens_alone():
     model = tiny_model()
     ids = tokens(2, 9)
-    torch.testing.assert_close(model(ids, logits_to_keep=2).logits_BSV, model(ids).logits_BSV[:, -2:])
+    full = model(ids).logits_BSV
+    for kept, expected in ((2, full[:, -2:]), (0, full[:, 9:]), (12, full)):
+        torch.testing.assert_close(model(ids, logits_to_keep=kept).logits_BSV, expected)
 
 
 def test_misuse_of_a_cache_is_refused():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fusiontree.ops.documents import Documents
+from fusiontree.parallel.context_parallel import PieceDocuments
 from tests.helpers import tiny_model
 from tests.models.variants import VARIANTS
 
@@ -80,3 +81,11 @@ def test_boundaries_matter_to_this_model():
 def test_documents_of_another_batch_are_refused():
     with pytest.raises(ValueError, match=r"\(1, 27\) tokens, the input \(1, 26\)"):
         tiny_model()(tokens(1, 26), documents=packed([[27]]))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_chunk_of_one_token_has_no_second_half(rank):
+    chunk = PieceDocuments.from_row(torch.tensor([[0, 1], [0, 0]]), rank, 2).padded(3)
+    assert chunk.positions_BS.tolist() == [[rank], [0]] == chunk.own_half.positions_BS.tolist()
+    assert chunk.mirror_half.positions_BS.shape == (2, 0)
+    assert chunk.mirror_half.cu_seqlens.tolist() == [0, 0, 0, 0]

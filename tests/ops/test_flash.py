@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from functools import partial
 from typing import Any
@@ -144,8 +145,16 @@ def test_torch_compile_sees_an_operation(fake4: Flash4) -> None:
     ],
 )
 def test_auto_takes_the_fastest_with_kernels_for_the_heads(
-    monkeypatch: pytest.MonkeyPatch, installed: str, dtype: torch.dtype, width: int, length: int, name: str
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    installed: str,
+    dtype: torch.dtype,
+    width: int,
+    length: int,
+    name: str,
 ) -> None:
+    caplog.set_level(logging.INFO)
+
     def chosen(wanted: str, device_type: str) -> Any:
         runs = [n for n, b in ATTENTION.backends.items() if b.unavailable(torch.device("cpu")) is None]
         return lambda q, *others, **kind: runs[0] if wanted == "auto" else wanted
@@ -158,6 +167,7 @@ def test_auto_takes_the_fastest_with_kernels_for_the_heads(
     try:
         q = torch.zeros(1, length, 2, width, dtype=dtype)
         assert attention(q, q, q) == name
+        assert ("backend flex is not used" in caplog.text) == (name == "sdpa")
     finally:
         rooms._fitting.cache_clear()
 

@@ -16,6 +16,7 @@ from fusiontree.ops.documents import Documents
 from fusiontree.ops.elementwise import compiled
 from fusiontree.ops.norm.reference import rms_norm
 from fusiontree.ops.ssd.exchange import Exchange
+from fusiontree.parallel import activation_checkpointing
 from fusiontree.parallel.activation_checkpointing import _keeping, checkpoint_activations
 from tests.helpers import tiny_model
 
@@ -47,6 +48,20 @@ def test_recomputation_keeps_the_gradients(mode: str, layers: int | None) -> Non
     assert bytes_kept < all_bytes
     for mine, theirs in zip(grads, plain, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_a_forward_without_gradients_copies_nothing_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(layer_pattern="FF")
+    ids = torch.arange(32).view(2, 16)
+    plain = model(ids).logits_BSV.detach()
+    checkpoint_activations(model, "offload")
+    sent: list[Any] = []
+    monkeypatch.setattr(activation_checkpointing._Offloaded, "send", lambda stored: sent.append(stored))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits_BSV, plain)
+    assert not sent
+    model(ids)
+    assert len(sent) == 2
 
 
 def test_fewer_layers_recompute_less() -> None:

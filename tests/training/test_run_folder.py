@@ -60,6 +60,17 @@ def test_of_sections_the_settings_that_differ_are_named(run_dir: Path) -> None:
         check_run_folder(run_dir, VALUES)
 
 
+def test_settings_that_came_later_are_those_of_the_run(run_dir: Path) -> None:
+    old = VALUES["model"] | {"mamba": {"d_state": 16}}
+    write_config(run_dir, yaml.safe_dump(VALUES | {"model": old}))
+    now = old | {"branch_mix": "gate", "global_rope": True, "mamba": {"d_state": 16, "dt_min": None}}
+    check_run_folder(run_dir, VALUES | {"model": now})
+    with pytest.raises(UserError, match=r"run:\n  model\.mamba\.dt_min: None in the folder, 0\.1 now\nset"):
+        check_run_folder(run_dir, VALUES | {"model": now | {"mamba": {"d_state": 16, "dt_min": 0.1}}})
+    with pytest.raises(UserError, match=r"model\.branch_mix: 'gate' in the folder, 'sum' now"):
+        check_run_folder(run_dir, VALUES | {"model": now | {"branch_mix": "sum"}})
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"thesis\.tex"):

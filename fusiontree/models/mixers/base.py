@@ -120,6 +120,7 @@ class Mixer(nn.Module):
     - ``no_decay``: names of parameters that weight decay leaves out; norms and biases always are.
     - ``output_projection``: name of its linear map that computes the result, in ``inputs.place_BSC``, by
       :func:`fusiontree.ops.linear.side_by_side.product_in`. Empty: the mixer ignores the place, and the block copies.
+      Its initial values are smaller if no projection follows it.
     - ``fp8_products``: its linear maps that ``training.matmul_precision: fp8`` computes in FP8: the name of each module
       with ``mixer_in`` or ``mixer_out``, by which ``training.fp8.exclude`` names it. Empty: the mixer does not support
       FP8.

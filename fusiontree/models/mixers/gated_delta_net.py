@@ -6,7 +6,6 @@ of the mixer), L width of the convolution less one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import ClassVar, Self
@@ -233,8 +232,7 @@ class GatedDeltaNet(Mixer):
         """Draw ``A_log`` and ``dt_bias`` from their configured ranges, convolutions within 1/sqrt(width).
 
         ``A_log`` is the logarithm of a uniform draw from ``A_init_range``, ``dt_bias`` the inverse softplus of a
-        log-uniform draw from ``dt_init_range``. If the branches are summed without a projection, ``out_proj`` has the
-        standard deviation of the block's output projection.
+        log-uniform draw from ``dt_init_range``.
         """
         sizes = cls.section(config)
         if name == "decay.A_log":
@@ -243,9 +241,6 @@ class GatedDeltaNet(Mixer):
             return drawn_step_bias(shape, sizes.dt_init_range, generator)
         if name in ("conv_v.weight", "conv_qk.weight"):
             return drawn_taps(shape, generator)
-        if name == "out_proj.weight" and not config.projects_mix:
-            std = config.initializer_range / math.sqrt(2 * config.num_layers)
-            return torch.empty(shape).normal_(0.0, std, generator=generator)
         return None
 
     @classmethod

@@ -113,10 +113,11 @@ class RingCache:
         joined = type(self)(self.window, slots, self._dtype)
         if self._kept is None:
             return joined
-        for cache in caches:
-            cache._make_room(cache.kept.k_BTKD, slots)
-        joined._kept = KeyValues(*(torch.cat(parts) for parts in zip(*(cache.kept for cache in caches), strict=True)))
-        joined._kept = joined._kept.map(Tensor.contiguous)
+        # A ring with fewer slots has not wrapped around: see _make_room.
+        rings = [
+            cache.kept if cache._slots == slots else _enlarged(cache.kept, slots, used=cache._slots) for cache in caches
+        ]
+        joined._kept = KeyValues(*map(torch.cat, zip(*rings, strict=True))).map(Tensor.contiguous)
         return joined
 
     def fix(self, columns: int) -> None:

@@ -141,7 +141,7 @@ class Mamba2Mixer(Mixer):
         initial_x_BKC = initial_bc_BKC = initial_state_BHPN = None
         if cache is not None:
             initial_x_BKC, initial_bc_BKC, initial_state_BHPN = cache.previous() or (None, None, None)
-        elif self.left_context is not None and self.look_back:
+        elif self.left_context is not None:
             (x_BSC, bc_BSC), (initial_x_BKC, initial_bc_BKC) = self.left_context((x_BSC, bc_BSC), self.look_back)
         x_BSHP = self.conv_x(x_BSC, documents, initial_x_BKC).unflatten(-1, (-1, self.head_dim))
         B_BSC, C_BSC = halves(self.conv_bc(bc_BSC, documents, initial_bc_BKC))

@@ -67,6 +67,7 @@ def attention(
 
     Raises:
         UserError: the named backend cannot run here, or has no kernel for these heads.
+        ValueError: there are fewer keys than queries.
     """
     if k_BTKD.shape[1] < q_BSHD.shape[1]:
         raise ValueError(f"{k_BTKD.shape[1]} keys are fewer than {q_BSHD.shape[1]} queries")
@@ -77,7 +78,10 @@ def attention(
 
 @functools.cache
 def _fitting(backend: str, device_type: str, dtype: torch.dtype, width: int, whole_tiles: bool) -> str:
-    """Return the backend for heads of ``width`` channels in ``dtype``; logs once if "auto" takes another."""
+    """Return the backend for heads of ``width`` channels in ``dtype``; logs once if "auto" passes a backend over.
+
+    ``whole_tiles``: the number of queries is a multiple of 128.
+    """
     if backend in PACKAGES:
         why = PACKAGES[backend].unfit(dtype, width)
         if why is not None:
@@ -89,7 +93,9 @@ def _fitting(backend: str, device_type: str, dtype: torch.dtype, width: int, who
         if candidate.unavailable(device) is not None:
             continue
         if name == "flex" and (width < 16 or not whole_tiles):
-            # FlexAttention needs 16 channels per head, and recompiles for every new prompt length.
+            # Prompts have any length, and FlexAttention compiles each length anew.
+            why = f"heads have {width} channels, not 16 or more" if width < 16 else "row length no multiple of 128"
+            log.info("attention on %s: sdpa, as backend flex is not used: %s", device_type, why)
             return "sdpa"
         why = PACKAGES[name].unfit(dtype, width) if name in PACKAGES else None
         if why is None:

@@ -23,7 +23,6 @@ __all__ = [
 
 GatherParts = Callable[[Tensor], Tensor]
 
-
 CROSS_ENTROPY = Operation(
     "cross_entropy",
     [

@@ -191,7 +191,7 @@ def _by_precision(
 ) -> tuple[list[Tensor], list[list[Tensor | None]]]:
     """Return the gradients of the FP8 parts, zeros where one is missing, and of each weight's bf16 parts.
 
-    No FP8 part has a gradient: the first list is empty.
+    The first list is empty if no FP8 part has a gradient.
     """
     pending = [None if grad is None else grad.flatten(0, -2) for grad in grads]
     fp8: list[tuple[int, Tensor | None]] = []

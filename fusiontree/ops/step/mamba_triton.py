@@ -6,7 +6,6 @@ a convolution, K its width.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -126,8 +125,3 @@ def convolve_and_update(
         waits=bool(options), P=width, N=size, BP=part, BLOCK=triton.next_power_of_2(size), num_warps=4, **options,
     )  # fmt: skip
     return y
-
-
-def fits(state: Tensor) -> bool:
-    """Return whether the kernels take this state."""
-    return state.dtype == torch.float32
