@@ -122,7 +122,7 @@ def test_foreign_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     values["config"]["model"]["of_a_later_version"] = True
     (tmp_path / "mcore" / "fusiontree.json").write_text(json.dumps(values))
     said = refused(capsys, tmp_path / "mcore", tmp_path / "again", "--to", "dcp")
-    assert "configuration describes no model (model.of_a_later_version: " in said
+    assert "configuration describes no model of this version (model.of_a_later_version: " in said
     (tmp_path / "mcore" / "fusiontree.json").write_text("{")
     said = refused(capsys, tmp_path / "mcore", tmp_path / "again", "--to", "dcp")
     assert "fusiontree.json cannot be read" in said

@@ -103,7 +103,7 @@ def test_incomplete_and_foreign_folders_are_refused(tmp_path: Path, capsys: pyte
     ours.write_text(json.dumps(values))
     assert "on a rank; at tp 2 it should be" in said()
     ours.write_text(json.dumps(values | {"config": {"model": {"of_a_later_version": True}}}))
-    assert "configuration describes no model (model.of_a_later_version: " in said()
+    assert "configuration describes no model of this version (model.of_a_later_version: " in said()
     ours.unlink()
     assert "give --config FILE" in said()
     values["config"]["model"]["hidden_size"] = 32

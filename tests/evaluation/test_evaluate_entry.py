@@ -241,7 +241,7 @@ def test_what_a_stored_configuration_lacks_is_an_error(model, tmp_path, capsys, 
     assert main(["--checkpoint", str(tmp_path), "--device", "cpu", "--tasks", "copy"]) == 2
     message = f"error: {folder} does not say the length of the rows it was trained on; give --seq-len N"
     if stranger:
-        message = f"error: the configuration of '{folder}' describes no model (model.of_a_later_version: "
+        message = f"error: the configuration of '{folder}' describes no model of this version (model.of_a_later_"
     assert message in capsys.readouterr().err
     if not stranger:
         assert main(["--checkpoint", str(tmp_path), "--device", "cpu", "--tasks", "copy", "--seq-len", "16"]) == 0
